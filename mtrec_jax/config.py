@@ -1,0 +1,469 @@
+"""Frozen, typed configuration: TOML in, `--set a.b=c` overrides, errors that name the key.
+
+An `Experiment` is plain data. Nothing in it is evaluated as code, and the resolved experiment is
+stored with the run, so that a run folder says everything about how it came to be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import tomli_w
+
+from mtrec_jax.errors import ConfigError, nearest
+
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """One raw table: files of one format that are read one after the other."""
+
+    __pydantic_config__ = _STRICT
+    files: tuple[str, ...] = ()  # relative to the data folder
+    format: Literal["csv", "jsonl", "parquet"] = "csv"
+    separator: str = ","
+    header: tuple[str, ...] = ()  # column names, when the files have no header line
+    rename: dict[str, str] = field(default_factory=dict)  # {name in the file: name used here}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the raw data is and what its columns mean."""
+
+    __pydantic_config__ = _STRICT
+    public: str = ""  # what `mtrec data` fetches or generates for this experiment
+    kind: Literal["sequences", "rows"] = "sequences"  # users' events in time order, or single rows
+    events: Files = field(default_factory=Files)
+    items: Files | None = None
+    users: Files | None = None
+    user: str = ""  # column names; a table of users or items uses the same names
+    item: str = ""
+    time: str = ""
+    title: str = ""  # column of the item table that people would like to read
+    history_length: int = 50  # L: events that a position can look back on
+    positions: int = 0  # P: targets per training example; 0 means history_length
+    hide_ties: bool = False  # True: a position does not see events of its own timestamp
+    seed: int = 0  # order of the training examples on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean:
+    """What is removed before anything else happens; every rule is counted in the report."""
+
+    __pydantic_config__ = _STRICT
+    duplicates: Literal["drop", "keep"] = "drop"  # rows equal in every column
+    min_user_events: int = 0  # k-core: repeated until both hold
+    min_item_events: int = 0
+    max_bad_fraction: float = 0.01  # more malformed rows than this stop the preparation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which rows train, which choose, which judge."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["leave_one_out", "time", "random", "files"] = "leave_one_out"
+    validation: float = 0.1  # fraction of the events (of the training files for kind "files")
+    test: float = 0.1
+    test_files: tuple[str, ...] = ()  # kind "files": these are the test set
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One input of the model."""
+
+    __pydantic_config__ = _STRICT
+    on: Literal["context", "item", "history"] = "context"
+    kind: Literal["categorical", "multi_valued", "numeric", "binned"] = "categorical"
+    column: str = ""  # "": the feature's own name
+    separator: str = " "  # multi_valued: between the values of a cell
+    max_values: int = 8  # multi_valued: further values are dropped
+    min_count: int = 1  # rarer training values become the unknown id
+    bins: int = 32  # binned: quantile bins of the training values
+    placement: Literal["dense", "sparse"] = "dense"  # sparse: row-wise updates, for large tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to predict."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["retrieval", "binary", "regression", "multiclass"]
+    column: str = ""  # label column; "": the task's own name (unused by retrieval)
+    at_least: float | None = None  # binary: label 1 where the column is >= this
+    equals: str | None = None  # binary: label 1 where the column equals this text
+    where: str = ""  # sample space: only rows where this binary task's label is 1
+    weight: float = 1.0  # static loss weight, and the start of every balancing method
+    reference: str = ""  # column with an existing system's prediction, evaluated beside the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Architecture."""
+
+    __pydantic_config__ = _STRICT
+    encoder: Literal["none", "transformer"] = "transformer"
+    width: int = 64  # D: table rows, user and item vectors
+    layers: int = 2
+    heads: int = 1
+    dropout: float = 0.1
+    item_placement: Literal["dense", "sparse"] = "sparse"
+    towers: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
+    experts: int = 4  # shared experts
+    task_experts: int = 1  # ple: experts of each task
+    expert_hidden: tuple[int, ...] = (128, 64)
+    tower_hidden: tuple[int, ...] = (32,)
+    temperature: float = 0.05  # of the cosine in the retrieval softmax
+    fusion: Literal["attention", "none"] = "attention"
+    fusion_objective: dict[str, float] = field(default_factory=dict)  # {task: worth}; {}: all 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Optimization."""
+
+    __pydantic_config__ = _STRICT
+    epochs: int = 0  # exactly one of epochs and steps is above 0
+    steps: int = 0
+    batch_size: int = 128
+    seed: int = 0
+    optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # 0: no clipping
+    row_optimizer: Literal["lazy_adam", "rowwise_adagrad"] = "lazy_adam"
+    row_learning_rate: float = 0.0  # 0: learning_rate
+    balance: Literal["static", "uncertainty"] = "static"
+    negatives: int = 512  # shared sampled negatives of a step
+    negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
+    evaluate_every: int = 0  # steps; 0: each epoch
+    checkpoint_every: int = 0  # steps; 0: with each evaluation
+    log_every: int = 50
+    patience: int = 0  # evaluations without improvement before stopping; 0: never
+    mesh: tuple[int, int] = (0, 1)  # devices on ("data", "table"); 0: all that are left
+    precision: Literal["float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """The declared validation metric by which the best checkpoint is kept."""
+
+    __pydantic_config__ = _STRICT
+    metric: str = ""  # "task/metric" such as "next_item/ndcg@10"; "": the first task's main one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is measured, and beside what."""
+
+    __pydantic_config__ = _STRICT
+    ks: tuple[int, ...] = (10,)
+    exclude_seen: bool = True
+    candidates: int = 100  # retrieved items that the towers and the fusion put in order
+    baselines: tuple[Literal["popularity", "bias", "item_knn"], ...] = ()
+    neighbours: int = 100  # item_knn
+    bootstrap: int = 200  # resamples of the 95 % intervals; 0: none
+    batch_size: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure from the literature under the same protocol, printed as such beside our own."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    task: str
+    metrics: dict[str, float]
+    source: str
+    split: Literal["validation", "test"] = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A whole experiment, as read from one TOML file."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    data: Data = field(default_factory=Data)
+    clean: Clean = field(default_factory=Clean)
+    split: Split = field(default_factory=Split)
+    features: dict[str, Feature] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    select: Select = field(default_factory=Select)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    published: tuple[Published, ...] = ()
+
+
+MAIN_METRIC = {"retrieval": "ndcg@10", "binary": "auc", "regression": "rmse", "multiclass": "accuracy"}
+LOWER_IS_BETTER = ("rmse", "mae", "log_loss", "calibration_error")
+
+
+def built_in_names() -> list[str]:
+    """Names of the experiments that come with the package.
+
+    >>> built_in_names()
+    ['census-income', 'ml-1m', 'shop']
+    """
+    folder = resources.files("mtrec_jax") / "configs"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment from a TOML file or a built-in name, then apply `key=value` overrides.
+
+    Args:
+      config: path of a TOML file, or one of `built_in_names()`.
+      overrides: strings such as `"model.towers=ple"`; values are TOML, bare words are text.
+
+    Raises:
+      ConfigError: no such file or name, invalid TOML, unknown key, wrong type or a combination
+        that cannot work. The message names the key, the allowed values and the nearest spelling.
+
+    >>> load_experiment("ml-1m", ["model.towers=ple"]).model.towers
+    'ple'
+    """
+    path = Path(config)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    elif str(config) in built_in_names():
+        text = (resources.files("mtrec_jax") / "configs" / f"{config}.toml").read_text("utf-8")
+    else:
+        raise ConfigError(
+            f"no configuration '{config}': it is neither a file nor one of "
+            f"{', '.join(built_in_names())}.{nearest(str(config), built_in_names())}"
+        )
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{config} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
+    return parse_experiment(values, where=str(config))
+
+
+def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Experiment:
+    """Check nested dicts against the types above and return the frozen experiment.
+
+    Raises:
+      ConfigError: as `load_experiment`; `where` opens the message.
+    """
+    try:
+        experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
+    except pydantic.ValidationError as error:
+        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise ConfigError(f"{where}:\n{problems}") from None
+    check(experiment)
+    return experiment
+
+
+def to_dict(experiment: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain TOML-able values: no None, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {k: plain(v) for k, v in pairs if v is not None}
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(experiment)  # type: ignore[no-any-return]
+
+
+def to_toml(experiment: Experiment) -> str:
+    """The resolved experiment as TOML text; `parse_experiment` of it gives the same object."""
+    return tomli_w.dumps(to_dict(experiment))
+
+
+def select_metric(experiment: Experiment) -> tuple[str, str, bool]:
+    """(task, metric, larger is better) of the metric that chooses the best checkpoint."""
+    if experiment.select.metric:
+        task, _, metric = experiment.select.metric.partition("/")
+    else:
+        task = next(iter(experiment.tasks))
+        metric = MAIN_METRIC[experiment.tasks[task].kind]
+        if experiment.tasks[task].kind == "retrieval":
+            metric = f"ndcg@{experiment.evaluate.ks[0]}"
+    return task, metric, metric not in LOWER_IS_BETTER
+
+
+def fusion_objective(experiment: Experiment) -> dict[str, float]:
+    """{task: worth} that the fused order is trained on; by default 1 for retrieval and binary."""
+    if experiment.model.fusion_objective:
+        return experiment.model.fusion_objective
+    kinds = ("retrieval", "binary")
+    return {name: 1.0 for name, task in experiment.tasks.items() if task.kind in kinds}
+
+
+def metrics_of(kind: str, ks: Iterable[int]) -> list[str]:
+    """Names of the metrics that evaluation reports for a kind of task."""
+    if kind == "retrieval":
+        return [f"{m}@{k}" for k in ks for m in ("hr", "ndcg", "mrr", "recall")]
+    return {
+        "binary": ["auc", "log_loss", "calibration_error", "accuracy"],
+        "regression": ["rmse", "mae"],
+        "multiclass": ["accuracy", "log_loss"],
+    }[kind]
+
+
+def check(experiment: Experiment) -> None:
+    """Raise `ConfigError` for combinations that types alone cannot forbid."""
+    e, problems = experiment, []
+    if not e.tasks:
+        problems.append("tasks: at least one is needed, e.g. [tasks.next_item] kind = 'retrieval'")
+    if e.data.kind == "sequences":
+        problems += [
+            f"data.{key}: needed when data.kind = 'sequences'"
+            for key in ("user", "item", "time")
+            if not getattr(e.data, key)
+        ]
+        if e.data.positions > e.data.history_length:
+            problems.append("data.positions: at most data.history_length")
+    if e.data.kind == "rows":
+        if e.model.encoder == "transformer":
+            problems.append("model.encoder: 'none' is the one for data.kind = 'rows'")
+        if e.split.kind in ("leave_one_out",) or (e.split.kind == "time" and not e.data.time):
+            problems.append("split.kind: 'random' or 'files' are the ones for rows without time")
+    if e.split.kind == "files" and not e.split.test_files:
+        problems.append("split.test_files: needed when split.kind = 'files'")
+    if e.data.kind == "sequences" and e.split.kind in ("random", "files"):
+        problems.append("split.kind: 'leave_one_out' or 'time' are the ones for sequences")
+    if not 0 < e.split.validation < 1 or not 0 <= e.split.test < 1:
+        problems.append("split.validation, split.test: fractions between 0 and 1")
+    problems += _check_tasks(e) + _check_numbers(e)
+    if problems:
+        raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _check_tasks(e: Experiment) -> list[str]:
+    problems = []
+    binary = [n for n, t in e.tasks.items() if t.kind == "binary"]
+    for name, task in e.tasks.items():
+        if task.where and task.where not in binary:
+            hint = nearest(task.where, binary)
+            problems.append(f"tasks.{name}.where: '{task.where}' is no binary task.{hint}")
+        if task.kind == "retrieval" and not e.data.item:
+            problems.append(f"tasks.{name}.kind: 'retrieval' needs data.item")
+        if task.kind != "binary" and (task.at_least is not None or task.equals is not None):
+            problems.append(f"tasks.{name}: at_least and equals are for binary tasks")
+    if sum(t.kind == "retrieval" for t in e.tasks.values()) > 1:
+        problems.append("tasks: one retrieval task at most")
+    for name in e.model.fusion_objective:
+        if name not in e.tasks:
+            hint = nearest(name, e.tasks)
+            problems.append(f"model.fusion_objective.{name}: there is no such task.{hint}")
+        elif e.tasks[name].kind not in ("retrieval", "binary"):
+            problems.append(f"model.fusion_objective.{name}: a retrieval or binary task is needed")
+    if not problems and e.tasks:
+        task_name, metric, _ = select_metric(e)
+        if task_name not in e.tasks:
+            hint = nearest(task_name, e.tasks)
+            problems.append(f"select.metric: there is no task '{task_name}'.{hint}")
+        else:
+            known = metrics_of(e.tasks[task_name].kind, e.evaluate.ks)
+            if metric not in known:
+                problems.append(
+                    f"select.metric: task '{task_name}' has {', '.join(known)}, not '{metric}'"
+                )
+    labels = {t.column or n: n for n, t in e.tasks.items() if t.kind != "retrieval"}
+    labels |= {t.reference: n for n, t in e.tasks.items() if t.reference}
+    for name, feature in e.features.items():
+        column = feature.column or name
+        if feature.on != "history" and column in labels:
+            problems.append(
+                f"features.{name}: column '{column}' is the label of task '{labels[column]}'; a "
+                "label among the features leaks the answer. Remove the feature, or declare it "
+                "on = 'history', where only past events show it"
+            )
+    return problems
+
+
+def _check_numbers(e: Experiment) -> list[str]:
+    problems = []
+    if (e.train.epochs > 0) == (e.train.steps > 0):
+        problems.append("train.epochs, train.steps: exactly one must be above 0")
+    if e.model.width % e.model.heads:
+        problems.append("model.width: a multiple of model.heads")
+    positive = {
+        "data.history_length": e.data.history_length,
+        "model.width": e.model.width,
+        "model.heads": e.model.heads,
+        "model.experts": e.model.experts,
+        "model.temperature": e.model.temperature,
+        "train.batch_size": e.train.batch_size,
+        "train.learning_rate": e.train.learning_rate,
+        "train.log_every": e.train.log_every,
+        "train.negatives": e.train.negatives,
+        "evaluate.candidates": e.evaluate.candidates,
+        "evaluate.batch_size": e.evaluate.batch_size,
+    }
+    problems += [f"{key}: must be above 0, not {value}" for key, value in positive.items() if value <= 0]
+    if not 0 <= e.model.dropout < 1:
+        problems.append(f"model.dropout: between 0 and 1, not {e.model.dropout}")
+    if not e.evaluate.ks or min(e.evaluate.ks) < 1:
+        problems.append("evaluate.ks: at least one k of 1 or more")
+    return problems
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: write it as key=value, e.g. model.towers=ple")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is text
+    node: Any = values
+    for part in parts[:-1]:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {override}: '{'.'.join(parts[:-1])}' is not a table")
+    node[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: key, allowed values, nearest spelling."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        known = _fields_at(location[:-1])
+        return f"{key}: unknown key.{nearest(location[-1], known)} Known here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{key}: required, and missing"
+    if error["type"] == "literal_error":
+        allowed = error["ctx"]["expected"]
+        hint = nearest(str(error["input"]), [a.strip("' ") for a in allowed.replace(" or ", ", ").split(",")])
+        return f"{key}: {error['input']!r} is not one of {allowed}.{hint}"
+    return f"{key}: {error['msg']}, not {error['input']!r}"
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    """Field names of the dataclass at a path of the experiment."""
+    node: Any = Experiment
+    tables = {"features": Feature, "tasks": Task}
+    for part in location:
+        if node in (Feature, Task, Published) or part.isdigit():
+            node = Published if part.isdigit() else node
+            continue
+        node = {
+            "data": Data, "clean": Clean, "split": Split, "model": Model, "train": Train,
+            "select": Select, "evaluate": Evaluate, "events": Files, "items": Files, "users": Files,
+        }.get(part, tables.get(part, node))  # fmt: skip
+    return [f.name for f in dataclasses.fields(node)]

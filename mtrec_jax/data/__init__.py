@@ -1,0 +1,1 @@
+"""From raw logs to batches: preparation, the prepared folder, the input pipeline, public data."""

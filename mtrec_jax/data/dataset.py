@@ -1,0 +1,256 @@
+"""The prepared folder: what `prepare` writes and everything else reads.
+
+```
+manifest.json                     Manifest below, as JSON; written last, so that a folder is whole
+train.parquet validation.parquet test.parquet        one row an example, in seeded random order:
+    user          int32           0 when the data has no users
+    context_ids   int32[M]        local ids of the context features, slot by slot (0: padding)
+    context_numbers float32[C]    scaled numbers
+    event_<field> int32[L]        sequences: "item" and every history feature, oldest first, 0: none
+    cutoff        int32[P]        position p sees the first cutoff[p] events
+    candidate     int32[P]        item at position p, 0: none or padding
+    label_<task>  float32[P]      NaN where missing, outside the sample space, or padding
+    reference_<task> float32[P]   only where the task declares a reference
+    row           int64[P]        source row (0-based, over the event files in order), -1: padding
+items.parquet                     the catalogue, row r is item id r + 2; trained items come first:
+    id string, title string, count int64 (training events), item_ids int32[M], item_numbers float32[C]
+users.parquet                     row r is user id r + 2, every event in time order:
+    id string, context_ids, context_numbers, event_<field> list<int32>, split list<int8>
+                                  (split: 0 train, 1 validation, 2 test)
+vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
+```
+Fixed-size columns `x[n]` are Parquet fixed-size lists, so that reading them is a reshape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+
+from mtrec_jax.errors import DataError
+from mtrec_jax.types import FIRST
+
+FORMAT = 1
+BLOCK = 4096  # examples a Parquet row group holds
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdField:
+    """A feature that is looked up in an embedding table."""
+
+    name: str
+    size: int  # rows of its table: padding, unknown, then the vocabulary
+    slots: int  # ids per example: 1, or max_values of a multi-valued feature
+    placement: Literal["dense", "sparse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberField:
+    """A numeric feature: stored as (x - mean) / std, 0 where missing."""
+
+    name: str
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskField:
+    """What preparation learned about a task from the training rows."""
+
+    classes: tuple[str, ...] = ()  # multiclass: class c is classes[c], stored as label c
+    mean: float = 0.0  # of the training labels
+    std: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of the cleaning report."""
+
+    rule: str
+    rows: int  # rows removed, or values concerned
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that a reader of the folder must know."""
+
+    format: int
+    name: str
+    kind: Literal["sequences", "rows"]
+    protocol: str  # one readable sentence: cleaning, split, order
+    fingerprint: str  # 16 hex digits over protocol, configuration and contents of the raw files
+    config: dict[str, Any]  # data, clean, split, features, tasks as plain values
+    users: int
+    items: int  # size of the catalogue
+    trained_items: int  # of them with training events: ids FIRST .. FIRST + trained_items - 1
+    events: int  # rows after cleaning, all splits
+    history_length: int
+    examples: dict[str, int]  # {split: rows of its Parquet file}
+    positions: dict[str, int]  # {split: P}
+    targets: dict[str, int]  # {split: positions that are not padding}
+    context_ids: tuple[IdField, ...] = ()
+    context_numbers: tuple[NumberField, ...] = ()
+    item_ids: tuple[IdField, ...] = ()
+    item_numbers: tuple[NumberField, ...] = ()
+    history: tuple[IdField, ...] = ()
+    tasks: dict[str, TaskField] = dataclasses.field(default_factory=dict)
+    report: tuple[Rule, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json` into the folder."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+class Lists:
+    """Variable-length integer lists in one flat array: `lists[i]` is a view."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray):
+        self.values, self.offsets = values, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened prepared folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return (
+            f"Prepared({m.name!r}: {m.users:,} users, {m.items:,} items, {m.events:,} events; "
+            f"train {m.targets['train']:,}, validation {m.targets['validation']:,}, "
+            f"test {m.targets['test']:,} targets; {m.fingerprint})"
+        )
+
+    def parquet(self, split: str) -> pq.ParquetFile:
+        """The Parquet file of a split's examples."""
+        return pq.ParquetFile(self.folder / f"{split}.parquet")
+
+    def blocks(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+        """The examples of a split in file order, as dicts of arrays `[n, ...]`."""
+        file = self.parquet(split)
+        for index in range(file.num_row_groups):
+            yield to_arrays(file.read_row_group(index))
+
+    @functools.cached_property
+    def items(self) -> pa.Table:
+        """The catalogue, row r is item id r + 2."""
+        return pq.read_table(self.folder / "items.parquet")
+
+    @functools.cached_property
+    def users(self) -> pa.Table:
+        """All users, row r is user id r + 2."""
+        return pq.read_table(self.folder / "users.parquet")
+
+    def user_lists(self, column: str) -> Lists:
+        """A list column of `users.parquet`, e.g. `event_item` or `split`."""
+        array = self.users.column(column).combine_chunks()
+        return Lists(array.flatten().to_numpy(), array.offsets.to_numpy() - array.offsets[0].as_py())
+
+    @functools.cached_property
+    def user_ids(self) -> dict[str, int]:
+        """{raw user id: id}."""
+        return {raw: i + FIRST for i, raw in enumerate(self.users.column("id").to_pylist())}
+
+    @functools.cached_property
+    def item_ids(self) -> dict[str, int]:
+        """{raw item id: id}."""
+        return {raw: i + FIRST for i, raw in enumerate(self.items.column("id").to_pylist())}
+
+    @functools.cached_property
+    def titles(self) -> list[str]:
+        """Title of each catalogue item, or its raw id when the data has no titles."""
+        pairs = zip(*(self.items.column(c).to_pylist() for c in ("title", "id")), strict=True)
+        return [title or raw for title, raw in pairs]
+
+    def vocabulary(self, feature: str) -> pa.Table:
+        """Values of a feature, row r is local id r + 2."""
+        return pq.read_table(self.folder / "vocabularies" / f"{feature}.parquet")
+
+    def catalogue(self) -> dict[str, np.ndarray]:
+        """Item features by item id: `{"ids": [N + 2, M], "numbers": [N + 2, C]}`, rows 0, 1 zero."""
+        n = self.manifest.items
+        found: dict[str, np.ndarray] = {}
+        arrays = to_arrays(self.items.select([c for c in self.items.column_names if "item_" in c]))
+        for name, width, dtype in (("ids", self._slots(), np.int32), ("numbers", None, np.float32)):
+            count = len(self.manifest.item_numbers) if width is None else width
+            table = np.zeros((n + FIRST, count), dtype)
+            if count:
+                table[FIRST:] = arrays[f"item_{name}"]
+            found[name] = table
+        return found
+
+    def _slots(self) -> int:
+        return sum(f.slots for f in self.manifest.item_ids)
+
+    def interactions(self, split: str = "train") -> dict[str, np.ndarray]:
+        """Targets of a split, one entry each: `user`, `candidate`, `row`, `label_<task>`."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for block in self.blocks(split):
+            keep = block["row"] >= 0
+            block["user"] = np.broadcast_to(block["user"][:, None], keep.shape)
+            for name, array in block.items():
+                if name in ("user", "candidate", "row") or name.startswith(("label_", "reference_")):
+                    parts.setdefault(name, []).append(array[keep])
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def open_prepared(folder: str | Path) -> Prepared:
+    """Open a folder that `prepare` has written.
+
+    Raises:
+      DataError: the folder is missing, unfinished, or of another format.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{folder} is no prepared folder (no manifest.json). Run: mtrec prepare CONFIG")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format") != FORMAT:
+            raise DataError(f"{path}: format {values.get('format')}, this version reads {FORMAT}; prepare anew")
+        manifest = pydantic.TypeAdapter(Manifest).validate_python(values)
+    except (json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError) as error:
+        raise DataError(f"{path} is damaged: {error}. Prepare anew") from error
+    return Prepared(Path(folder), manifest)
+
+
+def to_arrays(table: pa.Table) -> dict[str, np.ndarray]:
+    """Arrow columns as NumPy arrays; fixed-size lists become `[n, size]`, without a copy."""
+    arrays = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # an empty table has no chunks
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        if pa.types.is_fixed_size_list(column.type):
+            size = column.type.list_size
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            arrays[name] = flat.reshape(len(column), size)
+        else:
+            arrays[name] = column.to_numpy(zero_copy_only=False)
+    return arrays
+
+
+def fixed_size(array: np.ndarray) -> pa.FixedSizeListArray:
+    """`[n, size]` as an Arrow fixed-size list column."""
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])

@@ -1,0 +1,65 @@
+"""The pytrees that travel between data, model, training and evaluation.
+
+Axes, everywhere in this package: B examples, P positions, L history, M ids in a bag, C numbers or
+classes, D width, E experts, T tasks, H hidden, V table rows, N catalogue items, Q queries,
+K results, S text tokens.
+
+The containers are not annotated with shapes (annotated pytrees break under `jax.vmap` and
+`jax.eval_shape`); functions check shapes at their boundaries.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+PyTree = Any
+
+PAD, UNKNOWN, FIRST = 0, 1, 2  # ids: 0 is padding, 1 is unknown, real ids start at 2
+
+
+class Batch(NamedTuple):
+    """One batch of examples. Absent parts are empty dicts; shapes never change within a run."""
+
+    context: dict[str, Array]  # {"ids": [B, M] int32, "numbers": [B, C]}: the user or the request
+    events: dict[str, Array]  # {field: [B, L] int32}: the past in time order, "item" among them
+    cutoff: Array  # [B, P] int32: position p may see events[:, :cutoff]
+    candidate: Array  # [B, P] int32: the item at position p, 0 for none
+    labels: dict[str, Array]  # {task: [B, P]}, 0 where masked
+    mask: dict[str, Array]  # {task: [B, P]} 1 where the label exists and is in the sample space
+    user: Array  # [B] int32
+    weight: Array  # [B, P] 0 on padding
+    row: Array  # [B, P] int64 source row, -1 on padding
+
+
+class UserStates(NamedTuple):
+    """What the encoder knows about the user at each position."""
+
+    vectors: jax.Array  # [B, P, D]: compared with item vectors by cosine
+    context: jax.Array  # [B, F]: the encoded context features, for the ranking towers
+
+
+class Outputs(NamedTuple):
+    """What the towers say about each candidate."""
+
+    logits: dict[str, jax.Array]  # {task: [B, P]}, or [B, P, C] for multiclass
+    fused: jax.Array  # [B, P]: the final order, larger is better
+    fusion: jax.Array  # [B, P, T] attention weights of the tasks, rows sum to 1
+    diagnostics: dict[str, jax.Array]  # gates and similar, for people who look inside
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and replaces; all of it is in a checkpoint."""
+
+    params: PyTree  # dense parameters
+    tables: dict[str, jax.Array]  # {stack: [V, D]} row-wise updated tables
+    slots: dict[str, PyTree]  # {stack: optimizer slots of the rows}
+    scratch: dict[str, jax.Array]  # {stack: [V] int32} work space of the exact dedup
+    optimizer: PyTree  # optax state of the dense parameters
+    balance: PyTree  # task balancing state
+    key: jax.Array  # PRNG key of the run
+    step: jax.Array  # [] int32
+    sums: dict[str, jax.Array]  # {task: [2]} loss numerator and weight since the last record
