@@ -1,3 +1,40 @@
-"""mtrec_jax: from raw behaviour logs to trained multi-task recommenders, in JAX."""
+"""mtrec_jax: from raw behaviour logs to trained multi-task recommenders, in JAX.
+
+The public names load on first use, so that `import mtrec_jax.kernels` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mtrec_jax.errors import CheckpointError, ConfigError, DataError, Error
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "load_experiment": "mtrec_jax.config",
+    "parse_experiment": "mtrec_jax.config",
+    "prepare": "mtrec_jax.data.prepare",
+    "open_prepared": "mtrec_jax.data.dataset",
+    "train": "mtrec_jax.train.loop",
+    "open_run": "mtrec_jax.train.run",
+    "evaluate_run": "mtrec_jax.train.run",
+    "fit": "mtrec_jax.recommender",
+    "Recommender": "mtrec_jax.recommender",
+    "cosine_scores": "mtrec_jax.kernels",
+    "cosine_topk": "mtrec_jax.kernels",
+    "target_rank": "mtrec_jax.kernels",
+}
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "Error", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mtrec_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

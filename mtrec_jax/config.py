@@ -52,6 +52,7 @@ class Data:
     positions: int = 0  # P: targets per training example; 0 means history_length
     hide_ties: bool = False  # True: a position does not see events of its own timestamp
     seed: int = 0  # order of the training examples on disk
+    reference: str = "reference"  # what the tables call the tasks' reference columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,12 @@ class Experiment:
     published: tuple[Published, ...] = ()
 
 
-MAIN_METRIC = {"retrieval": "ndcg@10", "binary": "auc", "regression": "rmse", "multiclass": "accuracy"}
+MAIN_METRIC = {
+    "retrieval": "ndcg@10",
+    "binary": "auc",
+    "regression": "rmse",
+    "multiclass": "accuracy",
+}
 LOWER_IS_BETTER = ("rmse", "mae", "log_loss", "calibration_error")
 
 
@@ -218,7 +224,9 @@ def built_in_names() -> list[str]:
     ['census-income', 'ml-1m', 'shop']
     """
     folder = resources.files("mtrec_jax") / "configs"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
 
 
 def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -336,6 +344,8 @@ def check(experiment: Experiment) -> None:
         if e.data.positions > e.data.history_length:
             problems.append("data.positions: at most data.history_length")
     if e.data.kind == "rows":
+        if any(t.kind == "retrieval" for t in e.tasks.values()):
+            problems.append("tasks: retrieval needs data.kind = 'sequences'")
         if e.model.encoder == "transformer":
             problems.append("model.encoder: 'none' is the one for data.kind = 'rows'")
         if e.split.kind in ("leave_one_out",) or (e.split.kind == "time" and not e.data.time):
@@ -413,7 +423,9 @@ def _check_numbers(e: Experiment) -> list[str]:
         "evaluate.candidates": e.evaluate.candidates,
         "evaluate.batch_size": e.evaluate.batch_size,
     }
-    problems += [f"{key}: must be above 0, not {value}" for key, value in positive.items() if value <= 0]
+    problems += [
+        f"{key}: must be above 0, not {value}" for key, value in positive.items() if value <= 0
+    ]
     if not 0 <= e.model.dropout < 1:
         problems.append(f"model.dropout: between 0 and 1, not {e.model.dropout}")
     if not e.evaluate.ks or min(e.evaluate.ks) < 1:
@@ -449,7 +461,9 @@ def _explain(error: Any) -> str:
         return f"{key}: required, and missing"
     if error["type"] == "literal_error":
         allowed = error["ctx"]["expected"]
-        hint = nearest(str(error["input"]), [a.strip("' ") for a in allowed.replace(" or ", ", ").split(",")])
+        hint = nearest(
+            str(error["input"]), [a.strip("' ") for a in allowed.replace(" or ", ", ").split(",")]
+        )
         return f"{key}: {error['input']!r} is not one of {allowed}.{hint}"
     return f"{key}: {error['msg']}, not {error['input']!r}"
 

@@ -35,6 +35,27 @@ class Batch(NamedTuple):
     row: Array  # [B, P] int64 source row, -1 on padding
 
 
+class Catalogue(NamedTuple):
+    """What is known of every item, by item id; rows 0 (padding) and 1 (unknown) are zero."""
+
+    ids: Array  # [N + 2, M] int32 local ids of the item features
+    numbers: Array  # [N + 2, C]
+    row: Array  # [N + 2] int32: the item's own row in its table; unknown for untrained items
+    cumulative: Array  # [N + 2]: distribution function by which negatives are sampled
+    log_probability: Array  # [N + 2]: log of the sampling probability, -inf where never sampled
+
+
+class Lookups(NamedTuple):
+    """Which rows a batch touches, before any is fetched."""
+
+    addresses: dict[str, dict[str, Array]]  # {stack: {role: addresses, -1 where nothing}}
+    item_ids: Array  # [U] item ids whose vectors the batch needs
+    event_index: Array  # [B, L] where each event's item stands in item_ids
+    candidate_index: Array  # [B, P]
+    negatives: Array  # [n] item ids of the shared sampled negatives
+    negative_index: Array  # [n]
+
+
 class UserStates(NamedTuple):
     """What the encoder knows about the user at each position."""
 

@@ -19,7 +19,8 @@ users.parquet                     row r is user id r + 2, every event in time or
                                   (split: 0 train, 1 validation, 2 test)
 vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
 ```
-Fixed-size columns `x[n]` are Parquet fixed-size lists, so that reading them is a reshape.
+Fixed-size columns `x[n]` are Parquet fixed-size lists, so that reading them is a reshape; a column
+of size 0 is left out. For kind "rows", `users.parquet` has no context, and `event_item` alone.
 """
 
 from __future__ import annotations
@@ -165,7 +166,9 @@ class Prepared:
     def user_lists(self, column: str) -> Lists:
         """A list column of `users.parquet`, e.g. `event_item` or `split`."""
         array = self.users.column(column).combine_chunks()
-        return Lists(array.flatten().to_numpy(), array.offsets.to_numpy() - array.offsets[0].as_py())
+        return Lists(
+            array.flatten().to_numpy(), array.offsets.to_numpy() - array.offsets[0].as_py()
+        )
 
     @functools.cached_property
     def user_ids(self) -> dict[str, int]:
@@ -210,7 +213,9 @@ class Prepared:
             keep = block["row"] >= 0
             block["user"] = np.broadcast_to(block["user"][:, None], keep.shape)
             for name, array in block.items():
-                if name in ("user", "candidate", "row") or name.startswith(("label_", "reference_")):
+                if name in ("user", "candidate", "row") or name.startswith(
+                    ("label_", "reference_")
+                ):
                     parts.setdefault(name, []).append(array[keep])
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
@@ -223,11 +228,15 @@ def open_prepared(folder: str | Path) -> Prepared:
     """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise DataError(f"{folder} is no prepared folder (no manifest.json). Run: mtrec prepare CONFIG")
+        raise DataError(
+            f"{folder} is no prepared folder (no manifest.json). Run: mtrec prepare CONFIG"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
-            raise DataError(f"{path}: format {values.get('format')}, this version reads {FORMAT}; prepare anew")
+            raise DataError(
+                f"{path}: format {values.get('format')}, this version reads {FORMAT}; prepare anew"
+            )
         manifest = pydantic.TypeAdapter(Manifest).validate_python(values)
     except (json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError) as error:
         raise DataError(f"{path} is damaged: {error}. Prepare anew") from error
@@ -240,7 +249,9 @@ def to_arrays(table: pa.Table) -> dict[str, np.ndarray]:
     for name in table.column_names:
         column = table.column(name).combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # an empty table has no chunks
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+            column = (
+                pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+            )
         if pa.types.is_fixed_size_list(column.type):
             size = column.type.list_size
             flat = column.flatten().to_numpy(zero_copy_only=False)

@@ -1,0 +1,272 @@
+"""`mtrec`: the same names as in Python, from a raw log to recommendations.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mtrec_jax.errors import Error
+
+app = typer.Typer(
+    name="mtrec",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""From raw behaviour logs to a trained multi-task recommender, its evaluation and its recommendations.
+
+CONFIG is a TOML file or a built-in experiment: **shop** (generated), **ml-1m**, **census-income**.
+
+Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u7 --k 5`.
+
+Exit status: 0 done · 2 wrong usage or input · 3 no network · 130 / 143 stopped by Ctrl-C / SIGTERM, saved.
+""",
+)
+
+Config = Annotated[str, typer.Argument(help="A TOML file, or shop, ml-1m, census-income.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/shop.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key: model.towers=ple. May be repeated."),
+]
+DataFolder = Annotated[Path, typer.Option("--data", help="Folder of the raw files.")]
+PreparedFolder = Annotated[
+    Path | None, typer.Option("--prepared", help="Prepared folder; default prepared/NAME.")
+]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="shop, ml-1m, ml-100k, census-income, or list.")],
+    to: Annotated[Path, typer.Option(help="Folder that receives NAME/.")] = Path("data"),
+    seed: Annotated[int, typer.Option(help="Of the generated shop.")] = 0,
+) -> None:
+    """Fetch a public data set by its hash and print its terms, or generate the shop's logs."""
+    from mtrec_jax.data import public
+
+    if name == "list":
+        for known in public.PUBLIC.values():
+            typer.echo(f"{known.name:16} {known.title}. {known.terms}")
+        return
+    _fetch(name, to, seed)
+
+
+@app.command()
+def prepare(
+    config: Config,
+    data: DataFolder = Path("data"),
+    out: Annotated[Path | None, typer.Option(help="Default prepared/NAME.")] = None,
+    overrides: Set = None,
+) -> None:
+    """Clean, split and index raw files into a prepared folder, with a report of every change."""
+    from mtrec_jax.config import load_experiment
+
+    experiment = load_experiment(config, overrides or [])
+    _prepare(experiment, data, out or Path("prepared") / experiment.name)
+
+
+@app.command()
+def train(
+    config: Config,
+    prepared: PreparedFolder = None,
+    run: RunOption = None,
+    overrides: Set = None,
+) -> None:
+    """Train; a RUN with a checkpoint of the same configuration is continued by itself."""
+    from mtrec_jax.config import load_experiment
+    from mtrec_jax.data.dataset import open_prepared
+
+    experiment = load_experiment(config, overrides or [])
+    opened = open_prepared(prepared or Path("prepared") / experiment.name)
+    _train(experiment, opened, run or Path("runs") / experiment.name)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="The test set's looks are counted.")
+    ] = "validation",
+    prepared: PreparedFolder = None,
+) -> None:
+    """Evaluate the best checkpoint beside the baselines, under one protocol."""
+    from mtrec_jax.train.run import open_run
+
+    _evaluate(open_run(run, prepared), split)
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    rows: Annotated[
+        Path, typer.Option(help="Raw rows like the training files, or user, item pairs.")
+    ],
+    out: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
+    prepared: PreparedFolder = None,
+) -> None:
+    """Write every task's prediction for given rows or (user, item) pairs."""
+    from mtrec_jax.recommender import Recommender, predict_file
+    from mtrec_jax.train.run import open_run
+
+    result = predict_file(Recommender(open_run(run, prepared)), rows)
+    if "known" in result.columns:
+        _warn_unknown(
+            "pair", [u for u, k in zip(result["user"], result["known"], strict=True) if not k]
+        )
+    result.save(out)
+    typer.echo(f"{len(result):,} predictions in {out}", err=True)
+
+
+@app.command()
+def recommend(
+    run: RunFolder,
+    users: Annotated[list[str] | None, typer.Option(help="Raw user ids.")] = None,
+    more_users: Annotated[list[str] | None, typer.Argument(help="Further user ids.")] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Items a user.")] = 10,
+    all_users: Annotated[bool, typer.Option("--all-users", help="Every user in the data.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A .csv, .jsonl or .parquet file.")] = None,
+    blocked: Annotated[list[str] | None, typer.Option(help="Item ids never to show.")] = None,
+    allowed: Annotated[list[str] | None, typer.Option(help="Item ids to choose from.")] = None,
+    prepared: PreparedFolder = None,
+) -> None:
+    """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
+    from mtrec_jax.recommender import Recommender
+    from mtrec_jax.result import save_tables
+    from mtrec_jax.train.run import open_run
+
+    chosen = [*(users or []), *(more_users or [])]
+    if bool(chosen) == all_users:
+        raise typer.BadParameter("name --users, or ask for --all-users (with --out FILE)")
+    if all_users and out is None:
+        raise typer.BadParameter("--all-users writes a file: add --out FILE")
+    recommender = Recommender(open_run(run, prepared))
+    if all_users:
+        assert out is not None
+        rows = save_tables(_progress(recommender.recommend_all(k), recommender), out)
+        typer.echo(f"{rows:,} recommendations in {out}", err=True)
+        return
+    result = recommender.recommend(chosen, k, allowed=allowed, blocked=blocked or ())
+    known = recommender.prepared.user_ids
+    _warn_unknown("user", [u for u in chosen if u not in known])
+    if out is not None:
+        result.save(out)
+        typer.echo(f"{len(result):,} recommendations in {out}", err=True)
+    else:
+        _print_recommendations(result)
+
+
+@app.command()
+def run(
+    config: Config,
+    run: RunOption = None,
+    overrides: Set = None,
+    data: DataFolder = Path("data"),
+    prepared: PreparedFolder = None,
+) -> None:
+    """All at once: data, prepare, train, evaluate on validation."""
+    from mtrec_jax.config import load_experiment
+
+    experiment = load_experiment(config, overrides or [])
+    if experiment.data.public:
+        _fetch(experiment.data.public, data, 0)
+    opened = _prepare(experiment, data, prepared or Path("prepared") / experiment.name)
+    _evaluate(_train(experiment, opened, run or Path("runs") / experiment.name), "validation")
+
+
+def main() -> None:
+    """Entry point of the `mtrec` command: our own errors become one message and exit status 2."""
+    warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
+    try:
+        app()
+    except Error as error:
+        typer.echo(f"mtrec: {error}", err=True)
+        sys.exit(getattr(error, "status", 2))
+    except KeyboardInterrupt:
+        typer.echo("mtrec: interrupted", err=True)
+        sys.exit(130)
+
+
+def _fetch(name: str, to: Path, seed: int) -> None:
+    from mtrec_jax.data import public, shop
+
+    if name == "shop":
+        truth = shop.generate(to / "shop", seed=seed)
+        best = ", ".join(f"{task} {value:.4f}" for task, value in truth["best_auc"].items())
+        typer.echo(
+            f"shop in {to / 'shop'} (generated, seed {seed}); best possible AUC: {best}", err=True
+        )
+        return
+    folder = public.fetch(name, to, lambda text: typer.echo(text, err=True))
+    typer.echo(f"{name} in {folder}. Terms: {public.PUBLIC[name].terms}", err=True)
+
+
+def _prepare(experiment: Any, data: Path, out: Path) -> Any:
+    from mtrec_jax.data.prepare import prepare as prepare_data
+    from mtrec_jax.data.report import print_report
+
+    folder = data / experiment.data.public if experiment.data.public else data
+    opened = prepare_data(experiment, folder, out)
+    print_report(opened.manifest)
+    typer.echo(f"{opened!r} in {out}", err=True)
+    return opened
+
+
+def _train(experiment: Any, prepared: Any, folder: Path) -> Any:
+    from mtrec_jax.train.loop import train as train_run
+
+    finished = train_run(experiment, prepared, folder)
+    typer.echo(f"trained: {folder}", err=True)
+    return finished
+
+
+def _evaluate(opened: Any, split: str) -> None:
+    from mtrec_jax.evaluation.tables import print_evaluation
+    from mtrec_jax.train.run import evaluate_run
+
+    evaluation, looks = evaluate_run(opened, split)
+    print_evaluation(opened.experiment, evaluation)
+    typer.echo(
+        f"looks at the test set so far: {looks} · {opened.folder / 'evaluation.json'}", err=True
+    )
+
+
+def _progress(tables: Any, recommender: Any) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    from mtrec_jax.recommender import BATCH
+
+    total = -(-recommender.prepared.manifest.users // BATCH)
+    return track(tables, "recommending", total=total, console=Console(stderr=True))
+
+
+def _print_recommendations(result: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for user in dict.fromkeys(result["user"]):
+        mask = [i for i, u in enumerate(result["user"]) if u == user]
+        part = type(result)(result.table.take(mask).drop(["user", "known"]))
+        console.print(
+            f"[bold]{user}[/bold]"
+            + ("" if result["known"][mask[0]] else "  (unknown: popular items)")
+        )
+        console.print(part.rich())
+
+
+def _warn_unknown(what: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(repr(n) for n in names[:5]) + (" …" if len(names) > 5 else "")
+        typer.echo(
+            f"mtrec: {len(names)} unknown {what}{'s' if len(names) > 1 else ''} ({shown}): not in "
+            "the prepared data; popular items stand in, and the column 'known' is false",
+            err=True,
+        )

@@ -1,0 +1,148 @@
+"""What a prepared folder says about itself, and what cannot be prepared at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from mtrec_jax.config import Experiment, to_dict
+from mtrec_jax.data.dataset import FORMAT
+from mtrec_jax.errors import ConfigError, DataError
+
+
+def check(experiment: Experiment) -> None:
+    """Raise `ConfigError` for what only preparation can know to be impossible."""
+    e, data = experiment, experiment.data
+    problems = []
+    for kind, names in (("features", e.features), ("tasks", e.tasks)):
+        problems += [
+            f"{kind}: '{name}' names a file or column; use letters, digits, '_', '-' and '.' only"
+            for name in names
+            if not re.fullmatch(r"[\w-][\w.-]*", name)
+        ]
+        lower = [name.lower() for name in names]
+        problems += [
+            f"{kind}: '{name}' occurs twice (upper and lower case are the same)"
+            for name in names
+            if lower.count(name.lower()) > 1
+        ]
+    for name, feature in e.features.items():
+        if feature.on == "history":
+            if feature.kind not in ("categorical", "binned"):
+                problems.append(f"features.{name}.kind: 'categorical' or 'binned' on the history")
+            if name == "item":
+                problems.append(f"features.{name}: every history has the item already; rename it")
+            if data.kind == "rows":
+                problems.append(f"features.{name}.on: rows have no history; use 'context'")
+        if feature.on == "item" and not data.item:
+            problems.append(f"features.{name}.on: 'item' needs data.item")
+        if feature.bins < 1 or feature.max_values < 1:
+            problems.append(f"features.{name}: bins and max_values of 1 or more")
+    for name in e.tasks:
+        seen, task = {name}, name
+        while e.tasks[task].where:
+            task = e.tasks[task].where
+            if task in seen:
+                problems.append(f"tasks.{name}.where: the sample spaces run in a circle")
+                break
+            seen.add(task)
+    if e.split.kind in ("time", "random") and e.split.validation + e.split.test >= 1:
+        problems.append("split.validation, split.test: together below 1, to leave training rows")
+    for key, least in (("user", e.clean.min_user_events), ("item", e.clean.min_item_events)):
+        if least > 1 and not getattr(data, key):
+            problems.append(f"clean.min_{key}_events: needs data.{key}")
+    if problems:
+        raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def configuration(experiment: Experiment) -> dict[str, Any]:
+    """The part of the experiment that preparation depends on."""
+    return {k: to_dict(experiment)[k] for k in ("data", "clean", "split", "features", "tasks")}
+
+
+def fingerprint(experiment: Experiment, digests: list[str]) -> str:
+    """16 hex digits that change with the format, the configuration or any byte of the raw data."""
+    known = {"format": FORMAT, "config": configuration(experiment), "files": digests}
+    text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def protocol(experiment: Experiment, users: int, items: int, events: int) -> str:
+    """One sentence that says how the data was cleaned and split, for reports.
+
+    >>> from mtrec_jax.config import Clean, Experiment
+    >>> five = Experiment(name="a", clean=Clean(min_user_events=5, min_item_events=5))
+    >>> protocol(five, 6040, 3416, 999611)
+    '5-core, leave-one-out by (time, source row), 6,040 users, 3,416 items, 999,611 events'
+    """
+    clean, split, data = experiment.clean, experiment.split, experiment.data
+    parts = []
+    least = (max(clean.min_user_events, 1), max(clean.min_item_events, 1))
+    if least[0] == least[1] > 1:
+        parts.append(f"{least[0]}-core")
+    elif max(least) > 1:
+        parts.append(f"users with {least[0]} and items with {least[1]} events or more")
+    shares = f"{split.validation:.3g} validation"
+    order = "(time, source row)"
+    if split.kind == "leave_one_out":
+        parts.append(f"leave-one-out by {order}")
+    elif split.kind == "time":
+        parts.append(f"split at two points in time ({shares}, {split.test:.3g} test)")
+    elif split.kind == "random":
+        parts.append(f"random split ({shares}, {split.test:.3g} test, seed {split.seed})")
+    else:
+        files = ", ".join(split.test_files)
+        parts.append(
+            f"test rows from {files}, the rest split at random ({shares}, seed {split.seed})"
+        )
+    if data.hide_ties:
+        parts.append("events of the same timestamp hidden")
+    if data.user or data.kind == "sequences":
+        parts.append(f"{users:,} users")
+    if data.item or data.kind == "sequences":
+        parts.append(f"{items:,} items")
+    return ", ".join([*parts, f"{events:,} events"])
+
+
+def check_splits(experiment: Experiment, sizes: dict[str, int]) -> None:
+    """Raise `DataError` for a split without events, except a test split that nobody asked for."""
+    split = experiment.split
+    remedy = {
+        "leave_one_out": "only users with 3 events or more are evaluated; use split.kind = 'time'",
+        "time": "raise split.validation and split.test, or bring more distinct timestamps",
+        "random": "raise split.validation and split.test, or bring more rows",
+        "files": "raise split.validation, or check split.test_files",
+    }[split.kind]
+    for name, size in sizes.items():
+        asked = name != "test" or split.test > 0 or split.kind in ("leave_one_out", "files")
+        if not size and asked:
+            raise DataError(f"split '{name}' has no event ({split.kind}): {remedy}")
+
+
+def check_labels(experiment: Experiment, name: str, counts: dict[Any, int]) -> None:
+    """Raise `DataError` for a task that its training labels {label: count} cannot teach."""
+    task = experiment.tasks[name]
+    column = task.column or name
+    total = sum(counts.values())
+    if not total:
+        where = f" where task '{task.where}' is 1" if task.where else ""
+        raise DataError(
+            f"task '{name}': no training row has a label in column '{column}'{where}. Check the "
+            f"column, or remove the task"
+        )
+    if task.kind in ("binary", "multiclass") and len(counts) < 2:
+        only = next(iter(counts))
+        shown = f"{only:g}" if isinstance(only, float) else repr(only)
+        key = (
+            "at_least"
+            if task.at_least is not None
+            else "equals"
+            if task.equals is not None
+            else "column"
+        )
+        raise DataError(
+            f"task '{name}': every training label is {shown} ({total:,} rows, column '{column}'). "
+            f"Check tasks.{name}.{key}, or remove the task"
+        )

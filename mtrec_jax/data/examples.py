@@ -1,0 +1,152 @@
+"""Encoded events to the examples of the prepared folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int
+
+from mtrec_jax.data.dataset import BLOCK, fixed_size
+from mtrec_jax.types import FIRST
+
+MODULUS = 1 << 31
+
+
+def mix(value: Any, seed: int) -> Any:
+    """A seeded pseudo-random number in [0, 2^31) for every integer >= 0, distinct below 2^31.
+
+    Shifts, xor and odd multipliers modulo 2^31, each a bijection, as in the finalizers of
+    Murmur-like hashes. Nothing overflows 64 bits, so that Python, NumPy and every SQL engine
+    (an Ibis column as `value`) agree.
+
+    >>> [mix(row, seed=0) for row in range(3)]
+    [732942174, 973177735, 830369232]
+    """
+
+    def scramble(x: Any) -> Any:
+        x = (x ^ (x >> 16)) * 0x21F0AAAD % MODULUS
+        x = (x ^ (x >> 15)) * 0x735A2D97 % MODULUS
+        return x ^ (x >> 15)
+
+    start = scramble((seed + 1) % MODULUS)
+    return scramble((scramble((value + value // MODULUS) % MODULUS) + start) % MODULUS)
+
+
+@dataclass(frozen=True)
+class Log:
+    """All events, sorted by (user, time, source row); arrays `[n]`, one entry an event."""
+
+    user: np.ndarray  # int32 ids from FIRST on
+    split: np.ndarray  # int8: 0 train, 1 validation, 2 test
+    row: np.ndarray  # int64 source row
+    time: np.ndarray  # float64 seconds
+    events: dict[str, np.ndarray]  # {field: int32 ids}: "item" and every history feature
+    targets: dict[str, np.ndarray]  # {label_<task>, reference_<task>: float32}
+
+    def offsets(self, users: int) -> Int[np.ndarray, " n"]:
+        """Where each user's events begin, and the end: user id u owns `offsets[u - FIRST:][:2]`."""
+        return np.searchsorted(self.user, np.arange(users + 1) + FIRST)
+
+
+def longest(log: Log, split: int) -> int:
+    """The most targets that a user has in a split."""
+    return int(np.bincount(log.user[log.split == split]).max(initial=0))
+
+
+def sequence_examples(
+    log: Log,
+    context: dict[str, np.ndarray],
+    split: int,
+    positions: int,
+    history_length: int,
+    hide_ties: bool,
+    seed: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Examples of a split in seeded random order, BLOCK at a time, as columns `[n, ...]`.
+
+    The targets of a user are cut from the end into chunks of P = `positions`. A chunk sees the
+    L = `history_length` events before its last target, whatever their split: position p may look
+    at the first `cutoff[p]` of them.
+
+    Args:
+      log: all events.
+      context: {"context_ids": [U, M], "context_numbers": [U, C]} of all users.
+      split: 0 train, 1 validation, 2 test.
+      positions: P, at most L.
+      history_length: L.
+      hide_ties: a position does not see events of its own timestamp.
+      seed: of the order.
+    """
+    targets = np.flatnonzero(log.split == split)
+    users = log.user[targets]
+    after = np.searchsorted(users, users, side="right") - 1 - np.arange(len(users))
+    chunk = after // positions  # counted from the user's end
+    new = np.flatnonzero((np.diff(users, prepend=-1) != 0) | (np.diff(chunk, prepend=-1) != 0))
+    sizes = np.diff(new, append=len(targets))
+    order = np.argsort(mix(np.arange(len(new)), seed), kind="stable")
+    begins = log.offsets(int(log.user.max(initial=FIRST)) - FIRST + 1)
+    visible = np.arange(len(log.user))
+    if hide_ties:  # an event's timestamp begins where user or time changes
+        changes = (np.diff(log.user, prepend=-1) != 0) | (np.diff(log.time, prepend=-np.inf) != 0)
+        visible = np.maximum.accumulate(np.where(changes, visible, 0))
+    for start in range(0, max(len(order), 1), BLOCK):
+        chosen = order[start : start + BLOCK]
+        there = np.arange(positions) < sizes[chosen, None]  # [n, P]
+        target = np.where(there, new[chosen, None] + np.arange(positions), 0)
+        target = targets[target] if len(targets) else target
+        last = targets[new[chosen] + sizes[chosen] - 1]
+        user = log.user[last]
+        base = np.maximum(begins[user - FIRST], last - history_length)
+        token = base[:, None] + np.arange(history_length)  # [n, L]
+        seen = token < last[:, None]
+        token = np.where(seen, token, 0)
+        cutoff = np.maximum(visible[target] - base[:, None], 0)
+        yield {
+            "user": user.astype(np.int32),
+            **{name: array[user - FIRST] for name, array in context.items()},
+            **{f"event_{f}": np.where(seen, ids[token], 0) for f, ids in log.events.items()},
+            "cutoff": np.where(there, cutoff, 0).astype(np.int32),
+            "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),
+            **{n: np.where(there, v[target], np.float32(np.nan)) for n, v in log.targets.items()},
+            "row": np.where(there, log.row[target], -1),
+        }
+
+
+def write_examples(path: Path, blocks: Iterable[dict[str, np.ndarray]]) -> tuple[int, int]:
+    """Write examples in row groups of BLOCK; returns how many examples, and targets, there are."""
+    examples = targets = 0
+    with contextlib.ExitStack() as stack:
+        writer: Any = None
+        rest: Any = None
+        for arrays in blocks:
+            examples += len(arrays["row"])
+            targets += int((arrays["row"] >= 0).sum())
+            table = to_table(arrays)
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(path, table.schema))
+            rest = table if rest is None else pa.concat_tables([rest, table])
+            whole = len(rest) // BLOCK * BLOCK
+            if whole:
+                writer.write_table(rest.slice(0, whole), row_group_size=BLOCK)
+                rest = rest.slice(whole)
+        if writer is not None and (len(rest) or not examples):
+            writer.write_table(rest)  # an empty group still says which columns there are
+    return examples, targets
+
+
+def to_table(arrays: dict[str, Any]) -> pa.Table:
+    """Columns `[n]` or `[n, size]` as Arrow, fixed-size lists; columns of size 0 are left out."""
+    columns = {}
+    for name, array in arrays.items():
+        if isinstance(array, pa.Array) or array.ndim == 1:
+            columns[name] = pa.array(array)
+        elif array.shape[1]:
+            columns[name] = fixed_size(array)
+    return pa.table(columns)

@@ -1,0 +1,76 @@
+"""What is learned from the training events: tasks, vocabularies, bins, scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data import describe, features
+from mtrec_jax.data.dataset import Rule, TaskField
+from mtrec_jax.data.features import Encoding, one_array
+
+
+def fit_tasks(events: Any, experiment: Experiment) -> tuple[dict[str, TaskField], list[Rule]]:
+    """Classes, means and scales of the training labels."""
+    tasks, rules = {}, []
+    for name, task in experiment.tasks.items():
+        if task.kind == "retrieval":
+            tasks[name] = TaskField()
+            continue
+        known = events.filter(events[f"label_{name}"].notnull())
+        known = known.mutate(label=known[f"label_{name}"], train=known["split"] == 0)
+        found = known.group_by("label", "train").agg(n=known.count()).to_pyarrow().to_pylist()
+        counts = {r["label"]: r["n"] for r in found if r["train"]}
+        describe.check_labels(experiment, name, counts)
+        if task.kind == "multiclass":
+            tasks[name] = TaskField(classes=tuple(sorted(counts)))
+            unseen = [r for r in found if r["label"] not in counts]
+            if unseen:
+                shown = tuple(sorted(repr(r["label"]) for r in unseen)[:3])
+                rule = f"class of {name} without training rows (masked)"
+                rules.append(Rule(rule=rule, rows=sum(r["n"] for r in unseen), examples=shown))
+            continue
+        labels = np.array(sorted(counts))
+        sizes = np.array([counts[label] for label in labels])
+        mean = float((labels * sizes).sum() / sizes.sum())
+        std = float(np.sqrt((np.square(labels - mean) * sizes).sum() / sizes.sum()))
+        tasks[name] = TaskField(mean=mean, std=std or 1.0)
+    return tasks, rules
+
+
+def fit_side(
+    experiment: Experiment, table: pa.Table, key: str, on: str
+) -> tuple[list[Encoding], dict[str, pa.Array]]:
+    """Features of users or items, fitted on those with training events; and all their cells."""
+    trained = pc.greater(table["count"], 0)
+    encodings, cells = [], {}
+    for name, feature in experiment.features.items():
+        if feature.on == on:
+            column = feature.column or name
+            own = column == getattr(experiment.data, key)
+            cells[name] = one_array(table[key if own else f"column_{column}"])
+            sizes = table["count"].to_numpy() if own else np.ones(len(table), np.int64)
+            known = trained.to_numpy()
+            chosen = cells[name].filter(pa.array(known))
+            encodings.append(features.fit(name, feature, chosen, sizes[known]))
+    return encodings, cells
+
+
+def fit_events(events: Any, experiment: Experiment) -> tuple[list[Encoding], list[Rule]]:
+    """Features that stand in the events: of the history, or the context of rows."""
+    encodings, rules = [], []
+    train = events.filter(events["split"] == 0)
+    for name, feature in experiment.features.items():
+        if f"feature_{name}" in events.columns:
+            cells = train.group_by(cell=train[f"feature_{name}"]).agg(n=train.count()).to_pyarrow()
+            column, sizes = one_array(cells["cell"]), cells["n"].to_numpy()
+            encodings.append(features.fit(name, feature, column, sizes))
+            unreadable = features.unreadable(feature, column, sizes)
+            if unreadable:
+                rule = f"training value of {name} is no number (used as missing)"
+                rules.append(Rule(rule=rule, rows=unreadable))
+    return encodings, rules

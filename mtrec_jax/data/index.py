@@ -1,0 +1,69 @@
+"""Users and items get their ids, and what their own tables say about them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ibis
+import pyarrow as pa
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.clean import check_bad_fraction
+from mtrec_jax.data.dataset import Rule
+from mtrec_jax.data.read import ROW
+from mtrec_jax.data.schema import Source, count, side_columns
+from mtrec_jax.types import FIRST
+
+
+def side_table(
+    backend: Any, experiment: Experiment, events: Any, key: str, source: Source | None
+) -> tuple[pa.Table, list[Rule]]:
+    """All users or items of the events in the order of their ids, and a report about their table.
+
+    Items are ordered by falling training count, so that trained ones come first, then by raw id;
+    users by raw id. The engine keeps {key}, count and id as the table `{key}_index`.
+
+    Args:
+      backend: the engine.
+      experiment: which columns are needed.
+      events: Ibis table with the column `key` and the split.
+      key: "user" or "item".
+      source: the raw table of users or items, when there is one.
+
+    Returns:
+      An Arrow table of {key}, count (training events) and column_* as text.
+    """
+    if key not in events.columns:
+        return pa.table({key: pa.array([], pa.string()), "count": pa.array([], pa.int64())}), []
+    sizes = events.group_by(key).agg(count=(events["split"] == 0).cast("int64").sum())
+    order = [ibis.desc("count"), key] if key == "item" else [key]
+    number = ibis.row_number().over(ibis.window(order_by=order))
+    index = backend.create_table(f"{key}_index", sizes.mutate(id=number + FIRST))
+    table, rules = index, []
+    columns = side_columns(experiment, f"{key}s")
+    if source is not None:
+        rules = check_bad_fraction(experiment.clean, source)
+        raw = source.table
+        raw_key = getattr(experiment.data, key)
+        first = raw.group_by(raw_key).agg(first=raw[ROW].min())
+        again = source.rows - source.bad - count(first)
+        if again:
+            rules.append(Rule(rule=f"{source.name}: row of an id already seen", rows=again))
+        rows = raw.semi_join(first, raw[ROW] == first["first"])
+        rows = rows.select(**{"raw": rows[raw_key]}, **{f"column_{c}": rows[c] for c in columns})
+        absent = count(index.anti_join(rows, index[key] == rows["raw"]))
+        if absent:
+            rules.append(Rule(rule=f"{key}s without a row in {source.name}", rows=absent))
+        table = index.left_join(rows, index[key] == rows["raw"]).drop("raw")
+    return table.order_by("id").drop("id").to_pyarrow(), rules
+
+
+def with_ids(backend: Any, events: Any) -> Any:
+    """Events with user_id and item_id (0 where the data has none)."""
+    for key in ("user", "item"):
+        if key in events.columns:
+            ids = backend.table(f"{key}_index").select(key, **{f"{key}_id": "id"})
+            events = events.inner_join(ids, key)
+        else:
+            events = events.mutate(**{f"{key}_id": ibis.literal(0, "int64")})
+    return events

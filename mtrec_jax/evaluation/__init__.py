@@ -1,0 +1,1 @@
+"""What is measured, and by which rules: metrics, calibration, and the ranking protocol."""

@@ -1,0 +1,133 @@
+"""Baselines and existing predictions, measured on the model's own targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtrec_jax.baselines import bias, knn, popularity
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import SPLITS, Lists, Prepared
+from mtrec_jax.evaluation.metrics import ranking_metrics, task_metrics
+from mtrec_jax.evaluation.protocol import Scorer, target_ranks
+from mtrec_jax.types import FIRST
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Collected:
+    """A split's targets and what the model says about them, one entry each."""
+
+    user: np.ndarray  # [n]
+    candidate: np.ndarray  # [n]
+    labels: dict[str, np.ndarray]  # {task: [n]}, nan where there is none
+    logits: dict[str, np.ndarray]  # {task: [n] or [n, C]}
+    fused: np.ndarray  # [n]
+    vectors: np.ndarray  # [n, D] user states
+    context: np.ndarray  # [n, F]
+
+
+def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
+    """Catalogue indexes that each user met in the splits before this one, a list per target."""
+    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
+    before = splits.values < SPLITS.index(split)
+    values = to_index(items.values[before].astype(np.int64))
+    count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
+    known = users >= FIRST
+    index = np.where(known, users - FIRST, 0)
+    length = np.where(known, count[index + 1] - count[index], 0)
+    offsets = np.concatenate([[0], np.cumsum(length)])
+    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - count[index], length)
+    return Lists(values[position], offsets)
+
+
+def compare(
+    experiment: Experiment,
+    prepared: Prepared,
+    collected: Collected,
+    rows: np.ndarray,
+    retrieval: str | None,
+    seen: Lists | None,
+    split: str,
+) -> dict[str, Metrics]:
+    """The configured baselines on the same targets.
+
+    A metric's name is plain where one task has it, and "task/metric" where several do.
+    """
+    config, manifest = experiment.evaluate, prepared.manifest
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    train = prepared.interactions("train") if config.baselines else {}
+    if retrieval is not None and len(rows):
+        positive = ~np.isnan(train[f"label_{retrieval}"]) if train else np.zeros(0, bool)
+        histories = seen_items(prepared, split, collected.user[rows])
+        histories = Lists(histories.values + FIRST, histories.offsets)
+        excluded = None
+        if seen is not None:
+            excluded = Lists(histories.values - FIRST, histories.offsets)
+        targets = (collected.candidate[rows] - FIRST).astype(np.int64)
+        scorers: dict[str, Scorer] = {}
+        if "popularity" in config.baselines:
+            counts = popularity.fit(train["candidate"][positive], manifest.items)
+            scorers["popularity"] = popularity.scorer(counts)
+        if "item_knn" in config.baselines:
+            users, items = train["user"][positive], train["candidate"][positive]
+            similar = knn.fit(users, items, manifest.users, manifest.items, config.neighbours)
+            scorers["item_knn"] = knn.scorer(similar, histories)
+        for name, scorer in scorers.items():
+            ranks = target_ranks(scorer, targets, excluded, manifest.items)
+            found[name] = {(retrieval, m): v for m, v in ranking_metrics(ranks, config.ks).items()}
+    if "bias" in config.baselines:
+        found["bias"] = _bias(experiment, prepared, collected, train)
+    reference = _reference(experiment, prepared, split)
+    if reference:
+        found[experiment.data.reference] = reference
+    return {name: _plain_names(metrics) for name, metrics in found.items()}
+
+
+def _bias(
+    experiment: Experiment, prepared: Prepared, collected: Collected, train: dict[str, np.ndarray]
+) -> dict[tuple[str, str], float]:
+    """User + item biases for each binary and regression task, on the model's own examples."""
+    found, manifest = {}, prepared.manifest
+    for name, task in experiment.tasks.items():
+        if task.kind not in ("binary", "regression"):
+            continue
+        limits = bias.PROBABILITY if task.kind == "binary" else None
+        fitted = bias.fit(
+            train["user"],
+            train["candidate"],
+            train[f"label_{name}"],
+            manifest.users,
+            manifest.items,
+            limits,
+        )
+        observed = ~np.isnan(collected.labels[name])
+        predicted = bias.predict(fitted, collected.user[observed], collected.candidate[observed])
+        metrics = task_metrics(task.kind, collected.labels[name][observed], predicted)
+        found |= {(name, metric): value for metric, value in metrics.items()}
+    return found
+
+
+def _reference(
+    experiment: Experiment, prepared: Prepared, split: str
+) -> dict[tuple[str, str], float]:
+    """Metrics of the predictions that came with the data, on the same rows."""
+    found = {}
+    with_reference = [n for n, t in experiment.tasks.items() if t.reference]
+    rows = prepared.interactions(split) if with_reference else {}
+    for name in with_reference:
+        labels, values = rows[f"label_{name}"], rows[f"reference_{name}"]
+        observed = ~np.isnan(labels) & ~np.isnan(values)
+        metrics = task_metrics(experiment.tasks[name].kind, labels[observed], values[observed])
+        found |= {(name, metric): value for metric, value in metrics.items()}
+    return found
+
+
+def _plain_names(metrics: dict[tuple[str, str], float]) -> Metrics:
+    names = [metric for _, metric in metrics]
+    return {
+        metric if names.count(metric) == 1 else f"{task}/{metric}": value
+        for (task, metric), value in metrics.items()
+    }

@@ -1,0 +1,128 @@
+"""A trained model's jitted forward passes, shared by evaluation and the recommender."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Manifest, Prepared
+from mtrec_jax.nn.model import Model, gather_rows, make_catalogue, make_model
+from mtrec_jax.types import FIRST, Batch, Catalogue, Outputs, PyTree, UserStates
+
+ITEM_CHUNK = 65_536  # items whose vectors are computed at once
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Compiled functions of one model; build it once and pass the parameters of the moment."""
+
+    model: Model
+    catalogue: Catalogue
+    items: Callable[[PyTree, dict[str, jax.Array], jax.Array], jax.Array]  # item ids -> [n, D]
+    users: Callable[[PyTree, dict[str, jax.Array], jax.Array, Batch], UserStates]
+    rank: Callable[[PyTree, UserStates, jax.Array, jax.Array], Outputs]  # candidate ids [B, P]
+
+    def item_vectors(self, params: PyTree, tables: dict[str, jax.Array]) -> Float[Array, "N2 D"]:
+        """Vectors of all items by item id: [N + 2, D], computed in chunks of one shape."""
+        n = self.catalogue.row.shape[0]
+        chunk = min(ITEM_CHUNK, n)
+        parts = []
+        for start in range(0, n, chunk):
+            ids = np.minimum(np.arange(start, start + chunk), n - 1).astype(np.int32)
+            parts.append(self.items(params, tables, jnp.asarray(ids)))
+        return jnp.concatenate(parts)[:n] if len(parts) > 1 else parts[0][:n]
+
+
+def make_inference(model: Model, catalogue: Catalogue) -> Inference:
+    """Compile the passes of a model over a catalogue."""
+
+    @jax.jit
+    def items(params: PyTree, tables: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
+        rows = gather_rows(params, tables, model.item_lookups(ids, catalogue))
+        return model.items(params, rows, catalogue, ids)
+
+    @jax.jit
+    def users(
+        params: PyTree, tables: dict[str, jax.Array], vectors: jax.Array, batch: Batch
+    ) -> UserStates:
+        looked = model.lookups(batch, catalogue, None)
+        wanted = ("context", "history")
+        found = {
+            stack: {role: a for role, a in roles.items() if role in wanted}
+            for stack, roles in looked.addresses.items()
+        }
+        rows = gather_rows(params, tables, found)
+        events = batch.events.get("item", jnp.zeros((batch.user.shape[0], 0), jnp.int32))
+        return model.users(params, rows, vectors, jnp.asarray(events), batch, None)
+
+    @jax.jit
+    def rank(
+        params: PyTree, states: UserStates, vectors: jax.Array, candidates: jax.Array
+    ) -> Outputs:
+        found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
+        return model.rank(params, states, found, None)
+
+    return Inference(model, catalogue, items, users, rank)
+
+
+def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
+    """The catalogue of a prepared folder as arrays by item id."""
+    counts = prepared.items.column("count").to_numpy()
+    return make_catalogue(
+        prepared.catalogue(),
+        counts,
+        prepared.manifest.trained_items,
+        experiment.train.negative_power,
+        experiment.train.precision,
+    )
+
+
+def prepared_inference(experiment: Experiment, prepared: Prepared) -> Inference:
+    """Model and catalogue of an experiment, compiled for inference."""
+    model = make_model(experiment, prepared.manifest)
+    return make_inference(model, load_catalogue(prepared, experiment))
+
+
+def predictions(
+    experiment: Experiment, manifest: Manifest, logits: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Logits to what people read: probabilities, class probabilities, values in the label's unit,
+    and the cosine for retrieval. Shapes stay, in float64."""
+    found = {}
+    for name, raw in logits.items():
+        x = np.asarray(raw, np.float64)
+        kind, learned = experiment.tasks[name].kind, manifest.tasks[name]
+        if kind == "binary":
+            found[name] = 0.5 * (1 + np.tanh(x / 2))
+        elif kind == "regression":
+            found[name] = x * learned.std + learned.mean
+        elif kind == "retrieval":
+            found[name] = x * experiment.model.temperature
+        else:
+            exponential = np.exp(x - x.max(axis=-1, keepdims=True))
+            found[name] = exponential / exponential.sum(axis=-1, keepdims=True)
+    return found
+
+
+def single_positions(states: UserStates, row: np.ndarray, position: np.ndarray) -> UserStates:
+    """States of chosen (row, position) pairs as n examples of one position: [n, 1, D], [n, F]."""
+    return UserStates(states.vectors[row, position][:, None], states.context[row])
+
+
+def pad_rows(array: np.ndarray, size: int, fill: float = 0) -> np.ndarray:
+    """`[n, ...]` filled up to `[size, ...]`, so that compiled shapes stay few."""
+    if len(array) == size:
+        return array
+    padding = np.full((size - len(array), *array.shape[1:]), fill, array.dtype)
+    return np.concatenate([array, padding])
+
+
+def to_index(items: np.ndarray) -> np.ndarray:
+    """Item ids to catalogue indexes: padding and unknown become negative."""
+    return items - FIRST

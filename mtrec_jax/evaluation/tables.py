@@ -1,0 +1,80 @@
+"""Evaluations as tables for people: the model, its baselines and published figures together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mtrec_jax.config import LOWER_IS_BETTER, Experiment, metrics_of
+from mtrec_jax.evaluation.evaluate import Evaluation
+
+
+def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> RenderableType:
+    """One table a task (model, baselines, published figures), and one of the orders."""
+    parts: list[RenderableType] = [
+        Text(f"{experiment.name}, {evaluation.split} split: {evaluation.protocol}")
+    ]
+    parts += [_task_table(experiment, evaluation, name) for name in experiment.tasks]
+    if evaluation.orders:
+        title = "Orders: retrieved candidates put in order by each score"
+        columns = list(next(iter(evaluation.orders.values())))
+        table = _table(title, ["order", *columns])
+        for name, metrics in evaluation.orders.items():
+            table.add_row(name, *(_number(metrics.get(c)) for c in columns))
+        parts.append(table)
+    return Group(*parts)
+
+
+def print_evaluation(experiment: Experiment, evaluation: Evaluation) -> None:
+    """Print `evaluation_tables` to standard output."""
+    Console().print(evaluation_tables(experiment, evaluation))
+
+
+def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> Table:
+    kind = experiment.tasks[task].kind
+    columns = metrics_of(kind, experiment.evaluate.ks)
+    count = evaluation.targets.get(task, 0)
+    arrows = [f"{c} {'↓' if c in LOWER_IS_BETTER else '↑'}" for c in columns]
+    table = _table(f"{task} ({kind}, {count:,} targets)", ["", *arrows, "source"])
+    intervals = evaluation.intervals.get(task, {})
+    ours = [_with_interval(evaluation.tasks[task].get(c), intervals.get(c)) for c in columns]
+    table.add_row("this model", *ours, "measured", style="bold")
+    for name, metrics in evaluation.baselines.items():
+        found = [metrics.get(f"{task}/{c}", metrics.get(c)) for c in columns]
+        if any(value is not None for value in found) and _concerns(evaluation, name, task, columns):
+            table.add_row(name, *map(_number, found), "measured")
+    for published in experiment.published:
+        if published.task == task:
+            values = [_number(published.metrics.get(c)) for c in columns]
+            source = f"published, {published.split} split: {published.source}"
+            table.add_row(published.name, *values, source, style="dim")
+    return table
+
+
+def _concerns(evaluation: Evaluation, baseline: str, task: str, columns: Iterable[str]) -> bool:
+    """A plain metric name belongs to the one task that has all the metrics of that baseline row."""
+    metrics = evaluation.baselines[baseline]
+    if any(f"{task}/{c}" in metrics for c in columns):
+        return True
+    return set(evaluation.tasks[task]) <= set(metrics)
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        text = i == 0 or column == "source"
+        table.add_column(column, justify="left" if text else "right", no_wrap=not text)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None or interval is None:
+        return _number(value)
+    return f"{value:.4f} [{interval[0]:.3f}, {interval[1]:.3f}]"

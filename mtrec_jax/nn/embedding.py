@@ -1,0 +1,111 @@
+"""Embedding tables: where a feature's row lives, and the gather that fetches it.
+
+All tables of one placement share one array, a *stack*: "dense" (part of the parameters, updated by
+optax) and "sparse" (updated row by row, see `train.sparse`). The address of a row is
+(stack, offset of its owner + local id).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mtrec_jax.types import FIRST, PAD
+
+STACKS = ("dense", "sparse")
+ROW_MULTIPLE = 128  # stacks are rounded up to this, so that they divide over any mesh
+
+
+@dataclass(frozen=True)
+class Field:
+    """One owner of rows in a stack."""
+
+    owner: str  # "item", or the role and the name of a feature: "context.age"
+    stack: str
+    offset: int  # address of its padding row
+    size: int  # rows: padding, unknown, vocabulary
+    slots: int  # ids per example
+
+
+@dataclass(frozen=True)
+class Group:
+    """Fields that are looked up together: their ids stand side by side in one [..., M] array."""
+
+    fields: tuple[Field, ...]
+
+    @property
+    def slots(self) -> int:
+        """M, the ids of all fields."""
+        return sum(f.slots for f in self.fields)
+
+
+def layout(owners: Sequence[tuple[str, str, int, int]]) -> tuple[dict[str, Field], dict[str, int]]:
+    """Give each owner its place: (owner, stack, size, slots) -> ({owner: Field}, {stack: rows}).
+
+    >>> fields, rows = layout([("item", "sparse", 5, 1), ("context.user", "sparse", 4, 1)])
+    >>> fields["context.user"].offset, rows
+    (5, {'sparse': 128})
+    """
+    fields, used = {}, {}
+    for owner, stack, size, slots in owners:
+        fields[owner] = Field(owner, stack, used.get(stack, 0), size, slots)
+        used[stack] = used.get(stack, 0) + size
+    return fields, {s: -(-n // ROW_MULTIPLE) * ROW_MULTIPLE for s, n in used.items()}
+
+
+def addresses(group: Group, ids: Int[Array, "... M"]) -> dict[str, Int[Array, "... M_stack"]]:
+    """Local ids of a group's slots to addresses by stack; padding becomes -1 in every stack."""
+    found = {}
+    for stack in STACKS:
+        offsets = [
+            (f.offset, start + i)
+            for f, start in zip(group.fields, _starts(group), strict=True)
+            if f.stack == stack
+            for i in range(f.slots)
+        ]
+        if offsets:
+            shift, slots = (np.array(x, np.int32) for x in zip(*offsets, strict=True))
+            local = ids if len(slots) == group.slots else ids[..., slots]
+            found[stack] = jnp.where(local == PAD, -1, local + jnp.broadcast_to(shift, local.shape))
+    return found
+
+
+def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Rows at the addresses, zero where the address is -1."""
+    rows = table.at[address].get(mode="clip")
+    return jnp.where((address >= 0)[..., None], rows, 0)
+
+
+def pool(
+    group: Group, ids: Int[Array, "... M"], rows: dict[str, Float[Array, "... M_stack D"]]
+) -> Float[Array, "... F D"]:
+    """One vector per field: the row of a single id, the mean of several; zero for padding."""
+    taken = dict.fromkeys(STACKS, 0)
+    if all(f.slots == 1 for f in group.fields) and len({f.stack for f in group.fields}) == 1:
+        return rows[group.fields[0].stack]
+    vectors = []
+    for f, start in zip(group.fields, _starts(group), strict=True):
+        part = rows[f.stack][..., taken[f.stack] : taken[f.stack] + f.slots, :]
+        taken[f.stack] += f.slots
+        count = jnp.sum(ids[..., start : start + f.slots] != PAD, axis=-1)[..., None]
+        vectors.append(jnp.sum(part, axis=-2) / jnp.maximum(count, 1).astype(part.dtype))
+    return jnp.stack(vectors, axis=-2)
+
+
+def initial_table(
+    key: jax.Array, fields: Sequence[Field], rows: int, width: int, dtype: jnp.dtype
+) -> Float[Array, "V D"]:
+    """Normal rows of length about 1 / 4; padding and unknown rows are zero: they say nothing."""
+    table = jax.random.normal(key, (rows, width), dtype) * (0.25 * width**-0.5)
+    silent = np.concatenate([np.arange(f.offset, f.offset + FIRST) for f in fields])
+    return table.at[silent].set(0)
+
+
+def _starts(group: Group) -> list[int]:
+    ends = np.cumsum([f.slots for f in group.fields])
+    return [int(end) - f.slots for end, f in zip(ends, group.fields, strict=True)]

@@ -1,0 +1,184 @@
+"""The multi-task model as pure functions over plain pytrees.
+
+Training and serving call the same five functions in the same order:
+
+    looked  = model.lookups(batch, catalogue, key)        which rows
+    rows    = gather_rows(params, tables, looked)         fetch them
+    vectors = model.items(params, rows, ...)              item tower          [U, D]
+    states  = model.users(params, rows, vectors, ...)     history encoder     [B, P, D]
+    outputs = model.rank(params, states, vectors, ...)    experts, towers, fusion
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.nn.embedding import Group, addresses, gather, initial_table
+from mtrec_jax.nn.network import Network, history_ids, make_plan
+from mtrec_jax.types import FIRST, UNKNOWN, Batch, Catalogue, Lookups, Outputs, PyTree, UserStates
+
+Rows = dict[str, dict[str, jax.Array]]  # {stack: {role: rows [..., D]}}
+
+
+class Model(NamedTuple):
+    """A multi-task recommender; every function is pure and may be jitted."""
+
+    init: Callable[[jax.Array], tuple[PyTree, dict[str, jax.Array]]]  # key -> params, sparse tables
+    lookups: Callable[[Batch, Catalogue, jax.Array | None], Lookups]
+    items: Callable[[PyTree, Rows, Catalogue, jax.Array], jax.Array]  # -> [U, D]
+    users: Callable[[PyTree, Rows, jax.Array, jax.Array, Batch, jax.Array | None], UserStates]
+    rank: Callable[[PyTree, UserStates, jax.Array, jax.Array | None], Outputs]
+    item_lookups: Callable[[jax.Array, Catalogue], dict[str, dict[str, jax.Array]]]
+    tasks: tuple[str, ...]  # order of the fusion weights
+
+
+def make_model(experiment: Experiment, manifest: Manifest) -> Model:
+    """Build the model of an experiment for a prepared data set.
+
+    Returns pure functions; `init(key)` gives `(params, tables)`: `params["network"]` are the dense
+    layers, `params["dense"]` the table stack that optax updates, `tables["sparse"]` the stack that
+    is updated row by row (each only where something is declared so).
+    """
+    dtype = jnp.dtype(experiment.train.precision)
+    plan = make_plan(experiment, manifest)
+    width = experiment.model.width
+    # Only the structure is needed here: eval_shape allocates nothing.
+    abstract = nnx.eval_shape(lambda: Network(experiment, manifest, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph = nnx.graphdef(abstract)
+
+    def network(params: PyTree) -> Network:
+        return nnx.merge(graph, nnx.State(params["network"]))
+
+    def init(key: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
+        key_network, key_tables = jax.random.split(key)
+        made = Network(experiment, manifest, dtype=dtype, rngs=nnx.Rngs(params=key_network))
+        params = {"network": nnx.to_pure_dict(nnx.state(made, nnx.Param))}
+        tables = {}
+        for i, (stack, rows) in enumerate(sorted(plan.rows.items())):
+            fields = [f for f in plan.fields.values() if f.stack == stack]
+            stack_key = jax.random.fold_in(key_tables, i)
+            table = initial_table(stack_key, fields, rows, width, dtype)
+            if stack == "dense":
+                params["dense"] = table
+            else:
+                tables[stack] = table
+        return params, tables
+
+    def item_lookups(item_ids: jax.Array, catalogue: Catalogue) -> dict[str, dict[str, jax.Array]]:
+        found: dict[str, dict[str, jax.Array]] = {}
+        own = Group((plan.fields["item"],))
+        local = jnp.asarray(catalogue.row)[item_ids][:, None]
+        for stack, address in addresses(own, local).items():
+            found.setdefault(stack, {})["item"] = address[:, 0]
+        if plan.item.fields:
+            feature_ids = jnp.asarray(catalogue.ids)[item_ids]
+            for stack, address in addresses(plan.item, feature_ids).items():
+                found.setdefault(stack, {})["item_features"] = address
+        return found
+
+    def lookups(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Lookups:
+        found: dict[str, dict[str, jax.Array]] = {}
+        events = jnp.asarray(batch.events.get("item", np.zeros((batch.user.shape[0], 0), np.int32)))
+        candidate = jnp.asarray(batch.candidate)
+        negatives = jnp.zeros((0,), jnp.int32)
+        if key is not None and plan.has_items:
+            negatives = sample_negatives(catalogue, experiment.train.negatives, key)
+        item_ids = jnp.zeros((0,), jnp.int32)
+        index = (events, candidate, negatives)
+        if plan.has_items:
+            if plan.fields["item"].stack == "dense":  # every row is touched anyway
+                item_ids = jnp.arange(catalogue.row.shape[0], dtype=jnp.int32)
+            else:
+                item_ids = jnp.concatenate([a.reshape(-1) for a in index])
+                ends = np.cumsum([a.size for a in index])
+                index = tuple(
+                    jnp.arange(end - a.size, end, dtype=jnp.int32).reshape(a.shape)
+                    for a, end in zip(index, ends, strict=True)
+                )  # type: ignore[assignment]
+            found = item_lookups(item_ids, catalogue)
+        if plan.context.fields:
+            for stack, address in addresses(
+                plan.context, jnp.asarray(batch.context["ids"])
+            ).items():
+                found.setdefault(stack, {})["context"] = address
+        if plan.history.fields and plan.has_events:
+            for stack, address in addresses(plan.history, history_ids(plan, batch)).items():
+                found.setdefault(stack, {})["history"] = address
+        return Lookups(found, item_ids, index[0], index[1], negatives, index[2])
+
+    def items(params: PyTree, rows: Rows, catalogue: Catalogue, item_ids: jax.Array) -> jax.Array:
+        if not plan.has_items:
+            return jnp.zeros((0, width), dtype)
+        own = next(r["item"] for r in rows.values() if "item" in r)
+        features = {s: r["item_features"] for s, r in rows.items() if "item_features" in r}
+        ids = jnp.asarray(catalogue.ids)[item_ids]
+        numbers = jnp.asarray(catalogue.numbers)[item_ids]
+        return network(params).item_vectors(own, features, ids, numbers)
+
+    def users(
+        params: PyTree,
+        rows: Rows,
+        vectors: jax.Array,
+        event_index: jax.Array,
+        batch: Batch,
+        key: jax.Array | None,
+    ) -> UserStates:
+        roles = ("context", "history")
+        by_role = {role: {s: r[role] for s, r in rows.items() if role in r} for role in roles}
+        return network(params).user_states(batch, by_role, vectors, event_index, key)
+
+    def rank(
+        params: PyTree, states: UserStates, candidates: jax.Array, key: jax.Array | None
+    ) -> Outputs:
+        return network(params).outputs(states, candidates, key)
+
+    return Model(init, lookups, items, users, rank, item_lookups, plan.task_names)
+
+
+def gather_rows(
+    params: PyTree, tables: dict[str, jax.Array], found: dict[str, dict[str, jax.Array]]
+) -> Rows:
+    """Fetch the rows of `Lookups.addresses`; differentiate with respect to the result or params."""
+    stacks = {**tables, **({"dense": params["dense"]} if "dense" in params else {})}
+    return {
+        stack: {role: gather(stacks[stack], address) for role, address in by_role.items()}
+        for stack, by_role in found.items()
+    }
+
+
+def sample_negatives(catalogue: Catalogue, count: int, key: jax.Array) -> jax.Array:
+    """`count` item ids drawn with replacement from the catalogue's sampling distribution."""
+    cumulative = jnp.asarray(catalogue.cumulative)
+    uniform = jax.random.uniform(key, (count,), cumulative.dtype)
+    found = jnp.searchsorted(cumulative, uniform, side="right")
+    return jnp.clip(found, FIRST, cumulative.shape[0] - 1).astype(jnp.int32)
+
+
+def make_catalogue(
+    features: dict[str, np.ndarray], counts: np.ndarray, trained: int, power: float, dtype: str
+) -> Catalogue:
+    """Item features and training counts [N] -> the catalogue; negatives follow counts ** power."""
+    n = len(counts)
+    row = np.full(n + FIRST, UNKNOWN, np.int32)
+    row[0] = 0
+    row[FIRST : FIRST + trained] = np.arange(FIRST, FIRST + trained)
+    weights = np.zeros(n + FIRST)
+    weights[FIRST : FIRST + trained] = counts[:trained].astype(np.float64) ** power
+    probability = weights / max(weights.sum(), 1e-300)
+    with np.errstate(divide="ignore"):
+        log_probability = np.log(probability).astype(dtype)
+    return Catalogue(
+        ids=features["ids"],
+        numbers=features["numbers"].astype(dtype),
+        row=row,
+        cumulative=np.cumsum(probability).astype(dtype),
+        log_probability=log_probability,
+    )

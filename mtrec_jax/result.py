@@ -1,0 +1,126 @@
+"""A table of answers that reads well on a terminal and in a notebook, and saves itself."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from mtrec_jax.errors import DataError
+
+SHOWN = 20  # rows that a repr shows
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+class Result:
+    """Named columns of equal length; `result["item"]` is a list, `result.table` the Arrow table."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        if column not in self.table.column_names:
+            raise KeyError(f"{column!r}; there are {', '.join(self.table.column_names)}")
+        return self.table.column(column).to_pylist()  # type: ignore[no-any-return]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.table.column_names)
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame (needs pandas)."""
+        return self.table.to_pandas()
+
+    def save(self, path: str | Path) -> None:
+        """Write to a .csv, .jsonl or .parquet file.
+
+        Raises:
+          DataError: another suffix, or the file cannot be written.
+        """
+        save_tables([self.table], path)
+
+    def rich(self) -> Table:
+        """The first rows as a rich table."""
+        shown = Table(box=None, pad_edge=False)
+        for name in self.columns:
+            numeric = not pa.types.is_string(self.table.schema.field(name).type)
+            shown.add_column(name, justify="right" if numeric else "left")
+        for row in self.table.slice(0, SHOWN).to_pylist():
+            shown.add_row(*(_cell(v) for v in row.values()))
+        if len(self) > SHOWN:
+            shown.caption = f"{len(self) - SHOWN:,} more rows"
+        return shown
+
+    def __repr__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=160).print(self.rich())
+        return text.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(n)}</th>" for n in self.columns)
+        rows = self.table.slice(0, SHOWN).to_pylist()
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row.values()) + "</tr>"
+            for row in rows
+        )
+        more = f"<caption>{len(self) - SHOWN:,} more rows</caption>" if len(self) > SHOWN else ""
+        return f"<table>{more}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def save_tables(tables: Iterable[pa.Table], path: str | Path) -> int:
+    """Write Arrow tables of one schema one after the other; returns the number of rows.
+
+    The file appears whole or not at all.
+
+    Raises:
+      DataError: a suffix other than .csv, .jsonl and .parquet, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: the file name must end in {', '.join(SUFFIXES)}")
+    partial = path.with_name(path.name + ".partial")
+    rows = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for table in _written(file, path.suffix, tables):
+                rows += table.num_rows
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def _written(file: Any, suffix: str, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    writer: Any = None
+    for table in tables:
+        if suffix == ".jsonl":
+            for row in table.to_pylist():
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        else:
+            if writer is None:
+                make = pq.ParquetWriter if suffix == ".parquet" else pa.csv.CSVWriter
+                writer = make(file, table.schema)
+            writer.write_table(table)
+        yield table
+    if writer is not None:
+        writer.close()
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

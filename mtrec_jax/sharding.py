@@ -1,0 +1,70 @@
+"""The device mesh, and which array is split over which of its axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.types import Batch, PyTree, TrainState
+
+AXES = ("data", "table")
+
+
+def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
+    """A mesh with axes ("data", "table"); 0 stands for all devices that are left.
+
+    Raises:
+      ConfigError: the devices at hand do not fill the shape.
+
+    >>> make_mesh((1, 1)).shape["data"]
+    1
+    """
+    data, table = shape
+    available = jax.device_count()
+    data, table = data or available // max(table, 1), table or available // max(data, 1)
+    if not 1 <= data * table <= available:
+        raise ConfigError(
+            f"train.mesh: {list(shape)} needs {data * table} devices, there are {available}"
+        )
+    devices = np.asarray(jax.devices()[: data * table]).reshape(data, table)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raise `ConfigError` unless a batch divides over all devices of the mesh."""
+    if batch_size % mesh.size:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} does not divide over {mesh.size} devices; "
+            f"use a multiple of {mesh.size}, or fewer devices with train.mesh = [1, 1]"
+        )
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Split a batch of NumPy arrays over all devices along its first axis."""
+    host = batch._replace(row=batch.row.astype(np.int32))  # devices hold 32-bit integers
+    return jax.device_put(host, NamedSharding(mesh, P(AXES)))  # type: ignore[no-any-return]
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Place every leaf whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a state: sparse tables and their slots by row over "table", the rest whole."""
+    whole, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("table"))
+
+    def fill(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(lambda _: sharding, tree)
+
+    filled = TrainState(*(fill(part, whole) for part in state))
+    return filled._replace(
+        tables=fill(state.tables, by_row),
+        slots=fill(state.slots, by_row),
+        scratch=fill(state.scratch, by_row),
+    )

@@ -1,0 +1,1 @@
+"""Training: losses, task balancing, the jitted step, the loop around it, checkpoints."""

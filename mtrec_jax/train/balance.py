@@ -1,0 +1,47 @@
+"""Task balancing: weights of the tasks' losses, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtrec_jax.types import PyTree
+
+
+class Balancer(NamedTuple):
+    """Pure functions `init() -> state` and `weights(state, losses [T]) -> (weights [T], state)`."""
+
+    init: Callable[[], PyTree]
+    weights: Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]
+
+
+def static(initial: Float[Array, " T"]) -> Balancer:
+    """The declared weights, always: the baseline that balancing methods have to beat.
+
+    >>> static(jnp.array([1.0, 2.0])).weights((), jnp.array([3.0, 4.0]))[0].tolist()
+    [1.0, 2.0]
+    """
+    return Balancer(init=lambda: (), weights=lambda state, losses: (initial, state))
+
+
+def uncertainty(initial: Float[Array, " T"], learning_rate: float = 0.02) -> Balancer:
+    """Homoscedastic uncertainty weighting (Kendall, Gal & Cipolla, CVPR 2018).
+
+    Minimises sum_t w_t (exp(-s_t) L_t + s_t) over the log-variances s_t as well; their gradient is
+    known, w_t (1 - exp(-s_t) L_t), so that they are updated here, by plain gradient descent. The
+    weight of task t is w_t exp(-s_t), which tends to w_t / L_t.
+    """
+
+    def init() -> PyTree:
+        return jnp.zeros_like(initial)
+
+    def weights(log_variance: PyTree, losses: jax.Array) -> tuple[jax.Array, PyTree]:
+        precision = jnp.exp(-log_variance)
+        moved = log_variance - learning_rate * (1 - precision * losses)
+        return initial * precision, jnp.clip(moved, -6, 6)
+
+    return Balancer(init, weights)

@@ -1,0 +1,144 @@
+"""Run folders: whose they are, how they are opened, and how their best model is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mtrec_jax.config import Experiment, load_experiment, select_metric, to_dict, to_toml
+from mtrec_jax.data.dataset import Prepared, open_prepared
+from mtrec_jax.errors import CheckpointError, ConfigError
+from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
+from mtrec_jax.evaluation.inference import prepared_inference
+from mtrec_jax.nn.model import make_model
+from mtrec_jax.train import checkpoint
+from mtrec_jax.train.records import read_json, write_json
+from mtrec_jax.types import PyTree
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: what was trained, on what, and its best parameters."""
+
+    folder: Path
+    experiment: Experiment
+    prepared: Prepared
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}: {self.experiment.name}, {self.prepared!r})"
+
+
+def open_run(folder: str | Path, prepared: str | Path | None = None) -> Run:
+    """Open a run folder.
+
+    Args:
+      folder: a folder that `train` has written.
+      prepared: where its prepared data is now; by default where it was.
+
+    Raises:
+      CheckpointError: no run there.
+      ConfigError: the prepared data is not what the run was trained on.
+    """
+    folder = Path(folder)
+    if not (folder / "config.toml").is_file():
+        raise CheckpointError(
+            f"{folder} is no run folder (no config.toml). Run: mtrec train CONFIG --run {folder}"
+        )
+    experiment = load_experiment(folder / "config.toml")
+    notes = read_json(folder / "prepared.json")
+    opened = open_prepared(prepared or notes["folder"])
+    if opened.manifest.fingerprint != notes["fingerprint"]:
+        raise ConfigError(
+            f"{opened.folder} holds other data ({opened.manifest.fingerprint}) than {folder} was "
+            f"trained on ({notes['fingerprint']}); pass the right folder with --prepared"
+        )
+    return Run(folder, experiment, opened)
+
+
+def load_best(run: Run) -> tuple[PyTree, dict[str, jax.Array], int]:
+    """(params, sparse tables, step) of the run's best checkpoint, on one device.
+
+    Raises:
+      CheckpointError: there is none, or it is damaged.
+    """
+    _, _, larger = select_metric(run.experiment)
+    model = make_model(run.experiment, run.prepared.manifest)
+    like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
+    with checkpoint.open_manager(run.folder / "checkpoints", larger) as manager:
+        best = checkpoint.best_or_latest(manager, run.folder / "checkpoints")
+        params, tables = checkpoint.restore_model(manager, best, like)
+    return params, tables, best
+
+
+def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Evaluation, int]:
+    """Evaluate a run's best checkpoint, write `evaluation.json`, and count looks at the test set.
+
+    Args:
+      run: from `train` or `open_run`, or the path of a run folder.
+      split: "validation" or "test".
+
+    Returns:
+      The evaluation, and how often the test set has been looked at, this time included.
+
+    Raises:
+      CheckpointError: the run has no usable checkpoint.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    params, tables, _ = load_best(run)
+    inference = prepared_inference(run.experiment, run.prepared)
+    evaluation = evaluate(run.experiment, run.prepared, inference, params, tables, split)
+    path = run.folder / "evaluation.json"
+    looks = int(read_json(path)["test_looks"]) if path.exists() else 0
+    looks += split == "test"
+    write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+    return evaluation, looks
+
+
+def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
+    """Write the configuration into a new run folder, or check that it is the folder's own."""
+    expected = to_dict(experiment)
+    stored = prepared.manifest.config
+    differing = sorted(k for k in stored if k in expected and stored[k] != expected[k])
+    if differing:
+        raise ConfigError(
+            f"{prepared.folder} was prepared with other [{'], ['.join(differing)}] settings than "
+            f"'{experiment.name}' has; run: mtrec prepare CONFIG, or pass another --prepared"
+        )
+    path = folder / "config.toml"
+    if path.exists():
+        old = to_dict(load_experiment(path))
+        keys = _differences(old, expected)
+        if keys:
+            shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
+            raise ConfigError(
+                f"{folder} is a run of another configuration:\n{shown}\n"
+                "Pass another --run folder, or the configuration it was started with"
+            )
+        notes = read_json(folder / "prepared.json")
+        if notes["fingerprint"] != prepared.manifest.fingerprint:
+            raise ConfigError(
+                f"{folder} was trained on other data ({notes['fingerprint']}) than "
+                f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = {
+        "folder": str(prepared.folder.resolve()),
+        "fingerprint": prepared.manifest.fingerprint,
+    }
+    write_json(folder / "prepared.json", notes)
+    path.write_text(to_toml(experiment), encoding="utf-8")
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+        return found
+    return [] if old == new else [(where, old, new)]

@@ -1,0 +1,295 @@
+"""One training step: a pure, jitted function that donates its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtrec_jax.config import Experiment, Train, fusion_objective
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.nn.model import Model, Rows, gather_rows
+from mtrec_jax.sharding import state_shardings
+from mtrec_jax.train.balance import static, uncertainty
+from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
+from mtrec_jax.train.sparse import RowOptimizer, apply_rows, lazy_adam, rowwise_adagrad
+from mtrec_jax.types import Batch, Catalogue, Lookups, Outputs, PyTree, TrainState, UserStates
+
+FUSION_CANDIDATES = 32  # the target and its hardest sampled negatives, at one position an example
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # {task: (sum of weighted losses, sum of weights)}
+
+
+class Step(NamedTuple):
+    """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once."""
+
+    init: Callable[[jax.Array], TrainState]
+    update: Callable[[TrainState, Batch, Catalogue], TrainState]
+
+
+def make_step(
+    experiment: Experiment,
+    manifest: Manifest,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    total_steps: int,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Step:
+    """Compile the step of an experiment.
+
+    Args:
+      experiment: losses, balancing, learning rates.
+      manifest: of the prepared data.
+      model: from `make_model` of the same experiment and manifest.
+      mesh: devices; batches arrive split over them, `update` keeps the state's shardings.
+      total_steps: length of the learning-rate schedule.
+      optimizer: optax chain for the dense parameters instead of the configured one.
+    """
+    config = experiment.train
+    dense = optimizer or dense_optimizer(config, total_steps)
+    row_schedule = learning_rate(
+        config, config.row_learning_rate or config.learning_rate, total_steps
+    )
+    rows_rule = {"lazy_adam": lazy_adam, "rowwise_adagrad": rowwise_adagrad}[config.row_optimizer]()
+    names = loss_names(experiment)
+    initial = jnp.array(
+        [experiment.tasks[n].weight if n in experiment.tasks else 1.0 for n in names],
+        jnp.dtype(config.precision),
+    )
+    balancer = {"static": static, "uncertainty": uncertainty}[config.balance](initial)
+
+    def init(key: jax.Array) -> TrainState:
+        key_model, key_run = jax.random.split(key)
+        params, tables = model.init(key_model)
+        return TrainState(
+            params=params,
+            tables=tables,
+            slots={stack: rows_rule.init(table) for stack, table in tables.items()},
+            scratch=new_scratch(tables),
+            optimizer=dense.init(params),
+            balance=balancer.init(),
+            key=key_run,
+            step=jnp.zeros((), jnp.int32),
+            sums={name: jnp.zeros(2, initial.dtype) for name in names},
+        )
+
+    def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
+        key_rows, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
+        looked = model.lookups(batch, catalogue, key_rows)
+        sparse_rows = gather_rows({}, state.tables, _only(looked.addresses, sparse=True))
+
+        def objective(params: PyTree, rows: Rows) -> tuple[jax.Array, tuple[Sums, PyTree]]:
+            dense_rows = gather_rows(params, {}, _only(looked.addresses, sparse=False))
+            fetched = {**rows, **dense_rows}
+            sums = batch_losses(
+                experiment, manifest, model, params, fetched, looked, batch, catalogue, key_loss
+            )
+            losses = jnp.stack([sums[n][0] / jnp.maximum(sums[n][1], 1e-9) for n in names])
+            fixed = jax.lax.stop_gradient(losses)
+            weights, balance = balancer.weights(state.balance, fixed)
+            return jnp.sum(weights * losses), (sums, balance)
+
+        gradients, (sums, balance) = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+            state.params, sparse_rows
+        )
+        updates, optimizer_state = dense.update(gradients[0], state.optimizer, state.params)
+        rate = row_schedule(state.step)
+        tables, slots, scratch = _update_tables(rows_rule, state, looked, gradients[1], rate)
+        return state._replace(
+            params=optax.apply_updates(state.params, updates),
+            tables=tables,
+            slots=slots,
+            scratch=scratch,
+            optimizer=optimizer_state,
+            balance=balance,
+            step=state.step + 1,
+            sums={n: state.sums[n] + jnp.stack(sums[n]) for n in names},
+        )
+
+    abstract = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
+    shardings = state_shardings(abstract, mesh)
+    return Step(
+        init=jax.jit(init, out_shardings=shardings),
+        update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
+    )
+
+
+def batch_losses(
+    experiment: Experiment,
+    manifest: Manifest,
+    model: Model,
+    params: PyTree,
+    rows: Rows,
+    looked: Lookups,
+    batch: Batch,
+    catalogue: Catalogue,
+    key: jax.Array,
+) -> Sums:
+    """Forward pass and every loss of a batch, as sums and weights."""
+    key_users, key_rank, key_fusion = jax.random.split(key, 3)
+    vectors = model.items(params, rows, catalogue, looked.item_ids)
+    states = model.users(params, rows, vectors, looked.event_index, batch, key_users)
+    candidates = None
+    if vectors.shape[0]:
+        candidates = jnp.take(vectors, looked.candidate_index, axis=0)
+    outputs = model.rank(params, states, candidates, key_rank)
+    sums: Sums = {}
+    for name, task in experiment.tasks.items():
+        weight = batch.weight * batch.mask[name]
+        if task.kind == "retrieval":
+            assert candidates is not None
+            losses = sampled_softmax(
+                states.vectors,
+                candidates,
+                jnp.asarray(batch.candidate),
+                jnp.take(vectors, looked.negative_index, axis=0),
+                looked.negatives,
+                catalogue,
+                experiment.model.temperature,
+            )
+        else:
+            logits, labels = outputs.logits[name], jnp.asarray(batch.labels[name])
+            losses = task_loss(task, manifest.tasks[name], logits, labels)
+        sums[name] = (jnp.sum(losses * weight), jnp.sum(weight))
+    if "fusion" in loss_names(experiment):
+        sums["fusion"] = _fusion_loss(
+            experiment, model, params, states, outputs, vectors, looked, batch, key_fusion
+        )
+    return sums
+
+
+def _fusion_loss(
+    experiment: Experiment,
+    model: Model,
+    params: PyTree,
+    states: UserStates,
+    outputs: Outputs,
+    vectors: jax.Array,
+    looked: Lookups,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Teach the fused score its objective.
+
+    Of what happened at observed positions it is the log-odds: cross-entropy with the utility, the
+    worth-weighted mean of the objective's binary labels. With a retrieval task in the objective it
+    must also put the target above hard negatives: at one random position an example, a softmax
+    over the target and the sampled negatives that the retrieval scores highest.
+    """
+    objective = fusion_objective(experiment)
+    retrieval = next((n for n in objective if experiment.tasks[n].kind == "retrieval"), None)
+    binary = {n: w for n, w in objective.items() if n != retrieval}
+    total = sum(objective.values())
+    dtype = outputs.fused.dtype
+    loss, weight = jnp.zeros((), dtype), jnp.zeros((), dtype)
+    if binary:
+        worth, seen = utility(binary, batch.labels, batch.mask)  # type: ignore[arg-type]
+        seen = seen * batch.weight
+        pointwise = optax.sigmoid_binary_cross_entropy(outputs.fused, worth)
+        mean = jnp.sum(pointwise * seen) / jnp.maximum(jnp.sum(seen), 1)
+        loss, weight = loss + mean * sum(binary.values()) / total, jnp.ones((), dtype)
+    if retrieval is not None:
+        listwise = _listwise_loss(
+            model, params, states, vectors, looked, batch, batch.mask[retrieval], key
+        )
+        loss, weight = loss + listwise * objective[retrieval] / total, jnp.ones((), dtype)
+    return loss, weight
+
+
+def _listwise_loss(
+    model: Model,
+    params: PyTree,
+    states: UserStates,
+    vectors: jax.Array,
+    looked: Lookups,
+    batch: Batch,
+    mask: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Mean softmax cross-entropy of the fused score over the target and hard negatives."""
+    states, vectors = jax.lax.stop_gradient((states, vectors))
+    chosen = jnp.argmax(jax.random.uniform(key, mask.shape) * mask * batch.weight, axis=1)[:, None]
+    valid = jnp.take_along_axis(mask * batch.weight, chosen, axis=1)[:, 0]
+    user = jnp.take_along_axis(states.vectors, chosen[..., None], axis=1)  # (B, 1, D)
+    target = jnp.take_along_axis(jnp.asarray(looked.candidate_index), chosen, axis=1)  # (B, 1)
+    target_id = jnp.take_along_axis(jnp.asarray(batch.candidate), chosen, axis=1)
+    negative_vectors = jnp.take(vectors, looked.negative_index, axis=0)
+    scale = jax.lax.rsqrt(jnp.sum(jnp.square(negative_vectors), axis=-1) + 1e-12)
+    scores = jnp.einsum("bd,nd->bn", user[:, 0], negative_vectors) * scale[None]
+    scores = jnp.where(target_id == looked.negatives[None], -jnp.inf, scores)
+    count = min(FUSION_CANDIDATES - 1, scores.shape[1])
+    hardest = jax.lax.top_k(scores, count)[1]
+    index = jnp.concatenate([target, looked.negative_index[hardest]], axis=1)  # (B, K)
+    users = jnp.broadcast_to(user, (*index.shape, user.shape[-1]))
+    outputs = model.rank(
+        params, UserStates(users, states.context), jnp.take(vectors, index, axis=0), None
+    )
+    ids = jnp.concatenate([target_id, looked.negatives[hardest]], axis=1)
+    is_target = (ids == target_id).at[:, 0].set(False)  # a negative that is the target itself
+    logits = jnp.where(is_target, -jnp.inf, outputs.fused)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.zeros(len(logits), jnp.int32)
+    )
+    return jnp.sum(losses * valid) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def loss_names(experiment: Experiment) -> tuple[str, ...]:
+    """Tasks, and "fusion" where a fused order is trained."""
+    ranked = any(task.kind != "retrieval" for task in experiment.tasks.values())
+    fused = experiment.model.fusion != "none" and ranked and fusion_objective(experiment)
+    return (*experiment.tasks, "fusion") if fused else tuple(experiment.tasks)
+
+
+def learning_rate(config: Train, peak: float, total_steps: int) -> optax.Schedule:
+    """The configured schedule with a linear warm-up before it."""
+    after = max(1, total_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, after)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(peak, 0.0, after)
+    else:
+        main = optax.constant_schedule(peak)
+    if not config.warmup_steps:
+        return main
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def dense_optimizer(config: Train, total_steps: int) -> optax.GradientTransformation:
+    """The configured optax chain for dense parameters."""
+    rate = learning_rate(config, config.learning_rate, total_steps)
+    rule = {
+        "adam": lambda: optax.adam(rate),
+        "adamw": lambda: optax.adamw(rate, weight_decay=config.weight_decay),
+        "adagrad": lambda: optax.adagrad(rate),
+        "sgd": lambda: optax.sgd(rate),
+    }[config.optimizer]()
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, rule)
+
+
+def new_scratch(tables: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Work space of the exact dedup, one int32 a table row."""
+    return {stack: jnp.zeros(table.shape[0], jnp.int32) for stack, table in tables.items()}
+
+
+def _only(found: dict[str, dict[str, jax.Array]], sparse: bool) -> dict[str, dict[str, jax.Array]]:
+    return {stack: roles for stack, roles in found.items() if (stack == "sparse") == sparse}
+
+
+def _update_tables(
+    rule: RowOptimizer, state: TrainState, looked: Lookups, gradients: Rows, rate: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, PyTree], dict[str, jax.Array]]:
+    """Row-wise update of every sparse stack with the gradients of all roles together."""
+    tables, slots, scratch = {}, {}, {}
+    for stack, table in state.tables.items():
+        roles = sorted(looked.addresses.get(stack, {}))
+        ids = jnp.concatenate([looked.addresses[stack][r].reshape(-1) for r in roles])
+        grads = jnp.concatenate([gradients[stack][r].reshape(-1, table.shape[1]) for r in roles])
+        tables[stack], slots[stack], scratch[stack] = apply_rows(
+            rule, table, state.slots[stack], state.scratch[stack], ids, grads, rate
+        )
+    return tables, slots, scratch

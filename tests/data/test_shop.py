@@ -1,0 +1,145 @@
+"""The generated shop: reproducible, consistent, hard for a linear model, and its best is known."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import OneHotEncoder
+
+from mtrec_jax.config import load_experiment
+from mtrec_jax.data import shop
+from mtrec_jax.errors import ConfigError
+
+SMALL = {"users": 60, "items": 80, "impressions": 24}
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def full(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], pd.DataFrame, Path]:
+    folder = tmp_path_factory.mktemp("shop")
+    truth = shop.generate(folder, seed=request.param)
+    return truth, pd.read_csv(folder / "events.csv"), folder
+
+
+def _bytes(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in shop.FILES]
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_writes_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        shop.generate(tmp_path / name, seed=seed, **SMALL)
+    assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
+    pairs = zip(_bytes(tmp_path / "a"), _bytes(tmp_path / "c"), strict=True)
+    assert all(first != second for first, second in pairs)
+
+
+def test_outcomes_follow_the_funnel(full: tuple[dict[str, Any], pd.DataFrame, Path]) -> None:
+    truth, events, _ = full
+    clicked, bought = events.click == 1, events.buy == 1
+    assert len(events) == truth["events"]
+    assert set(events.click) == {0, 1}
+    assert events.buy.notna().equals(clicked)
+    assert events.cart.notna().equals(clicked)
+    assert (events.cart[bought] == 1).all()
+    assert events.stars.notna().equals(bought)
+    assert set(events.stars[bought]) == {1, 2, 3, 4, 5}
+    assert events.time.is_monotonic_increasing
+    assert not events.duplicated(["user", "item"]).any()
+    assert clicked.mean() == pytest.approx(0.35, abs=0.01)
+    assert events.buy[clicked].mean() == pytest.approx(0.4, abs=0.01)
+
+
+def test_probabilities_are_those_of_the_outcomes(
+    full: tuple[dict[str, Any], pd.DataFrame, Path],
+) -> None:
+    truth, events, _ = full
+    for outcome, where in (("click", events.click >= 0), ("buy", events.click == 1)):
+        rows = events[where]
+        p = rows[f"p_{outcome}"]
+        for _, part in rows.groupby(pd.cut(p, [0, 0.2, 0.4, 0.6, 0.8, 1])):
+            expected, spread = part[f"p_{outcome}"].mean(), 0.5 / np.sqrt(len(part))
+            assert part[outcome].mean() == pytest.approx(expected, abs=5 * spread)
+        best = truth["best"][outcome]["auc"]
+        assert roc_auc_score(rows[outcome], p) == pytest.approx(best, abs=1e-4)
+    error = (events.stars - events.p_stars).dropna()
+    assert error.mean() == pytest.approx(0, abs=5 / np.sqrt(len(error)))
+    assert np.sqrt((error**2).mean()) == pytest.approx(truth["best"]["stars"]["rmse"], abs=1e-4)
+
+
+def test_the_best_possible_is_not_trivial_and_a_linear_model_stays_behind(
+    full: tuple[dict[str, Any], pd.DataFrame, Path],
+) -> None:
+    _, events, folder = full
+    rows = events.merge(pd.read_csv(folder / "items.csv")).merge(pd.read_csv(folder / "users.csv"))
+    rows = rows.sort_values("time")
+    columns = ["user", "item", "category", "brand", "segment", "age_group"]
+    hot = OneHotEncoder().fit_transform(rows[columns])
+    price = np.log(rows[["price"]].to_numpy()) - 3
+    table = sparse.csr_matrix(sparse.hstack([hot, price]))
+    late = np.arange(len(rows)) >= 0.8 * len(rows)
+    for outcome in ("click", "buy"):
+        there = rows[outcome].notna().to_numpy()
+        train, test = there & ~late, there & late
+        linear = LogisticRegression(C=0.1, max_iter=200)
+        linear.fit(table[train], rows[outcome][train])
+        score = roc_auc_score(rows[outcome][test], linear.predict_proba(table[test])[:, 1])
+        best = roc_auc_score(rows[outcome][test], rows[f"p_{outcome}"][test])
+        assert 0.78 < best < 0.88
+        assert score < best - 0.06
+
+
+def test_every_type_has_every_combination_of_tastes() -> None:
+    for seed in range(20):
+        tastes = shop._draw_tastes(np.random.default_rng(seed))
+        for table in (tastes.click, tastes.buy, tastes.stars):
+            assert not table.sum(axis=0).any()
+            assert not table.sum(axis=1).any()
+        combined = 4 * tastes.click + 2 * tastes.buy + tastes.stars
+        assert all(len(set(row)) == len(shop.CATEGORIES) for row in combined)
+        assert len({tuple(row) for row in tastes.click}) == shop.TYPES
+
+
+def test_users_see_items_throughout_the_period(
+    full: tuple[dict[str, Any], pd.DataFrame, Path],
+) -> None:
+    _, events, _ = full
+    late = events.iloc[int(0.9 * len(events)) :]
+    assert late.user.nunique() > 0.6 * shop.USERS
+    counts = events.user.value_counts()
+    position = events.time.rank(pct=True).groupby(events.user).mean()
+    assert position[counts < 60].mean() == pytest.approx(position[counts > 84].mean(), abs=0.03)
+    assert events.item.value_counts().min() > 200
+
+
+def test_a_generated_folder_is_recognised(tmp_path: Path) -> None:
+    assert not shop.is_generated(tmp_path)
+    shop.generate(tmp_path, **SMALL)
+    assert not shop.is_generated(tmp_path)  # other sizes
+    shop.generate(tmp_path)
+    assert shop.is_generated(tmp_path)
+    assert not shop.is_generated(tmp_path, seed=1)
+    (tmp_path / "truth.json").write_text("{", encoding="utf-8")
+    assert not shop.is_generated(tmp_path)
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 8/3 of the impressions"):
+        shop.generate(tmp_path, users=100, items=40, impressions=30)
+
+
+def test_the_experiment_names_columns_of_the_files(tmp_path: Path) -> None:
+    shop.generate(tmp_path, **SMALL)
+    experiment = load_experiment("shop")
+    tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("events", "items", "users")}
+    for name, feature in experiment.features.items():
+        table = {"history": "events", "item": "items", "context": "users"}[feature.on]
+        assert (feature.column or name) in tables[table]
+    for name, task in experiment.tasks.items():
+        assert task.kind == "retrieval" or (task.column or name) in tables["events"]
+        assert task.kind == "retrieval" or task.reference in tables["events"]

@@ -1,0 +1,244 @@
+"""Metrics against scikit-learn, hand-computed values and naive resampling."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtrec_jax.config import metrics_of
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.evaluation import calibration, metrics
+
+BINARY_ROWS = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=40
+)
+
+
+def _columns(rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    labels, scores, weights = np.array(rows).T
+    return labels.astype(np.float32), scores / 8 + 0.1, weights.astype(np.float64)
+
+
+def _both_classes(labels: np.ndarray, weights: np.ndarray) -> bool:
+    return len(np.unique(labels[weights > 0])) == 2
+
+
+@settings(deadline=None)
+@given(BINARY_ROWS)
+def test_auc_with_ties_and_weights_is_that_of_scikit_learn(rows: list) -> None:
+    labels, scores, weights = _columns(rows)
+    for weight in (None, weights):
+        counted = np.ones(len(labels)) if weight is None else weight
+        ours = metrics.auc(labels, scores, weight)
+        if _both_classes(labels, counted):
+            theirs = sklearn.metrics.roc_auc_score(labels, scores, sample_weight=weight)
+            assert ours == pytest.approx(theirs, abs=1e-12)
+        else:
+            assert np.isnan(ours)
+
+
+@settings(deadline=None)
+@given(BINARY_ROWS)
+def test_auc_depends_on_the_order_of_scores_alone(rows: list) -> None:
+    labels, scores, _ = _columns(rows)
+    same = metrics.auc(labels, np.exp(3 * scores))
+    opposite = metrics.auc(labels, -scores)
+    ours = metrics.auc(labels, scores)
+    np.testing.assert_array_equal(ours, same)
+    np.testing.assert_allclose(opposite, 1 - ours, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(BINARY_ROWS)
+def test_log_loss_and_accuracy_are_those_of_scikit_learn(rows: list) -> None:
+    labels, probabilities, weights = _columns(rows)
+    for weight in (None, weights):
+        if weight is not None and not weight.sum():
+            assert np.isnan(metrics.log_loss(labels, probabilities, weight))
+            continue
+        theirs = sklearn.metrics.log_loss(
+            labels, probabilities, sample_weight=weight, labels=[0, 1]
+        )
+        assert metrics.log_loss(labels, probabilities, weight) == pytest.approx(theirs, abs=1e-12)
+        classes = (probabilities >= 0.5).astype(np.float32)
+        hits = sklearn.metrics.accuracy_score(labels, classes, sample_weight=weight)
+        assert metrics.accuracy(labels, classes, weight) == pytest.approx(hits, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(2, 5))
+def test_regression_and_multiclass_are_those_of_scikit_learn(seed: int, n: int, c: int) -> None:
+    generator = np.random.default_rng(seed)
+    truth, guess, weights = generator.normal(size=(3, n))
+    weights = np.abs(weights)
+    squared = sklearn.metrics.mean_squared_error(truth, guess, sample_weight=weights)
+    assert metrics.rmse(truth, guess, weights) == pytest.approx(squared**0.5, abs=1e-12)
+    absolute = sklearn.metrics.mean_absolute_error(truth, guess)
+    assert metrics.mae(truth, guess) == pytest.approx(absolute, abs=1e-12)
+
+    labels = generator.integers(0, c, n)
+    probabilities = generator.dirichlet(np.ones(c), n)
+    ours = metrics.task_metrics("multiclass", labels.astype(np.float32), probabilities)
+    theirs = sklearn.metrics.log_loss(labels, probabilities, labels=range(c))
+    assert ours["log_loss"] == pytest.approx(theirs, abs=1e-12)
+    assert ours["log_loss"] == metrics.multiclass_log_loss(labels, probabilities)
+    assert ours["accuracy"] == pytest.approx(np.mean(probabilities.argmax(1) == labels))
+
+
+def test_log_loss_of_certain_and_wrong_predictions_is_finite() -> None:
+    wrong = metrics.log_loss(np.array([0, 1]), np.array([1, 0], np.float32))
+    assert wrong == pytest.approx(-np.log(np.finfo(np.float32).eps))
+
+
+@pytest.mark.parametrize("kind", ["binary", "regression", "multiclass"])
+def test_task_metrics_have_the_names_of_the_configuration(kind: str) -> None:
+    shape = (4, 3) if kind == "multiclass" else (4,)
+    labels = np.array([0.0, 1, 1, 0])
+    assert list(metrics.task_metrics(kind, labels, np.full(shape, 0.3))) == metrics_of(kind, ())
+    empty = metrics.task_metrics(kind, labels[:0], np.zeros((0, *shape[1:])))
+    assert all(np.isnan(value) for value in empty.values())
+    broken = metrics.task_metrics(kind, labels, np.full(shape, np.nan))
+    assert all(np.isnan(value) for value in broken.values())
+
+
+def test_binary_task_metrics_on_a_case_by_hand() -> None:
+    labels, probabilities = np.array([0.0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9])
+    found = metrics.task_metrics("binary", labels, probabilities)
+    assert found["auc"] == 0.75  # of 4 pairs, (0.6, 0.5) is wrong
+    assert found["accuracy"] == 0.75  # 0.6 is wrong; 0.5 counts as 1
+    assert found["log_loss"] == pytest.approx(-np.log([0.9, 0.4, 0.5, 0.9]).mean())
+    assert found["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.5 + 0.1) / 4)
+
+
+def test_ranking_metrics_by_hand() -> None:
+    ranks = np.array([0, 1, 3, 10, 10**9])
+    found = metrics.ranking_metrics(ranks, [1, 4])
+    assert list(found) == metrics_of("retrieval", [1, 4])
+    assert found["hr@1"] == found["ndcg@1"] == found["mrr@1"] == pytest.approx(1 / 5)
+    assert found["hr@4"] == found["recall@4"] == pytest.approx(3 / 5)
+    assert found["ndcg@4"] == pytest.approx((1 + 1 / np.log2(3) + 1 / np.log2(5)) / 5)
+    assert found["mrr@4"] == pytest.approx((1 + 1 / 2 + 1 / 4) / 5)
+    assert all(np.isnan(value) for value in metrics.ranking_metrics(ranks[:0], [10]).values())
+
+
+@settings(deadline=None)
+@given(st.integers(0, 9), st.integers(1, 10))
+def test_ndcg_is_that_of_scikit_learn(rank: int, k: int) -> None:
+    scores = -np.arange(10.0)[None]
+    relevant = (np.arange(10) == rank)[None]
+    theirs = sklearn.metrics.ndcg_score(relevant, scores, k=k)
+    assert metrics.per_query(np.array([rank]), k)["ndcg"][0] == pytest.approx(theirs)
+
+
+def test_errors_say_what_is_wrong() -> None:
+    ones = np.ones(2)
+    with pytest.raises(DataError, match=r"label 3.0 is neither 0 nor 1; .*at_least"):
+        metrics.auc(np.array([0.0, 3.0]), ones)
+    with pytest.raises(DataError, match="label nan is neither 0 nor 1"):
+        metrics.log_loss(np.array([0.0, np.nan]), ones)
+    with pytest.raises(DataError, match=r"label 2.0 is not a class number 0 \.\. 1"):
+        metrics.multiclass_log_loss(np.array([0.0, 2.0]), np.full((2, 2), 0.5))
+    with pytest.raises(DataError, match="ranks start at 0, found -1"):
+        metrics.ranking_metrics(np.array([-1]), [10])
+    with pytest.raises(ConfigError, match="retrieval is measured by ranking_metrics"):
+        metrics.task_metrics("retrieval", ones, ones)
+    with pytest.raises(ConfigError, match="bins must be 1 or more"):
+        calibration.calibration_error(ones, ones, bins=0)
+
+
+# ---- calibration ----
+
+
+@settings(deadline=None)
+@given(BINARY_ROWS, st.integers(1, 20))
+def test_calibration_error_is_the_mean_gap_of_the_reliability_table(rows: list, bins: int) -> None:
+    labels, probabilities, _ = _columns(rows)
+    table = calibration.reliability(labels, probabilities, bins)
+    gaps = np.abs(table.prediction - table.label)
+    expected = (gaps * table.examples).sum() / len(labels)
+    found = calibration.calibration_error(labels, probabilities, bins)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert table.examples.sum() == len(labels)
+    assert np.all(np.diff(table.prediction) > 0)
+    assert table.label @ table.examples == pytest.approx(labels.sum())
+    backwards = calibration.calibration_error(labels[::-1], probabilities[::-1], bins)
+    assert found == pytest.approx(backwards, abs=1e-12)
+
+
+def test_bins_hold_equally_many_rows_and_equal_predictions_share_one() -> None:
+    distinct = calibration.reliability(np.zeros(100), np.linspace(0, 1, 100) ** 9, bins=8)
+    assert set(distinct.examples) <= {12, 13}
+    assert len(distinct.examples) == 8
+    labels = np.array([1, 1, 0, 0, 0])
+    assert calibration.calibration_error(labels, np.full(5, 0.5)) == pytest.approx(0.1)
+
+
+def test_calibration_error_of_a_calibrated_model_is_near_zero() -> None:
+    generator = np.random.default_rng(0)
+    probabilities = generator.random(50_000)
+    labels = (generator.random(50_000) < probabilities).astype(np.float32)
+    assert calibration.calibration_error(labels, probabilities) < 0.01
+    assert calibration.calibration_error(labels, probabilities / 2) == pytest.approx(0.25, abs=0.01)
+
+
+# ---- bootstrap ----
+
+
+def test_weighted_resamples_equal_naive_resampling_of_rows() -> None:
+    generator = np.random.default_rng(3)
+    n, resamples, seed = 60, 40, 11
+    labels = generator.integers(0, 2, n)
+    scores = np.round(generator.random(n), 1)  # with ties
+    draws = np.random.default_rng(seed)
+    rows = [draws.integers(0, n, n) for _ in range(resamples)]
+
+    def naive(metric: str) -> list[float]:
+        return [metrics.task_metrics("binary", labels[r], scores[r])[metric] for r in rows]
+
+    for metric in ("auc", "log_loss", "accuracy"):
+        statistic = metrics.task_statistics("binary", labels, scores)[metric]
+        found = metrics.bootstrap_interval(statistic, n, resamples, seed)
+        np.testing.assert_allclose(found, np.percentile(naive(metric), (2.5, 97.5)), atol=1e-12)
+
+
+def test_interval_of_a_mean_is_the_normal_one() -> None:
+    values = np.random.default_rng(0).normal(5, 2, 2000)
+    low, high = metrics.bootstrap_interval(metrics.mean_statistic(values), 2000, 2000, seed=1)
+    error = values.std() / 2000**0.5
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
+    generator = np.random.default_rng(7)
+    covered = 0
+    for trial in range(200):  # AUC of N(1, 1) against N(0, 1) is Phi(1 / sqrt 2) = 0.76025
+        labels = np.arange(150) % 2
+        scores = generator.normal(size=150) + labels
+        statistic = metrics.auc_statistic(labels, scores)
+        low, high = metrics.bootstrap_interval(statistic, 150, 200, seed=trial)
+        covered += low <= 0.76025 <= high
+    assert 180 <= covered <= 198
+
+
+def test_interval_is_repeatable_and_undefined_without_rows_or_resamples() -> None:
+    statistic = metrics.auc_statistic(np.array([0, 0, 0, 1]), np.array([1.0, 2, 3, 4]))
+    first = metrics.bootstrap_interval(statistic, 4, 50, seed=1)
+    assert first == metrics.bootstrap_interval(statistic, 4, 50, seed=1) == (1.0, 1.0)
+    assert np.isnan(metrics.bootstrap_interval(statistic, 4, 0)).all()
+    assert np.isnan(metrics.bootstrap_interval(metrics.mean_statistic(np.zeros(0)), 0)).all()
+    one_class = metrics.auc_statistic(np.zeros(3), np.zeros(3))
+    assert np.isnan(metrics.bootstrap_interval(one_class, 3)).all()
+
+
+def test_bootstrap_of_a_large_test_set_takes_seconds() -> None:
+    generator = np.random.default_rng(0)
+    labels, scores = generator.integers(0, 2, 100_000), generator.random(100_000)
+    start = time.perf_counter()
+    metrics.bootstrap_interval(metrics.auc_statistic(labels, scores), 100_000, 200)
+    assert time.perf_counter() - start < 8  # about 0.5 s
