@@ -204,8 +204,20 @@ def _fetch(name: str, to: Path, seed: int) -> None:
             f"shop in {to / 'shop'} (generated, seed {seed}); best possible AUC: {best}", err=True
         )
         return
-    folder = public.fetch(name, to, lambda text: typer.echo(text, err=True))
+    with _download_bar() as bar:
+        task = bar.add_task(f"fetch {name}", total=None)
+        folder = public.fetch(
+            name, to, lambda done, total: bar.update(task, completed=done, total=total)
+        )
     typer.echo(f"{name} in {folder}. Terms: {public.PUBLIC[name].terms}", err=True)
+
+
+def _download_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _prepare(experiment: Any, data: Path, out: Path) -> Any:

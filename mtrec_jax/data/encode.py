@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import examples, features
-from mtrec_jax.data.dataset import SPLITS, TaskField
+from mtrec_jax.data.dataset import BLOCK, SPLITS, TaskField
 from mtrec_jax.data.features import Encoding, one_array
-from mtrec_jax.data.schema import count
 
 _SLICE = 1 << 18  # rows that leave the engine at a time
 
 
 def event_log(
-    backend: Any,
     events: Any,
+    rows: int,
     experiment: Experiment,
     history: list[Encoding],
     tasks: dict[str, TaskField],
 ) -> examples.Log:
-    """All events in the order (user, time, source row), encoded."""
-    order = ["user_id", *(["time"] if experiment.data.time else []), "row"]
-    position = ibis.row_number().over(ibis.window(order_by=order))
-    table = backend.create_table("log", events.mutate(position=position).order_by("position"))
-    parts: list[dict[str, np.ndarray]] = []
-    for part in _slices(table, count(table)):
-        arrays = {
-            "user": part["user_id"].to_numpy().astype(np.int32),
-            "split": part["split"].to_numpy(),
-            "row": part["row"].to_numpy(),
-            "time": part["time"].to_numpy() if experiment.data.time else np.zeros(len(part)),
-        }
-        if experiment.data.item:
+    """All `rows` events in the order (user, time, source row), encoded."""
+    data = experiment.data
+
+    def encoded(part: pa.Table) -> dict[str, np.ndarray]:
+        arrays = {name: part[name].to_numpy() for name in ("split", "row")}
+        arrays["user"] = part["user_id"].to_numpy().astype(np.int32)
+        arrays["time"] = part["time"].to_numpy() if data.time else np.zeros(len(part))
+        if data.item:
             arrays["event_item"] = part["item_id"].to_numpy().astype(np.int32)
         for encoding in history:
             ids = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
             arrays[f"event_{encoding.name}"] = ids[:, 0]
-        if experiment.data.kind == "sequences":
-            arrays |= _targets(part, experiment, tasks)
-        parts.append(arrays)
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return arrays | (_targets(part, experiment, tasks) if data.kind == "sequences" else {})
+
+    whole = _pull(events, rows, encoded)
+    order = np.lexsort((whole["row"], whole["time"], whole["user"]))
+    whole = {name: array[order] for name, array in whole.items()}
     fields = {n.removeprefix("event_"): v for n, v in whole.items() if n.startswith("event_")}
     targets = {n: v for n, v in whole.items() if n.startswith(("label_", "reference_"))}
     return examples.Log(whole["user"], whole["split"], whole["row"], whole["time"], fields, targets)
@@ -87,42 +81,57 @@ def sequence_streams(
 
 
 def row_streams(
-    backend: Any,
     events: Any,
+    rows: int,
     experiment: Experiment,
     context: list[Encoding],
     tasks: dict[str, TaskField],
-    sizes: dict[str, int],
 ) -> dict[str, Iterator[dict[str, np.ndarray]]]:
-    """Rows in seeded random order, encoded part by part."""
-    order = [examples.mix(events["row"], experiment.data.seed), events["row"]]
-    position = ibis.row_number().over(ibis.window(group_by="split", order_by=order))
-    ordered = events.mutate(position=position).order_by("split", "position")
-    table = backend.create_table("ordered", ordered)
+    """Examples of each split, of one row each, in seeded random order, BLOCK at a time."""
 
-    def stream(split: int, rows: int) -> Iterator[dict[str, np.ndarray]]:
-        chosen = table.filter(table["split"] == split)
-        parts = _slices(chosen, rows) if rows else iter([chosen.limit(0).to_pyarrow()])
-        for part in parts:
-            ids, numbers = features.encode_all(context, feature_cells(part), len(part))
-            yield {
-                "user": part["user_id"].to_numpy().astype(np.int32),
-                "context_ids": ids,
-                "context_numbers": numbers,
-                "cutoff": np.zeros((len(part), 1), np.int32),
-                "candidate": part["item_id"].to_numpy().astype(np.int32)[:, None],
-                **{n: v[:, None] for n, v in _targets(part, experiment, tasks).items()},
-                "row": part["row"].to_numpy()[:, None],
-            }
+    def encoded(part: pa.Table) -> dict[str, np.ndarray]:
+        ids, numbers = features.encode_all(context, feature_cells(part), len(part))
+        return {
+            "split": part["split"].to_numpy(),
+            "user": part["user_id"].to_numpy().astype(np.int32),
+            "context_ids": ids,
+            "context_numbers": numbers,
+            "cutoff": np.zeros((len(part), 1), np.int32),
+            "candidate": part["item_id"].to_numpy().astype(np.int32)[:, None],
+            **{n: v[:, None] for n, v in _targets(part, experiment, tasks).items()},
+            "row": part["row"].to_numpy()[:, None],
+        }
 
-    return {name: stream(split, sizes[name]) for split, name in enumerate(SPLITS)}
+    whole = _pull(events, rows, encoded)
+    splits, row = whole.pop("split"), whole["row"][:, 0]
+    order = np.lexsort((row, examples.mix(row, experiment.data.seed)))
+
+    def stream(split: int) -> Iterator[dict[str, np.ndarray]]:
+        chosen = order[splits[order] == split]
+        for start in range(0, max(len(chosen), 1), BLOCK):
+            part = chosen[start : start + BLOCK]
+            yield {name: array[part] for name, array in whole.items()}
+
+    return {name: stream(split) for split, name in enumerate(SPLITS)}
 
 
-def _slices(table: Any, rows: int) -> Iterator[pa.Table]:
-    """The `rows` rows of an engine's table in the order of its column `position`, part by part."""
-    for start in range(0, rows, _SLICE):
-        inside = (table["position"] >= start) & (table["position"] < start + _SLICE)
-        yield table.filter(inside).order_by("position").to_pyarrow()
+def _pull(
+    events: Any, rows: int, encoded: Callable[[pa.Table], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """All `rows` events as encoded columns, in any order; their text is held slice by slice."""
+    whole: dict[str, np.ndarray] = {}
+    done, last = 0, events["row"].max().to_pyarrow().as_py()
+    for start in range(0, last + 1, _SLICE):
+        inside = (events["row"] >= start) & (events["row"] < start + _SLICE)
+        part = events.filter(inside).to_pyarrow()
+        if not len(part):
+            continue
+        for name, array in encoded(part).items():
+            if name not in whole:
+                whole[name] = np.empty((rows, *array.shape[1:]), array.dtype)
+            whole[name][done : done + len(part)] = array
+        done += len(part)
+    return whole
 
 
 def feature_cells(table: pa.Table) -> dict[str, pa.Array]:

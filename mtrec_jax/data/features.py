@@ -106,11 +106,17 @@ def encode(
         edges = np.array([float(v) for v in encoding.values.to_pylist()])
         bins = np.maximum(np.searchsorted(edges, numbers, side="right") - 1, 0) + FIRST
         return np.where(np.isnan(numbers), 0, bins).astype(np.int32)[:, None]
+    if kind == "categorical" and not pa.types.is_list(cells.type):
+        return np.where(cells.is_valid(), _vocabulary_ids(encoding, cells), 0)[:, None]
     values, rows, slots = _values(cells, encoding.feature)
-    found = pc.index_in(values, value_set=encoding.values)
     ids = np.zeros((len(cells), encoding.slots), np.int32)
-    ids[rows, slots] = pc.fill_null(found, UNKNOWN - FIRST).to_numpy(zero_copy_only=False) + FIRST
+    ids[rows, slots] = _vocabulary_ids(encoding, values)
     return ids
+
+
+def _vocabulary_ids(encoding: Encoding, values: pa.StringArray) -> Int[np.ndarray, " n"]:
+    found = pc.fill_null(pc.index_in(values, value_set=encoding.values), UNKNOWN - FIRST)
+    return found.to_numpy(zero_copy_only=False) + np.int32(FIRST)
 
 
 def unreadable(feature: Feature, cells: pa.Array, counts: Int[np.ndarray, " n"]) -> int:

@@ -59,11 +59,11 @@ def side_table(
 
 
 def with_ids(backend: Any, events: Any) -> Any:
-    """Events with user_id and item_id (0 where the data has none)."""
+    """Events with user_id and item_id (0 where the data has none) in the place of user and item."""
     for key in ("user", "item"):
         if key in events.columns:
             ids = backend.table(f"{key}_index").select(key, **{f"{key}_id": "id"})
-            events = events.inner_join(ids, key)
+            events = events.inner_join(ids, key).drop(key)
         else:
             events = events.mutate(**{f"{key}_id": ibis.literal(0, "int64")})
-    return events
+    return backend.create_table("indexed", events)

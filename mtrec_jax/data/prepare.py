@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from mtrec_jax.data.encode import event_log, feature_cells, row_streams, sequenc
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks
 from mtrec_jax.data.index import side_table, with_ids
-from mtrec_jax.data.read import check_columns
+from mtrec_jax.data.read import ROW, check_columns
 from mtrec_jax.data.schema import (
     Source,
     count,
@@ -147,19 +147,20 @@ def _build(
     events = with_ids(backend, events)
     user_arrays = features.encode_all(on_users, user_cells, len(users))
     history = on_events if data.kind == "sequences" else []
-    log = event_log(backend, events, experiment, history, tasks) if data.user else None
+    total = sum(sizes.values())
+    log = event_log(events, total, experiment, history, tasks) if data.user else None
     _write_users(folder, experiment, users, user_arrays, log)
     if data.kind == "sequences":
         assert log is not None
         positions, streams = sequence_streams(experiment, log, user_arrays)
     else:
         positions = dict.fromkeys(SPLITS, 1)
-        streams = row_streams(backend, events, experiment, on_events, tasks, sizes)
+        streams = row_streams(events, total, experiment, on_events, tasks)
     written = {}
     for name, stream in streams.items():
         written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
         say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
-    total, context = sum(sizes.values()), on_users if data.kind == "sequences" else on_events
+    context = on_users if data.kind == "sequences" else on_events
     digests = [digest for source in sources.values() for digest in source.digests]
     return Manifest(
         format=FORMAT,
@@ -266,17 +267,8 @@ def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
         )
     values = {"name": manifest.name, **manifest.config}
     experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
-    path = Path(table) if isinstance(table, (str, os.PathLike)) else None
-    files = dataclasses.replace(experiment.data.events, files=(str(path),) if path else ())
     with tempfile.TemporaryDirectory() as work, engine(Path(work)) as backend:
-        given = None if path else table
-        source = read_source(backend, "rows", files, Path(), given, 0, "")
-        if source.bad:
-            raise DataError(
-                f"{path}: {source.bad:,} malformed lines, so that predictions could not be told "
-                f"apart: {'; '.join(source.examples)}"
-            )
-        check_columns("rows", list(source.columns), event_columns(experiment), source.files())
+        source = _read_new(backend, experiment, table, event_columns(experiment))
         rows = typed(experiment, source, labels=False).order_by("row").to_pyarrow()
     encodings = _stored_encodings(prepared, experiment)
     context_ids, context_numbers = features.encode_all(encodings, feature_cells(rows), len(rows))
@@ -286,6 +278,36 @@ def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
         "candidate": _stored_ids(rows, "item", prepared.items)[:, None],
         "user": _stored_ids(rows, "user", prepared.users),
     }
+
+
+def read_columns(experiment: Experiment, table: Any, columns: Sequence[str]) -> pa.Table:
+    """Columns of new raw rows as text, in the order of the input; missing cells are null.
+
+    Args:
+      experiment: its `data.events` says the format.
+      table: a file in that format, or an in-memory table.
+      columns: which columns, by the names used in the experiment.
+
+    Raises:
+      DataError: a column is missing, or a line is malformed.
+    """
+    with tempfile.TemporaryDirectory() as work, engine(Path(work)) as backend:
+        source = _read_new(backend, experiment, table, dict.fromkeys(columns, "asked for"))
+        return source.table.order_by(ROW).select(*columns).to_pyarrow()
+
+
+def _read_new(backend: Any, experiment: Experiment, table: Any, columns: dict[str, str]) -> Source:
+    """Raw rows of which none may be left out."""
+    path = Path(table) if isinstance(table, (str, os.PathLike)) else None
+    files = dataclasses.replace(experiment.data.events, files=(str(path),) if path else ())
+    source = read_source(backend, "rows", files, Path(), None if path else table, 0, "")
+    if source.bad:
+        raise DataError(
+            f"{path}: {source.bad:,} malformed lines, so that results could not be told apart: "
+            f"{'; '.join(source.examples)}"
+        )
+    check_columns("rows", list(source.columns), columns, source.files())
+    return source
 
 
 def _stored_encodings(prepared: Prepared, experiment: Experiment) -> list[Encoding]:

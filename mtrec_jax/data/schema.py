@@ -166,10 +166,11 @@ def _load(
         whole = text.cells.length() == len(columns)
         cells = {n: text.cells[columns.index(n)] for n in names}
         backend.insert(target, text.filter(whole).select(**cells, **{ROW: text[ROW]}))
-        wrong = text.filter(~whole)
-        bad += count(wrong)
-        first = wrong.order_by(ROW).limit(EXAMPLES).select(ROW, "line").to_pyarrow()
-        examples += tuple((r[ROW], r["line"]) for r in first.to_pylist())
+        wrong = rows - bad - count(backend.table(target))
+        if wrong:
+            first = text.filter(~whole).order_by(ROW).limit(EXAMPLES).select(ROW, "line")
+            examples += tuple((r[ROW], r["line"]) for r in first.to_pyarrow().to_pylist())
+        bad += wrong
     if cut is not None:
         drop(backend, lines)
     return _Loaded(names, rows, bad, examples, next_row)

@@ -206,7 +206,7 @@ def _expose(
     best = np.argpartition(-(liking + rng.gumbel(size=(users, items))), most - 1, axis=1)[:, :most]
     shuffled = rng.permuted(best, axis=1)  # [U, most]
     starts = rng.integers(_DAYS * 86_400, size=(users, -(-most // _SESSION)))
-    # sessions that a user does not have are sorted behind the others, where no impression reads them
+    # sessions that a user does not have go behind the others, where no impression reads them
     starts[np.arange(starts.shape[1]) * _SESSION >= seen[:, None]] = _DAYS * 86_400
     starts.sort(axis=1)
     place = np.arange(most)

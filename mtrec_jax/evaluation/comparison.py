@@ -33,7 +33,7 @@ def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
     """Catalogue indexes that each user met in the splits before this one, a list per target."""
     items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
     before = splits.values < SPLITS.index(split)
-    values = to_index(items.values[before].astype(np.int64))
+    values = items.values[before].astype(np.int64) - FIRST
     count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
     known = users >= FIRST
     index = np.where(known, users - FIRST, 0)

@@ -26,6 +26,14 @@ def dropout(
     return jnp.where(_hash(x.shape, seed) >= threshold, x / (1 - rate), 0)
 
 
+def unit_length(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Vectors divided by their L2 norm; the zero vector stays zero, with a finite gradient.
+
+    For training; `kernels` normalise with more care for the last bit.
+    """
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
 def _hash(shape: tuple[int, ...], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
     """One 32-bit number an entry: a multiply-xorshift mix of its flat index and the seed."""
     index = jnp.full(shape, seed[0])

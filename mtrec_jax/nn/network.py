@@ -10,10 +10,9 @@ from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import IdField, Manifest
-from mtrec_jax.kernels.streaming import normalise
 from mtrec_jax.nn.embedding import Field, Group, layout, pool
 from mtrec_jax.nn.fusion import AttentionFusion
-from mtrec_jax.nn.layers import MLP, dropout
+from mtrec_jax.nn.layers import MLP, dropout, unit_length
 from mtrec_jax.nn.sequence import Transformer
 from mtrec_jax.nn.towers import PLE, MMoE, SharedBottom
 from mtrec_jax.types import FIRST, Batch, Outputs, UserStates
@@ -205,7 +204,7 @@ class Network(nnx.Module):
         parts, logits = [context.reshape(n, -1)], {}
         if self.plan.has_items and candidates is not None:
             user, item = states.vectors.reshape(n, d), candidates.reshape(n, d)
-            user_unit, item_unit = normalise(user), normalise(item)
+            user_unit, item_unit = unit_length(user), unit_length(item)
             cosine = jnp.sum(user_unit * item_unit, axis=-1, keepdims=True)
             parts += [user, item_unit * d**0.5, user_unit * item_unit * d, cosine]
             for name, kind in self.kinds.items():

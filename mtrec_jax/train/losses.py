@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from mtrec_jax.config import Task
 from mtrec_jax.data.dataset import TaskField
-from mtrec_jax.kernels.streaming import normalise
+from mtrec_jax.nn.layers import unit_length
 from mtrec_jax.types import Catalogue
 
 
@@ -46,8 +46,8 @@ def sampled_softmax(
     positive itself (Bengio & Senecal 2008; Yi et al., RecSys 2019). Memory is B·P·n, never (B·P)².
     Returns the loss of each position.
     """
-    u, v = normalise(users) / temperature, normalise(negatives)
-    positive = jnp.sum(u * normalise(positives), axis=-1)
+    u, v = unit_length(users) / temperature, unit_length(negatives)
+    positive = jnp.sum(u * unit_length(positives), axis=-1)
     log_expected = jnp.asarray(catalogue.log_probability)[negative_ids]
     log_expected = log_expected + jnp.log(jnp.asarray(len(negative_ids), u.dtype))
     scores = jnp.einsum("bpd,nd->bpn", u, v) - log_expected[None, None]

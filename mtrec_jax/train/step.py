@@ -12,6 +12,7 @@ import optax
 from mtrec_jax.config import Experiment, Train, fusion_objective
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.nn.model import Model, Rows, gather_rows
+from mtrec_jax.nn.layers import unit_length
 from mtrec_jax.sharding import state_shardings
 from mtrec_jax.train.balance import static, uncertainty
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
@@ -217,8 +218,7 @@ def _listwise_loss(
     target = jnp.take_along_axis(jnp.asarray(looked.candidate_index), chosen, axis=1)  # (B, 1)
     target_id = jnp.take_along_axis(jnp.asarray(batch.candidate), chosen, axis=1)
     negative_vectors = jnp.take(vectors, looked.negative_index, axis=0)
-    scale = jax.lax.rsqrt(jnp.sum(jnp.square(negative_vectors), axis=-1) + 1e-12)
-    scores = jnp.einsum("bd,nd->bn", user[:, 0], negative_vectors) * scale[None]
+    scores = jnp.einsum("bd,nd->bn", user[:, 0], unit_length(negative_vectors))
     scores = jnp.where(target_id == looked.negatives[None], -jnp.inf, scores)
     count = min(FUSION_CANDIDATES - 1, scores.shape[1])
     hardest = jax.lax.top_k(scores, count)[1]

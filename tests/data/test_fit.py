@@ -1,0 +1,184 @@
+"""Labels and features: masked, scaled and fitted on the training rows alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import SPLITS
+from mtrec_jax.data.prepare import encode_rows, read_columns
+from mtrec_jax.errors import DataError
+from tests.data.small import LOG, example_of, make, rows, rules, run
+
+TASKS = {
+    "click": {"kind": "binary"},
+    "buy": {"kind": "binary", "column": "bought", "equals": "yes", "where": "click"},
+    "price": {"kind": "regression", "where": "buy", "reference": "guess"},
+    "shop": {"kind": "multiclass"},
+}
+SHOP = """click,bought,price,shop,guess
+1,yes,10,n,9.5
+true,yes,20,m,
+0,no,,n,1
+False,yes,5,m,1
+1,no,7,,1
+,yes,3,n,1
+1,yes,,m,1
+1,yes,30,k,1
+"""
+
+
+def test_labels_masks_and_sample_spaces(tmp_path: Path) -> None:
+    split = {"kind": "files", "test_files": ["more.csv"], "validation": 0.2}
+    experiment = rows(tasks=TASKS, split=split)
+    more = SHOP.splitlines()[0] + "\n1,yes,1,unseen,2\n"
+    text = SHOP + SHOP.split("\n", 1)[1] * 3  # enough rows for a validation split
+    prepared = run(tmp_path, experiment, text, more_csv=more)
+    found = {}
+    for name in SPLITS:
+        arrays = prepared.interactions(name)
+        for index, row in enumerate(arrays["row"].tolist()):
+            found[row] = {column: float(array[index]) for column, array in arrays.items()}
+    assert sorted(found) == list(range(33))  # rows of the test file continue the numbering
+    nan = float("nan")
+    classes = prepared.manifest.tasks["shop"].classes
+    assert classes == ("k", "m", "n")
+    expected = {
+        "label_click": [1, 1, 0, 0, 1, nan, 1, 1],
+        "label_buy": [1, 1, nan, nan, 0, nan, 1, 1],
+        "label_price": [10, 20, nan, nan, nan, nan, nan, 30],
+        "label_shop": [2, 1, 2, 1, nan, 2, 1, 0],
+        "reference_price": [9.5, nan, 1, 1, 1, 1, 1, 1],
+    }
+    for name, values in expected.items():
+        np.testing.assert_array_equal([found[row][name] for row in range(8)], values, name)
+    assert np.isnan(found[32]["label_shop"])  # a class that no training row has
+    train = prepared.interactions("train")["label_price"]
+    train = train[~np.isnan(train)]
+    task = prepared.manifest.tasks["price"]
+    assert task.mean == pytest.approx(train.mean())
+    assert task.std == pytest.approx(train.std())
+    assert rules(prepared)["label of click missing (masked)"] == 4
+    assert rules(prepared)["class of shop without training rows (masked)"] == 1
+
+
+def test_labels_that_cannot_be_learned_or_read(tmp_path: Path) -> None:
+    def task(**values: Any) -> Experiment:
+        return make(tasks={"like": {"kind": "binary", "column": "rating", **values}})
+
+    with pytest.raises(DataError, match=r"'like': every training label is 0 .*'rating'.*at_least"):
+        run(tmp_path, task(at_least=9))
+    with pytest.raises(DataError, match=r"'like': every training label is 1 .*at_least"):
+        run(tmp_path, task(at_least=0))
+    empty = LOG.replace("user,item,rating", "user,item,stars").replace("time\n", "time,rating\n")
+    empty = "\n".join([empty.split("\n")[0], *(line + "," for line in empty.split("\n")[1:-1])])
+    with pytest.raises(DataError, match="'like': no training row has a label in column 'rating'"):
+        run(tmp_path, task(at_least=3), empty)
+    text = "user,item,rating,time\n" + "".join(f"u{n % 7},i,{n % 5},{n}\n" for n in range(200))
+    prepared = run(tmp_path, task(at_least=3), text + "u1,i,nan,9\nu1,i,1_0,9\n")
+    assert rules(prepared)["malformed label of like"] == 2
+    assert prepared.manifest.events == 200
+    text += "".join(f"u1,i,{bad},9\n" for bad in ("nan", "inf", "abc", "1_0", "1e99"))
+    with pytest.raises(DataError) as error:
+        run(tmp_path, task(at_least=3), text)
+    assert "5 of 205 rows are malformed" in str(error.value)
+    assert "malformed label of like: 5; row 200 (log.csv line 202): 'nan'; row 201" in str(
+        error.value
+    )
+
+
+def test_features_are_fitted_on_training_rows_only(tmp_path: Path) -> None:
+    features = {
+        "city": {"min_count": 2},
+        "age": {"kind": "numeric"},
+        "age_bin": {"kind": "binned", "column": "age", "bins": 2},
+        "likes": {"kind": "multi_valued", "separator": "|", "max_values": 2},
+    }
+    header = "click,city,age,likes\n"
+    text = header + "0,b,1,p|q\n1,b,2,q\n0,a,3,q | p | z\n1,a,,\n0,a,4,\n1,rare,x,p\n" * 40
+    split = {"kind": "files", "test_files": ["more.csv"], "validation": 0.1}
+    experiment = rows(tasks={"click": {"kind": "binary"}}, features=features, split=split)
+    more = header + "1,new,100,z|p|new\n0,,,\n1, a ,-5,\n"
+    text = text.replace("rare", "a", 39)
+    prepared = run(tmp_path, experiment, text, more_csv=more)
+    m = prepared.manifest
+    assert [f.name for f in m.context_ids] == ["city", "age_bin", "likes"]
+    assert [(f.size, f.slots) for f in m.context_ids] == [(4, 1), (4, 1), (4, 2)]
+    assert prepared.vocabulary("city")["value"].to_pylist() == ["a", "b"]  # by falling count
+    assert prepared.vocabulary("likes")["value"].to_pylist() == ["q", "p"]  # z is always third
+    train = np.concatenate([block["row"][:, 0] for block in prepared.blocks("train")])
+    raw = [line.split(",") for line in text.splitlines()[1:]]
+    ages = np.array([float(raw[r][2]) for r in train if raw[r][2] not in ("", "x")])
+    [scale] = m.context_numbers
+    assert (scale.mean, scale.std) == (pytest.approx(ages.mean()), pytest.approx(ages.std()))
+    edges = [float(v) for v in prepared.vocabulary("age_bin")["value"].to_pylist()]
+    assert edges == [1.0, np.sort(ages)[len(ages) // 2]]
+    counts = prepared.vocabulary("age_bin")["count"].to_pylist()
+    assert counts == [(ages < edges[1]).sum(), (ages >= edges[1]).sum()]
+    encoded = encode_rows(prepared, tmp_path / "more.csv")
+    # city, age_bin, likes: "new" is unknown, missing is 0, numbers beyond the edges are clipped
+    assert encoded["context_ids"].tolist() == [[1, 3, 1, 3], [0, 0, 0, 0], [2, 2, 0, 0]]
+    ages = np.array([100, scale.mean, -5])  # a missing number counts as the mean
+    scaled = (ages - scale.mean) / scale.std
+    np.testing.assert_allclose(encoded["context_numbers"][:, 0], scaled, rtol=1e-6)
+    [test] = prepared.blocks("test")
+    order = test["row"][:, 0] - test["row"].min()
+    np.testing.assert_array_equal(test["context_ids"], encoded["context_ids"][order])
+    assert rules(prepared)["training value of age is no number (used as missing)"] > 0
+    in_memory = pd.DataFrame({"city": ["a", None], "age": [np.nan, 1], "likes": [["q"], []]})
+    again = encode_rows(prepared, in_memory)
+    assert again["context_ids"].tolist() == [[2, 0, 2, 0], [0, 2, 0, 0]]
+    assert encoded["candidate"].tolist() == [[0]] * 3
+    with pytest.raises(DataError, match=r"rows: no column 'likes' \(features.likes\)"):
+        encode_rows(prepared, in_memory.drop(columns="likes"))
+    (tmp_path / "bad.csv").write_text(more + "1,2\n")
+    read = read_columns(experiment, tmp_path / "more.csv", ["likes", "city"])
+    assert read.to_pydict() == {"likes": ["z|p|new", None, None], "city": ["new", None, "a"]}
+    with pytest.raises(DataError, match="malformed lines"):
+        encode_rows(prepared, tmp_path / "bad.csv")
+
+
+def test_item_user_and_history_features_of_sequences(tmp_path: Path) -> None:
+    features = {
+        "genre": {"on": "item"},
+        "year": {"on": "item", "kind": "numeric"},
+        "country": {"on": "context"},
+        "user": {"on": "context"},
+        "rating": {"on": "history"},
+    }
+    data = {
+        "items": {"files": ["items.csv"]},
+        "users": {"files": ["users.csv"], "rename": {"uid": "user"}},
+        "title": "name",
+    }
+    items = "item,name,genre,year\nx,The X,drama,2000\ny,The Y,drama,2010\n"
+    items += "z,,comedy,1900\nx,No,no,1\nq,Q,q,5\n"
+    users = "uid,country\na,nl\nb,de\nd,fr\n"
+    prepared = run(tmp_path, make(data=data, features=features), items_csv=items, users_csv=users)
+    m = prepared.manifest
+    assert prepared.vocabulary("genre")["value"].to_pylist() == ["drama"]
+    assert m.item_numbers[0].mean == 2005
+    assert m.item_numbers[0].std == 5
+    catalogue = prepared.catalogue()  # ids: x 2, y 3, w 4 (no row), z 5 (cold: unknown genre)
+    assert catalogue["ids"][:, 0].tolist() == [0, 0, 2, 2, 0, 1]
+    assert catalogue["numbers"][:, 0].tolist() == [0, 0, -1, 1, 0, -21]
+    assert prepared.titles == ["The X", "The Y", "w", "z"]
+    assert prepared.vocabulary("country")["value"].to_pylist() == ["de", "nl"]
+    # the user id as a feature: a and then b, c by training events
+    assert prepared.vocabulary("user")["value"].to_pylist() == ["a", "b", "c"]
+    [test] = example_of(prepared, "test", "a")
+    assert test["context_ids"] == [3, 2]
+    [train] = example_of(prepared, "train", "c")
+    assert train["context_ids"] == [0, 4]  # c has no row in users.csv
+    # training ratings 5, 4, 1, 4 in order 4, 1, 5; the rating 3 of z is unknown
+    assert prepared.vocabulary("rating")["value"].to_pylist() == ["4", "1", "5"]
+    assert test["event_rating"] == [4, 2, 1]
+    found = rules(prepared)
+    assert found["items: row of an id already seen"] == 1
+    assert found["items without a row in items"] == 1
+    assert found["users without a row in users"] == 1
