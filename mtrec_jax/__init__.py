@@ -13,14 +13,14 @@ from mtrec_jax.errors import CheckpointError, ConfigError, DataError, Error
 __version__ = "0.1.0"
 
 _HOME = {
-    "load_experiment": "mtrec_jax.config",
-    "parse_experiment": "mtrec_jax.config",
+    "load_experiment": "mtrec_jax.experiments",
+    "parse_experiment": "mtrec_jax.experiments",
     "prepare": "mtrec_jax.data.prepare",
     "open_prepared": "mtrec_jax.data.dataset",
     "train": "mtrec_jax.train.loop",
     "open_run": "mtrec_jax.train.run",
     "evaluate_run": "mtrec_jax.train.run",
-    "fit": "mtrec_jax.recommender",
+    "fit": "mtrec_jax.from_tables",
     "Recommender": "mtrec_jax.recommender",
     "cosine_scores": "mtrec_jax.kernels",
     "cosine_topk": "mtrec_jax.kernels",

@@ -20,13 +20,15 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="""From raw behaviour logs to a trained multi-task recommender, its evaluation and its recommendations.
+    help="""From raw behaviour logs to a trained multi-task recommender, its honest evaluation and
+its recommendations.
 
 CONFIG is a TOML file or a built-in experiment: **shop** (generated), **ml-1m**, **census-income**.
 
 Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u7 --k 5`.
 
-Exit status: 0 done · 2 wrong usage or input · 3 no network · 130 / 143 stopped by Ctrl-C / SIGTERM, saved.
+Exit status: 0 done · 2 wrong usage or input · 3 no network · 130 / 143 stopped by Ctrl-C /
+SIGTERM, saved.
 """,
 )
 
@@ -67,7 +69,7 @@ def prepare(
     overrides: Set = None,
 ) -> None:
     """Clean, split and index raw files into a prepared folder, with a report of every change."""
-    from mtrec_jax.config import load_experiment
+    from mtrec_jax.experiments import load_experiment
 
     experiment = load_experiment(config, overrides or [])
     _prepare(experiment, data, out or Path("prepared") / experiment.name)
@@ -81,8 +83,8 @@ def train(
     overrides: Set = None,
 ) -> None:
     """Train; a RUN with a checkpoint of the same configuration is continued by itself."""
-    from mtrec_jax.config import load_experiment
     from mtrec_jax.data.dataset import open_prepared
+    from mtrec_jax.experiments import load_experiment
 
     experiment = load_experiment(config, overrides or [])
     opened = open_prepared(prepared or Path("prepared") / experiment.name)
@@ -172,7 +174,7 @@ def run(
     prepared: PreparedFolder = None,
 ) -> None:
     """All at once: data, prepare, train, evaluate on validation."""
-    from mtrec_jax.config import load_experiment
+    from mtrec_jax.experiments import load_experiment
 
     experiment = load_experiment(config, overrides or [])
     if experiment.data.public:
@@ -216,7 +218,12 @@ def _download_bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
@@ -254,7 +261,7 @@ def _progress(tables: Any, recommender: Any) -> Any:
     from rich.console import Console
     from rich.progress import track
 
-    from mtrec_jax.recommender import BATCH
+    from mtrec_jax.requests import BATCH
 
     total = -(-recommender.prepared.manifest.users // BATCH)
     return track(tables, "recommending", total=total, console=Console(stderr=True))

@@ -1,23 +1,19 @@
-"""Frozen, typed configuration: TOML in, `--set a.b=c` overrides, errors that name the key.
+"""Frozen, typed configuration: what an experiment may say, and what follows from it.
 
 An `Experiment` is plain data. Nothing in it is evaluated as code, and the resolved experiment is
-stored with the run, so that a run folder says everything about how it came to be.
+stored with the run, so that a run folder says everything about how it came to be. How it is read
+from TOML and checked is in `experiments`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import tomli_w
-
-from mtrec_jax.errors import ConfigError, nearest
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
 
@@ -217,69 +213,6 @@ MAIN_METRIC = {
 LOWER_IS_BETTER = ("rmse", "mae", "log_loss", "calibration_error")
 
 
-def built_in_names() -> list[str]:
-    """Names of the experiments that come with the package.
-
-    >>> built_in_names()
-    ['census-income', 'ml-1m', 'shop']
-    """
-    folder = resources.files("mtrec_jax") / "configs"
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
-
-
-def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment from a TOML file or a built-in name, then apply `key=value` overrides.
-
-    Args:
-      config: path of a TOML file, or one of `built_in_names()`.
-      overrides: strings such as `"model.towers=ple"`; values are TOML, bare words are text.
-
-    Raises:
-      ConfigError: no such file or name, invalid TOML, unknown key, wrong type or a combination
-        that cannot work. The message names the key, the allowed values and the nearest spelling.
-
-    >>> load_experiment("ml-1m", ["model.towers=ple"]).model.towers
-    'ple'
-    """
-    path = Path(config)
-    if path.suffix == ".toml" or path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    elif str(config) in built_in_names():
-        text = (resources.files("mtrec_jax") / "configs" / f"{config}.toml").read_text("utf-8")
-    else:
-        raise ConfigError(
-            f"no configuration '{config}': it is neither a file nor one of "
-            f"{', '.join(built_in_names())}.{nearest(str(config), built_in_names())}"
-        )
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{config} is not valid TOML: {error}") from error
-    for override in overrides:
-        _override(values, override)
-    return parse_experiment(values, where=str(config))
-
-
-def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Experiment:
-    """Check nested dicts against the types above and return the frozen experiment.
-
-    Raises:
-      ConfigError: as `load_experiment`; `where` opens the message.
-    """
-    try:
-        experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
-    except pydantic.ValidationError as error:
-        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
-        raise ConfigError(f"{where}:\n{problems}") from None
-    check(experiment)
-    return experiment
-
-
 def to_dict(experiment: Any) -> dict[str, Any]:
     """A configuration dataclass as plain TOML-able values: no None, tuples as lists."""
 
@@ -291,7 +224,7 @@ def to_dict(experiment: Any) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    return plain(experiment)  # type: ignore[no-any-return]
+    return plain(experiment)
 
 
 def to_toml(experiment: Experiment) -> str:
@@ -328,156 +261,3 @@ def metrics_of(kind: str, ks: Iterable[int]) -> list[str]:
         "regression": ["rmse", "mae"],
         "multiclass": ["accuracy", "log_loss"],
     }[kind]
-
-
-def check(experiment: Experiment) -> None:
-    """Raise `ConfigError` for combinations that types alone cannot forbid."""
-    e, problems = experiment, []
-    if not e.tasks:
-        problems.append("tasks: at least one is needed, e.g. [tasks.next_item] kind = 'retrieval'")
-    if e.data.kind == "sequences":
-        problems += [
-            f"data.{key}: needed when data.kind = 'sequences'"
-            for key in ("user", "item", "time")
-            if not getattr(e.data, key)
-        ]
-        if e.data.positions > e.data.history_length:
-            problems.append("data.positions: at most data.history_length")
-    if e.data.kind == "rows":
-        if any(t.kind == "retrieval" for t in e.tasks.values()):
-            problems.append("tasks: retrieval needs data.kind = 'sequences'")
-        if e.model.encoder == "transformer":
-            problems.append("model.encoder: 'none' is the one for data.kind = 'rows'")
-        if e.split.kind in ("leave_one_out",) or (e.split.kind == "time" and not e.data.time):
-            problems.append("split.kind: 'random' or 'files' are the ones for rows without time")
-    if e.split.kind == "files" and not e.split.test_files:
-        problems.append("split.test_files: needed when split.kind = 'files'")
-    if e.data.kind == "sequences" and e.split.kind in ("random", "files"):
-        problems.append("split.kind: 'leave_one_out' or 'time' are the ones for sequences")
-    if not 0 < e.split.validation < 1 or not 0 <= e.split.test < 1:
-        problems.append("split.validation, split.test: fractions between 0 and 1")
-    problems += _check_tasks(e) + _check_numbers(e)
-    if problems:
-        raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
-
-
-def _check_tasks(e: Experiment) -> list[str]:
-    problems = []
-    binary = [n for n, t in e.tasks.items() if t.kind == "binary"]
-    for name, task in e.tasks.items():
-        if task.where and task.where not in binary:
-            hint = nearest(task.where, binary)
-            problems.append(f"tasks.{name}.where: '{task.where}' is no binary task.{hint}")
-        if task.kind == "retrieval" and not e.data.item:
-            problems.append(f"tasks.{name}.kind: 'retrieval' needs data.item")
-        if task.kind != "binary" and (task.at_least is not None or task.equals is not None):
-            problems.append(f"tasks.{name}: at_least and equals are for binary tasks")
-    if sum(t.kind == "retrieval" for t in e.tasks.values()) > 1:
-        problems.append("tasks: one retrieval task at most")
-    for name in e.model.fusion_objective:
-        if name not in e.tasks:
-            hint = nearest(name, e.tasks)
-            problems.append(f"model.fusion_objective.{name}: there is no such task.{hint}")
-        elif e.tasks[name].kind not in ("retrieval", "binary"):
-            problems.append(f"model.fusion_objective.{name}: a retrieval or binary task is needed")
-    if not problems and e.tasks:
-        task_name, metric, _ = select_metric(e)
-        if task_name not in e.tasks:
-            hint = nearest(task_name, e.tasks)
-            problems.append(f"select.metric: there is no task '{task_name}'.{hint}")
-        else:
-            known = metrics_of(e.tasks[task_name].kind, e.evaluate.ks)
-            if metric not in known:
-                problems.append(
-                    f"select.metric: task '{task_name}' has {', '.join(known)}, not '{metric}'"
-                )
-    labels = {t.column or n: n for n, t in e.tasks.items() if t.kind != "retrieval"}
-    labels |= {t.reference: n for n, t in e.tasks.items() if t.reference}
-    for name, feature in e.features.items():
-        column = feature.column or name
-        if feature.on != "history" and column in labels:
-            problems.append(
-                f"features.{name}: column '{column}' is the label of task '{labels[column]}'; a "
-                "label among the features leaks the answer. Remove the feature, or declare it "
-                "on = 'history', where only past events show it"
-            )
-    return problems
-
-
-def _check_numbers(e: Experiment) -> list[str]:
-    problems = []
-    if (e.train.epochs > 0) == (e.train.steps > 0):
-        problems.append("train.epochs, train.steps: exactly one must be above 0")
-    if e.model.width % e.model.heads:
-        problems.append("model.width: a multiple of model.heads")
-    positive = {
-        "data.history_length": e.data.history_length,
-        "model.width": e.model.width,
-        "model.heads": e.model.heads,
-        "model.experts": e.model.experts,
-        "model.temperature": e.model.temperature,
-        "train.batch_size": e.train.batch_size,
-        "train.learning_rate": e.train.learning_rate,
-        "train.log_every": e.train.log_every,
-        "train.negatives": e.train.negatives,
-        "evaluate.candidates": e.evaluate.candidates,
-        "evaluate.batch_size": e.evaluate.batch_size,
-    }
-    problems += [
-        f"{key}: must be above 0, not {value}" for key, value in positive.items() if value <= 0
-    ]
-    if not 0 <= e.model.dropout < 1:
-        problems.append(f"model.dropout: between 0 and 1, not {e.model.dropout}")
-    if not e.evaluate.ks or min(e.evaluate.ks) < 1:
-        problems.append("evaluate.ks: at least one k of 1 or more")
-    return problems
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {override}: write it as key=value, e.g. model.towers=ple")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is text
-    node: Any = values
-    for part in parts[:-1]:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: '{'.'.join(parts[:-1])}' is not a table")
-    node[parts[-1]] = value
-
-
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: key, allowed values, nearest spelling."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "unexpected_keyword_argument":
-        known = _fields_at(location[:-1])
-        return f"{key}: unknown key.{nearest(location[-1], known)} Known here: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{key}: required, and missing"
-    if error["type"] == "literal_error":
-        allowed = error["ctx"]["expected"]
-        hint = nearest(
-            str(error["input"]), [a.strip("' ") for a in allowed.replace(" or ", ", ").split(",")]
-        )
-        return f"{key}: {error['input']!r} is not one of {allowed}.{hint}"
-    return f"{key}: {error['msg']}, not {error['input']!r}"
-
-
-def _fields_at(location: Sequence[str]) -> list[str]:
-    """Field names of the dataclass at a path of the experiment."""
-    node: Any = Experiment
-    tables = {"features": Feature, "tasks": Task}
-    for part in location:
-        if node in (Feature, Task, Published) or part.isdigit():
-            node = Published if part.isdigit() else node
-            continue
-        node = {
-            "data": Data, "clean": Clean, "split": Split, "model": Model, "train": Train,
-            "select": Select, "evaluate": Evaluate, "events": Files, "items": Files, "users": Files,
-        }.get(part, tables.get(part, node))  # fmt: skip
-    return [f.name for f in dataclasses.fields(node)]

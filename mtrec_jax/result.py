@@ -33,7 +33,7 @@ class Result:
     def __getitem__(self, column: str) -> list[Any]:
         if column not in self.table.column_names:
             raise KeyError(f"{column!r}; there are {', '.join(self.table.column_names)}")
-        return self.table.column(column).to_pylist()  # type: ignore[no-any-return]
+        return self.table.column(column).to_pylist()
 
     @property
     def columns(self) -> list[str]:

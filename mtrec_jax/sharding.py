@@ -47,7 +47,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Split a batch of NumPy arrays over all devices along its first axis."""
     host = batch._replace(row=batch.row.astype(np.int32))  # devices hold 32-bit integers
-    return jax.device_put(host, NamedSharding(mesh, P(AXES)))  # type: ignore[no-any-return]
+    return jax.device_put(host, NamedSharding(mesh, P(AXES)))
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -10,6 +10,7 @@ The containers are not annotated with shapes (annotated pytrees break under `jax
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +25,14 @@ PAD, UNKNOWN, FIRST = 0, 1, 2  # ids: 0 is padding, 1 is unknown, real ids start
 class Batch(NamedTuple):
     """One batch of examples. Absent parts are empty dicts; shapes never change within a run."""
 
-    context: dict[str, Array]  # {"ids": [B, M] int32, "numbers": [B, C]}: the user or the request
-    events: dict[str, Array]  # {field: [B, L] int32}: the past in time order, "item" among them
+    context: Mapping[
+        str, Array
+    ]  # {"ids": [B, M] int32, "numbers": [B, C]}: the user or the request
+    events: Mapping[str, Array]  # {field: [B, L] int32}: the past in time order, "item" among them
     cutoff: Array  # [B, P] int32: position p may see events[:, :cutoff]
     candidate: Array  # [B, P] int32: the item at position p, 0 for none
-    labels: dict[str, Array]  # {task: [B, P]}, 0 where masked
-    mask: dict[str, Array]  # {task: [B, P]} 1 where the label exists and is in the sample space
+    labels: Mapping[str, Array]  # {task: [B, P]}, 0 where masked
+    mask: Mapping[str, Array]  # {task: [B, P]} 1 where the label exists and is in the sample space
     user: Array  # [B] int32
     weight: Array  # [B, P] 0 on padding
     row: Array  # [B, P] int64 source row, -1 on padding
@@ -48,19 +51,19 @@ class Catalogue(NamedTuple):
 class Lookups(NamedTuple):
     """Which rows a batch touches, before any is fetched."""
 
-    addresses: dict[str, dict[str, Array]]  # {stack: {role: addresses, -1 where nothing}}
-    item_ids: Array  # [U] item ids whose vectors the batch needs
-    event_index: Array  # [B, L] where each event's item stands in item_ids
-    candidate_index: Array  # [B, P]
-    negatives: Array  # [n] item ids of the shared sampled negatives
-    negative_index: Array  # [n]
+    addresses: dict[str, dict[str, jax.Array]]  # {stack: {role: addresses, -1 where nothing}}
+    item_ids: jax.Array  # [U] item ids whose vectors the batch needs
+    event_index: jax.Array  # [B, L] where each event's item stands in item_ids
+    candidate_index: jax.Array  # [B, P]
+    negatives: jax.Array  # [n] item ids of the shared sampled negatives
+    negative_index: jax.Array  # [n]
 
 
 class UserStates(NamedTuple):
     """What the encoder knows about the user at each position."""
 
-    vectors: jax.Array  # [B, P, D]: compared with item vectors by cosine
-    context: jax.Array  # [B, F]: the encoded context features, for the ranking towers
+    vectors: Array  # [B, P, D]: compared with item vectors by cosine
+    context: Array  # [B, F]: the encoded context features, for the ranking towers
 
 
 class Outputs(NamedTuple):

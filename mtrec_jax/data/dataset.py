@@ -13,7 +13,8 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     reference_<task> float32[P]   only where the task declares a reference
     row           int64[P]        source row (0-based, over the event files in order), -1: padding
 items.parquet                     the catalogue, row r is item id r + 2; trained items come first:
-    id string, title string, count int64 (training events), item_ids int32[M], item_numbers float32[C]
+    id string, title string, count int64 (training events),
+    item_ids int32[M], item_numbers float32[C]
 users.parquet                     row r is user id r + 2, every event in time order:
     id string, context_ids, context_numbers, event_<field> list<int32>, split list<int8>
                                   (split: 0 train, 1 validation, 2 test)
@@ -171,14 +172,24 @@ class Prepared:
         )
 
     @functools.cached_property
+    def user_names(self) -> list[str]:
+        """Raw id of each user, in the order of ids."""
+        return self.users.column("id").to_pylist()
+
+    @functools.cached_property
+    def item_names(self) -> list[str]:
+        """Raw id of each catalogue item, in the order of ids."""
+        return self.items.column("id").to_pylist()
+
+    @functools.cached_property
     def user_ids(self) -> dict[str, int]:
         """{raw user id: id}."""
-        return {raw: i + FIRST for i, raw in enumerate(self.users.column("id").to_pylist())}
+        return {raw: i + FIRST for i, raw in enumerate(self.user_names)}
 
     @functools.cached_property
     def item_ids(self) -> dict[str, int]:
         """{raw item id: id}."""
-        return {raw: i + FIRST for i, raw in enumerate(self.items.column("id").to_pylist())}
+        return {raw: i + FIRST for i, raw in enumerate(self.item_names)}
 
     @functools.cached_property
     def titles(self) -> list[str]:
@@ -235,7 +246,7 @@ def open_prepared(folder: str | Path) -> Prepared:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
             raise DataError(
-                f"{path}: format {values.get('format')}, this version reads {FORMAT}; prepare anew"
+                f"{path}: format {values.get('format')}, this version reads {FORMAT}: prepare"
             )
         manifest = pydantic.TypeAdapter(Manifest).validate_python(values)
     except (json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError) as error:

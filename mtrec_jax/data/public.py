@@ -35,7 +35,9 @@ _CHUNK = 1 << 20
 
 
 class OfflineError(DataError):
-    """The package index cannot be reached."""
+    """The package index cannot be reached; the command line exits with status 3."""
+
+    status = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,8 @@ def _bias(
     experiment: Experiment, prepared: Prepared, collected: Collected, train: dict[str, np.ndarray]
 ) -> dict[tuple[str, str], float]:
     """User + item biases for each binary and regression task, on the model's own examples."""
-    found, manifest = {}, prepared.manifest
+    found: dict[tuple[str, str], float] = {}
+    manifest = prepared.manifest
     for name, task in experiment.tasks.items():
         if task.kind not in ("binary", "regression"):
             continue
@@ -114,7 +115,7 @@ def _reference(
     experiment: Experiment, prepared: Prepared, split: str
 ) -> dict[tuple[str, str], float]:
     """Metrics of the predictions that came with the data, on the same rows."""
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     with_reference = [n for n, t in experiment.tasks.items() if t.reference]
     rows = prepared.interactions(split) if with_reference else {}
     for name in with_reference:

@@ -43,7 +43,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined metrics are null."""
-        return _without_nan(dataclasses.asdict(self))  # type: ignore[no-any-return]
+        return _without_nan(dataclasses.asdict(self))
 
 
 def evaluate(
@@ -151,7 +151,7 @@ def padded(lists: Lists, rows: np.ndarray, width: int) -> np.ndarray:
 def model_ranks(
     collected: Collected, vectors: jax.Array | np.ndarray, rows: np.ndarray, seen: Lists | None
 ) -> np.ndarray:
-    """Rank of each target among all items by cosine, seen items excluded: [len(rows)], 0 = first."""
+    """Rank of each target among all items by cosine, seen ones excluded: [n], 0 = first."""
     items, block = vectors[FIRST:], 512
     width = int(np.diff(seen.offsets).max()) if seen is not None and len(seen) else 0
     ranks = np.zeros(len(rows), np.int64)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.nn.model import Model, gather_rows, make_catalogue, make_model
-from mtrec_jax.types import FIRST, Batch, Catalogue, Outputs, PyTree, UserStates
+from mtrec_jax.types import FIRST, Array, Batch, Catalogue, Outputs, PyTree, UserStates
 
 ITEM_CHUNK = 65_536  # items whose vectors are computed at once
 
@@ -24,11 +24,13 @@ class Inference:
 
     model: Model
     catalogue: Catalogue
-    items: Callable[[PyTree, dict[str, jax.Array], jax.Array], jax.Array]  # item ids -> [n, D]
-    users: Callable[[PyTree, dict[str, jax.Array], jax.Array, Batch], UserStates]
-    rank: Callable[[PyTree, UserStates, jax.Array, jax.Array], Outputs]  # candidate ids [B, P]
+    items: Callable[[PyTree, dict[str, jax.Array], Array], jax.Array]  # item ids -> [n, D]
+    users: Callable[[PyTree, dict[str, jax.Array], Array, Batch], UserStates]
+    rank: Callable[[PyTree, UserStates, Array, Array], Outputs]  # candidate ids [B, P]
 
-    def item_vectors(self, params: PyTree, tables: dict[str, jax.Array]) -> Float[Array, "N2 D"]:
+    def item_vectors(
+        self, params: PyTree, tables: dict[str, jax.Array]
+    ) -> Float[jax.Array, "N2 D"]:
         """Vectors of all items by item id: [N + 2, D], computed in chunks of one shape."""
         n = self.catalogue.row.shape[0]
         chunk = min(ITEM_CHUNK, n)
@@ -43,13 +45,13 @@ def make_inference(model: Model, catalogue: Catalogue) -> Inference:
     """Compile the passes of a model over a catalogue."""
 
     @jax.jit
-    def items(params: PyTree, tables: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
+    def items(params: PyTree, tables: dict[str, jax.Array], ids: Array) -> jax.Array:
         rows = gather_rows(params, tables, model.item_lookups(ids, catalogue))
         return model.items(params, rows, catalogue, ids)
 
     @jax.jit
     def users(
-        params: PyTree, tables: dict[str, jax.Array], vectors: jax.Array, batch: Batch
+        params: PyTree, tables: dict[str, jax.Array], vectors: Array, batch: Batch
     ) -> UserStates:
         looked = model.lookups(batch, catalogue, None)
         wanted = ("context", "history")
@@ -62,9 +64,7 @@ def make_inference(model: Model, catalogue: Catalogue) -> Inference:
         return model.users(params, rows, vectors, jnp.asarray(events), batch, None)
 
     @jax.jit
-    def rank(
-        params: PyTree, states: UserStates, vectors: jax.Array, candidates: jax.Array
-    ) -> Outputs:
+    def rank(params: PyTree, states: UserStates, vectors: Array, candidates: Array) -> Outputs:
         found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
         return model.rank(params, states, found, None)
 

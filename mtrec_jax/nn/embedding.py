@@ -51,7 +51,8 @@ def layout(owners: Sequence[tuple[str, str, int, int]]) -> tuple[dict[str, Field
     >>> fields["context.user"].offset, rows
     (5, {'sparse': 128})
     """
-    fields, used = {}, {}
+    fields: dict[str, Field] = {}
+    used: dict[str, int] = {}
     for owner, stack, size, slots in owners:
         fields[owner] = Field(owner, stack, used.get(stack, 0), size, slots)
         used[stack] = used.get(stack, 0) + size

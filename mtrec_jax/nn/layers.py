@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -10,9 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt32
 
 
-def dropout(
-    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
-) -> Float[Array, "..."]:
+def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
     """Zero each entry with probability `rate`, rescale the rest; `key=None` leaves x as it is.
 
     The mask is a hash of the entry's place and the key. It is computed where it is used, which on a
@@ -55,7 +54,7 @@ class MLP(nnx.Module):
         self.layers = nnx.List(
             [
                 nnx.Linear(a, b, dtype=dtype, param_dtype=dtype, rngs=rngs)
-                for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+                for a, b in itertools.pairwise(sizes)
             ]
         )
 

@@ -23,7 +23,17 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.nn.embedding import Group, addresses, gather, initial_table
 from mtrec_jax.nn.network import Network, history_ids, make_plan
-from mtrec_jax.types import FIRST, UNKNOWN, Batch, Catalogue, Lookups, Outputs, PyTree, UserStates
+from mtrec_jax.types import (
+    FIRST,
+    UNKNOWN,
+    Array,
+    Batch,
+    Catalogue,
+    Lookups,
+    Outputs,
+    PyTree,
+    UserStates,
+)
 
 Rows = dict[str, dict[str, jax.Array]]  # {stack: {role: rows [..., D]}}
 
@@ -33,10 +43,10 @@ class Model(NamedTuple):
 
     init: Callable[[jax.Array], tuple[PyTree, dict[str, jax.Array]]]  # key -> params, sparse tables
     lookups: Callable[[Batch, Catalogue, jax.Array | None], Lookups]
-    items: Callable[[PyTree, Rows, Catalogue, jax.Array], jax.Array]  # -> [U, D]
-    users: Callable[[PyTree, Rows, jax.Array, jax.Array, Batch, jax.Array | None], UserStates]
-    rank: Callable[[PyTree, UserStates, jax.Array, jax.Array | None], Outputs]
-    item_lookups: Callable[[jax.Array, Catalogue], dict[str, dict[str, jax.Array]]]
+    items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # -> [U, D]
+    users: Callable[[PyTree, Rows, Array, jax.Array, Batch, jax.Array | None], UserStates]
+    rank: Callable[[PyTree, UserStates, jax.Array | None, jax.Array | None], Outputs]
+    item_lookups: Callable[[Array, Catalogue], dict[str, dict[str, jax.Array]]]
     tasks: tuple[str, ...]  # order of the fusion weights
 
 
@@ -72,7 +82,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
                 tables[stack] = table
         return params, tables
 
-    def item_lookups(item_ids: jax.Array, catalogue: Catalogue) -> dict[str, dict[str, jax.Array]]:
+    def item_lookups(item_ids: Array, catalogue: Catalogue) -> dict[str, dict[str, jax.Array]]:
         found: dict[str, dict[str, jax.Array]] = {}
         own = Group((plan.fields["item"],))
         local = jnp.asarray(catalogue.row)[item_ids][:, None]
@@ -114,7 +124,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
                 found.setdefault(stack, {})["history"] = address
         return Lookups(found, item_ids, index[0], index[1], negatives, index[2])
 
-    def items(params: PyTree, rows: Rows, catalogue: Catalogue, item_ids: jax.Array) -> jax.Array:
+    def items(params: PyTree, rows: Rows, catalogue: Catalogue, item_ids: Array) -> jax.Array:
         if not plan.has_items:
             return jnp.zeros((0, width), dtype)
         own = next(r["item"] for r in rows.values() if "item" in r)
@@ -126,7 +136,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     def users(
         params: PyTree,
         rows: Rows,
-        vectors: jax.Array,
+        vectors: Array,
         event_index: jax.Array,
         batch: Batch,
         key: jax.Array | None,
@@ -136,7 +146,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         return network(params).user_states(batch, by_role, vectors, event_index, key)
 
     def rank(
-        params: PyTree, states: UserStates, candidates: jax.Array, key: jax.Array | None
+        params: PyTree, states: UserStates, candidates: jax.Array | None, key: jax.Array | None
     ) -> Outputs:
         return network(params).outputs(states, candidates, key)
 

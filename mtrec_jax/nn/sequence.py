@@ -21,23 +21,26 @@ class Block(nnx.Module):
 
         self.heads, self.rate = heads, rate
         self.norm_attention, self.norm_hidden = norm(), norm()
-        self.query_key_value = linear(width, 3 * width)
+        self.query, self.key, self.value = (linear(width, width) for _ in range(3))
         self.output = linear(width, width)
         self.up, self.down = linear(width, 2 * width), linear(2 * width, width)
 
     def attention(self, x: jax.Array, causal: jax.Array) -> jax.Array:
         """Causal self-attention: x [B, S, D], causal [S, S] True where j may be seen from i."""
         b, s, d = x.shape
-        qkv = self.query_key_value(x).reshape(b, s, 3, self.heads, d // self.heads)
-        # heads join the batch axis: XLA's CPU product is fastest on plain 3-D operands
-        q, k, v = (
-            jnp.moveaxis(qkv[:, :, i], 2, 1).reshape(b * self.heads, s, -1) for i in range(3)
-        )
+        q, k, v = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
         scores = jnp.einsum("bid,bjd->bij", q, k) * (d // self.heads) ** -0.5
         scores = jnp.where(causal[None], scores, -jnp.inf)
         mixed = jnp.einsum("bij,bjd->bid", jax.nn.softmax(scores, axis=-1), v)
         mixed = jnp.moveaxis(mixed.reshape(b, self.heads, s, -1), 1, 2).reshape(b, s, d)
         return self.output(mixed)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """Heads join the batch axis, [B, S, D] -> [B * heads, S, D / heads]: XLA's product is
+        fastest on plain 3-D operands."""
+        b, s, d = x.shape
+        by_head = x.reshape(b, s, self.heads, d // self.heads)
+        return jnp.moveaxis(by_head, 2, 1).reshape(b * self.heads, s, d // self.heads)
 
     def __call__(self, x: jax.Array, causal: jax.Array, key: jax.Array | None) -> jax.Array:
         # Dropping attention weights as well doubles the cost of attention on CPUs, for no gain.

@@ -30,7 +30,7 @@ from mtrec_jax.train.step import make_step
 from mtrec_jax.types import TrainState
 
 STEPS_IN_FLIGHT = 4  # more un-awaited collectives than a few can starve virtual CPU devices
-STOPPED_BY = {
+STOPPED_BY: dict[int, int] = {
     signal.SIGINT: 130,
     signal.SIGTERM: 143,
 }  # exit status of a run that was asked to stop

@@ -64,6 +64,6 @@ def read_json(path: Path) -> dict[str, Any]:
       CheckpointError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.parent} is no run folder ({path.name}: {error})") from error

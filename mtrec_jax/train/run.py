@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
-from mtrec_jax.config import Experiment, load_experiment, select_metric, to_dict, to_toml
+from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
 from mtrec_jax.data.dataset import Prepared, open_prepared
 from mtrec_jax.errors import CheckpointError, ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
+from mtrec_jax.experiments import load_experiment
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json

@@ -11,15 +11,15 @@ import optax
 
 from mtrec_jax.config import Experiment, Train, fusion_objective
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.model import Model, Rows, gather_rows
 from mtrec_jax.nn.layers import unit_length
+from mtrec_jax.nn.model import Model, Rows, gather_rows
 from mtrec_jax.sharding import state_shardings
 from mtrec_jax.train.balance import static, uncertainty
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
 from mtrec_jax.train.sparse import RowOptimizer, apply_rows, lazy_adam, rowwise_adagrad
 from mtrec_jax.types import Batch, Catalogue, Lookups, Outputs, PyTree, TrainState, UserStates
 
-FUSION_CANDIDATES = 32  # the target and its hardest sampled negatives, at one position an example
+FUSION_CANDIDATES = 16  # the target and its hardest sampled negatives, at one position an example
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # {task: (sum of weighted losses, sum of weights)}
 
@@ -54,7 +54,7 @@ def make_step(
     row_schedule = learning_rate(
         config, config.row_learning_rate or config.learning_rate, total_steps
     )
-    rows_rule = {"lazy_adam": lazy_adam, "rowwise_adagrad": rowwise_adagrad}[config.row_optimizer]()
+    rows_rule = lazy_adam() if config.row_optimizer == "lazy_adam" else rowwise_adagrad()
     names = loss_names(experiment)
     initial = jnp.array(
         [experiment.tasks[n].weight if n in experiment.tasks else 1.0 for n in names],
@@ -143,7 +143,7 @@ def batch_losses(
         if task.kind == "retrieval":
             assert candidates is not None
             losses = sampled_softmax(
-                states.vectors,
+                jnp.asarray(states.vectors),
                 candidates,
                 jnp.asarray(batch.candidate),
                 jnp.take(vectors, looked.negative_index, axis=0),
@@ -175,29 +175,21 @@ def _fusion_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Teach the fused score its objective.
 
-    Of what happened at observed positions it is the log-odds: cross-entropy with the utility, the
-    worth-weighted mean of the objective's binary labels. With a retrieval task in the objective it
-    must also put the target above hard negatives: at one random position an example, a softmax
-    over the target and the sampled negatives that the retrieval scores highest.
+    The worth of an example is the worth-weighted mean of the objective's labels. With a retrieval
+    task in the objective the fused score must put the target above hard negatives, the more the
+    target is worth: at one random position an example, a softmax over the target and the sampled
+    negatives that the retrieval scores highest. Without one it is the log-odds of the worth at
+    every observed position.
     """
     objective = fusion_objective(experiment)
     retrieval = next((n for n in objective if experiment.tasks[n].kind == "retrieval"), None)
-    binary = {n: w for n, w in objective.items() if n != retrieval}
-    total = sum(objective.values())
-    dtype = outputs.fused.dtype
-    loss, weight = jnp.zeros((), dtype), jnp.zeros((), dtype)
-    if binary:
-        worth, seen = utility(binary, batch.labels, batch.mask)  # type: ignore[arg-type]
-        seen = seen * batch.weight
-        pointwise = optax.sigmoid_binary_cross_entropy(outputs.fused, worth)
-        mean = jnp.sum(pointwise * seen) / jnp.maximum(jnp.sum(seen), 1)
-        loss, weight = loss + mean * sum(binary.values()) / total, jnp.ones((), dtype)
-    if retrieval is not None:
-        listwise = _listwise_loss(
-            model, params, states, vectors, looked, batch, batch.mask[retrieval], key
-        )
-        loss, weight = loss + listwise * objective[retrieval] / total, jnp.ones((), dtype)
-    return loss, weight
+    worth, seen = utility(objective, batch.labels, batch.mask)  # type: ignore[arg-type]
+    if retrieval is None:
+        losses = optax.sigmoid_binary_cross_entropy(outputs.fused, worth)
+        weight = seen * batch.weight
+        return jnp.sum(losses * weight), jnp.sum(weight)
+    weight = worth * batch.mask[retrieval] * batch.weight
+    return _listwise_loss(model, params, states, vectors, looked, batch, weight, key)
 
 
 def _listwise_loss(
@@ -207,33 +199,31 @@ def _listwise_loss(
     vectors: jax.Array,
     looked: Lookups,
     batch: Batch,
-    mask: jax.Array,
+    weight: jax.Array,
     key: jax.Array,
-) -> jax.Array:
-    """Mean softmax cross-entropy of the fused score over the target and hard negatives."""
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax cross-entropy of the fused score at one position an example: sum and weight."""
     states, vectors = jax.lax.stop_gradient((states, vectors))
-    chosen = jnp.argmax(jax.random.uniform(key, mask.shape) * mask * batch.weight, axis=1)[:, None]
-    valid = jnp.take_along_axis(mask * batch.weight, chosen, axis=1)[:, 0]
+    lottery = jax.random.uniform(key, weight.shape, weight.dtype) * (weight > 0)
+    chosen = jnp.argmax(lottery, axis=1)[:, None]  # one random position of those that count
+    weight = jnp.take_along_axis(weight, chosen, axis=1)[:, 0]
     user = jnp.take_along_axis(states.vectors, chosen[..., None], axis=1)  # (B, 1, D)
     target = jnp.take_along_axis(jnp.asarray(looked.candidate_index), chosen, axis=1)  # (B, 1)
     target_id = jnp.take_along_axis(jnp.asarray(batch.candidate), chosen, axis=1)
-    negative_vectors = jnp.take(vectors, looked.negative_index, axis=0)
-    scores = jnp.einsum("bd,nd->bn", user[:, 0], unit_length(negative_vectors))
+    negatives = unit_length(jnp.take(vectors, looked.negative_index, axis=0))
+    scores = jnp.einsum("bd,nd->bn", user[:, 0], negatives)
     scores = jnp.where(target_id == looked.negatives[None], -jnp.inf, scores)
-    count = min(FUSION_CANDIDATES - 1, scores.shape[1])
-    hardest = jax.lax.top_k(scores, count)[1]
+    hardest = jax.lax.top_k(scores, min(FUSION_CANDIDATES - 1, scores.shape[1]))[1]
     index = jnp.concatenate([target, looked.negative_index[hardest]], axis=1)  # (B, K)
     users = jnp.broadcast_to(user, (*index.shape, user.shape[-1]))
-    outputs = model.rank(
-        params, UserStates(users, states.context), jnp.take(vectors, index, axis=0), None
-    )
+    candidates = jnp.take(vectors, index, axis=0)
+    outputs = model.rank(params, UserStates(users, states.context), candidates, None)
+    # where negatives are few, the target itself can be among the hardest
     ids = jnp.concatenate([target_id, looked.negatives[hardest]], axis=1)
-    is_target = (ids == target_id).at[:, 0].set(False)  # a negative that is the target itself
-    logits = jnp.where(is_target, -jnp.inf, outputs.fused)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.zeros(len(logits), jnp.int32)
-    )
-    return jnp.sum(losses * valid) / jnp.maximum(jnp.sum(valid), 1)
+    again = (ids == target_id).at[:, 0].set(False)
+    logits = jnp.where(again, -jnp.inf, outputs.fused)
+    losses = jax.nn.logsumexp(logits, axis=1) - logits[:, 0]
+    return jnp.sum(losses * weight), jnp.sum(weight)
 
 
 def loss_names(experiment: Experiment) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mtrec_jax.config import built_in_names, load_experiment
+from mtrec_jax.experiments import built_in_names, load_experiment
 from mtrec_jax.data import public, shop
 from mtrec_jax.errors import DataError
 

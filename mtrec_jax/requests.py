@@ -1,0 +1,144 @@
+"""Requests to batches: raw user ids, fresh histories and raw rows as the model wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtrec_jax.data.dataset import Lists, Prepared, to_arrays
+from mtrec_jax.errors import DataError, nearest
+from mtrec_jax.evaluation.inference import pad_rows
+from mtrec_jax.types import FIRST, Batch
+
+BATCH = 256  # requests in a batch
+
+History = Sequence[str] | Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Encoded users: what the model needs, and what must not be recommended to them."""
+
+    batch: Batch
+    known: np.ndarray  # [n] bool
+    seen: Lists  # item ids
+
+
+class Encoder:
+    """Encodes requests for one prepared folder; lists and vocabularies are read once."""
+
+    def __init__(self, prepared: Prepared, dtype: str):
+        self.prepared, self._dtype = prepared, dtype
+        self._lists: dict[str, Lists] = {}
+        self._vocabularies: dict[str, dict[str, int]] = {}
+
+    def users(self, users: list[str], histories: Sequence[History] | None) -> Requests:
+        """Users to a batch of exactly BATCH examples of one position."""
+        manifest, n = self.prepared.manifest, len(users)
+        ids = np.array([self.prepared.user_ids.get(u, 1) for u in users], np.int32)
+        known = ids >= FIRST
+        fields = ["item", *(f.name for f in manifest.history)]
+        length = manifest.history_length
+        events = {name: np.zeros((n, length), np.int32) for name in fields}
+        cutoff = np.zeros((n, 1), np.int32)
+        seen = []
+        for i in range(n):
+            if histories is not None:
+                past = self._encode_history(histories[i], fields)
+            elif known[i]:
+                past = {name: self._list(f"event_{name}")[ids[i] - FIRST] for name in fields}
+            else:
+                past = {name: np.zeros(0, np.int32) for name in fields}
+            count = min(len(past["item"]), length)
+            for name in fields:
+                events[name][i, :count] = past[name][len(past[name]) - count :]
+            cutoff[i] = count
+            seen.append(past["item"])
+        lengths = np.cumsum([0, *(len(s) for s in seen)])
+        values = np.concatenate([np.zeros(0, np.int32), *seen])
+        columns = [
+            c for c in ("context_ids", "context_numbers") if c in self.prepared.users.column_names
+        ]
+        arrays = {}
+        for name, array in to_arrays(self.prepared.users.select(columns)).items():
+            chosen = array[np.maximum(ids - FIRST, 0)] if n else array[:0]
+            arrays[name] = np.where(known[:, None], chosen, np.zeros((), array.dtype))
+        batch = self._batch(arrays, events, cutoff, ids)
+        return Requests(batch, known, Lists(values, lengths))
+
+    def rows(self, arrays: dict[str, np.ndarray]) -> Requests:
+        n = len(arrays["user"])
+        batch = self._batch(arrays, {}, np.zeros((n, 1), np.int32), arrays["user"])
+        return Requests(batch, np.ones(n, bool), Lists(np.zeros(0, np.int32), np.zeros(n + 1, int)))
+
+    def item_ids(self, items: Iterable[Any]) -> np.ndarray:
+        found = []
+        for raw in items:
+            item = self.prepared.item_ids.get(_text(raw))
+            if item is None:
+                hint = nearest(_text(raw), list(self.prepared.item_ids)[:20_000])
+                raise DataError(
+                    f"item {raw!r} is not in the catalogue of {self.prepared.folder}.{hint}"
+                )
+            found.append(item)
+        return np.array(found, np.int64)
+
+    def _batch(
+        self,
+        arrays: dict[str, np.ndarray],
+        events: dict[str, np.ndarray],
+        cutoff: np.ndarray,
+        user: np.ndarray,
+    ) -> Batch:
+        context = {}
+        if self.prepared.manifest.context_ids:
+            context["ids"] = pad_rows(arrays["context_ids"], BATCH)
+        if self.prepared.manifest.context_numbers:
+            context["numbers"] = pad_rows(arrays["context_numbers"].astype(self._dtype), BATCH)
+        one = np.zeros((BATCH, 1), np.int32)
+        return Batch(
+            context=context,
+            events={name: pad_rows(a, BATCH) for name, a in events.items()},
+            cutoff=pad_rows(cutoff, BATCH),
+            candidate=one,
+            labels={},
+            mask={},
+            user=pad_rows(user, BATCH),
+            weight=np.ones((BATCH, 1), self._dtype),
+            row=one,
+        )
+
+    def _encode_history(self, history: History, fields: list[str]) -> dict[str, np.ndarray]:
+        columns = history if isinstance(history, Mapping) else {"item": history}
+        unknown = sorted(set(columns) - set(fields))
+        if unknown or "item" not in columns:
+            raise DataError(f"history: has {', '.join(columns)}; it may have {', '.join(fields)}")
+        past = {"item": self.item_ids(columns["item"]).astype(np.int32)}
+        for name in fields[1:]:
+            vocabulary = self._vocabulary(name)
+            values = columns.get(name, [None] * len(past["item"]))
+            ids = [0 if v is None else vocabulary.get(_text(v), 1) for v in values]
+            past[name] = np.array(ids, np.int32)
+            if len(past[name]) != len(past["item"]):
+                raise DataError(
+                    f"history: {len(past[name])} values of {name} for {len(past['item'])} items"
+                )
+        return past
+
+    def _vocabulary(self, feature: str) -> dict[str, int]:
+        if feature not in self._vocabularies:
+            values = self.prepared.vocabulary(feature).column("value").to_pylist()
+            self._vocabularies[feature] = {v: i + FIRST for i, v in enumerate(values)}
+        return self._vocabularies[feature]
+
+    def _list(self, column: str) -> Lists:
+        if column not in self._lists:
+            self._lists[column] = self.prepared.user_lists(column)
+        return self._lists[column]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
