@@ -17,7 +17,7 @@ _HOME = {
     "parse_experiment": "mtrec_jax.experiments",
     "prepare": "mtrec_jax.data.prepare",
     "open_prepared": "mtrec_jax.data.dataset",
-    "train": "mtrec_jax.train.loop",
+    "train_run": "mtrec_jax.train.loop:train",  # `mtrec_jax.train` is the package
     "open_run": "mtrec_jax.train.run",
     "evaluate_run": "mtrec_jax.train.run",
     "fit": "mtrec_jax.from_tables",
@@ -33,7 +33,8 @@ __all__ = ["CheckpointError", "ConfigError", "DataError", "Error", *sorted(_HOME
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mtrec_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:

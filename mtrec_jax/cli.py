@@ -201,9 +201,13 @@ def _fetch(name: str, to: Path, seed: int) -> None:
 
     if name == "shop":
         truth = shop.generate(to / "shop", seed=seed)
-        best = ", ".join(f"{task} {value:.4f}" for task, value in truth["best_auc"].items())
+        best = ", ".join(
+            f"{task} {metric} {value:.4f}"
+            for task, metrics in truth["best"].items()
+            for metric, value in metrics.items()
+        )
         typer.echo(
-            f"shop in {to / 'shop'} (generated, seed {seed}); best possible AUC: {best}", err=True
+            f"shop in {to / 'shop'} (generated, seed {seed}). Best possible: {best}", err=True
         )
         return
     with _download_bar() as bar:
@@ -270,15 +274,15 @@ def _progress(tables: Any, recommender: Any) -> Any:
 def _print_recommendations(result: Any) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     for user in dict.fromkeys(result["user"]):
-        mask = [i for i, u in enumerate(result["user"]) if u == user]
-        part = type(result)(result.table.take(mask).drop(["user", "known"]))
-        console.print(
-            f"[bold]{user}[/bold]"
-            + ("" if result["known"][mask[0]] else "  (unknown: popular items)")
-        )
-        console.print(part.rich())
+        places = [i for i, u in enumerate(result["user"]) if u == user]
+        table = result.table.take(places).drop_columns(["user", "known"])
+        if table["item"] == table["title"]:
+            table = table.drop_columns(["item"])
+        note = "" if result["known"][places[0]] else "  (unknown user: the most popular items)"
+        console.print(f"[bold]{user}[/bold]{note}")
+        console.print(type(result)(table).rich())
 
 
 def _warn_unknown(what: str, names: list[str]) -> None:

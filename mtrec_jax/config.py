@@ -114,6 +114,7 @@ class Model:
     heads: int = 1
     dropout: float = 0.1
     item_placement: Literal["dense", "sparse"] = "sparse"
+    item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
     towers: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
     experts: int = 4  # shared experts
     task_experts: int = 1  # ple: experts of each task

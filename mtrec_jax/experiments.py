@@ -143,7 +143,7 @@ def _check_tasks(e: Experiment) -> list[str]:
             problems.append(f"model.fusion_objective.{name}: there is no such task.{hint}")
         elif e.tasks[name].kind not in ("retrieval", "binary"):
             problems.append(f"model.fusion_objective.{name}: a retrieval or binary task is needed")
-    if not problems and e.tasks:
+    if not problems and e.tasks and e.evaluate.ks:
         task_name, metric, _ = select_metric(e)
         if task_name not in e.tasks:
             hint = nearest(task_name, e.tasks)

@@ -70,11 +70,17 @@ class Encoder:
         return Requests(batch, known, Lists(values, lengths))
 
     def rows(self, arrays: dict[str, np.ndarray]) -> Requests:
+        """Columns of `prepare.encode_rows`, at most BATCH rows, to a batch without histories."""
         n = len(arrays["user"])
         batch = self._batch(arrays, {}, np.zeros((n, 1), np.int32), arrays["user"])
         return Requests(batch, np.ones(n, bool), Lists(np.zeros(0, np.int32), np.zeros(n + 1, int)))
 
     def item_ids(self, items: Iterable[Any]) -> np.ndarray:
+        """Ids [n] of raw item ids.
+
+        Raises:
+          DataError: an item is not in the catalogue.
+        """
         found = []
         for raw in items:
             item = self.prepared.item_ids.get(_text(raw))

@@ -56,13 +56,23 @@ class Result:
         """The first rows as a rich table."""
         shown = Table(box=None, pad_edge=False)
         for name in self.columns:
-            numeric = not pa.types.is_string(self.table.schema.field(name).type)
-            shown.add_column(name, justify="right" if numeric else "left")
+            text = pa.types.is_string(self.table.schema.field(name).type)
+            shown.add_column(
+                name,
+                justify="left" if text else "right",
+                no_wrap=True,
+                overflow="ellipsis",
+                min_width=min(24, self._widest(name)) if text else len(name),
+            )
         for row in self.table.slice(0, SHOWN).to_pylist():
             shown.add_row(*(_cell(v) for v in row.values()))
         if len(self) > SHOWN:
             shown.caption = f"{len(self) - SHOWN:,} more rows"
         return shown
+
+    def _widest(self, column: str) -> int:
+        texts = self.table.column(column).slice(0, SHOWN).to_pylist()
+        return max([len(column), *(len(text) for text in texts)])
 
     def __repr__(self) -> str:
         text = io.StringIO()

@@ -26,8 +26,9 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     """
     data, table = shape
     available = jax.device_count()
-    data, table = data or available // max(table, 1), table or available // max(data, 1)
-    if not 1 <= data * table <= available:
+    left = max(1, available // max(data, table, 1))
+    data, table = data or left, table or left
+    if min(data, table) < 1 or data * table > available:
         raise ConfigError(
             f"train.mesh: {list(shape)} needs {data * table} devices, there are {available}"
         )

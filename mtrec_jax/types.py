@@ -64,6 +64,9 @@ class UserStates(NamedTuple):
 
     vectors: Array  # [B, P, D]: compared with item vectors by cosine
     context: Array  # [B, F]: the encoded context features, for the ranking towers
+    events: Array  # [B, L, D]: item vectors of the past, which candidates are compared with
+    outcomes: Array  # [B, L, D]: what happened at each event
+    cutoff: Array  # [B, P]: position p may see the first cutoff events
 
 
 class Outputs(NamedTuple):

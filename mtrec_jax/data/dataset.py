@@ -125,7 +125,7 @@ class Lists:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int | np.integer) -> np.ndarray:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
 
@@ -202,7 +202,7 @@ class Prepared:
         return pq.read_table(self.folder / "vocabularies" / f"{feature}.parquet")
 
     def catalogue(self) -> dict[str, np.ndarray]:
-        """Item features by item id: `{"ids": [N + 2, M], "numbers": [N + 2, C]}`, rows 0, 1 zero."""
+        """Item features by item id: `{"ids": [N + 2, M], "numbers": [N + 2, C]}`; 0, 1 are zero."""
         n = self.manifest.items
         found: dict[str, np.ndarray] = {}
         arrays = to_arrays(self.items.select([c for c in self.items.column_names if "item_" in c]))

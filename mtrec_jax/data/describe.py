@@ -59,7 +59,10 @@ def check(experiment: Experiment) -> None:
 
 def configuration(experiment: Experiment) -> dict[str, Any]:
     """The part of the experiment that preparation depends on."""
-    return {k: to_dict(experiment)[k] for k in ("data", "clean", "split", "features", "tasks")}
+    kept = {k: to_dict(experiment)[k] for k in ("data", "clean", "split", "features", "tasks")}
+    for task in kept["tasks"].values():
+        del task["weight"]
+    return kept
 
 
 def fingerprint(experiment: Experiment, digests: list[str]) -> str:

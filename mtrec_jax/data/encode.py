@@ -65,6 +65,7 @@ def _targets(
 def sequence_streams(
     experiment: Experiment, log: examples.Log, encoded: tuple[np.ndarray, np.ndarray]
 ) -> tuple[dict[str, int], dict[str, Iterator[dict[str, np.ndarray]]]]:
+    """P and the examples of each split, a chunk of a user's targets each, BLOCK at a time."""
     data = experiment.data
     most = data.positions or data.history_length
     positions = {"train": most}

@@ -112,7 +112,7 @@ def to_batch(
     """Columns of the prepared format `[n, ...]`, n <= B, to a batch of exactly B examples."""
     n = len(arrays["user"])
 
-    def take(name: str, fill: float = 0) -> np.ndarray:
+    def take(name: str, fill: int | float = 0) -> np.ndarray:
         array = arrays[name]
         if array.dtype.kind == "f":
             array = array.astype(dtype, copy=False)

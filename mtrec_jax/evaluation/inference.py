@@ -115,7 +115,7 @@ def single_positions(states: UserStates, row: np.ndarray, position: np.ndarray) 
     return UserStates(states.vectors[row, position][:, None], states.context[row])
 
 
-def pad_rows(array: np.ndarray, size: int, fill: float = 0) -> np.ndarray:
+def pad_rows(array: np.ndarray, size: int, fill: int | float = 0) -> np.ndarray:
     """`[n, ...]` filled up to `[size, ...]`, so that compiled shapes stay few."""
     if len(array) == size:
         return array

@@ -33,25 +33,28 @@ def print_evaluation(experiment: Experiment, evaluation: Evaluation) -> None:
     Console().print(evaluation_tables(experiment, evaluation))
 
 
-def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> Table:
+def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> RenderableType:
     kind = experiment.tasks[task].kind
-    columns = metrics_of(kind, experiment.evaluate.ks)
+    # with one relevant item, recall is the hit rate: one column is enough to read
+    columns = [c for c in metrics_of(kind, experiment.evaluate.ks) if not c.startswith("recall")]
     count = evaluation.targets.get(task, 0)
     arrows = [f"{c} {'↓' if c in LOWER_IS_BETTER else '↑'}" for c in columns]
-    table = _table(f"{task} ({kind}, {count:,} targets)", ["", *arrows, "source"])
+    table = _table(f"{task} ({kind}, {count:,} targets)", ["", *arrows])
+    ours = [_number(evaluation.tasks[task].get(c)) for c in columns]
+    table.add_row("this model", *ours, style="bold")
     intervals = evaluation.intervals.get(task, {})
-    ours = [_with_interval(evaluation.tasks[task].get(c), intervals.get(c)) for c in columns]
-    table.add_row("this model", *ours, "measured", style="bold")
+    if intervals:
+        table.add_row("  95 % interval", *(_interval(intervals.get(c)) for c in columns))
     for name, metrics in evaluation.baselines.items():
-        found = [metrics.get(f"{task}/{c}", metrics.get(c)) for c in columns]
-        if any(value is not None for value in found) and _concerns(evaluation, name, task, columns):
-            table.add_row(name, *map(_number, found), "measured")
-    for published in experiment.published:
-        if published.task == task:
-            values = [_number(published.metrics.get(c)) for c in columns]
-            source = f"published, {published.split} split: {published.source}"
-            table.add_row(published.name, *values, source, style="dim")
-    return table
+        if _concerns(evaluation, name, task, columns):
+            found = [metrics.get(f"{task}/{c}", metrics.get(c)) for c in columns]
+            table.add_row(name, *map(_number, found))
+    notes = []
+    for published in (p for p in experiment.published if p.task == task):
+        values = [_number(published.metrics.get(c)) for c in columns]
+        table.add_row(f"published: {published.name}", *values, style="dim")
+        notes.append(f"published, {published.split} split: {published.name}: {published.source}")
+    return Group(table, *(Text(note, style="dim") for note in notes), Text())
 
 
 def _concerns(evaluation: Evaluation, baseline: str, task: str, columns: Iterable[str]) -> bool:
@@ -65,8 +68,7 @@ def _concerns(evaluation: Evaluation, baseline: str, task: str, columns: Iterabl
 def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        text = i == 0 or column == "source"
-        table.add_column(column, justify="left" if text else "right", no_wrap=not text)
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
@@ -74,7 +76,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-    if value is None or interval is None:
-        return _number(value)
-    return f"{value:.4f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}"

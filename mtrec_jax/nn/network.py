@@ -13,7 +13,7 @@ from mtrec_jax.data.dataset import IdField, Manifest
 from mtrec_jax.nn.embedding import Field, Group, layout, pool
 from mtrec_jax.nn.fusion import AttentionFusion
 from mtrec_jax.nn.layers import MLP, dropout, unit_length
-from mtrec_jax.nn.sequence import Transformer
+from mtrec_jax.nn.sequence import TargetAttention, Transformer
 from mtrec_jax.nn.towers import PLE, MMoE, SharedBottom
 from mtrec_jax.types import FIRST, Array, Batch, Outputs, UserStates
 
@@ -95,6 +95,9 @@ class Network(nnx.Module):
         self.user_context = linear(context, d) if context and plan.has_items else None
         if plan.has_events:
             self.start = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d,), dtype))
+            self.target_attention = TargetAttention(d, dtype=dtype, rngs=rngs)
+            if plan.history.fields:
+                self.behaviour = linear(d, d)
             self.transformer = Transformer(
                 d,
                 config.layers,
@@ -107,7 +110,7 @@ class Network(nnx.Module):
         self.context_norm = (
             nnx.LayerNorm(context, dtype=dtype, param_dtype=dtype, rngs=rngs) if context else None
         )
-        inputs = context + (3 * d + 1 if plan.has_items else 0)
+        inputs = context + (3 * d + 1 if plan.has_items else 0) + (d if plan.has_events else 0)
         self._make_towers(inputs, context, dtype=dtype, rngs=rngs)
 
     def _make_towers(self, inputs: int, context: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -147,7 +150,7 @@ class Network(nnx.Module):
         if self.plan.item.fields:
             pooled = pool(self.plan.item, ids, feature_rows)
             parts.append(pooled.reshape(pooled.shape[0], -1))
-        return own + self.item_features(jnp.concatenate(parts, axis=-1))
+        return self.config.item_id_scale * own + self.item_features(jnp.concatenate(parts, axis=-1))
 
     def context_vector(self, batch: Batch, rows: dict[str, jax.Array]) -> jax.Array | None:
         """Context features side by side: [B, F], normalised; None when there are none."""
@@ -181,22 +184,29 @@ class Network(nnx.Module):
         if not self.plan.has_events:
             states = jnp.zeros((b, self.config.width), vectors.dtype)
             states = states if projected is None else projected
-            return UserStates(jnp.broadcast_to(states[:, None], (b, p, states.shape[1])), context)
-        tokens = jnp.take(vectors, event_index, axis=0)  # (B, L, D)
+            none = jnp.zeros((b, 0, self.config.width), vectors.dtype)
+            states = jnp.broadcast_to(states[:, None], (b, p, states.shape[1]))
+            return UserStates(states, context, none, none, jnp.asarray(batch.cutoff))
+        events = jnp.take(vectors, event_index, axis=0)  # (B, L, D)
+        tokens = events
         if self.plan.history.fields:
             ids = history_ids(self.plan, batch)
-            tokens = tokens + pool(self.plan.history, ids, rows["history"]).sum(axis=-2)
+            behaviour = pool(self.plan.history, ids, rows["history"]).sum(axis=-2)
+            # What happened must multiply what it happened to: a sum of "clicked" and "books" says
+            # nothing of whether books were clicked.
+            tokens = tokens * (1 + self.behaviour(behaviour * self.config.width**0.5)) + behaviour
         tokens = jnp.where((jnp.asarray(batch.events["item"]) > 0)[..., None], tokens, 0)
+        tokens = tokens * self.config.width**0.5
         start = jnp.broadcast_to(self.start[...][None], (b, self.config.width))
         start = start if projected is None else start + projected
-        tokens = jnp.concatenate([start[:, None], tokens * self.config.width**0.5], axis=1)
-        hidden = self.transformer(tokens, key)  # (B, 1 + L, D): state s has seen s events
+        # (B, 1 + L, D): state s has seen s events
+        hidden = self.transformer(jnp.concatenate([start[:, None], tokens], axis=1), key)
         # Whole rows of a flat array are gathered, and their gradients scattered, fastest.
         place = (
             jnp.asarray(batch.cutoff) + hidden.shape[1] * jnp.arange(b, dtype=jnp.int32)[:, None]
         )
         states = jnp.take(hidden.reshape(-1, hidden.shape[2]), place, axis=0)
-        return UserStates(states, context)
+        return UserStates(states, context, events, tokens, jnp.asarray(batch.cutoff))
 
     def outputs(
         self, states: UserStates, candidates: jax.Array | None, key: jax.Array | None
@@ -215,6 +225,9 @@ class Network(nnx.Module):
             for name, kind in self.kinds.items():
                 if kind == "retrieval":
                     logits[name] = (cosine / self.config.temperature).reshape(b, p)
+            if self.plan.has_events:
+                past = [jnp.asarray(x) for x in (states.events, states.outcomes, states.cutoff)]
+                parts.append(self.target_attention(candidates, *past).reshape(n, d))
         x = jnp.concatenate(parts, axis=-1)
         if not self.plan.tower_tasks:
             score = logits[self.plan.task_names[0]]

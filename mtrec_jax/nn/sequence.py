@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtrec_jax.nn.layers import dropout
+from mtrec_jax.nn.layers import dropout, unit_length
 
 
 class Block(nnx.Module):
@@ -84,3 +84,27 @@ class Transformer(nnx.Module):
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
             x = block(x, causal, block_key)
         return self.norm(x)
+
+
+class TargetAttention(nnx.Module):
+    """What happened at past events that resemble the candidate (DIN, Zhou et al., KDD 2018).
+
+    A candidate [B, P, D] looks at the first `cutoff` [B, P] of the events [B, L, D] by cosine, at a
+    learned sharpness, and takes the mean of their outcomes [B, L, D]: [B, P, D], zero without any.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.project = nnx.Linear(width, width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.log_sharpness = nnx.Param(jnp.full((), 2.0, dtype))
+
+    def __call__(
+        self, candidates: jax.Array, events: jax.Array, outcomes: jax.Array, cutoff: jax.Array
+    ) -> jax.Array:
+        wanted, known = (unit_length(self.project(x)) for x in (candidates, events))
+        cosine = jnp.einsum("bpd,bld->bpl", wanted, known)
+        visible = jnp.arange(events.shape[1])[None, None] < cutoff[..., None]
+        sharpness = jnp.exp(self.log_sharpness[...])
+        # cosines are at most 1, so the exponent is bounded without a pass for the maximum
+        weights = jnp.where(visible, jnp.exp(sharpness * (cosine - 1)), 0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return jnp.einsum("bpl,bld->bpd", weights, outcomes) / jnp.maximum(total, 1e-12)

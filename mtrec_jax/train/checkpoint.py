@@ -15,8 +15,13 @@ from mtrec_jax.train.step import new_scratch
 from mtrec_jax.types import PyTree, TrainState
 
 
-def open_manager(folder: Path, larger_is_better: bool = True) -> ocp.CheckpointManager:
-    """A manager that keeps the best step and the two latest ones."""
+def open_manager(
+    folder: Path, larger_is_better: bool = True, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """A manager that keeps the best step and the two latest ones.
+
+    `read_only` creates nothing, and leaves alone what another process is writing at this moment.
+    """
     policies = checkpoint_managers.AnyPreservationPolicy(
         [
             checkpoint_managers.LatestN(n=2),
@@ -32,7 +37,8 @@ def open_manager(folder: Path, larger_is_better: bool = True) -> ocp.CheckpointM
         preservation_policy=policies,
         best_fn=_selected,
         best_mode="max" if larger_is_better else "min",
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
     )
     return ocp.CheckpointManager(folder.resolve(), options=options)
 
@@ -92,7 +98,7 @@ def restore(
 
 
 def restore_model(
-    manager: ocp.CheckpointManager, step: int, like: tuple[PyTree, dict[str, jax.Array]]
+    manager: ocp.CheckpointManager, step: int, like: tuple[PyTree, PyTree]
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Restore only (params, sparse tables), into the shapes of `like`, which may be abstract.
 

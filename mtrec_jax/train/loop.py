@@ -86,14 +86,17 @@ def train(
         latest = manager.latest_step()
         if latest is not None:
             state, meta = checkpoint.restore(manager, latest, state, batches)
+        number = int(state.step)
+        bar = Progress(total, number, show_progress, experiment.name)
+        if number >= total or meta["done"]:
+            bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
+            return Run(folder, experiment, prepared)
         records.truncate(meta.get("bytes", 0))
 
         def save(selected: float | None) -> None:
             meta["bytes"] = records.size()
             checkpoint.save(manager, state, batches, meta, selected)
 
-        number = int(state.step)
-        bar = Progress(total, number, show_progress, experiment.name)
         with _stop_signals() as stopped, bar:
             while number < total and not meta["done"]:
                 batch = put_batch(next(batches), mesh)
@@ -118,15 +121,17 @@ def train(
                 if stopped and number < total and not meta["done"]:
                     if manager.latest_step() != number:
                         save(None)
-                    manager.wait_until_finished()
-                    raise Stopped(
-                        f"stopped at step {number} of {total}; everything is saved in {folder}. "
-                        "Run the same command to continue",
-                        STOPPED_BY[stopped[0]],
-                    )
+                    raise _stopped_at(number, total, folder, stopped[0])
         records.add_timing(number, "seconds", time.perf_counter() - started)
-        manager.wait_until_finished()
     return Run(folder, experiment, prepared)
+
+
+def _stopped_at(number: int, total: int, folder: Path, by: int) -> Stopped:
+    return Stopped(
+        f"stopped at step {number} of {total}; everything is saved in {folder}. "
+        "Run the same command to continue",
+        STOPPED_BY[by],
+    )
 
 
 def _schedule(experiment: Experiment, prepared: Prepared) -> tuple[BatchSource, int, int]:

@@ -66,6 +66,11 @@ class Progress:
         """Show what is being done beside training."""
         self._bar.update(self._task, description=what)
 
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._show:
+            self._console.print(text, soft_wrap=True, highlight=False)
+
     def evaluated(self, metric: str, value: float, best: float) -> None:
         """Print a validation result."""
         if self._show:

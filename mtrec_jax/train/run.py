@@ -10,6 +10,7 @@ import jax
 
 from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
 from mtrec_jax.data.dataset import Prepared, open_prepared
+from mtrec_jax.data.describe import configuration
 from mtrec_jax.errors import CheckpointError, ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
@@ -68,7 +69,7 @@ def load_best(run: Run) -> tuple[PyTree, dict[str, jax.Array], int]:
     _, _, larger = select_metric(run.experiment)
     model = make_model(run.experiment, run.prepared.manifest)
     like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
-    with checkpoint.open_manager(run.folder / "checkpoints", larger) as manager:
+    with checkpoint.open_manager(run.folder / "checkpoints", larger, True) as manager:
         best = checkpoint.best_or_latest(manager, run.folder / "checkpoints")
         params, tables = checkpoint.restore_model(manager, best, like)
     return params, tables, best
@@ -101,8 +102,8 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
 def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     """Write the configuration into a new run folder, or check that it is the folder's own."""
     expected = to_dict(experiment)
-    stored = prepared.manifest.config
-    differing = sorted(k for k in stored if k in expected and stored[k] != expected[k])
+    stored, wanted = prepared.manifest.config, configuration(experiment)
+    differing = sorted(key for key in wanted if stored.get(key) != wanted[key])
     if differing:
         raise ConfigError(
             f"{prepared.folder} was prepared with other [{'], ['.join(differing)}] settings than "

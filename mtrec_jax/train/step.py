@@ -217,7 +217,9 @@ def _listwise_loss(
     index = jnp.concatenate([target, looked.negative_index[hardest]], axis=1)  # (B, K)
     users = jnp.broadcast_to(user, (*index.shape, user.shape[-1]))
     candidates = jnp.take(vectors, index, axis=0)
-    outputs = model.rank(params, UserStates(users, states.context), candidates, None)
+    cutoff = jnp.take_along_axis(jnp.asarray(states.cutoff), chosen, axis=1)
+    alone = states._replace(vectors=users, cutoff=jnp.broadcast_to(cutoff, index.shape))
+    outputs = model.rank(params, alone, candidates, None)
     # where negatives are few, the target itself can be among the hardest
     ids = jnp.concatenate([target_id, looked.negatives[hardest]], axis=1)
     again = (ids == target_id).at[:, 0].set(False)
@@ -271,7 +273,7 @@ def _only(found: dict[str, dict[str, jax.Array]], sparse: bool) -> dict[str, dic
 
 
 def _update_tables(
-    rule: RowOptimizer, state: TrainState, looked: Lookups, gradients: Rows, rate: jax.Array
+    rule: RowOptimizer, state: TrainState, looked: Lookups, gradients: Rows, rate: jax.Array | float
 ) -> tuple[dict[str, jax.Array], dict[str, PyTree], dict[str, jax.Array]]:
     """Row-wise update of every sparse stack with the gradients of all roles together."""
     tables, slots, scratch = {}, {}, {}

@@ -1,0 +1,160 @@
+"""Batches as a pure function of (seed, s), from a folder of several small blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mtrec_jax.data.dataset import Prepared, fixed_size
+from mtrec_jax.data.pipeline import BatchSource, evaluation_batches, training_batches
+from mtrec_jax.types import Batch
+from tests import tiny
+
+EXAMPLES, BLOCK, SIZE = 45, 7, 8  # 7 blocks, the last of 3; 6 batches, the last of 5
+
+
+def _columns(n: int) -> dict[str, np.ndarray]:
+    """Example i is user i: its targets are rows 2 i and 2 i + 1, the latter padding if i is odd."""
+    place = np.arange(n)
+    rows = np.stack([2 * place, np.where(place % 2, -1, 2 * place + 1)], axis=1)
+    click = np.stack([place % 2, np.full(n, np.nan)], axis=1).astype(np.float32)
+    return {
+        "user": place.astype(np.int32),
+        "context_ids": np.stack([place % 5, place % 7, place % 3, place * 0], 1).astype(np.int32),
+        "context_numbers": place[:, None].astype(np.float32) / 3,
+        "event_item": np.stack([place, place + 1, place + 2], axis=1).astype(np.int32),
+        "event_click": np.ones((n, 3), np.int32),
+        "cutoff": np.tile(np.array([[2, 3]], np.int32), (n, 1)),
+        "candidate": np.where(rows >= 0, place[:, None] + 3, 0).astype(np.int32),
+        "label_next": np.where(rows >= 0, 1, np.nan).astype(np.float32),
+        "label_click": click,
+        "row": rows.astype(np.int64),
+    }
+
+
+def _write(folder: Path, split: str, n: int) -> None:
+    columns = {k: fixed_size(a) if a.ndim == 2 else pa.array(a) for k, a in _columns(n).items()}
+    pq.write_table(pa.table(columns), folder / f"{split}.parquet", row_group_size=BLOCK)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    for split, n in (("train", EXAMPLES), ("validation", 2 * SIZE), ("test", 0)):
+        _write(folder, split, n)
+    assert pq.ParquetFile(folder / "train.parquet").num_row_groups == 7
+    return Prepared(folder, tiny.manifest())
+
+
+def _users(batches: Sequence[Batch]) -> list[int]:
+    """Users of the examples that count, in order."""
+    return [int(u) for b in batches for u in np.asarray(b.user)[np.asarray(b.weight)[:, 0] > 0]]
+
+
+def _assert_equal(one: Batch, other: Batch) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), one, other)
+
+
+def test_batch_s_is_a_pure_function_of_the_seed_and_s(prepared: Prepared) -> None:
+    source = BatchSource(prepared, "train", SIZE, seed=3, epochs=3)
+    assert (len(source), source.batches_per_epoch) == (18, 6)
+    sequential = [source[s] for s in range(18)]
+    order = np.random.default_rng(0).permutation(18).tolist()
+    for s in order:
+        _assert_equal(BatchSource(prepared, "train", SIZE, seed=3, epochs=3)[s], sequential[s])
+    longer = BatchSource(prepared, "train", SIZE, seed=3, epochs=9)
+    _assert_equal(longer[17], sequential[17])
+    assert _users([BatchSource(prepared, "train", SIZE, seed=4)[0]]) != _users(sequential[:1])
+
+
+def test_an_epoch_visits_every_example_once_in_an_order_of_its_own(prepared: Prepared) -> None:
+    source = BatchSource(prepared, "train", SIZE, seed=3, epochs=3)
+    epochs = [_users([source[s] for s in range(e * 6, e * 6 + 6)]) for e in range(3)]
+    for users in epochs:
+        assert sorted(users) == list(range(EXAMPLES))
+    assert len({tuple(users) for users in epochs}) == 3
+    blocks = [[user // BLOCK for user in users] for users in epochs]
+    assert blocks[0] != blocks[1]  # blocks are shuffled,
+    first = [[u for u in users if u < BLOCK] for users in epochs]
+    assert first[0] != first[1]  # and so are the examples inside
+
+
+def test_the_last_batch_of_an_epoch_is_filled_with_weight_0(prepared: Prepared) -> None:
+    last = BatchSource(prepared, "train", SIZE, seed=3)[5]
+    filling = np.arange(SIZE) >= EXAMPLES - 5 * SIZE
+    np.testing.assert_array_equal(np.asarray(last.weight)[:, 0] == 0, filling)
+    for values in (last.weight, last.candidate, last.user, last.cutoff, *last.mask.values()):
+        np.testing.assert_array_equal(np.asarray(values)[filling], 0)
+    np.testing.assert_array_equal(last.row[filling], -1)
+    assert all(np.isfinite(values).all() for values in last.labels.values())
+
+
+def test_a_batch_is_the_example_s_columns(prepared: Prepared) -> None:
+    for found in (BatchSource(prepared, "train", SIZE, seed=3)[s] for s in range(5)):
+        columns = {name: values[found.user] for name, values in _columns(EXAMPLES).items()}
+        np.testing.assert_array_equal(found.context["ids"], columns["context_ids"])
+        np.testing.assert_array_equal(found.context["numbers"], columns["context_numbers"])
+        np.testing.assert_array_equal(found.events["item"], columns["event_item"])
+        np.testing.assert_array_equal(found.events["click"], columns["event_click"])
+        np.testing.assert_array_equal(found.cutoff, columns["cutoff"])
+        np.testing.assert_array_equal(found.candidate, columns["candidate"])
+        np.testing.assert_array_equal(found.row, columns["row"])
+        np.testing.assert_array_equal(found.weight, columns["row"] >= 0)
+        # a missing label, or one outside its sample space, is masked and reads 0
+        observed = ~np.isnan(columns["label_click"])
+        np.testing.assert_array_equal(found.mask["click"], observed)
+        labels = np.where(observed, columns["label_click"], 0)
+        np.testing.assert_array_equal(found.labels["click"], labels)
+
+
+def test_floats_have_the_declared_precision(prepared: Prepared) -> None:
+    found = BatchSource(prepared, "train", SIZE, seed=3, dtype="float64")[0]
+    parts = (found.context["numbers"], found.weight, *found.labels.values(), *found.mask.values())
+    assert {np.asarray(part).dtype for part in parts} == {np.dtype("float64")}
+
+
+def test_evaluation_keeps_the_order_of_the_file(prepared: Prepared) -> None:
+    assert _users(list(evaluation_batches(prepared, "train", SIZE))) == list(range(EXAMPLES))
+    assert _users(list(evaluation_batches(prepared, "validation", SIZE))) == list(range(2 * SIZE))
+
+
+def test_an_empty_split_is_one_batch_of_padding(prepared: Prepared) -> None:
+    (only,) = evaluation_batches(prepared, "test", SIZE)
+    assert only.candidate.shape == (SIZE, 2)
+    np.testing.assert_array_equal(only.weight, 0)
+
+
+@pytest.mark.parametrize("consumed", [0, 4, 6, 13])
+def test_the_state_of_the_iterator_resumes_exactly(prepared: Prepared, consumed: int) -> None:
+    def batches() -> Any:
+        return training_batches(BatchSource(prepared, "train", SIZE, seed=3, epochs=3))
+
+    through = batches()
+    for _ in range(consumed):
+        next(through)
+    state = through.get_state()
+    rest = list(through)
+    assert len(rest) == 18 - consumed
+    resumed = batches()
+    resumed.set_state(state)
+    for expected, found in zip(rest, resumed, strict=True):
+        _assert_equal(found, expected)
+
+
+def test_blocks_beyond_the_cache_are_read_again(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A split larger than memory gives the same batches as one that fits."""
+    whole = BatchSource(prepared, "train", SIZE, seed=3)
+    monkeypatch.setattr("mtrec_jax.data.pipeline.CACHE_BYTES", 0)
+    small = BatchSource(prepared, "train", SIZE, seed=3)
+    monkeypatch.setattr(small, "_keep", 1)
+    for s in range(6):
+        _assert_equal(small[s], whole[s])

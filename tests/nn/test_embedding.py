@@ -1,0 +1,89 @@
+"""Where a feature's rows live, and what padding and bags of ids look up."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtrec_jax.nn.embedding import (
+    ROW_MULTIPLE,
+    Field,
+    Group,
+    addresses,
+    gather,
+    initial_table,
+    layout,
+    pool,
+)
+
+# ids stand side by side: segment | tags, tags, tags | city
+SEGMENT = Field("context.segment", "dense", 10, 5, 1)
+TAGS = Field("context.tags", "sparse", 20, 9, 3)
+CITY = Field("context.city", "dense", 30, 4, 1)
+MIXED = Group((SEGMENT, TAGS, CITY))
+IDS = jnp.array([[2, 3, 4, 0, 1], [0, 0, 0, 0, 0], [4, 5, 0, 0, 3]], jnp.int32)
+
+
+def test_layout_gives_each_owner_its_own_rows_of_its_stack() -> None:
+    fields, rows = layout(
+        [("item", "sparse", 100, 1), ("a", "dense", 5, 1), ("b", "sparse", 40, 3)]
+    )
+    assert [(f.stack, f.offset) for f in fields.values()] == [
+        ("sparse", 0),
+        ("dense", 0),
+        ("sparse", 100),
+    ]
+    assert rows == {"sparse": 2 * ROW_MULTIPLE, "dense": ROW_MULTIPLE}  # 140 and 5, rounded up
+
+
+def test_addresses_add_the_owner_offset_and_mark_padding() -> None:
+    found = addresses(MIXED, IDS)
+    np.testing.assert_array_equal(found["dense"], [[12, 31], [-1, -1], [14, 33]])
+    np.testing.assert_array_equal(found["sparse"], [[23, 24, -1], [-1, -1, -1], [25, -1, -1]])
+    assert addresses(Group((SEGMENT,)), IDS[:, :1]).keys() == {"dense"}
+
+
+def test_padding_gathers_zero_rows_and_sends_back_no_gradient() -> None:
+    table = jnp.arange(1.0, 9.0).reshape(4, 2)
+    address = jnp.array([[2, -1], [3, 2]])
+
+    def total(table: jax.Array) -> jax.Array:
+        return jnp.sum(gather(table, address))
+
+    np.testing.assert_array_equal(gather(table, address)[0], [[5, 6], [0, 0]])
+    # neither the last row, nor the row that -1 wraps around to, hears of the padding
+    np.testing.assert_array_equal(jax.grad(total)(table)[:, 0], [0, 0, 2, 1])
+
+
+def test_pool_of_mixed_stacks_is_the_mean_of_each_bag() -> None:
+    rng = np.random.default_rng(0)
+    tables = {s: rng.normal(size=(40, 4)).astype(np.float32) for s in ("dense", "sparse")}
+    rows = {s: gather(jnp.asarray(tables[s]), a) for s, a in addresses(MIXED, IDS).items()}
+    pooled = np.asarray(pool(MIXED, IDS, rows))
+    dense, sparse, nothing = tables["dense"], tables["sparse"], np.zeros(4)
+    expected = [
+        [dense[12], (sparse[23] + sparse[24]) / 2, dense[31]],
+        [nothing, nothing, nothing],
+        [dense[14], sparse[25], dense[33]],
+    ]
+    np.testing.assert_allclose(pooled, expected, rtol=1e-6)
+
+
+def test_pool_of_single_ids_is_their_rows() -> None:
+    rows = {"dense": jnp.arange(12.0).reshape(2, 2, 3)}
+    group = Group((SEGMENT, CITY))
+    np.testing.assert_array_equal(pool(group, jnp.array([[2, 3], [4, 1]]), rows), rows["dense"])
+
+
+def test_initial_padding_and_unknown_rows_are_zero() -> None:
+    fields, rows = layout([("item", "sparse", 60, 1), ("b", "sparse", 50, 1)])
+    table = initial_table(
+        jax.random.key(0), list(fields.values()), rows["sparse"], 64, jnp.dtype("float32")
+    )
+    lengths = np.linalg.norm(table, axis=1)
+    silent = [0, 1, 60, 61]
+    assert (lengths[silent] == 0).all()
+    real = np.delete(lengths, silent)
+    assert real.min() > 0.15
+    assert real.max() < 0.35

@@ -1,0 +1,179 @@
+"""The boundaries of the package, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mtrec_jax
+
+PACKAGE = Path(mtrec_jax.__file__).parent
+SOURCES = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+# Imports point to the same layer or to one further up.
+LAYERS = (
+    ("errors", "config", "types"),
+    ("experiments", "data", "kernels", "sharding"),
+    ("nn", "baselines"),
+    ("evaluation",),
+    ("train",),
+    ("requests", "result", "recommender"),
+    ("from_tables",),
+    ("cli",),
+)
+LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+
+OWNERS = {  # a third-party library, and the only files that may know it
+    "flax": ("nn/",),
+    "grain": ("data/pipeline.py", "train/checkpoint.py"),
+    "orbax": ("train/checkpoint.py",),
+    "ibis": tuple(f"data/{n}.py" for n in ("prepare", "schema", "clean", "split", "index")),
+    "duckdb": (),
+    "pandas": (),
+    "typer": ("cli.py",),
+}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything imported anywhere in a file; `from a import b` is a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(tree: ast.AST) -> Iterator[str]:
+    """The package's own modules that a file imports, without the leading package name."""
+    for name in imports(tree):
+        if name.startswith("mtrec_jax."):
+            yield name.removeprefix("mtrec_jax.")
+
+
+def part_of(name: str) -> str:
+    """The subpackage or the module of the package's root to which a file or import belongs."""
+    return name.replace("/", ".").removesuffix(".py").split(".")[0]
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if n != "__init__.py"])
+def test_imports_point_one_way(name: str) -> None:
+    own = LAYER[part_of(name)]
+    upwards = [i for i in own_imports(TREES[name]) if LAYER.get(part_of(i), 0) > own]
+    assert not upwards, f"{name} is below {upwards}"
+
+
+def test_every_part_has_its_layer() -> None:
+    """A new module is placed before it can be imported from anywhere."""
+    parts = {part_of(n) for n in SOURCES if n != "__init__.py"}
+    assert parts == set(LAYER)
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_library_is_known_only_where_it_belongs(library: str) -> None:
+    users = {n for n, tree in TREES.items() if library in {i.split(".")[0] for i in imports(tree)}}
+    assert not {n for n in users if not n.startswith(OWNERS[library])}
+    assert bool(users) == bool(OWNERS[library]), "OWNERS names a file that does without it"
+
+
+def test_baselines_know_only_the_data_contract() -> None:
+    allowed = ("baselines", "errors", "kernels", "types", "data.dataset")
+    for name, tree in TREES.items():
+        if name.startswith("baselines/"):
+            for found in own_imports(tree):
+                inside = any(found == a or found.startswith(f"{a}.") for a in allowed)
+                assert inside, f"{name} imports {found}"
+
+
+def test_nobody_imports_the_command_line() -> None:
+    assert not [n for n, tree in TREES.items() if "cli" in {part_of(i) for i in own_imports(tree)}]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_and_functions_stay_readable(name: str) -> None:
+    lines = len(SOURCES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= 400, f"{name} has {lines} lines"
+    long = {
+        f.name: f.end_lineno - f.lineno + 1
+        for f in functions(TREES[name])
+        if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > 80
+    }
+    assert not long, f"{name}: {long}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_is_public_is_documented(name: str) -> None:
+    """Modules, and public classes, functions and methods; nested functions are their owner's."""
+
+    def bare(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+        for child in node.body:
+            if not isinstance(child, ast.ClassDef | ast.FunctionDef) or child.name.startswith("_"):
+                continue
+            if not ast.get_docstring(child):
+                yield prefix + child.name
+            if isinstance(child, ast.ClassDef):
+                yield from bare(child, f"{prefix}{child.name}.")
+
+    assert ast.get_docstring(TREES[name]), f"{name} does not say what it is"
+    assert not list(bare(TREES[name], ""))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_is_executed_that_was_read(name: str) -> None:
+    """No pickle in any guise, and no text becomes code."""
+    unsafe = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert not unsafe & {i.split(".")[0] for i in imports(TREES[name])}
+    called = {
+        node.func.id
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not called & {"eval", "exec", "compile", "__import__"}
+    keywords = {
+        (keyword.arg, keyword.value.value)
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if isinstance(keyword.value, ast.Constant)
+    }
+    assert ("allow_pickle", True) not in keywords
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    heavy = {"jax", "flax", "grain", "orbax", "ibis", "pyarrow", "numpy", "pydantic", "typer"}
+    assert not loaded_by("import mtrec_jax, mtrec_jax.errors") & heavy
+
+
+def test_the_kernels_are_light() -> None:
+    loaded = loaded_by("import mtrec_jax.kernels\nfrom mtrec_jax import cosine_topk")
+    assert "jax" in loaded
+    assert not loaded & {"flax", "grain", "orbax", "ibis", "pyarrow", "optax", "pydantic", "typer"}
+
+
+def test_public_names_are_what_they_say() -> None:
+    """Each name twice: the first use imports a module, which must not take the name's place."""
+    assert set(mtrec_jax.__all__) <= set(dir(mtrec_jax))
+    for _ in range(2):
+        for name in mtrec_jax.__all__:
+            assert callable(getattr(mtrec_jax, name)), name
+    with pytest.raises(AttributeError, match="has no attribute 'recommendr'"):
+        _ = mtrec_jax.recommendr

@@ -1,0 +1,278 @@
+"""Configuration: what is read, what is refused, and whether the message helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtrec_jax.config import Experiment, Task, fusion_objective, select_metric, to_toml
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.experiments import built_in_names, load_experiment, parse_experiment
+
+LEAST: dict[str, Any] = {
+    "name": "least",
+    "data": {"user": "u", "item": "i", "time": "t"},
+    "tasks": {"next": {"kind": "retrieval"}, "like": {"kind": "binary", "column": "rating"}},
+    "train": {"epochs": 1},
+}
+
+
+def with_keys(**sections: Any) -> dict[str, Any]:
+    """The least experiment with keys of its sections replaced; a whole section is `tasks`."""
+    values = {**LEAST, **{n: {**LEAST.get(n, {}), **keys} for n, keys in sections.items()}}
+    return values | ({"tasks": sections["tasks"]} if "tasks" in sections else {})
+
+
+def refusal(**sections: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_experiment(with_keys(**sections), where="mine.toml")
+    return str(caught.value)
+
+
+def test_the_least_experiment_gets_the_defaults() -> None:
+    experiment = parse_experiment(LEAST)
+    assert experiment.train.batch_size == 128
+    assert experiment.tasks["like"] == Task(kind="binary", column="rating")
+    assert select_metric(experiment) == ("next", "ndcg@10", True)
+    assert fusion_objective(experiment) == {"next": 1.0, "like": 1.0}
+
+
+def test_an_experiment_cannot_be_changed() -> None:
+    experiment = parse_experiment(LEAST)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        experiment.name = "other"  # type: ignore[misc]
+
+
+def test_reads_a_file_with_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(to_toml(parse_experiment(LEAST)), encoding="utf-8")
+    overrides = [
+        "model.towers=ple",  # a bare word is text
+        'name = "with spaces"',
+        "train.epochs=0",
+        "train.steps=1_000",
+        "train.learning_rate=3e-3",
+        "model.expert_hidden=[8, 4]",
+        "features.price.on=item",  # tables that are not there yet
+        "features.price.kind=numeric",
+    ]
+    found = load_experiment(path, overrides)
+    assert (found.model.towers, found.name) == ("ple", "with spaces")
+    assert (found.train.steps, found.train.learning_rate) == (1000, 0.003)
+    assert found.model.expert_hidden == (8, 4)
+    assert found.features["price"].kind == "numeric"
+
+
+def test_later_overrides_win() -> None:
+    assert load_experiment("shop", ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+@pytest.mark.parametrize("name", built_in_names())
+def test_built_in_experiments_load_and_survive_the_way_through_toml(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.name == name
+    assert parse_experiment(tomllib.loads(to_toml(experiment))) == experiment
+
+
+def test_nothing_in_a_configuration_is_evaluated() -> None:
+    text = "__import__('os').system('touch /tmp/evaluated')"
+    assert load_experiment("shop", [f"name={text}"]).name == text
+    message = refusal(train={"batch_size": "2 ** 3"})
+    assert "train.batch_size" in message
+    assert "'2 ** 3'" in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "hint"),
+    [
+        ({"model": {"towrs": "ple"}}, "model.towrs", "towers"),
+        ({"train": {"batchsize": 8}}, "train.batchsize", "batch_size"),
+        ({"data": {"histroy_length": 8}}, "data.histroy_length", "history_length"),
+        ({"data": {"events": {"file": ["a.csv"]}}}, "data.events.file", "files"),
+        ({"tasks": {"like": {"kind": "binary", "colum": "x"}}}, "tasks.like.colum", "column"),
+        ({"features": {"age": {"bin": 3}}}, "features.age.bin", "bins"),
+        ({"modle": {"width": 8}}, "modle", "model"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(
+    sections: dict[str, Any], key: str, hint: str
+) -> None:
+    message = refusal(**sections)
+    assert message.startswith("mine.toml:")
+    assert f"{key}: unknown key. Did you mean '{hint}'?" in message
+    assert "Known here: " in message
+
+
+def test_an_unknown_key_that_resembles_nothing_gets_no_hint() -> None:
+    message = refusal(select={"zzzz": 1})
+    assert "select.zzzz: unknown key. Known here: metric" in message
+
+
+def test_an_unknown_override_is_refused_like_an_unknown_key() -> None:
+    with pytest.raises(ConfigError, match=r"model\.widht: unknown key. Did you mean 'width'\?"):
+        load_experiment("shop", ["model.widht=3"])
+
+
+def test_a_value_of_a_choice_lists_the_choices() -> None:
+    message = refusal(model={"towers": "mmeo"})
+    for choice in ("shared_bottom", "mmoe", "ple"):
+        assert choice in message
+    assert "model.towers: 'mmeo' is not one of" in message
+    assert "Did you mean 'mmoe'?" in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "value"),
+    [
+        ({"train": {"batch_size": "many"}}, "train.batch_size", "'many'"),
+        ({"train": {"batch_size": 1.5}}, "train.batch_size", "1.5"),
+        ({"model": {"expert_hidden": 8}}, "model.expert_hidden", "8"),
+        ({"data": {"user": 3}}, "data.user", "3"),
+        ({"train": {"learning_rate": [1]}}, "train.learning_rate", "[1]"),
+    ],
+)
+def test_a_wrong_type_names_key_and_value(sections: dict[str, Any], key: str, value: str) -> None:
+    message = refusal(**sections)
+    assert f"{key}: " in message
+    assert f"not {value}" in message
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="name: required, and missing"):
+        parse_experiment({})
+    assert "tasks.like.kind: required, and missing" in refusal(tasks={"like": {"column": "x"}})
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal(model={"towrs": "ple", "width": "wide"}, train={"epoch": 3})
+    assert all(key in message for key in ("model.towrs", "model.width", "train.epoch"))
+
+
+RETRIEVAL, LIKE = {"kind": "retrieval"}, {"kind": "binary"}
+ROWS = {"kind": "rows", "user": "", "item": "", "time": ""}
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"tasks": {}}, "tasks: at least one is needed"),
+        ({"data": {"time": ""}}, "data.time: needed when data.kind = 'sequences'"),
+        ({"data": {"positions": 9, "history_length": 8}}, "data.positions: at most"),
+        ({"data": {"kind": "rows"}}, "tasks: retrieval needs data.kind = 'sequences'"),
+        ({"data": ROWS, "tasks": {"like": LIKE}}, "model.encoder: 'none' is the one"),
+        ({"data": ROWS, "tasks": {"like": LIKE}}, "split.kind: 'random' or 'files'"),
+        ({"split": {"kind": "random"}}, "split.kind: 'leave_one_out' or 'time'"),
+        ({"split": {"kind": "files"}}, "split.test_files: needed"),
+        ({"split": {"validation": 0.0}}, "split.validation, split.test: fractions"),
+        ({"split": {"test": 1.0}}, "split.validation, split.test: fractions"),
+        ({"tasks": {"buy": {**LIKE, "where": "lik"}, "like": LIKE}}, "Did you mean 'like'?"),
+        ({"tasks": {"a": RETRIEVAL, "b": RETRIEVAL}}, "tasks: one retrieval task at most"),
+        (
+            {"tasks": {"stars": {"kind": "regression", "at_least": 4}}},
+            "tasks.stars: at_least and equals are for binary tasks",
+        ),
+        ({"model": {"fusion_objective": {"lik": 1.0}}}, "there is no such task. Did you mean"),
+        (
+            {
+                "tasks": {"a": RETRIEVAL, "stars": {"kind": "regression"}},
+                "model": {"fusion_objective": {"stars": 1.0}},
+            },
+            "model.fusion_objective.stars: a retrieval or binary task is needed",
+        ),
+        ({"select": {"metric": "lik/auc"}}, "there is no task 'lik'. Did you mean 'like'?"),
+        ({"select": {"metric": "like/ndcg@10"}}, "task 'like' has auc, log_loss"),
+        ({"select": {"metric": "next/ndcg@5"}}, "task 'next' has hr@10, ndcg@10"),
+        ({"train": {"epochs": 0}}, "train.epochs, train.steps: exactly one"),
+        ({"train": {"steps": 5}}, "train.epochs, train.steps: exactly one"),
+        ({"model": {"width": 10, "heads": 3}}, "model.width: a multiple of model.heads"),
+        ({"train": {"batch_size": 0}}, "train.batch_size: must be above 0, not 0"),
+        ({"model": {"temperature": -1.0}}, "model.temperature: must be above 0, not -1.0"),
+        ({"model": {"dropout": 1.0}}, "model.dropout: between 0 and 1, not 1.0"),
+        ({"evaluate": {"ks": []}}, "evaluate.ks: at least one k"),
+        ({"evaluate": {"ks": [0]}}, "evaluate.ks: at least one k"),
+    ],
+)
+def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem: str) -> None:
+    message = refusal(**sections)
+    assert "experiment 'least':" in message
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("feature", "task"),
+    [
+        ({"rating": {}}, {"like": {"kind": "binary", "column": "rating", "at_least": 4}}),
+        ({"stars": {"column": "rating", "on": "item"}}, {"rating": {"kind": "regression"}}),
+        ({"score": {}}, {"like": {"kind": "binary", "reference": "score"}}),
+    ],
+)
+def test_a_label_among_the_features_is_refused(feature: Any, task: Any) -> None:
+    message = refusal(features=feature, tasks=task)
+    column = "score" if "score" in feature else "rating"
+    assert f"column '{column}' is the label of task '{next(iter(task))}'" in message
+    assert "leaks the answer" in message
+
+
+def test_the_history_may_show_past_labels() -> None:
+    experiment = parse_experiment(with_keys(features={"rating": {"on": "history"}}))
+    assert experiment.features["rating"].on == "history"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.towers", "write it as key=value"),
+        ("=3", "write it as key=value"),
+        ("model..towers=3", "write it as key=value"),
+        ("name.first=3", "'name' is not a table"),
+    ],
+)
+def test_a_malformed_override_is_explained(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment("shop", [override])
+
+
+def test_a_name_that_is_no_experiment_lists_the_built_in_ones() -> None:
+    with pytest.raises(ConfigError, match=r"neither a file nor one of .*Did you mean 'ml-1m'\?"):
+        load_experiment("ml-1")
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*absent\.toml"):
+        load_experiment(tmp_path / "absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = ", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML: "):
+        load_experiment(broken)
+    broken.write_bytes(b"name = '\xff'")
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*broken\.toml"):
+        load_experiment(broken)
+
+
+def test_selection_knows_which_way_is_better() -> None:
+    lower = parse_experiment(with_keys(select={"metric": "like/log_loss"}))
+    assert select_metric(lower) == ("like", "log_loss", False)
+    tasks = {"stars": {"kind": "regression"}}
+    assert select_metric(parse_experiment(with_keys(tasks=tasks))) == ("stars", "rmse", False)
+    first_k = with_keys(evaluate={"ks": [5, 10]})
+    assert select_metric(parse_experiment(first_k)) == ("next", "ndcg@5", True)
+
+
+def test_every_experiment_that_can_be_written_can_be_read_again() -> None:
+    """Optional parts are left out of TOML, which knows no null."""
+    values = with_keys(
+        data={"items": {"files": ["i.csv"], "rename": {"a.b": "c"}}},
+        model={"fusion_objective": {"like": 0.1}},
+        train={"mesh": [2, 1], "learning_rate": 1e-20},
+    )
+    values["published"] = [
+        {"name": "é", "task": "next", "metrics": {"ndcg@10": 0.1}, "source": 'a "quoted"\nline'}
+    ]
+    experiment = parse_experiment(values)
+    again = parse_experiment(tomllib.loads(to_toml(experiment)))
+    assert isinstance(again, Experiment)
+    assert again == experiment

@@ -1,0 +1,55 @@
+"""Meshes, and the errors of those that cannot be."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((0, 1), (8, 1)), ((0, 2), (4, 2)), ((2, 0), (2, 4)), ((1, 1), (1, 1)), ((8, 1), (8, 1))],
+)
+def test_zero_stands_for_the_devices_that_are_left(
+    shape: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    mesh = make_mesh(shape)
+    assert (mesh.shape["data"], mesh.shape["table"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 4), r"train\.mesh: \[4, 4\] needs 16 devices, there are 8"),
+        ((9, 1), r"train\.mesh: \[9, 1\] needs 9 devices, there are 8"),
+        ((0, 16), r"train\.mesh: \[0, 16\] needs 16 devices, there are 8"),
+    ],
+)
+def test_a_mesh_larger_than_the_machine_is_an_error(shape: tuple[int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        make_mesh(shape)
+
+
+def test_a_batch_must_divide_over_the_devices() -> None:
+    mesh = make_mesh((4, 2))
+    check_batch_size(64, mesh)
+    message = (
+        r"^train\.batch_size: 60 does not divide over 8 devices; use a multiple of 8, or fewer "
+        r"devices with train\.mesh = \[1, 1\]$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_batch_size(60, mesh)
+
+
+def test_a_batch_is_split_over_all_devices_in_order() -> None:
+    examples = tiny.batch(0, size=16)
+    placed = put_batch(examples, make_mesh((4, 2)))
+    for whole, split in zip(jax.tree.leaves(examples), jax.tree.leaves(placed), strict=True):
+        assert {shard.data.shape[0] for shard in split.addressable_shards} == {2}
+        assert len({shard.device for shard in split.addressable_shards}) == 8
+        np.testing.assert_array_equal(split, whole)

@@ -1,0 +1,158 @@
+"""A tiny sequence experiment with every kind of task and feature, made without touching a disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import IdField, Manifest, NumberField, TaskField
+from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.nn.model import Model, gather_rows, make_catalogue
+from mtrec_jax.types import FIRST, Batch, Catalogue, Outputs, PyTree, UserStates
+
+ITEMS, TRAINED = 12, 10  # the last two items of the catalogue are cold
+HISTORY, POSITIONS = 5, 3
+TASKS: dict[str, dict[str, Any]] = {
+    "next": {"kind": "retrieval"},
+    "click": {"kind": "binary"},
+    "stars": {"kind": "regression", "where": "click", "weight": 0.5},
+    "genre": {"kind": "multiclass"},
+}
+
+
+def experiment(**sections: dict[str, Any]) -> Experiment:
+    """Tasks are replaced; the other sections extend what is here."""
+    base: dict[str, dict[str, Any]] = {
+        "data": {"user": "user", "item": "item", "time": "time", "history_length": HISTORY},
+        "model": {
+            "width": 8,
+            "layers": 1,
+            "heads": 2,
+            "dropout": 0.1,
+            "experts": 2,
+            "expert_hidden": [8],
+            "tower_hidden": [6],
+            "temperature": 0.2,
+        },
+        "train": {"steps": 20, "batch_size": 8, "negatives": 6, "negative_power": 0.5},
+    }
+    tasks = sections.pop("tasks", TASKS)
+    return parse_experiment(
+        {"name": "tiny", "tasks": tasks}
+        | {name: values | sections.get(name, {}) for name, values in base.items()}
+    )
+
+
+def manifest(features: bool = True) -> Manifest:
+    """What preparation would have learned; `features=False` leaves the items to their rows."""
+    found: dict[str, Any] = {}
+    if features:
+        found = {
+            "context_ids": (
+                IdField(name="segment", size=5, slots=1, placement="dense"),
+                IdField(name="tags", size=7, slots=3, placement="sparse"),
+            ),
+            "context_numbers": (NumberField(name="age", mean=0.0, std=1.0),),
+            "item_ids": (IdField(name="brand", size=5, slots=1, placement="sparse"),),
+            "item_numbers": (NumberField(name="price", mean=0.0, std=1.0),),
+            "history": (IdField(name="click", size=4, slots=1, placement="dense"),),
+        }
+    return Manifest(
+        format=1,
+        name="tiny",
+        kind="sequences",
+        protocol="made up",
+        fingerprint="0" * 16,
+        config={},
+        users=20,
+        items=ITEMS,
+        trained_items=TRAINED,
+        events=100,
+        history_length=HISTORY,
+        examples={"train": 20},
+        positions={"train": POSITIONS},
+        targets={"train": 60},
+        tasks={
+            "click": TaskField(mean=0.5, std=0.5),
+            "stars": TaskField(mean=3.0, std=2.0),
+            "genre": TaskField(classes=("a", "b", "c")),
+            "next": TaskField(),
+        },
+        **found,
+    )
+
+
+def catalogue(dtype: str = "float32", features: bool = True, power: float = 0.5) -> Catalogue:
+    """Twelve items with different counts; the features of every item differ."""
+    rng = np.random.default_rng(7)
+    ids = np.zeros((ITEMS + FIRST, int(features)), np.int32)
+    numbers = np.zeros((ITEMS + FIRST, int(features)), np.float32)
+    if features:
+        ids[FIRST:] = rng.integers(1, 5, (ITEMS, 1))
+        numbers[FIRST:] = rng.normal(size=(ITEMS, 1))
+    counts = np.concatenate([np.arange(1, TRAINED + 1), np.zeros(ITEMS - TRAINED, int)])
+    return make_catalogue({"ids": ids, "numbers": numbers}, counts, TRAINED, power, dtype)
+
+
+def batch(seed: int, size: int = 8, dtype: str = "float32", features: bool = True) -> Batch:
+    """Random examples; some histories are short, some positions padded, some labels missing."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, HISTORY + 1, (size, 1))
+    filled = np.arange(HISTORY) < length
+    shape = (size, POSITIONS)
+    real = np.arange(POSITIONS) < rng.integers(1, POSITIONS + 1, (size, 1))
+    events = {"item": np.where(filled, rng.integers(FIRST, TRAINED + FIRST, filled.shape), 0)}
+    context: dict[str, np.ndarray] = {}
+    if features:
+        events["click"] = np.where(filled, rng.integers(1, 4, filled.shape), 0)
+        tags = rng.integers(0, 7, (size, 3))
+        context["ids"] = np.concatenate([rng.integers(0, 5, (size, 1)), tags], 1).astype(np.int32)
+        context["numbers"] = rng.normal(size=(size, 1)).astype(dtype)
+    click = rng.integers(0, 2, shape)
+    mask = {
+        "next": real,
+        "click": real & (rng.random(shape) < 0.8),
+        "stars": real & (click == 1),
+        "genre": real,
+    }
+    labels = {
+        "next": np.ones(shape),
+        "click": click,
+        "stars": rng.integers(1, 6, shape),
+        "genre": rng.integers(0, 3, shape),
+    }
+    return Batch(
+        context=context,
+        events={name: values.astype(np.int32) for name, values in events.items()},
+        cutoff=np.minimum(rng.integers(0, HISTORY + 1, shape), length).astype(np.int32),
+        candidate=np.where(real, rng.integers(FIRST, TRAINED + FIRST, shape), 0).astype(np.int32),
+        labels={
+            name: np.where(mask[name], values, 0).astype(dtype) for name, values in labels.items()
+        },
+        mask={name: values.astype(dtype) for name, values in mask.items()},
+        user=np.arange(FIRST, size + FIRST, dtype=np.int32),
+        weight=real.astype(dtype),
+        row=np.where(real, np.arange(size * POSITIONS).reshape(shape), -1),
+    )
+
+
+def forward(
+    model: Model,
+    params: PyTree,
+    tables: dict[str, jax.Array],
+    items: Catalogue,
+    examples: Batch,
+) -> tuple[jax.Array, UserStates, Outputs]:
+    """Vectors of the whole catalogue, states and outputs at every position, without dropout."""
+    everything = np.arange(items.row.shape[0], dtype=np.int32)
+    rows = gather_rows(params, tables, model.item_lookups(everything, items))
+    vectors = model.items(params, rows, items, everything)
+    looked = model.lookups(examples, items, None)
+    rows = gather_rows(params, tables, looked.addresses)
+    used = model.items(params, rows, items, looked.item_ids)
+    states = model.users(params, rows, used, looked.event_index, examples, None)
+    outputs = model.rank(params, states, used[looked.candidate_index], None)
+    return vectors, states, outputs

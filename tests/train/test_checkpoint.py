@@ -1,0 +1,180 @@
+"""Checkpoints: which are kept, that nothing is lost in them, and what damage looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.pipeline import BatchSource, training_batches
+from mtrec_jax.errors import CheckpointError
+from mtrec_jax.train import checkpoint
+from mtrec_jax.types import TrainState
+
+
+def make_state(step: int = 0) -> TrainState:
+    """A state with every part in use, different in each step."""
+    params = {"network": {"kernel": jnp.arange(6.0).reshape(2, 3) + step}}
+    tables = {"sparse": jnp.full((128, 2), 0.5 + step)}
+    return TrainState(
+        params=params,
+        tables=tables,
+        slots={"sparse": (jnp.full((128, 2), 1.5 + step), jnp.full(128, step, jnp.int32))},
+        scratch={"sparse": jnp.zeros(128, jnp.int32)},
+        optimizer=optax.adam(0.1).init(params),
+        balance=jnp.array([0.25, 0.75]) + step,
+        key=jax.random.fold_in(jax.random.key(7, impl="rbg"), step),
+        step=jnp.array(step, jnp.int32),
+        sums={"click": jnp.array([1.25, 3.0]) + step},
+    )
+
+
+def batches_of(prepared: Prepared) -> Any:
+    return training_batches(BatchSource(prepared, "train", 8, seed=0, epochs=3))
+
+
+def kept(manager: ocp.CheckpointManager) -> list[int]:
+    manager.wait_until_finished()
+    return sorted(manager.all_steps(read=True))
+
+
+def save_all(
+    manager: ocp.CheckpointManager, prepared: Prepared, selected: list[float | None]
+) -> None:
+    batches = batches_of(prepared)
+    for step, value in enumerate(selected, 1):
+        checkpoint.save(manager, make_state(step), batches, {}, value)
+
+
+@pytest.mark.parametrize(
+    ("larger", "selected", "steps", "best"),
+    [
+        (True, [0.6, 0.9, 0.7, 0.8, 0.5], [2, 4, 5], 2),
+        (False, [1.2, 0.9, 1.1, 1.3, 1.4], [2, 4, 5], 2),
+        (True, [0.5, 0.6, 0.7], [2, 3], 3),
+        (False, [1.5, 1.4, 1.3], [2, 3], 3),
+        (True, [0.9, None, None, None], [1, 3, 4], 1),  # between evaluations there is no value
+        (True, [None, None, None], [2, 3], 3),  # stopped before the first evaluation
+        (True, [0.9, None, 0.7, None, 0.8], [1, 4, 5], 1),
+    ],
+)
+def test_the_best_and_the_two_latest_steps_are_kept(
+    shop_prepared: Prepared,
+    tmp_path: Path,
+    larger: bool,
+    selected: list[float | None],
+    steps: list[int],
+    best: int,
+) -> None:
+    with checkpoint.open_manager(tmp_path, larger) as manager:
+        save_all(manager, shop_prepared, selected)
+        assert kept(manager) == steps
+    with checkpoint.open_manager(tmp_path, larger) as reopened:
+        assert checkpoint.best_or_latest(reopened, tmp_path) == best
+        assert reopened.latest_step() == len(selected)
+
+
+def test_a_reopened_folder_still_knows_its_best(shop_prepared: Prepared, tmp_path: Path) -> None:
+    """A continued run must not throw away the best step of the run before it."""
+    with checkpoint.open_manager(tmp_path) as manager:
+        save_all(manager, shop_prepared, [0.9, 0.7])
+    with checkpoint.open_manager(tmp_path) as manager:
+        for step in (3, 4):
+            checkpoint.save(manager, make_state(step), batches_of(shop_prepared), {}, 0.8)
+        assert kept(manager) == [1, 3, 4]
+
+
+def test_the_whole_state_and_the_position_in_the_data_come_back(
+    shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    batches, meta = batches_of(shop_prepared), {"best": 0.5, "stale": 2, "bytes": 77, "done": False}
+    drawn = [next(batches) for _ in range(4)]
+    state = make_state(4)
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, batches, meta, None)
+        manager.wait_until_finished()
+        after = next(batches)
+        again = batches_of(shop_prepared)
+        like = make_state()._replace(scratch={"sparse": jnp.full(128, 9, jnp.int32)})
+        found, notes = checkpoint.restore(manager, 4, like, again)
+    assert notes == meta
+    assert jax.random.key_impl(found.key) == jax.random.key_impl(state.key)
+    found, state = (s._replace(key=jax.random.key_data(s.key)) for s in (found, state))
+    jax.tree.map(np.testing.assert_array_equal, found, state)  # raises where structures differ
+    following = next(again)
+    np.testing.assert_array_equal(following.row, after.row)
+    assert not np.array_equal(following.row, drawn[0].row)
+
+
+def test_the_model_alone_is_restored_without_the_trainer(
+    shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    state = make_state(1)
+    with checkpoint.open_manager(tmp_path) as manager:
+        save_all(manager, shop_prepared, [None])
+        manager.wait_until_finished()
+        like = jax.eval_shape(lambda: (state.params, state.tables))
+        params, tables = checkpoint.restore_model(manager, 1, like)
+    jax.tree.map(np.testing.assert_array_equal, (params, tables), (state.params, state.tables))
+
+
+def test_another_model_is_refused(shop_prepared: Prepared, tmp_path: Path) -> None:
+    with checkpoint.open_manager(tmp_path) as manager:
+        save_all(manager, shop_prepared, [None])
+        manager.wait_until_finished()
+        wider = {"network": {"kernel": jnp.zeros((2, 4))}}, {"sparse": jnp.zeros((128, 2))}
+        message = r"checkpoint .*/1 cannot be restored .*damaged or of another model; remove"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.restore_model(manager, 1, wider)
+
+
+def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with (
+        checkpoint.open_manager(tmp_path / "runs" / "a" / "checkpoints") as manager,
+        pytest.raises(CheckpointError, match=r"has no checkpoint yet. Run: mtrec train CONFIG"),
+    ):
+        checkpoint.best_or_latest(manager, tmp_path / "runs" / "a" / "checkpoints")
+
+
+@pytest.mark.parametrize("item", ["model", "trainer"])
+def test_a_truncated_file_is_found_out(shop_prepared: Prepared, tmp_path: Path, item: str) -> None:
+    with checkpoint.open_manager(tmp_path) as manager:
+        save_all(manager, shop_prepared, [None])
+    data = [p for p in (tmp_path / "1" / item).rglob("*") if p.is_file() and p.parent.name == "d"]
+    assert data
+    for path in data:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with (
+        checkpoint.open_manager(tmp_path) as manager,
+        pytest.raises(CheckpointError, match=r"checkpoint .*/1 cannot be restored .*damaged"),
+    ):
+        checkpoint.restore(manager, 1, make_state(), batches_of(shop_prepared))
+
+
+def test_an_unfinished_step_is_no_step(shop_prepared: Prepared, tmp_path: Path) -> None:
+    """What a killed process leaves behind is cleared away, but only by the process that writes."""
+    left = tmp_path / "2.orbax-checkpoint-tmp"
+    (left / "model").mkdir(parents=True)
+    with checkpoint.open_manager(tmp_path, read_only=True) as manager:
+        assert manager.latest_step() is None
+    assert left.exists()
+    with checkpoint.open_manager(tmp_path) as manager:
+        save_all(manager, shop_prepared, [0.5])
+        assert kept(manager) == [1]
+    assert not left.exists()
+
+
+def test_reading_creates_nothing(tmp_path: Path) -> None:
+    with (
+        checkpoint.open_manager(tmp_path / "checkpoints", read_only=True) as manager,
+        pytest.raises(CheckpointError, match="has no checkpoint yet"),
+    ):
+        checkpoint.best_or_latest(manager, tmp_path / "checkpoints")
+    assert not list(tmp_path.iterdir())

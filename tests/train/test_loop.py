@@ -1,0 +1,293 @@
+"""Training runs: repeatable to the bit, stopped and continued to the bit, and stopped in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mtrec_jax.config import Experiment, Select, to_toml
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.train.loop import Stopped, train
+from mtrec_jax.train.progress import Progress
+from mtrec_jax.train.records import read_records
+from mtrec_jax.train.run import Run, load_best, open_run
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+
+@pytest.fixture(scope="session")
+def plain(shop_experiment: Experiment) -> Experiment:
+    """Quick to compile, with row-wise updated tables, sampled negatives and dropout."""
+    model = replace(
+        shop_experiment.model,
+        encoder="none",
+        towers="shared_bottom",
+        fusion="none",
+        item_placement="sparse",
+        dropout=0.2,
+    )
+    return replace(shop_experiment, model=model)
+
+
+def changed(experiment: Experiment, **keys: Any) -> Experiment:
+    return replace(experiment, train=replace(experiment.train, **keys))
+
+
+def without_timings(run: Path) -> list[dict[str, Any]]:
+    return [r for r in read_records(run / "metrics.jsonl") if r["split"] != "timing"]
+
+
+def steps_kept(run: Path) -> list[int]:
+    return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def assert_same_model(one: Run, other: Run) -> None:
+    """The parameters of the best checkpoints agree in every bit."""
+    (params, tables, step), (others, other_tables, other_step) = load_best(one), load_best(other)
+    assert step == other_step
+    left, right = jax.tree.leaves((params, tables)), jax.tree.leaves((others, other_tables))
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """Have something happen while a step is under way. A signal that nobody catches fails a test
+    instead of ending it."""
+
+    def not_caught(number: int, frame: Any) -> None:
+        raise AssertionError(f"signal {number} reached the handler of the caller")
+
+    advance, previous = Progress.advance, signal.signal(signal.SIGTERM, not_caught)
+
+    def arrange(step: int, action: Callable[[], None]) -> None:
+        def and_then(self: Progress, number: int, losses: dict[str, float]) -> None:
+            advance(self, number, losses)
+            if number == step:
+                action()
+
+        monkeypatch.setattr(Progress, "advance", and_then)
+
+    yield arrange
+    assert signal.signal(signal.SIGTERM, previous) is not_caught, "a handler was left behind"
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash() -> None:
+    raise RuntimeError("power cut")
+
+
+def test_a_seed_decides_the_run(
+    shop_run: Run, shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    again = train(shop_experiment, shop_prepared, tmp_path / "again", show_progress=False)
+    one, two = (
+        [
+            line
+            for line in (run.folder / "metrics.jsonl").read_bytes().splitlines()
+            if b'"split": "timing"' not in line
+        ]
+        for run in (shop_run, again)
+    )
+    assert one == two
+    assert_same_model(shop_run, again)
+
+
+def test_another_seed_is_another_run_of_as_many_epochs(
+    shop_run: Run, shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    """Three epochs are the 27 steps of the other run; evaluation is due after each epoch."""
+    epoch = -(-shop_prepared.manifest.examples["train"] // 8)
+    assert 3 * epoch == 27
+    experiment = changed(shop_experiment, seed=1, steps=0, epochs=3, evaluate_every=0)
+    other = train(experiment, shop_prepared, tmp_path / "run", show_progress=False)
+    records = without_timings(other.folder)
+    assert records[0] != without_timings(shop_run.folder)[0]
+    measured = {r["step"] for r in records if r["split"] == "validation"}
+    assert measured == {epoch, 2 * epoch, 3 * epoch}
+
+
+def test_every_step_is_logged_and_evaluated_when_due(shop_run: Run) -> None:
+    records = without_timings(shop_run.folder)
+    losses = [(r["step"], r["task"]) for r in records if r["split"] == "train"]
+    tasks = ("buy", "click", "fusion", "next_item", "stars")
+    assert losses == [(step, task) for step in (4, 8, 12, 16, 20, 24, 27) for task in tasks]
+    measured = {r["step"] for r in records if r["split"] == "validation"}
+    assert measured == {12, 24, 27}
+    assert {(r["task"], r["metric"]) for r in records if r["step"] == 24} >= {
+        ("next_item", "ndcg@10"),
+        ("click", "auc"),
+        ("buy", "log_loss"),
+        ("stars", "rmse"),
+    }
+    assert all(np.isfinite(r["value"]) for r in records)
+
+
+def test_training_learns(shop_run: Run) -> None:
+    losses = [r["value"] for r in without_timings(shop_run.folder) if r["metric"] == "loss"]
+    first, last = losses[:5], losses[-5:]
+    assert sum(last) < sum(first)
+
+
+def test_a_stopped_and_a_crashed_run_continue_to_the_same_bits(
+    shop_run: Run,
+    shop_experiment: Experiment,
+    shop_prepared: Prepared,
+    tmp_path: Path,
+    at_step: Callable[[int, Callable[[], None]], None],
+) -> None:
+    """Stopped between evaluations and at one, and crashed between checkpoints: losses are sums
+    over 4 steps, which a stop at 3 or the checkpoint at 14 cuts in two."""
+    experiment, folder = changed(shop_experiment, checkpoint_every=7), tmp_path / "run"
+    for step in (3, 12):
+        at_step(step, terminate)
+        with pytest.raises(Stopped, match=rf"stopped at step {step} of 27; .*same command") as end:
+            train(experiment, shop_prepared, folder, show_progress=False)
+        assert end.value.status == 143
+        assert max(steps_kept(folder)) == step
+    at_step(17, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(experiment, shop_prepared, folder, show_progress=False)
+    assert max(steps_kept(folder)) == 14
+    assert without_timings(folder)[-1]["step"] == 16, "to be forgotten and written again"
+    at_step(27, terminate)  # too late to change anything
+    finished = train(experiment, shop_prepared, folder, show_progress=False)
+    assert without_timings(folder) == without_timings(shop_run.folder)
+    assert_same_model(shop_run, finished)
+
+
+def test_a_finished_run_is_left_as_it_is(
+    shop_run: Run,
+    shop_experiment: Experiment,
+    shop_prepared: Prepared,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = {p: p.stat().st_mtime_ns for p in shop_run.folder.rglob("*") if p.is_file()}
+    train(shop_experiment, shop_prepared, shop_run.folder)
+    said = capsys.readouterr().err
+    assert f"{shop_run.folder} is trained already, up to step 27: nothing to do" in said
+    assert {p: p.stat().st_mtime_ns for p in shop_run.folder.rglob("*") if p.is_file()} == files
+
+
+def test_the_best_checkpoint_of_a_lower_is_better_metric_is_kept_and_stops_the_run(
+    plain: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    """Climbing up the loss makes each evaluation worse than the one before."""
+    experiment = changed(plain, evaluate_every=3, patience=3, steps=90)
+    experiment = replace(experiment, select=Select(metric="stars/rmse"))
+    climb = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(-0.02))
+    run = train(experiment, shop_prepared, tmp_path / "run", climb, show_progress=False)
+    found = [
+        r["value"]
+        for r in without_timings(run.folder)
+        if (r["split"], r["task"], r["metric"]) == ("validation", "stars", "rmse")
+    ]
+    assert found == sorted(found)
+    assert len(set(found)) == len(found) == 4, "one evaluation, and three without improvement"
+    assert steps_kept(run.folder) == [3, 9, 12]
+    assert load_best(run)[2] == 3
+    before = (run.folder / "metrics.jsonl").read_bytes()
+    train(experiment, shop_prepared, run.folder, climb, show_progress=False)
+    assert (run.folder / "metrics.jsonl").read_bytes() == before, "the stop is remembered"
+
+
+def test_a_run_folder_says_what_it_is(
+    shop_run: Run, shop_experiment: Experiment, shop_prepared: Prepared
+) -> None:
+    opened = open_run(shop_run.folder)
+    assert opened.experiment == shop_experiment
+    assert opened.prepared.manifest == shop_prepared.manifest
+    assert "shop" in repr(opened)
+
+
+def test_a_run_of_other_data_is_refused(
+    shop_run: Run, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    copy = tmp_path / "other"
+    shutil.copytree(shop_prepared.folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    manifest["fingerprint"] = "0123456789abcdef"
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"holds other data \(0123456789abcdef\).*--prepared"):
+        open_run(shop_run.folder, copy)
+
+
+def test_a_batch_must_divide_over_the_devices(
+    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    experiment = changed(shop_experiment, mesh=(8, 1), batch_size=12)
+    with pytest.raises(ConfigError, match=r"12 does not divide over 8 devices; .*multiple of 8"):
+        train(experiment, shop_prepared, tmp_path / "run", show_progress=False)
+
+
+@pytest.fixture
+def command(
+    plain: Experiment, shop_prepared: Prepared, compiled_programs: Path, tmp_path: Path
+) -> Callable[[str], subprocess.Popen[str]]:
+    """Start `mtrec train` of 600 steps as a process of its own."""
+    config, steps = tmp_path / "shop.toml", {"steps": 600, "log_every": 10, "evaluate_every": 300}
+    config.write_text(to_toml(changed(plain, **steps, checkpoint_every=250)), encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def start(run: str) -> subprocess.Popen[str]:
+        mtrec = [sys.executable, "-c", "from mtrec_jax.cli import main; main()"]
+        folders = ["--prepared", str(shop_prepared.folder), "--run", run]
+        return subprocess.Popen(
+            [*mtrec, "train", str(config), *folders],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def test_a_terminated_process_continues_to_the_same_bits(
+    command: Callable[[str], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    with command("straight") as process:
+        said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    with command("stopped") as process:
+        for _ in range(30_000):  # each try takes a hundredth of a second
+            if metrics.exists() and metrics.read_text().count("\n") >= 15:  # 3 records of 5 losses
+                break
+            try:
+                process.wait(timeout=0.01)
+            except subprocess.TimeoutExpired:
+                continue
+            break
+        process.terminate()
+        said = process.communicate(timeout=300)[1]
+    assert process.returncode == 143, said
+    assert "everything is saved in stopped. Run the same command to continue" in said
+    assert max(steps_kept(tmp_path / "stopped")) < 250, "it was to be stopped early on"
+    with command("stopped") as process:
+        said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    assert without_timings(tmp_path / "stopped") == without_timings(tmp_path / "straight")
+    assert_same_model(open_run(tmp_path / "straight"), open_run(tmp_path / "stopped"))

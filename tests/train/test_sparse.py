@@ -1,0 +1,123 @@
+"""Row-wise optimizers: equal to their dense rules, and blind to every row that is not touched."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtrec_jax.train.sparse import RowOptimizer, apply_rows, lazy_adam, rowwise_adagrad
+
+V, D, RATE = 9, 4, 0.1
+RULES = {"rowwise_adagrad": rowwise_adagrad(), "lazy_adam": lazy_adam()}
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+class Dense:
+    """The same rules over the whole table, written for reading: untouched rows stay still."""
+
+    def __init__(self, name: str, table: np.ndarray):
+        self.name, self.table = name, table.astype(np.float64)
+        self.sum, self.count = np.zeros(V), np.zeros(V)
+        self.m, self.v = np.zeros((V, D)), np.zeros((V, D))
+
+    def step(self, ids: np.ndarray, grads: np.ndarray) -> None:
+        for row in np.unique(ids[ids >= 0]):
+            g = grads[ids == row].astype(np.float64).sum(axis=0)
+            if self.name == "rowwise_adagrad":
+                self.sum[row] += np.mean(g**2)
+                self.table[row] -= RATE * g / (np.sqrt(self.sum[row]) + 1e-8)
+                continue
+            self.count[row] += 1
+            self.m[row] = 0.9 * self.m[row] + 0.1 * g
+            self.v[row] = 0.999 * self.v[row] + 0.001 * g**2
+            m = self.m[row] / (1 - 0.9 ** self.count[row])
+            v = self.v[row] / (1 - 0.999 ** self.count[row])
+            self.table[row] -= RATE * m / (np.sqrt(v) + 1e-8)
+
+
+def _start(rule: RowOptimizer, dtype: Any = jnp.float32) -> tuple[jax.Array, Any, jax.Array]:
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)), dtype)
+    rubbish = jnp.asarray(np.random.default_rng(1).integers(-(2**31), 2**31, V), jnp.int32)
+    return table, rule.init(table), rubbish
+
+
+_apply = {
+    name: jax.jit(partial(apply_rows, rule, learning_rate=RATE)) for name, rule in RULES.items()
+}
+
+
+def _grads(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, D)).astype(np.float32)
+
+
+@every_rule
+def test_duplicates_and_padding_equal_the_rule_written_out(name: str) -> None:
+    with jax.enable_x64(True):
+        state = _start(RULES[name], jnp.float64)
+        dense = Dense(name, np.asarray(state[0]))
+        rng = np.random.default_rng(2)
+        for step in range(6):
+            ids = rng.integers(-1, V, 24).astype(np.int32)  # many of them twice and more
+            grads = _grads(24, step).astype(np.float64)
+            state = _apply[name](*state, ids, grads)
+            dense.step(ids, grads)
+            assert state[0].dtype == jnp.float64
+            np.testing.assert_allclose(state[0], dense.table, atol=1e-12)
+
+
+def test_lazy_adam_on_all_rows_is_adam() -> None:
+    state = _start(RULES["lazy_adam"])
+    adam = optax.adam(RATE)
+    table, slots = state[0], adam.init(state[0])
+    for step in range(6):
+        ids = np.random.default_rng(step).permutation(V).astype(np.int32)
+        grads = _grads(V, step)
+        state = _apply["lazy_adam"](*state, ids, grads)
+        whole = jnp.zeros((V, D)).at[ids].set(grads)
+        updates, slots = adam.update(whole, slots)
+        table = optax.apply_updates(table, updates)
+        np.testing.assert_allclose(state[0], table, atol=1e-6)
+
+
+@every_rule
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    ids=st.lists(st.integers(-1, V - 1), min_size=6, max_size=6), seed=st.integers(0, 99)
+)
+def test_a_row_moves_once_if_touched_and_not_a_bit_otherwise(
+    name: str, ids: list[int], seed: int
+) -> None:
+    state = _start(RULES[name])
+    state = _apply[name](*state, jnp.arange(6, dtype=jnp.int32), _grads(6, 200))  # used slots
+    before = jax.tree.map(np.array, state[:2])
+    address, grads = np.array(ids, np.int32), _grads(6, seed)
+    after = jax.tree.map(np.array, _apply[name](*state, address, grads)[:2])
+    untouched = np.setdiff1d(np.arange(V), address)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old[untouched], new[untouched])
+    # a permutation of the batch sums the same gradients
+    order = np.random.default_rng(seed).permutation(6)
+    again = _apply[name](*state, address[order], grads[order])[0]
+    np.testing.assert_allclose(again, after[0], atol=1e-6)
+    touched = np.setdiff1d(np.arange(V), untouched)
+    assert (after[0][touched] != before[0][touched]).any(axis=1).all()
+    if name == "lazy_adam":
+        advanced = after[1]["count"] - before[1]["count"]
+        np.testing.assert_array_equal(advanced, np.isin(np.arange(V), ids))
+
+
+@every_rule
+def test_nothing_but_padding_changes_nothing(name: str) -> None:
+    """The last row above all, where a clamped index would land, and a wrapped -1 as well."""
+    state = _start(RULES[name])
+    found = _apply[name](*state, jnp.full(6, -1, jnp.int32), _grads(6, 0))
+    for old, new in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(found[:2]), strict=True):
+        np.testing.assert_array_equal(old, new)

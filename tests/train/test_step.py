@@ -1,0 +1,200 @@
+"""The whole training step: it learns, in place, compiled once, and the same on any devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtrec_jax.nn.model import make_model
+from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
+from mtrec_jax.train.step import Step, make_step
+from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
+from tests import tiny
+
+SIZE, STEPS = 16, 20
+LOSSES = (*tiny.TASKS, "fusion")
+
+
+class Compiled(NamedTuple):
+    """A step on some devices and the state that it starts from."""
+
+    mesh: jax.sharding.Mesh
+    step: Step
+    catalogue: Catalogue
+    precision: str
+    start: TrainState
+
+    def place(self) -> TrainState:
+        """A copy of the initial state, as `step.update` consumes what it is given."""
+        copied = jax.tree.map(jnp.copy, self.start)
+        return jax.device_put(copied, state_shardings(copied, self.mesh))
+
+    def update(self, state: TrainState, examples: Batch) -> TrainState:
+        return self.step.update(state, put_batch(examples, self.mesh), self.catalogue)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """XLA takes a third longer to optimize a program that these tests run for milliseconds."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _compiled(
+    shape: tuple[int, int], precision: str = "float32", start: TrainState | None = None
+) -> Compiled:
+    """`start` spares the compilation of `init`."""
+    experiment = tiny.experiment(
+        train={"precision": precision, "batch_size": SIZE, "learning_rate": 5e-3}
+    )
+    mesh, manifest = make_mesh(shape), tiny.manifest()
+    step = make_step(experiment, manifest, make_model(experiment, manifest), mesh, STEPS)
+    catalogue = replicate(tiny.catalogue(precision), mesh)
+    start = start or step.init(jax.random.key(3, impl="rbg"))
+    return Compiled(mesh, step, catalogue, precision, start)
+
+
+@pytest.fixture(scope="module")
+def single() -> Compiled:
+    return _compiled((1, 1))
+
+
+def _train(compiled: Compiled) -> TrainState:
+    """Another batch at every step."""
+    state = compiled.place()
+    for s in range(STEPS):
+        state = compiled.update(state, tiny.batch(s, SIZE, compiled.precision))
+        jax.block_until_ready(state.step)  # virtual devices starve on many un-awaited collectives
+    return state
+
+
+def _learned(state: TrainState) -> dict[str, np.ndarray]:
+    """Parameters, tables and summed losses by path."""
+    tree = {"params": state.params, "tables": state.tables, "sums": state.sums}
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def test_every_loss_falls_on_a_batch_that_is_seen_again(single: Compiled) -> None:
+    state, examples, sums = single.place(), tiny.batch(0, SIZE), []
+    for _ in range(30):
+        state = single.update(state, examples)
+        sums.append(np.stack([state.sums[name] for name in LOSSES]))
+    losses, weights = np.moveaxis(np.diff(sums, axis=0), 2, 0)
+    per_step = losses / weights
+    fallen = per_step[-5:].mean(axis=0) / per_step[:5].mean(axis=0)
+    assert (fallen[:-1] < 0.85).all()
+    assert fallen[-1] < 0.97  # the fusion, which can only weigh what the tasks say
+    for t, name in enumerate(tiny.TASKS):  # what was summed is what was observed
+        np.testing.assert_allclose(weights[:, t], examples.mask[name].sum(), rtol=1e-5)
+
+
+def test_the_state_is_updated_in_place(single: Compiled) -> None:
+    state = single.place()
+    table = state.tables["sparse"].unsafe_buffer_pointer()
+    after = single.update(state, tiny.batch(0, SIZE))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.tables)))
+    assert after.tables["sparse"].unsafe_buffer_pointer() == table
+
+
+def test_rows_that_no_batch_touched_stay_as_they_were(single: Compiled) -> None:
+    examples = tiny.batch(0, SIZE)
+    examples = examples._replace(  # of the items 4 .. 11 only negatives are touched
+        events={name: np.minimum(values, 3) for name, values in examples.events.items()},
+        candidate=np.minimum(examples.candidate, 3),
+    )
+    before = np.asarray(single.start.tables["sparse"])
+    after = single.update(single.place(), examples)
+    moved = (np.asarray(after.tables["sparse"]) != before).any(axis=1)
+    counts = np.asarray(after.slots["sparse"]["count"])
+    np.testing.assert_array_equal(moved, counts == 1)
+    assert counts.max() == 1
+    assert 0 < moved[4 : tiny.TRAINED + 2].sum() <= 6  # as many as there are negatives
+    assert moved[2:4].all()
+    assert not moved[0]
+
+
+def test_what_is_masked_has_no_influence(single: Compiled) -> None:
+    examples = tiny.batch(1, SIZE)
+    rng = np.random.default_rng(0)
+    padding = examples.weight == 0
+    assert padding.any()
+    rubbish = {n: rng.uniform(1, 3, padding.shape).astype(np.float32) for n in tiny.TASKS}
+    rubbish["genre"] = rng.integers(0, 3, padding.shape).astype(np.float32)
+    unseen = {name: examples.mask[name] == 0 for name in tiny.TASKS}
+    other = examples._replace(
+        labels={n: np.where(unseen[n], rubbish[n], examples.labels[n]) for n in tiny.TASKS},
+        mask={n: np.where(padding, np.float32(1), examples.mask[n]) for n in tiny.TASKS},
+        cutoff=np.where(padding, 1 - np.minimum(examples.cutoff, 1), examples.cutoff),
+    )
+    one, two = (_learned(single.update(single.place(), b)) for b in (examples, other))
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
+    seen = examples._replace(labels={n: rubbish[n] for n in tiny.TASKS})
+    three = _learned(single.update(single.place(), seen))
+    for name in ("click", "stars", "genre"):
+        assert abs(three[f"sums.{name}"][0] / one[f"sums.{name}"][0] - 1) > 0.01
+
+
+def _compilations() -> tuple[list[str], Callable[..., None]]:
+    names: list[str] = []
+
+    def listen(event: str, duration: float, **details: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            names.append(f"{event} {details.get('fun_name')}")
+
+    return names, listen
+
+
+def _assert_same(one: PyTree, other: PyTree, relative: float, except_for: str = "") -> None:
+    assert one.keys() == other.keys()
+    for name in one.keys() - {except_for}:
+        scale = np.abs(one[name]).max()
+        assert np.abs(one[name] - other[name]).max() <= relative * scale, name
+
+
+def test_devices_agree_in_double_precision() -> None:
+    """Dropout, negatives and the fusion's lottery included; the tables split over "table"."""
+    with jax.enable_x64(True):
+        single = _compiled((1, 1), "float64")
+        expected = _learned(_train(single))
+        data = _learned(_train(_compiled((8, 1), "float64", single.start)))
+        both = _train(_compiled((4, 2), "float64"))  # with an initialisation of its own
+        shards = {shard.data.shape[0] for shard in both.tables["sparse"].addressable_shards}
+        assert shards == {both.tables["sparse"].shape[0] // 2}
+    for values in expected.values():
+        assert values.dtype == np.float64
+    # not float32 in disguise
+    whole = np.concatenate([v.ravel() for n, v in expected.items() if n.startswith("params.net")])
+    assert np.mean(whole.astype(np.float32) != whole) > 0.99
+    unused = "params.network.transformer.blocks.0.key.bias"
+    assert np.abs(expected.pop(unused)).max() < 1e-10  # a softmax does not see this bias
+    for found in (data, _learned(both)):
+        assert np.abs(found.pop(unused)).max() < 1e-10
+        _assert_same(expected, found, 1e-10)
+
+
+def test_devices_agree_in_single_precision(single: Compiled) -> None:
+    expected = _learned(_train(single))
+    split = _compiled((4, 2), start=single.start)
+    found = _learned(_train(split))
+    # the gradient of this bias is rounding noise, which Adam scales up to steps of full length
+    _assert_same(expected, found, 1e-4, except_for="params.network.transformer.blocks.0.key.bias")
+    names, listen = _compilations()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for compiled in (single, split):
+            _train(compiled)
+        assert names == []
+        jax.jit(lambda x: x + 1)(np.float32(1))
+        assert names  # the listener does hear compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
