@@ -258,7 +258,10 @@ class Recommender:
         states = self._states(encoded)
         ids = pad_rows(np.asarray(candidates, np.int32), BATCH)
         shape = (*ids.shape, states.vectors.shape[-1])
-        states = states._replace(vectors=jnp.broadcast_to(states.vectors, shape))
+        states = states._replace(
+            vectors=jnp.broadcast_to(states.vectors, shape),
+            cutoff=jnp.broadcast_to(states.cutoff, ids.shape),
+        )
         return self._inference.rank(self._params, states, self._vectors, ids)
 
     def _task_columns(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from mtrec_jax.baselines import bias, knn, popularity
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SPLITS, Lists, Prepared
+from mtrec_jax.data.dataset import Lists, Prepared
+from mtrec_jax.evaluation.collect import Collected, seen_items
 from mtrec_jax.evaluation.metrics import ranking_metrics, task_metrics
 from mtrec_jax.evaluation.protocol import Scorer, target_ranks
 from mtrec_jax.types import FIRST
@@ -16,56 +15,23 @@ from mtrec_jax.types import FIRST
 Metrics = dict[str, float]
 
 
-@dataclass
-class Collected:
-    """A split's targets and what the model says about them, one entry each."""
-
-    user: np.ndarray  # [n]
-    candidate: np.ndarray  # [n]
-    labels: dict[str, np.ndarray]  # {task: [n]}, nan where there is none
-    logits: dict[str, np.ndarray]  # {task: [n] or [n, C]}
-    fused: np.ndarray  # [n]
-    vectors: np.ndarray  # [n, D] user states
-    context: np.ndarray  # [n, F]
-
-
-def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
-    """Catalogue indexes that each user met in the splits before this one, a list per target."""
-    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
-    before = splits.values < SPLITS.index(split)
-    values = items.values[before].astype(np.int64) - FIRST
-    count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
-    known = users >= FIRST
-    index = np.where(known, users - FIRST, 0)
-    length = np.where(known, count[index + 1] - count[index], 0)
-    offsets = np.concatenate([[0], np.cumsum(length)])
-    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - count[index], length)
-    return Lists(values[position], offsets)
-
-
 def compare(
-    experiment: Experiment,
-    prepared: Prepared,
-    collected: Collected,
-    rows: np.ndarray,
-    retrieval: str | None,
-    seen: Lists | None,
-    split: str,
+    experiment: Experiment, prepared: Prepared, collected: Collected, split: str
 ) -> dict[str, Metrics]:
-    """The configured baselines on the same targets.
+    """The configured baselines on the same targets, seen items excluded as for the model.
 
     A metric's name is plain where one task has it, and "task/metric" where several do.
     """
     config, manifest = experiment.evaluate, prepared.manifest
     found: dict[str, dict[tuple[str, str], float]] = {}
     train = prepared.interactions("train") if config.baselines else {}
-    if retrieval is not None and len(rows):
-        positive = ~np.isnan(train[f"label_{retrieval}"]) if train else np.zeros(0, bool)
-        histories = seen_items(prepared, split, collected.user[rows])
-        histories = Lists(histories.values + FIRST, histories.offsets)
-        excluded = None
-        if seen is not None:
-            excluded = Lists(histories.values - FIRST, histories.offsets)
+    rows = np.flatnonzero(collected.retrieved)
+    if config.baselines and len(rows):
+        retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
+        positive = ~np.isnan(train[f"label_{retrieval}"])
+        seen = seen_items(prepared, split, collected.user[rows])
+        histories = Lists(seen.values + FIRST, seen.offsets)
+        excluded = seen if config.exclude_seen else None
         targets = (collected.candidate[rows] - FIRST).astype(np.int64)
         scorers: dict[str, Scorer] = {}
         if "popularity" in config.baselines:

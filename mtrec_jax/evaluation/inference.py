@@ -110,11 +110,6 @@ def predictions(
     return found
 
 
-def single_positions(states: UserStates, row: np.ndarray, position: np.ndarray) -> UserStates:
-    """States of chosen (row, position) pairs as n examples of one position: [n, 1, D], [n, F]."""
-    return UserStates(states.vectors[row, position][:, None], states.context[row])
-
-
 def pad_rows(array: np.ndarray, size: int, fill: int | float = 0) -> np.ndarray:
     """`[n, ...]` filled up to `[size, ...]`, so that compiled shapes stay few."""
     if len(array) == size:

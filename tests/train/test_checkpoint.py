@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +127,6 @@ def test_the_model_alone_is_restored_without_the_trainer(
     jax.tree.map(np.testing.assert_array_equal, (params, tables), (state.params, state.tables))
 
 
-def test_another_model_is_refused(shop_prepared: Prepared, tmp_path: Path) -> None:
-    with checkpoint.open_manager(tmp_path) as manager:
-        save_all(manager, shop_prepared, [None])
-        manager.wait_until_finished()
-        wider = {"network": {"kernel": jnp.zeros((2, 4))}}, {"sparse": jnp.zeros((128, 2))}
-        message = r"checkpoint .*/1 cannot be restored .*damaged or of another model; remove"
-        with pytest.raises(CheckpointError, match=message):
-            checkpoint.restore_model(manager, 1, wider)
-
-
 def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     with (
         checkpoint.open_manager(tmp_path / "runs" / "a" / "checkpoints") as manager,
@@ -143,19 +135,40 @@ def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
         checkpoint.best_or_latest(manager, tmp_path / "runs" / "a" / "checkpoints")
 
 
-@pytest.mark.parametrize("item", ["model", "trainer"])
-def test_a_truncated_file_is_found_out(shop_prepared: Prepared, tmp_path: Path, item: str) -> None:
-    with checkpoint.open_manager(tmp_path) as manager:
-        save_all(manager, shop_prepared, [None])
-    data = [p for p in (tmp_path / "1" / item).rglob("*") if p.is_file() and p.parent.name == "d"]
+RESTORE = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from mtrec_jax.errors import CheckpointError
+from mtrec_jax.train import checkpoint
+
+for folder, width in (("damaged", 3), ("whole", 4)):
+    like = {"network": {"kernel": jnp.zeros((2, width))}}, {"sparse": jnp.zeros((128, 2))}
+    with checkpoint.open_manager(Path(folder), read_only=True) as manager:
+        try:
+            checkpoint.restore_model(manager, 1, like)
+        except CheckpointError as error:
+            print(error)
+"""
+
+
+def test_a_truncated_file_and_another_model_are_found_out(
+    shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    """In a process of its own: when one array fails, Orbax leaves the reading of others behind."""
+    for folder in ("whole", "damaged"):
+        with checkpoint.open_manager(tmp_path / folder) as manager:
+            save_all(manager, shop_prepared, [None])
+    data = [p for p in (tmp_path / "damaged" / "1" / "model").rglob("d/*") if p.is_file()]
     assert data
     for path in data:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with (
-        checkpoint.open_manager(tmp_path) as manager,
-        pytest.raises(CheckpointError, match=r"checkpoint .*/1 cannot be restored .*damaged"),
-    ):
-        checkpoint.restore(manager, 1, make_state(), batches_of(shop_prepared))
+    command = [sys.executable, "-c", RESTORE]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    damaged, other = ran.stdout.splitlines()
+    for folder, message in (("damaged", damaged), ("whole", other)):
+        assert message.startswith(f"checkpoint {tmp_path / folder / '1'} cannot be restored (")
+        assert "It is damaged or of another model; remove that folder to continue" in message
 
 
 def test_an_unfinished_step_is_no_step(shop_prepared: Prepared, tmp_path: Path) -> None:

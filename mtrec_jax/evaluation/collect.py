@@ -1,0 +1,196 @@
+"""One pass of the model over a split: predictions, ranks and orders of every target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import SPLITS, Lists, Prepared
+from mtrec_jax.data.pipeline import evaluation_batches
+from mtrec_jax.evaluation.inference import Inference, pad_rows, to_index
+from mtrec_jax.kernels import cosine_topk, target_rank
+from mtrec_jax.types import FIRST, Batch, PyTree, UserStates
+
+ABSENT = np.iinfo(np.int32).max  # rank of a target that is not among the candidates
+QUERIES = 512  # targets that are ranked at once
+
+
+@dataclass
+class Collected:
+    """A split's targets and what the model says about them, one entry each, in file order."""
+
+    user: np.ndarray  # [n]
+    candidate: np.ndarray  # [n]
+    labels: dict[str, np.ndarray]  # {task: [n]}, nan where there is none
+    logits: dict[str, np.ndarray]  # {task: [n] or [n, C]}
+    fused: np.ndarray  # [n]
+    retrieved: np.ndarray  # [n] bool: a target of the retrieval task
+    ranks: np.ndarray  # [n] among all items by cosine, ABSENT where not retrieved
+    order_ranks: dict[str, np.ndarray]  # {order: [n]} among the candidates, ABSENT as well
+
+
+def collect(
+    experiment: Experiment,
+    prepared: Prepared,
+    inference: Inference,
+    params: PyTree,
+    tables: dict[str, jax.Array],
+    split: str,
+    orders: bool,
+) -> Collected:
+    """Run the model over a split; `orders` also reranks the retrieved candidates of each target."""
+    vectors: jax.Array | np.ndarray = np.zeros((0, experiment.model.width), np.float32)
+    if prepared.manifest.items:
+        vectors = inference.item_vectors(params, tables)
+    retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
+    widest = _widest_history(prepared, split) if experiment.evaluate.exclude_seen else 0
+    parts: list[Collected] = []
+    size, dtype = experiment.evaluate.batch_size, experiment.train.precision
+    for batch in evaluation_batches(prepared, split, size, dtype):
+        states = inference.users(params, tables, vectors, _for_device(batch))
+        outputs = inference.rank(params, states, vectors, batch.candidate)
+        r, p = np.nonzero(np.asarray(batch.row) >= 0)
+        mask = {n: np.asarray(m)[r, p] > 0 for n, m in batch.mask.items()}
+        labels = {n: np.asarray(v)[r, p] for n, v in batch.labels.items()}
+        part = Collected(
+            user=np.asarray(batch.user)[r],
+            candidate=np.asarray(batch.candidate)[r, p],
+            labels={n: np.where(mask[n], labels[n], np.nan) for n in labels},
+            logits={n: np.asarray(v)[r, p] for n, v in outputs.logits.items()},
+            fused=np.asarray(outputs.fused)[r, p],
+            retrieved=np.zeros(len(r), bool),
+            ranks=np.full(len(r), ABSENT, np.int64),
+            order_ranks={},
+        )
+        if retrieval is not None:
+            part.retrieved = mask[retrieval] & (part.candidate >= FIRST)
+            if orders:
+                names = ["fused", *experiment.tasks]
+                part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in names}
+            rows = np.flatnonzero(part.retrieved)
+            for start in range(0, len(rows), QUERIES):
+                chosen = rows[start : start + QUERIES]
+                queries = _queries(states, r[chosen], p[chosen])
+                exclude = _exclude(prepared, split, part, chosen, widest)
+                _rank_targets(part, chosen, queries, vectors, exclude)
+                if orders:
+                    k = min(experiment.evaluate.candidates, prepared.manifest.items)
+                    _rerank(inference, params, part, chosen, queries, vectors, exclude, k)
+        parts.append(part)
+    joined = jax.tree.map(lambda *a: np.concatenate(a), *(vars(part) for part in parts))
+    return Collected(**joined)
+
+
+def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
+    """Catalogue indexes that each user met in the splits before this one, a list per target."""
+    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
+    before = splits.values < SPLITS.index(split)
+    values = items.values[before].astype(np.int64) - FIRST
+    count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
+    known = users >= FIRST
+    index = np.where(known, users - FIRST, 0)
+    length = np.where(known, count[index + 1] - count[index], 0)
+    offsets = np.concatenate([[0], np.cumsum(length)])
+    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - count[index], length)
+    return Lists(values[position], offsets)
+
+
+def _widest_history(prepared: Prepared, split: str) -> int:
+    users = np.arange(prepared.manifest.users) + FIRST
+    return int(np.diff(seen_items(prepared, split, users).offsets).max(initial=0))
+
+
+def _for_device(batch: Batch) -> Batch:
+    return batch._replace(row=np.asarray(batch.row).astype(np.int32))
+
+
+def _queries(states: UserStates, row: np.ndarray, position: np.ndarray) -> UserStates:
+    """The chosen (row, position) pairs as QUERIES examples of one position."""
+    row, position = pad_rows(row, QUERIES), pad_rows(position, QUERIES)
+    return UserStates(
+        vectors=jnp.asarray(states.vectors)[row, position][:, None],
+        context=jnp.asarray(states.context)[row],
+        events=jnp.asarray(states.events)[row],
+        outcomes=jnp.asarray(states.outcomes)[row],
+        cutoff=jnp.asarray(states.cutoff)[row, position][:, None],
+    )
+
+
+def _exclude(
+    prepared: Prepared, split: str, part: Collected, chosen: np.ndarray, widest: int
+) -> np.ndarray | None:
+    """Seen catalogue indexes [QUERIES, widest] but for the target itself, filled with -1."""
+    if not widest:
+        return None
+    lists = seen_items(prepared, split, part.user[chosen])
+    found = np.full((QUERIES, widest), -1, np.int32)
+    for i, target in enumerate(to_index(part.candidate[chosen])):
+        values = lists[i]
+        found[i, : len(values)] = np.where(values == target, -1, values)
+    return found
+
+
+def _rank_targets(
+    part: Collected,
+    chosen: np.ndarray,
+    queries: UserStates,
+    vectors: jax.Array | np.ndarray,
+    exclude: np.ndarray | None,
+) -> None:
+    """Fill in the rank of each chosen target among all items by cosine."""
+    targets = pad_rows(to_index(part.candidate[chosen]), QUERIES).astype(np.int32)
+    found = target_rank(queries.vectors[:, 0], vectors[FIRST:], targets, exclude)
+    part.ranks[chosen] = np.asarray(found)[: len(chosen)]
+
+
+def _rerank(
+    inference: Inference,
+    params: PyTree,
+    part: Collected,
+    chosen: np.ndarray,
+    queries: UserStates,
+    vectors: jax.Array | np.ndarray,
+    exclude: np.ndarray | None,
+    k: int,
+) -> None:
+    """Fill in the rank of each chosen target among its k retrieved candidates, in each order."""
+    users = jnp.asarray(queries.vectors)
+    found = np.asarray(cosine_topk(users[:, 0], vectors[FIRST:], k, exclude)[1])
+    ids = (found + FIRST).astype(np.int32)  # the filling -1 becomes unknown
+    shape = (QUERIES, k)
+    states = queries._replace(
+        vectors=jnp.broadcast_to(users, (*shape, users.shape[2])),
+        cutoff=jnp.broadcast_to(queries.cutoff, shape),
+    )
+    outputs = inference.rank(params, states, vectors, ids)
+    scores = {"fused": np.asarray(outputs.fused)}
+    for name, logits in outputs.logits.items():
+        flat = np.asarray(logits).reshape(QUERIES * k, *logits.shape[2:])
+        scores[name] = order_score(flat).reshape(shape)
+    n = len(chosen)
+    hit, real = ids[:n] == part.candidate[chosen][:, None], ids[:n] >= FIRST
+    for name, score in scores.items():
+        part.order_ranks[name][chosen] = rank_in_list(score[:n], hit, real)
+
+
+def order_score(logits: np.ndarray) -> np.ndarray:
+    """One number an example to sort by; of classes the expected one."""
+    if logits.ndim == 1:
+        return logits
+    exponential = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights = exponential / exponential.sum(axis=-1, keepdims=True)
+    return weights @ np.arange(logits.shape[-1])
+
+
+def rank_in_list(scores: np.ndarray, hit: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Rank of the marked candidate by score, ties by retrieval order; a large rank if absent."""
+    scores = np.where(real, scores, -np.inf)
+    place = hit.argmax(axis=1)[:, None]
+    own = np.take_along_axis(scores, place, axis=1)
+    earlier = np.arange(scores.shape[1])[None] < place
+    rank = ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+    return np.where(hit.any(axis=1), rank, ABSENT)
