@@ -273,6 +273,7 @@ def _progress(tables: Any, recommender: Any) -> Any:
 
 def _print_recommendations(result: Any) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console() if sys.stdout.isatty() else Console(width=140)
     for user in dict.fromkeys(result["user"]):
@@ -281,7 +282,7 @@ def _print_recommendations(result: Any) -> None:
         if table["item"] == table["title"]:
             table = table.drop_columns(["item"])
         note = "" if result["known"][places[0]] else "  (unknown user: the most popular items)"
-        console.print(f"[bold]{user}[/bold]{note}")
+        console.print(Text.assemble((user, "bold"), note))
         console.print(type(result)(table).rich())
 
 

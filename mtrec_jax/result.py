@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import json
@@ -14,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtrec_jax.errors import DataError
 
@@ -58,14 +60,14 @@ class Result:
         for name in self.columns:
             text = pa.types.is_string(self.table.schema.field(name).type)
             shown.add_column(
-                name,
+                Text(name),
                 justify="left" if text else "right",
                 no_wrap=True,
                 overflow="ellipsis",
                 min_width=min(24, self._widest(name)) if text else len(name),
             )
         for row in self.table.slice(0, SHOWN).to_pylist():
-            shown.add_row(*(_cell(v) for v in row.values()))
+            shown.add_row(*(Text(_cell(v)) for v in row.values()))
         if len(self) > SHOWN:
             shown.caption = f"{len(self) - SHOWN:,} more rows"
         return shown
@@ -112,7 +114,8 @@ def save_tables(tables: Iterable[pa.Table], path: str | Path) -> int:
     except OSError as error:
         raise DataError(f"cannot write {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may not be there either
+            partial.unlink()
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtrec_jax.data.dataset import Manifest
 
@@ -15,5 +16,5 @@ def print_report(manifest: Manifest) -> None:
     table.add_column("rows", justify="right")
     table.add_column("examples", style="dim")
     for rule in manifest.report:
-        table.add_row(rule.rule, f"{rule.rows:,}", "; ".join(rule.examples))
+        table.add_row(rule.rule, f"{rule.rows:,}", Text("; ".join(rule.examples)))
     Console(stderr=True).print(table)

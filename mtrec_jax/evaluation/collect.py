@@ -47,7 +47,8 @@ def collect(
     if prepared.manifest.items:
         vectors = inference.item_vectors(params, tables)
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
-    widest = _widest_history(prepared, split) if experiment.evaluate.exclude_seen else 0
+    exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
+    widest = _widest_history(prepared, split) if exclude_seen else 0
     parts: list[Collected] = []
     size, dtype = experiment.evaluate.batch_size, experiment.train.precision
     for batch in evaluation_batches(prepared, split, size, dtype):

@@ -69,7 +69,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line that stays."""
         if self._show:
-            self._console.print(text, soft_wrap=True, highlight=False)
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def evaluated(self, metric: str, value: float, best: float) -> None:
         """Print a validation result."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,26 @@ ITEMS = tiny.catalogue()
 
 
 class Built:
-    """A model with random rows everywhere, the padding and unknown rows of every owner included."""
+    """A model with random parameters and rows, the padding and unknown rows included."""
 
     def __init__(self, placement: str):
         self.experiment = tiny.experiment(model={"item_placement": placement})
         self.manifest = tiny.manifest()
         self.plan = make_plan(self.experiment, self.manifest)
         self.model: Model = make_model(self.experiment, self.manifest)
-        self.params, tables = jax.jit(self.model.init)(KEY)
-        stacks = {"dense": self.params["dense"], **tables}
-        filled = {s: np.array(t) for s, t in stacks.items()}
-        for i, (_, field) in enumerate(sorted(self.plan.fields.items())):
-            rows = np.random.default_rng(i).normal(size=(field.size, 8)).astype(np.float32)
-            filled[field.stack][field.offset : field.offset + field.size] = rows
-        self.params["dense"] = filled["dense"]
-        self.tables: dict[str, Any] = {"sparse": filled["sparse"]}
+        rng = np.random.default_rng(0)
+
+        def draw(like: jax.ShapeDtypeStruct) -> np.ndarray:
+            return (0.5 * rng.normal(size=like.shape)).astype(np.float32)
+
+        params, _ = jax.eval_shape(self.model.init, KEY)
+        stacks = {s: np.zeros((rows, 8), np.float32) for s, rows in self.plan.rows.items()}
+        self.params: PyTree = {"network": jax.tree.map(draw, params["network"])}
+        for _, field in sorted(self.plan.fields.items()):  # the same rows wherever they are placed
+            place = slice(field.offset, field.offset + field.size)
+            stacks[field.stack][place] = rng.normal(size=(field.size, 8))
+        self.params["dense"] = stacks["dense"]
+        self.tables = {"sparse": stacks["sparse"]}
         self.run = jax.jit(partial(tiny.forward, self.model))
 
     def forward(self, examples: Batch) -> tuple[jax.Array, UserStates, Outputs]:
@@ -112,11 +116,9 @@ def test_an_item_that_was_never_trained_is_the_unknown_row_and_its_features(spar
 def test_retrieval_logit_is_the_cosine_over_the_temperature(sparse: Built) -> None:
     examples = tiny.batch(3)
     vectors, states, outputs = sparse.forward(examples)
-    real = examples.candidate > 0
-    item, user = np.asarray(vectors)[examples.candidate[real]], np.asarray(states.vectors)[real]
+    item, user = np.asarray(vectors)[examples.candidate], np.asarray(states.vectors)
     cosine = (item * user).sum(-1) / np.linalg.norm(item, axis=-1) / np.linalg.norm(user, axis=-1)
-    np.testing.assert_allclose(outputs.logits["next"][real], cosine / 0.2, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(outputs.logits["next"][~real], 0)
+    np.testing.assert_allclose(outputs.logits["next"], cosine / 0.2, rtol=1e-4, atol=1e-5)
     assert outputs.logits["genre"].shape == (8, tiny.POSITIONS, 3)
     assert outputs.fusion.shape == (8, tiny.POSITIONS, len(tiny.TASKS))
     np.testing.assert_allclose(outputs.fusion.sum(axis=-1), 1, atol=1e-6)

@@ -1,0 +1,304 @@
+"""Evaluation of a trained model: every number beside a slow and obvious computation of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mtrec_jax.config import Published
+from mtrec_jax.data.dataset import Manifest, Prepared
+from mtrec_jax.data.pipeline import evaluation_batches
+from mtrec_jax.evaluation.collect import rank_in_list, seen_items
+from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
+from mtrec_jax.evaluation.inference import Inference, predictions, prepared_inference
+from mtrec_jax.evaluation.tables import print_evaluation
+from mtrec_jax.train.run import Run, evaluate_run, load_best
+
+TASKS = {"next_item", "click", "buy", "stars"}
+
+
+@pytest.fixture(scope="module")
+def inference(shop_run: Run) -> Inference:
+    return prepared_inference(shop_run.experiment, shop_run.prepared)
+
+
+@pytest.fixture(scope="module")
+def evaluation(shop_run: Run, inference: Inference) -> Evaluation:
+    params, tables, _ = load_best(shop_run)
+    return evaluate(shop_run.experiment, shop_run.prepared, inference, params, tables, "test")
+
+
+@pytest.fixture(scope="module")
+def targets(shop_run: Run, inference: Inference) -> dict[str, np.ndarray]:
+    """What the model says of every target of the test split, one entry a target, in float64."""
+    params, tables, _ = load_best(shop_run)
+    vectors = inference.item_vectors(params, tables)
+    parts: list[dict[str, np.ndarray]] = []
+    for batch in evaluation_batches(shop_run.prepared, "test", 16):
+        batch = batch._replace(row=np.asarray(batch.row).astype(np.int32))
+        states = inference.users(params, tables, vectors, batch)
+        outputs = inference.rank(params, states, vectors, batch.candidate)
+        real = np.asarray(batch.row) >= 0
+        user = np.broadcast_to(np.asarray(batch.user)[:, None], real.shape)
+        part = {"user": user[real], "candidate": np.asarray(batch.candidate)[real]}
+        part["row"] = np.asarray(batch.row)[real]
+        part["state"] = np.asarray(states.vectors, np.float64)[real]
+        values = {n: np.asarray(v)[real] for n, v in outputs.logits.items()}
+        part |= predictions(shop_run.experiment, shop_run.prepared.manifest, values)
+        parts.append(part)
+    found = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return found | {"vectors": np.asarray(vectors, np.float64)}
+
+
+def labels_by_row(prepared: Prepared) -> dict[int, dict[str, float]]:
+    """{source row: {task: label}} of the test split."""
+    found = prepared.interactions("test")
+    names = [n for n in found if n.startswith("label_")]
+    return {
+        int(row): {n.removeprefix("label_"): float(found[n][i]) for n in names}
+        for i, row in enumerate(found["row"])
+    }
+
+
+def cosines(states: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    return unit(states) @ unit(vectors).T
+
+
+def seen_before(prepared: Prepared, split: int) -> dict[int, set[int]]:
+    """{user id: item ids of the splits before}, from the table of users, one row at a time."""
+    table = prepared.users.to_pylist()
+    return {
+        index + 2: {i for i, s in zip(row["event_item"], row["split"], strict=True) if s < split}
+        for index, row in enumerate(table)
+    }
+
+
+def sorted_ranks(scores: np.ndarray, target: Iterable[int], hidden: list[set[int]]) -> np.ndarray:
+    """Rank of each target item id by a full sort of all items that are not hidden."""
+    ranks = []
+    for row, item, other in zip(scores, target, hidden, strict=True):
+        shown = [i for i in range(2, len(row)) if i == item or i not in other]
+        ranks.append(sorted(shown, key=lambda i: (-row[i], i)).index(item))
+    return np.array(ranks)
+
+
+def retrieval_metrics(ranks: np.ndarray, k: int) -> dict[str, float]:
+    hit = ranks < k
+    return {
+        f"hr@{k}": hit.mean(),
+        f"ndcg@{k}": np.mean(hit / np.log2(ranks + 2)),
+        f"mrr@{k}": np.mean(hit / (ranks + 1)),
+        f"recall@{k}": hit.mean(),
+    }
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_retrieval_equals_a_full_sort(
+    shop_run: Run, inference: Inference, targets: dict[str, np.ndarray], exclude_seen: bool
+) -> None:
+    """The targets of next_item are the clicked items, ranked among all that were not seen."""
+    labels = labels_by_row(shop_run.prepared)
+    clicked = np.array([labels[row]["click"] == 1 for row in targets["row"].tolist()])
+    seen = seen_before(shop_run.prepared, 2) if exclude_seen else {}
+    hidden = [seen.get(u, set()) for u in targets["user"][clicked].tolist()]
+    scores = cosines(targets["state"][clicked], targets["vectors"])
+    ranks = sorted_ranks(scores, targets["candidate"][clicked].tolist(), hidden)
+    settings = replace(shop_run.experiment.evaluate, exclude_seen=exclude_seen, ks=(3, 10))
+    params, tables, _ = load_best(shop_run)
+    experiment = replace(shop_run.experiment, evaluate=settings)
+    found = evaluate(experiment, shop_run.prepared, inference, params, tables, "test", full=False)
+    assert found.targets["next_item"] == len(ranks) > 10
+    expected = retrieval_metrics(ranks, 3) | retrieval_metrics(ranks, 10)
+    assert found.tasks["next_item"] == pytest.approx(expected)
+    assert not found.baselines
+    assert not found.orders
+    assert not found.intervals
+
+
+def test_the_other_tasks_are_measured_where_they_have_labels(
+    shop_run: Run, evaluation: Evaluation, targets: dict[str, np.ndarray]
+) -> None:
+    labels = labels_by_row(shop_run.prepared)
+    rows = targets["row"].tolist()
+    assert evaluation.targets["click"] == len(rows)
+    observed = {t: np.array([labels[row][t] for row in rows]) for t in ("click", "buy", "stars")}
+    assert np.isnan(observed["buy"][observed["click"] == 0]).all(), "bought after a click only"
+    for task in ("click", "buy"):
+        known = ~np.isnan(observed[task])
+        y, p = observed[task][known], targets[task][known]
+        assert evaluation.targets[task] == len(y)
+        pairs = p[y == 1][:, None] - p[y == 0][None]
+        metrics = evaluation.tasks[task]
+        assert metrics["auc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+        losses = -np.where(y == 1, np.log(p), np.log1p(-p))
+        assert metrics["log_loss"] == pytest.approx(losses.mean())
+        assert metrics["accuracy"] == pytest.approx(((p >= 0.5) == y).mean())
+    known = ~np.isnan(observed["stars"])
+    errors = observed["stars"][known] - targets["stars"][known]
+    assert evaluation.targets["stars"] == len(errors) > 0
+    assert evaluation.tasks["stars"]["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)))
+    assert evaluation.tasks["stars"]["mae"] == pytest.approx(np.mean(np.abs(errors)))
+
+
+def test_the_popularity_baseline_has_the_same_targets(
+    shop_run: Run, evaluation: Evaluation
+) -> None:
+    prepared = shop_run.prepared
+    train, test = prepared.interactions("train"), prepared.interactions("test")
+    liked = train["candidate"][train["label_click"] == 1]
+    counts = np.bincount(liked, minlength=prepared.manifest.items + 2).astype(float)
+    clicked = test["label_click"] == 1
+    seen = seen_before(prepared, 2)
+    hidden = [seen[u] for u in test["user"][clicked].tolist()]
+    scores = np.broadcast_to(counts, (len(hidden), len(counts)))
+    ranks = sorted_ranks(scores, test["candidate"][clicked].tolist(), hidden)
+    assert evaluation.baselines["popularity"] == pytest.approx(retrieval_metrics(ranks, 10))
+
+
+def test_reference_predictions_are_measured_on_the_same_rows(
+    shop_run: Run, evaluation: Evaluation
+) -> None:
+    found = shop_run.prepared.interactions("test")
+    reference = evaluation.baselines["reference"]
+    known = ~np.isnan(found["label_stars"])
+    errors = (found["label_stars"] - found["reference_stars"])[known]
+    assert reference["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-6)
+    y, p = found["label_click"], found["reference_click"]
+    pairs = p[y == 1][:, None] - p[y == 0][None]
+    assert reference["click/auc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+    assert reference["click/auc"] > evaluation.tasks["click"]["auc"], "the truth beats 27 steps"
+
+
+def test_every_baseline_has_its_row(evaluation: Evaluation) -> None:
+    assert set(evaluation.baselines) == {"popularity", "item_knn", "bias", "reference"}
+    assert set(evaluation.baselines["item_knn"]) == {"hr@10", "ndcg@10", "mrr@10", "recall@10"}
+    both = {f"{t}/{m}" for t in ("click", "buy") for m in ("auc", "log_loss", "accuracy")}
+    assert both <= set(evaluation.baselines["bias"])
+    assert "rmse" in evaluation.baselines["bias"], "one task alone has it, so the name is plain"
+
+
+def test_intervals_contain_the_value(evaluation: Evaluation) -> None:
+    assert set(evaluation.intervals) == set(evaluation.tasks) == TASKS
+    for task, metrics in evaluation.tasks.items():
+        assert set(evaluation.intervals[task]) == set(metrics)
+        for metric, value in metrics.items():
+            low, high = evaluation.intervals[task][metric]
+            if metric != "calibration_error":  # resampling moves it upwards
+                assert low <= value <= high, f"{task}/{metric}"
+            assert low < high
+
+
+def test_orders_compare_the_fused_score_with_each_task(
+    shop_run: Run, evaluation: Evaluation, targets: dict[str, np.ndarray]
+) -> None:
+    assert set(evaluation.orders) == {"fused"} | TASKS
+    for metrics in evaluation.orders.values():
+        assert set(metrics) == {"ndcg@10", "value@10", "auc click", "auc buy"}
+        assert all(0 <= value <= 1 for value in metrics.values())
+    for task in ("click", "buy"):
+        own = evaluation.orders[task][f"auc {task}"]
+        assert own == pytest.approx(evaluation.tasks[task]["auc"])
+    own = evaluation.orders["next_item"]["ndcg@10"]
+    assert own == pytest.approx(evaluation.tasks["next_item"]["ndcg@10"]), "20 candidates hold 10"
+
+
+def test_rank_in_a_list_of_candidates() -> None:
+    scores = np.array(
+        [
+            [0.1, 0.9, 0.5, 0.7],  # the best but one
+            [0.5, 0.5, 0.5, 0.5],  # ties: in the order of retrieval
+            [0.5, 0.5, 0.9, 0.5],
+            [0.1, 0.2, 0.3, 0.4],  # not among the candidates
+            [9.0, 0.2, 0.9, 0.4],  # the first and the third candidate are only padding
+        ]
+    )
+    hit = np.zeros((5, 4), bool)
+    hit[[0, 1, 2, 4], [3, 2, 3, 1]] = True
+    real = np.ones((5, 4), bool)
+    real[4, [0, 2]] = False
+    ranks = rank_in_list(scores, hit, real)
+    assert ranks[[0, 1, 2, 4]].tolist() == [1, 2, 3, 1]
+    assert ranks[3] > 10**6
+
+
+def test_seen_items_are_those_of_earlier_splits(shop_prepared: Prepared, tmp_path: Path) -> None:
+    users = pa.table(
+        {
+            "event_item": [[2, 3, 4, 2], [], [5, 3]],
+            "split": [[0, 1, 2, 2], [], [0, 0]],
+        }
+    )
+    pq.write_table(users, tmp_path / "users.parquet")
+    manifest: Manifest = replace(shop_prepared.manifest, users=3, items=4)
+    prepared = Prepared(tmp_path, manifest)
+    asked = np.array([4, 2, 1, 3, 0, 2])  # ids; 0 and 1 are nobody
+    for split, expected in (
+        ("train", [[], [], [], [], [], []]),
+        ("validation", [[3, 1], [0], [], [], [], [0]]),
+        ("test", [[3, 1], [0, 1], [], [], [], [0, 1]]),
+    ):
+        found = seen_items(prepared, split, asked)
+        assert [found[i].tolist() for i in range(len(asked))] == expected
+
+
+def test_undefined_metrics_are_null_in_json() -> None:
+    made = Evaluation(
+        split="test",
+        protocol="",
+        fingerprint="",
+        tasks={"click": {"auc": float("nan"), "accuracy": 1.0}},
+        intervals={"click": {"auc": (float("nan"), 0.5)}},
+    )
+    text = json.dumps(made.to_dict(), allow_nan=False)
+    assert json.loads(text)["tasks"]["click"] == {"auc": None, "accuracy": 1.0}
+    assert json.loads(text)["intervals"]["click"]["auc"] == [None, 0.5]
+
+
+@pytest.fixture
+def own_run(shop_run: Run, tmp_path: Path) -> Run:
+    """A copy of the run, to be written to."""
+    shutil.copytree(shop_run.folder, tmp_path / "run")
+    return replace(shop_run, folder=tmp_path / "run")
+
+
+def test_looks_at_the_test_set_are_counted(own_run: Run, evaluation: Evaluation) -> None:
+    def stored() -> dict[str, Any]:
+        return json.loads((own_run.folder / "evaluation.json").read_text(encoding="utf-8"))
+
+    assert evaluate_run(own_run)[1] == 0
+    assert (stored()["split"], stored()["test_looks"]) == ("validation", 0)
+    found, looks = evaluate_run(own_run, "test")
+    assert looks == stored()["test_looks"] == 1
+    assert found == evaluation
+    assert evaluate_run(own_run.folder, "test")[1] == 2, "a path will do"
+    assert evaluate_run(own_run, "validation")[1] == 2, "validation does not count"
+    assert stored()["protocol"] == own_run.prepared.manifest.protocol
+    assert set(stored()["tasks"]) == TASKS
+
+
+def test_tables_show_the_model_beside_everything_else(
+    shop_run: Run, evaluation: Evaluation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paper = Published(
+        name="Paper [2018]", task="next_item", metrics={"ndcg@10": 0.1234}, source="Table 3"
+    )
+    experiment = replace(shop_run.experiment, published=(paper,))
+    print_evaluation(experiment, evaluation)
+    shown = capsys.readouterr().out
+    for text in ("this model", "popularity", "item_knn", "bias", "reference", "fused"):
+        assert text in shown
+    assert "published: Paper [2018]" in shown
+    assert "0.1234" in shown
+    assert f"{evaluation.tasks['click']['auc']:.4f}" in shown
