@@ -25,7 +25,7 @@ its recommendations.
 
 CONFIG is a TOML file or a built-in experiment: **shop** (generated), **ml-1m**, **census-income**.
 
-Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u7 --k 5`.
+Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u00007 --k 5`.
 
 Exit status: 0 done · 2 wrong usage or input · 3 no network · 130 / 143 stopped by Ctrl-C /
 SIGTERM, saved.

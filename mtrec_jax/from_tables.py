@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def fit(
     recommender = Recommender(
         train(experiment, prepared, place / "run", show_progress=show_progress)
     )
-    recommender._temporary = temporary
+    if temporary:
+        weakref.finalize(recommender, temporary.cleanup)
     return recommender
 
 

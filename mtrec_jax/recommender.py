@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +35,6 @@ class Recommender:
         self.experiment, self.prepared = self.run.experiment, self.run.prepared
         self._params, self._tables, self.step = load_best(self.run)
         self._inference = prepared_inference(self.experiment, self.prepared)
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         has_items = self.prepared.manifest.items > 0
         width = self.experiment.model.width
         self._vectors = (

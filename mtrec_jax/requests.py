@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from mtrec_jax.config import Feature
+from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Lists, Prepared, to_arrays
+from mtrec_jax.data.features import Encoding
 from mtrec_jax.errors import DataError, nearest
 from mtrec_jax.evaluation.inference import pad_rows
 from mtrec_jax.types import FIRST, Batch
@@ -33,7 +37,7 @@ class Encoder:
     def __init__(self, prepared: Prepared, dtype: str):
         self.prepared, self._dtype = prepared, dtype
         self._lists: dict[str, Lists] = {}
-        self._vocabularies: dict[str, dict[str, int]] = {}
+        self._features: dict[str, Encoding] = {}
 
     def users(self, users: list[str], histories: Sequence[History] | None) -> Requests:
         """Users to a batch of exactly BATCH examples of one position."""
@@ -124,21 +128,23 @@ class Encoder:
             raise DataError(f"history: has {', '.join(columns)}; it may have {', '.join(fields)}")
         past = {"item": self.item_ids(columns["item"]).astype(np.int32)}
         for name in fields[1:]:
-            vocabulary = self._vocabulary(name)
             values = columns.get(name, [None] * len(past["item"]))
-            ids = [0 if v is None else vocabulary.get(_text(v), 1) for v in values]
-            past[name] = np.array(ids, np.int32)
+            cells = pa.array([None if v is None else _text(v) for v in values], pa.string())
+            past[name] = features.encode(self._feature(name), cells)[:, 0].astype(np.int32)
             if len(past[name]) != len(past["item"]):
                 raise DataError(
                     f"history: {len(past[name])} values of {name} for {len(past['item'])} items"
                 )
         return past
 
-    def _vocabulary(self, feature: str) -> dict[str, int]:
-        if feature not in self._vocabularies:
-            values = self.prepared.vocabulary(feature).column("value").to_pylist()
-            self._vocabularies[feature] = {v: i + FIRST for i, v in enumerate(values)}
-        return self._vocabularies[feature]
+    def _feature(self, name: str) -> Encoding:
+        """A feature of the history, as it was fitted."""
+        if name not in self._features:
+            known = self.prepared.vocabulary(name)
+            declared = Feature(**self.prepared.manifest.config["features"][name])
+            values, counts = features.one_array(known["value"]), known["count"].to_numpy()
+            self._features[name] = Encoding(name, declared, values, counts)
+        return self._features[name]
 
     def _list(self, column: str) -> Lists:
         if column not in self._lists:
@@ -147,4 +153,7 @@ class Encoder:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
+    """A value as preparation reads it from a table: whole numbers have no ".0"."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)

@@ -10,7 +10,7 @@ mkdir -p "$out"
 
 echo "== The generated shop: clicks, purchases and likes with a known best possible AUC"
 "$mtrec" run shop --data "$out/data" --prepared "$out/prepared/shop" --run "$out/runs/shop"
-"$mtrec" recommend "$out/runs/shop" --users u1 u2 --k 5
+"$mtrec" recommend "$out/runs/shop" --users u00001 u00002 --k 5
 
 echo
 echo "== MovieLens-1M: next item, like (4 stars or more) and rating together"

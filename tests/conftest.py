@@ -17,6 +17,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,3 +107,21 @@ def shop_run(
 def shop_recommender(shop_run: "Run") -> "Recommender":
     """The recommender of the small shop's run."""
     return mtrec_jax.Recommender(shop_run)
+
+
+@pytest.fixture
+def mtrec(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`mtrec("recommend", ...)` in this process: (exit status, standard output, standard error)."""
+    from mtrec_jax import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mtrec", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        status = end.value.code
+        return (status if isinstance(status, int) else 0), captured.out, captured.err
+
+    return call

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtrec_jax.nn.model import make_model
+from mtrec_jax.nn.model import gather_rows, make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
-from mtrec_jax.train.step import Step, make_step
+from mtrec_jax.train.step import Step, batch_losses, make_step
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 from tests import tiny
 
@@ -32,8 +31,8 @@ class Compiled(NamedTuple):
 
     def place(self) -> TrainState:
         """A copy of the initial state, as `step.update` consumes what it is given."""
-        copied = jax.tree.map(jnp.copy, self.start)
-        return jax.device_put(copied, state_shardings(copied, self.mesh))
+        shardings = state_shardings(self.start, self.mesh)
+        return jax.device_put(self.start, shardings, may_alias=False)
 
     def update(self, state: TrainState, examples: Batch) -> TrainState:
         return self.step.update(state, put_batch(examples, self.mesh), self.catalogue)
@@ -142,6 +141,40 @@ def test_what_is_masked_has_no_influence(single: Compiled) -> None:
     three = _learned(single.update(single.place(), seen))
     for name in ("click", "stars", "genre"):
         assert abs(three[f"sums.{name}"][0] / one[f"sums.{name}"][0] - 1) > 0.01
+
+
+def test_losses_and_weights_of_a_batch_worked_out(single: Compiled) -> None:
+    """From the logits; the fusion has no retrieval in its objective, and so fits the log-odds."""
+    objective = {"dropout": 0.0, "fusion_objective": {"click": 3.0}}
+    experiment, manifest = tiny.experiment(model=objective), tiny.manifest()
+    model, key = make_model(experiment, manifest), jax.random.key(0)
+
+    @jax.jit
+    def run(params: PyTree, tables: dict[str, jax.Array], batch: Batch) -> tuple[Any, Any]:
+        looked = model.lookups(batch, single.catalogue, key)
+        rows = gather_rows(params, tables, looked.addresses)
+        parts = params, rows, looked, batch, single.catalogue, key
+        sums = batch_losses(experiment, manifest, model, *parts)
+        return sums, tiny.forward(model, params, tables, single.catalogue, batch)[2]
+
+    b = tiny.batch(2, SIZE)
+    b = b._replace(mask={n: np.maximum(m, 1 - b.weight) for n, m in b.mask.items()})
+    sums, outputs = run(single.start.params, single.start.tables, b)
+    weight = {name: b.weight * b.mask[name] for name in tiny.TASKS}
+    assert len({float(w.sum()) for w in weight.values()}) > 2
+    click, fused = (np.asarray(x) for x in (outputs.logits["click"], outputs.fused))
+    genre = np.asarray(jax.nn.log_softmax(outputs.logits["genre"]))
+    classes = np.asarray(b.labels["genre"], int)[..., None]
+    expected = {
+        "click": np.log1p(np.exp(-(2 * b.labels["click"] - 1) * click)),
+        "stars": (outputs.logits["stars"] - (b.labels["stars"] - 3) / 2) ** 2,  # mean 3, std 2
+        "genre": -np.take_along_axis(genre, classes, axis=-1)[..., 0],
+        "fusion": np.log1p(np.exp(-(2 * b.labels["click"] - 1) * fused)),
+    }
+    for name, losses in expected.items():
+        seen = weight["click" if name == "fusion" else name]
+        np.testing.assert_allclose(sums[name], ((losses * seen).sum(), seen.sum()), rtol=1e-5)
+    np.testing.assert_allclose(sums["next"][1], weight["next"].sum())
 
 
 def _compilations() -> tuple[list[str], Callable[..., None]]:

@@ -1,0 +1,206 @@
+"""What goes wrong most often: one message on standard error that names the place and the remedy,
+exit status 2, and nothing half-written left behind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mtrec_jax.config import Experiment, to_toml
+from mtrec_jax.errors import DataError
+from mtrec_jax.recommender import Recommender
+from mtrec_jax.train.run import Run
+
+Mtrec = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def config(shop_experiment: Experiment, tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(to_toml(shop_experiment), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data(shop_data: Path, tmp_path: Path) -> Path:
+    """A copy of the raw files, to be spoilt."""
+    shutil.copytree(shop_data, tmp_path / "data" / "shop")
+    return tmp_path / "data" / "shop"
+
+
+@pytest.fixture
+def refused(mtrec: Mtrec) -> Refused:
+    """The message of a command that must be refused."""
+
+    def call(*arguments: object) -> str:
+        status, out, err = mtrec(*arguments)
+        assert (status, out) == (2, "")
+        assert err.startswith("mtrec: ")
+        assert "Traceback" not in err
+        return err
+
+    return call
+
+
+@pytest.fixture
+def preparation(refused: Refused, config: Path, data: Path, tmp_path: Path) -> Callable[[], str]:
+    """The message of a preparation that must fail, which leaves nothing behind."""
+
+    def call() -> str:
+        message = refused("prepare", config, "--data", data.parent, "--out", tmp_path / "prepared")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "mine.toml"]
+        return message
+
+    return call
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def set_clicks(text: str, value: str, every: int = 1) -> str:
+    """The log with the column `click` of every so many rows replaced."""
+    header, *rows = text.splitlines()
+    place = header.replace('"', "").split(",").index("click")
+    changed = []
+    for number, row in enumerate(rows):
+        cells = row.split(",")
+        cells[place] = value if number % every == 0 else cells[place]
+        changed.append(",".join(cells))
+    return "\n".join([header, *changed, ""])
+
+
+def test_a_missing_file(preparation: Callable[[], str], data: Path) -> None:
+    (data / "events.csv").unlink()
+    message = preparation()
+    assert f"{data / 'events.csv'}: there is no such file" in message
+    assert "Fetch the data with: mtrec data shop" in message
+
+
+def test_a_missing_column(preparation: Callable[[], str], data: Path) -> None:
+    rewrite(data / "events.csv", lambda text: text.replace("click", "clicked", 1))
+    message = preparation()
+    assert "events.csv" in message
+    assert re.search(r"'click'.*Did you mean 'clicked'\?", message)
+
+
+@pytest.mark.parametrize("left", ["", "header"])
+def test_an_empty_file(preparation: Callable[[], str], data: Path, left: str) -> None:
+    rewrite(data / "events.csv", lambda text: text.splitlines()[0] + "\n" if left else "")
+    message = preparation()
+    assert f"{data / 'events.csv'}" in message
+    assert "is empty" in message
+
+
+def test_labels_that_are_all_equal(preparation: Callable[[], str], data: Path) -> None:
+    rewrite(data / "events.csv", lambda text: set_clicks(text, "0"))
+    message = preparation()
+    assert re.search(
+        r"task 'click': every training label is 0 \(\d+ rows, column 'click'\)", message
+    )
+    assert "Check tasks.click.column, or remove the task" in message
+
+
+def test_labels_that_are_no_numbers(preparation: Callable[[], str], data: Path) -> None:
+    """'nan' is text of other programs for a missing number; here a missing label is empty."""
+    rewrite(data / "events.csv", lambda text: set_clicks(text, "nan", every=50))
+    message = preparation()
+    assert "18 of 879 rows are malformed, more than clean.max_bad_fraction = 0.01" in message
+    assert "malformed label of click: 18; row 0 (events.csv line 2): 'nan'" in message
+    assert "Fix these rows, or raise clean.max_bad_fraction" in message
+
+
+def test_a_few_malformed_labels_are_counted(
+    mtrec: Mtrec, config: Path, data: Path, tmp_path: Path
+) -> None:
+    rewrite(data / "events.csv", lambda text: set_clicks(text, "nan", every=400))
+    status, _, err = mtrec("prepare", config, "--data", data.parent, "--out", tmp_path / "prepared")
+    assert status == 0
+    assert re.search(r"malformed label of click +3 +row 0 \(events\.csv line 2\): 'nan'", err)
+
+
+def test_an_unknown_key(refused: Refused, config: Path) -> None:
+    rewrite(config, lambda text: text.replace("batch_size = 8", "batchsize = 8"))
+    message = refused("train", config)
+    assert str(config) in message
+    assert "train.batchsize: unknown key. Did you mean 'batch_size'?" in message
+
+
+def test_a_label_among_the_features(refused: Refused, config: Path) -> None:
+    message = refused("prepare", config, "--set", 'features.leak={column = "buy"}')
+    assert "features.leak: column 'buy' is the label of task 'buy'" in message
+    assert "leaks the answer. Remove the feature, or declare it on = 'history'" in message
+
+
+def test_a_run_of_another_configuration(refused: Refused, config: Path, shop_run: Run) -> None:
+    prepared, before = shop_run.prepared.folder, (shop_run.folder / "config.toml").read_bytes()
+    train = ("train", config, "--prepared", prepared, "--run", shop_run.folder)
+    message = refused(*train, "--set", "model.width=16", "--set", "model.towers=ple")
+    assert f"{shop_run.folder} is a run of another configuration:" in message
+    assert "model.towers: 'mmoe' there, 'ple' here" in message
+    assert "model.width: 8 there, 16 here" in message
+    assert "Pass another --run folder" in message
+    assert (shop_run.folder / "config.toml").read_bytes() == before
+
+
+def test_data_of_another_configuration(refused: Refused, config: Path, shop_run: Run) -> None:
+    train = ("train", config, "--prepared", shop_run.prepared.folder, "--run", "elsewhere")
+    message = refused(*train, "--set", "data.history_length=9")
+    assert "was prepared with other [data] settings than 'shop' has" in message
+    assert "run: mtrec prepare CONFIG, or pass another --prepared" in message
+    assert not Path("elsewhere").exists()
+
+
+def test_a_folder_of_something_else(refused: Refused, config: Path, shop_run: Run) -> None:
+    folder = config.parent / "thesis"
+    folder.mkdir()
+    (folder / "chapter1.tex").write_text("dear reader", encoding="utf-8")
+    train = ("train", config, "--prepared", shop_run.prepared.folder, "--run", folder)
+    assert f"{folder} is not empty and no run folder; pass another --run" in refused(*train)
+    assert [p.name for p in folder.iterdir()] == ["chapter1.tex"]
+
+
+def test_a_truncated_checkpoint(shop_run: Run, tmp_path: Path) -> None:
+    """In a process of its own: when one array fails, Orbax leaves the reading of others behind."""
+    shutil.copytree(shop_run.folder, tmp_path / "run")
+    damaged = 0
+    for path in (tmp_path / "run" / "checkpoints").glob("*/model/**/d/*"):
+        path.write_bytes(path.read_bytes()[:64])
+        damaged += 1
+    assert damaged
+    code = "from mtrec_jax.cli import main; main()"
+    command = [sys.executable, "-c", code, "recommend", "run", "--users", "u00001"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    message = next(line for line in ran.stderr.splitlines() if line.startswith("mtrec: "))
+    assert re.match(r"mtrec: checkpoint .*/run/checkpoints/\d+ cannot be restored \(", message)
+    assert "It is damaged or of another model; remove that folder to continue from" in message
+
+
+def test_a_run_without_a_checkpoint(refused: Refused, shop_run: Run, tmp_path: Path) -> None:
+    for name in ("config.toml", "prepared.json"):
+        shutil.copy(shop_run.folder / name, tmp_path)
+    message = refused("evaluate", tmp_path)
+    assert f"{tmp_path / 'checkpoints'} has no checkpoint yet. Run: mtrec train CONFIG" in message
+
+
+def test_an_unknown_user(
+    mtrec: Mtrec, shop_run: Run, shop_recommender: Recommender, tmp_path: Path
+) -> None:
+    """An error where the caller asks for it; otherwise a warning, an answer and a mark in it."""
+    with pytest.raises(
+        DataError, match=r"user 'u1' is not in the data of .*on_unknown=\"popular\""
+    ):
+        shop_recommender.recommend(["u00001", "u1"], on_unknown="error")
+    out = tmp_path / "out.jsonl"
+    status, _, err = mtrec("recommend", shop_run.folder, "--users", "u1", "--k", 2, "--out", out)
+    assert status == 0
+    assert "mtrec: 1 unknown user ('u1'): not in the prepared data; popular items stand in" in err
+    assert out.read_text(encoding="utf-8").count('"known": false') == 2

@@ -1,0 +1,289 @@
+"""The `mtrec` command: what it accepts, what it writes, and the status it exits with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from mtrec_jax.config import Experiment, to_toml
+from mtrec_jax.data.dataset import Prepared, open_prepared
+from mtrec_jax.recommender import Recommender
+from mtrec_jax.train.run import Run
+
+COMMANDS = ("data", "prepare", "train", "evaluate", "predict", "recommend", "run")
+Mtrec = Callable[..., tuple[int, str, str]]
+
+
+def flat(text: str) -> str:
+    """Text without the frames and line breaks of a terminal."""
+    return " ".join("".join(c for c in text if c not in "│╭╮╰╯─").split())
+
+
+@pytest.fixture
+def own_run(shop_run: Run, tmp_path: Path) -> Path:
+    """A copy of the run's folder, to be written to."""
+    shutil.copytree(shop_run.folder, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".csv": lambda path: pyarrow.csv.read_csv(path).to_pylist(),
+    ".jsonl": read_lines,
+    ".parquet": lambda path: pq.read_table(path).to_pylist(),
+}
+
+
+def test_help_is_complete_and_loads_no_jax() -> None:
+    code = f"""
+import sys
+for command in ([], *([name] for name in {COMMANDS})):
+    sys.argv = ["mtrec", *command, "--help"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, command
+heavy = {{"jax", "numpy", "pyarrow", "ibis", "flax"}} & {{m.split(".")[0] for m in sys.modules}}
+assert not heavy, heavy
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    shown = flat(ran.stdout)
+    assert all(f" {name} " in shown for name in COMMANDS)
+    for option in ("--set", "--prepared", "--run", "--split", "--all-users", "--k", "--rows"):
+        assert option in shown
+    assert "130 / 143 stopped by Ctrl-C" in shown
+
+
+def test_no_arguments_show_the_help(mtrec: Mtrec) -> None:
+    status, out, err = mtrec()
+    assert "recommend" in out + err
+    assert status in (0, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("recomend", "runs/shop"), ("train",), ("recommend", "run", "--users", "a", "--k", "0")],
+)
+def test_wrong_usage_exits_with_2(mtrec: Mtrec, arguments: tuple[str, ...]) -> None:
+    status, out, err = mtrec(*arguments)
+    assert status == 2
+    assert not out
+    assert err.startswith("Usage: ")
+    assert "Error" in err
+
+
+def test_our_errors_are_one_message_on_standard_error(mtrec: Mtrec, tmp_path: Path) -> None:
+    status, out, err = mtrec("evaluate", tmp_path / "nowhere")
+    assert status == 2
+    assert not out
+    assert err.startswith(f"mtrec: {tmp_path / 'nowhere'} is no run folder")
+    assert "Traceback" not in err
+
+
+def test_public_data_sets_are_listed_with_their_terms(mtrec: Mtrec) -> None:
+    status, out, _ = mtrec("data", "list")
+    assert status == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == ["ml-1m", "ml-100k", "census-income", "shop"]
+    assert out.count("no commercial use") == 2
+
+
+def test_the_shop_is_generated(mtrec: Mtrec, tmp_path: Path) -> None:
+    status, _, err = mtrec("data", "shop", "--to", tmp_path, "--seed", 5)
+    assert status == 0
+    assert json.loads((tmp_path / "shop" / "truth.json").read_text())["seed"] == 5
+    assert "Best possible: click auc 0." in err
+
+
+def test_prepare_train_evaluate(
+    mtrec: Mtrec, tmp_path: Path, shop_experiment: Experiment, shop_data: Path, shop_run: Run
+) -> None:
+    """The way of a new user, with the folders of their choice; training equals the Python call."""
+    config, prepared, run = (tmp_path / n for n in ("mine.toml", "prepared", "run"))
+    config.write_text(to_toml(shop_experiment), encoding="utf-8")
+    status, _, err = mtrec("prepare", config, "--data", shop_data.parent, "--out", prepared)
+    assert status == 0, err
+    assert "48 users" in flat(err)
+    assert "label of buy missing (masked)" in flat(err)
+    assert open_prepared(prepared).manifest == shop_run.prepared.manifest
+    train = ("train", config, "--prepared", prepared, "--run", run)
+    status, _, err = mtrec(*train, "--set", "train.seed=0")
+    assert status == 0, err
+    assert "step 27 of 27: validation click/auc 0." in flat(err)
+    assert f"trained: {run}" in flat(err)
+    metrics, expected = (
+        [line for line in (r / "metrics.jsonl").read_text().splitlines() if "timing" not in line]
+        for r in (run, shop_run.folder)
+    )
+    assert metrics == expected
+    status, _, err = mtrec(*train)
+    assert status == 0
+    assert "is trained already, up to step 27: nothing to do" in flat(err)
+    status, _, err = mtrec(*train, "--set", "train.seed=1")
+    assert status == 2
+    assert "train.seed: 0 there, 1 here" in err
+
+
+def test_evaluate_writes_everything_and_counts_looks(mtrec: Mtrec, own_run: Path) -> None:
+    def looked(*arguments: str) -> dict[str, Any]:
+        status, out, err = mtrec("evaluate", own_run, *arguments)
+        assert status == 0, err
+        for name in ("this model", "popularity", "bias", "item_knn", "reference"):
+            assert name in out
+        stored = json.loads((own_run / "evaluation.json").read_text(encoding="utf-8"))
+        assert f"looks at the test set so far: {stored['test_looks']}" in err
+        return stored
+
+    first = looked()
+    assert (first["split"], first["test_looks"]) == ("validation", 0)
+    assert first["protocol"].startswith("split at two points in time")
+    assert set(first["tasks"]) == {"next_item", "click", "buy", "stars"}
+    assert set(first["baselines"]) == {"popularity", "item_knn", "bias", "reference"}
+    assert set(first["orders"]) == {"fused", *first["tasks"]}
+    assert looked("--split", "test")["test_looks"] == 1
+    assert looked("--split", "test")["test_looks"] == 2
+    assert looked("--split", "validation")["test_looks"] == 2
+
+
+def test_recommend_prints_a_table_for_each_user(mtrec: Mtrec, shop_run: Run) -> None:
+    status, out, err = mtrec(
+        "recommend", shop_run.folder, "--users", "u00003", "u00001", "--users", "u00042", "--k", 3
+    )
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    users = [line.split()[0] for line in lines if line.startswith("u0")]
+    assert sorted(users) == ["u00001", "u00003", "u00042"]
+    assert len(lines) == 3 * (1 + 1 + 3)
+    expected = Recommender(shop_run).recommend(["u00003"], 3)
+    start = lines.index("u00003")
+    for line, item, title in zip(
+        lines[start + 2 : start + 5], expected["item"], expected["title"], strict=True
+    ):
+        assert item in line
+        assert title in line
+
+
+def test_unknown_users_are_warned_about_and_answered(
+    mtrec: Mtrec, shop_run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    status, shown, err = mtrec(
+        "recommend", shop_run.folder, "--users", "u00003", "martian", "--k", 2, "--out", out
+    )
+    assert (status, shown) == (0, "")
+    assert "mtrec: 1 unknown user ('martian'): not in the prepared data" in err
+    known = {(r["user"], r["known"]) for r in READERS[".csv"](out)}
+    assert known == {("u00003", True), ("martian", False)}
+    _, shown, _ = mtrec("recommend", shop_run.folder, "--users", "martian", "--k", 2)
+    assert "martian  (unknown user: the most popular items)" in shown
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_everyone_is_answered_in_a_file(
+    mtrec: Mtrec, shop_run: Run, tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / f"all{suffix}"
+    status, shown, err = mtrec("recommend", shop_run.folder, "--all-users", "--k", 4, "--out", out)
+    assert (status, shown) == (0, "")
+    rows = READERS[suffix](out)
+    assert len(rows) == 4 * 48
+    assert f"192 recommendations in {out}" in flat(err)
+    assert list(rows[0])[:6] == ["user", "known", "rank", "item", "title", "score"]
+    assert {r["user"] for r in rows} == set(shop_run.prepared.user_names)
+    assert [r["rank"] for r in rows] == [1, 2, 3, 4] * 48
+
+
+def test_users_and_files_must_be_said(mtrec: Mtrec, shop_run: Run, tmp_path: Path) -> None:
+    run = shop_run.folder
+    status, _, err = mtrec("recommend", run, "--all-users")
+    assert status == 2
+    assert "--all-users writes a file: add --out FILE" in flat(err)
+    for wrong in ((), ("--users", "a", "--all-users", "--out", tmp_path / "out.csv")):
+        status, _, err = mtrec("recommend", run, *wrong)
+        assert status == 2
+        assert "name --users, or ask for --all-users" in flat(err)
+    status, _, err = mtrec("recommend", run, "--users", "a", "--out", tmp_path / "out.xlsx")
+    assert status == 2
+    assert "the file name must end in .csv, .jsonl, .parquet" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_filters_from_the_command_line(mtrec: Mtrec, shop_run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    names = shop_run.prepared.item_names
+    base = ("recommend", shop_run.folder, "--users", "martian", "--out", out)
+    allowed = [part for name in names[:4] for part in ("--allowed", name)]
+    assert mtrec(*base, *allowed, "--blocked", names[1])[0] == 0
+    assert [r["item"] for r in READERS[".jsonl"](out)] == [names[0], *names[2:4]]
+    status, _, err = mtrec(*base, "--allowed", "zzz")
+    assert status == 2
+    assert "item 'zzz' is not in the catalogue" in err
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_pairs_are_predicted(
+    mtrec: Mtrec, shop_run: Run, shop_recommender: Recommender, tmp_path: Path, suffix: str
+) -> None:
+    rows, out = tmp_path / "pairs.csv", tmp_path / f"out{suffix}"
+    rows.write_text("item,user,note\ni0002,u00001,x\ni0005,martian,y\n", encoding="utf-8")
+    status, _, err = mtrec("predict", shop_run.folder, "--rows", rows, "--out", out)
+    assert status == 0, err
+    assert "1 unknown pair ('martian')" in err
+    found = READERS[suffix](out)
+    assert [(r["user"], r["item"], r["known"]) for r in found] == [
+        ("u00001", "i0002", True),
+        ("martian", "i0005", False),
+    ]
+    expected = shop_recommender.predict(["u00001", "martian"], ["i0002", "i0005"])
+    assert [r["click"] for r in found] == pytest.approx(expected["click"], rel=1e-5)
+
+
+def test_the_prepared_folder_may_have_moved(
+    mtrec: Mtrec, own_run: Path, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    notes = json.loads((own_run / "prepared.json").read_text())
+    notes["folder"] = str(tmp_path / "gone")
+    (own_run / "prepared.json").write_text(json.dumps(notes))
+    base = ("recommend", own_run, "--users", "u00001", "--k", 1)
+    status, _, err = mtrec(*base)
+    assert status == 2
+    assert f"{tmp_path / 'gone'} is no prepared folder" in err
+    assert mtrec(*base, "--prepared", shop_prepared.folder)[0] == 0
+
+
+def test_everything_at_once(
+    mtrec: Mtrec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shop_experiment: Experiment,
+    shop_data: Path,
+) -> None:
+    """`mtrec run` in an empty folder, with the defaults for every folder; the data is there."""
+    from mtrec_jax.data import shop
+
+    def small(to: Path, seed: int = 0) -> dict[str, Any]:
+        shutil.copytree(shop_data, to)
+        return json.loads((shop_data / "truth.json").read_text())
+
+    monkeypatch.setattr(shop, "generate", small)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(to_toml(shop_experiment), encoding="utf-8")
+    status, out, err = mtrec("run", "mine.toml")
+    assert status == 0, err
+    assert "this model" in out
+    folders = ("data/shop", "prepared/shop", "runs/shop")
+    assert all((tmp_path / folder).is_dir() for folder in folders)
+    assert json.loads(Path("runs/shop/evaluation.json").read_text())["split"] == "validation"

@@ -1,0 +1,138 @@
+"""A recommender from a DataFrame in one call."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mtrec_jax
+from mtrec_jax import from_tables
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.from_tables import fit
+
+pandas = pytest.importorskip("pandas")
+
+QUICK: dict[str, Any] = {
+    "data": {"history_length": 8},
+    "model": {"width": 4, "layers": 1, "experts": 2, "expert_hidden": [4], "tower_hidden": [4]},
+    "train": {"steps": 4, "batch_size": 8, "negatives": 8, "mesh": [1, 1]},
+    "evaluate": {"batch_size": 8, "candidates": 6},
+}
+
+
+def events() -> Any:
+    """Twelve people with six ratings each of nine films; ids are numbers, times are timestamps."""
+    rows = [
+        {"person": 100 + p, "film": (p + 2 * n) % 9, "rating": 1 + (p * n) % 5, "day": n}
+        for p in range(12)
+        for n in range(6)
+    ]
+    frame = pandas.DataFrame(rows)
+    frame["when"] = pandas.Timestamp("2026-01-01") + pandas.to_timedelta(frame.pop("day"), "D")
+    return frame
+
+
+@pytest.fixture(scope="module")
+def recommender(compiled_programs: Path) -> Any:
+    films = pandas.DataFrame({"film": range(9), "name": [f"Film {i}" for i in range(9)]})
+    return mtrec_jax.fit(
+        events(),
+        user="person",
+        item="film",
+        time="when",
+        tasks={"next": "retrieval", "like": {"kind": "binary", "column": "rating", "at_least": 4}},
+        items=films,
+        title="name",
+        settings=QUICK,
+        show_progress=False,
+    )
+
+
+def test_recommendations_and_predictions_follow_at_once(recommender: Any) -> None:
+    found = recommender.recommend([100, 111], k=2)
+    assert found["user"] == ["100", "100", "111", "111"]
+    assert all(found["known"])
+    assert set(found["title"]) <= {f"Film {i}" for i in range(9)}
+    seen = {(0 + 2 * n) % 9 for n in range(6)}
+    assert not {int(i) for i in found["item"][:2]} & seen
+    pairs = recommender.predict([100], [3])
+    assert 0 < pairs["like"][0] < 1
+    assert recommender.recommend(["nobody"], k=1)["known"] == [False]
+
+
+def test_the_history_shows_past_labels_by_default(recommender: Any) -> None:
+    (feature,) = recommender.prepared.manifest.history
+    assert feature.name == "rating"
+    liked = recommender.predict(["100"], ["5"])
+    histories = [{"item": [1, 2], "rating": [5, 5]}, {"item": [1, 2], "rating": [1, 1]}]
+    high, low = (recommender.recommend(["x"], 1, histories=[h])["score"] for h in histories)
+    assert high != low
+    assert np.isfinite(liked["like"]).all()
+
+
+def test_a_temporary_folder_lives_as_long_as_the_recommender(
+    recommender: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_tables, "train", lambda *_, **__: recommender.run)
+    folders: list[Path] = []
+
+    def prepare(*arguments: Any, **tables: Any) -> Any:
+        folders.append(arguments[2])
+        arguments[2].mkdir()
+        return recommender.prepared
+
+    monkeypatch.setattr(from_tables, "prepare", prepare)
+    columns: dict[str, Any] = {"user": "person", "item": "film", "time": "when"}
+    brief = fit(events(), **columns, tasks={"next": "retrieval"})
+    assert folders[0].is_dir()
+    del brief
+    gc.collect()
+    assert not folders[0].parent.exists()
+    assert (recommender.run.folder / "config.toml").is_file()
+
+
+def test_a_given_folder_is_kept_and_can_be_opened(tmp_path: Path, recommender: Any) -> None:
+    kept = fit(
+        events(),
+        user="person",
+        item="film",
+        time="when",
+        tasks={"next": "retrieval", "like": {"kind": "binary", "column": "rating", "at_least": 4}},
+        settings=QUICK,
+        folder=tmp_path / "kept",
+        show_progress=False,
+    )
+    answer = kept.recommend([100], 2).table
+    del kept
+    again = mtrec_jax.Recommender(tmp_path / "kept" / "run")
+    assert again.recommend([100], 2).table == answer
+    assert again.experiment.train.steps == 4
+    assert again.experiment.train.epochs == 0, "steps take the place of the default epochs"
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {"user": "person", "item": "film", "time": "when"}
+    with pytest.raises(ConfigError, match=r"tasks\.next\.kind: 'retreival' is not one of"):
+        fit(events(), **columns, tasks={"next": "retreival"}, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"tasks\.like\.kind: required, and missing"):
+        fit(events(), **columns, tasks={"like": {"column": "rating"}}, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"train\.epoch: unknown key. Did you mean 'epochs'\?"):
+        fit(
+            events(),
+            **columns,
+            tasks={"next": "retrieval"},
+            settings={"train": {"epoch": 3}},
+            folder=tmp_path,
+        )
+    with pytest.raises(DataError, match=r"'whn'.*Did you mean 'when'\?"):
+        fit(
+            events(),
+            **{**columns, "time": "whn"},
+            tasks={"next": "retrieval"},
+            folder=tmp_path,
+        )
+    assert not list(tmp_path.iterdir())
