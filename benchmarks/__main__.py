@@ -39,6 +39,11 @@ def main() -> None:
         result = benchmarks.measure(question, chosen.contestant, chosen.quick, chosen.repetitions)
         print(json.dumps(result))
         return
+    if hasattr(question, "answer"):  # a question of quality: figures, not times
+        results = question.answer(chosen.quick)
+        rich.print(_figures(results))
+        _append(chosen.json, {"question": chosen.question, "quick": chosen.quick}, results)
+        return
     options = [f"--repetitions={chosen.repetitions}", f"--threads={chosen.threads}"]
     options += ["--quick"] if chosen.quick else []
     results = [
@@ -52,10 +57,25 @@ def main() -> None:
     rich.print(_table(str(question.SHAPES[chosen.quick]), results))
     kernels = sorted({kernel for result in results for kernel in result.get("blas", [])})
     print(f"{where['cpu']}, {chosen.threads} threads; BLAS: {', '.join(kernels) or 'unknown'}")
-    if chosen.json:
-        shared = {"question": chosen.question, "quick": chosen.quick, "threads": chosen.threads}
-        with chosen.json.open("a", encoding="utf-8") as file:
+    shared = {"question": chosen.question, "quick": chosen.quick, "threads": chosen.threads}
+    _append(chosen.json, shared, results)
+
+
+def _append(path: Path | None, shared: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Add results as JSON lines, with where they were measured."""
+    if path is not None:
+        where = benchmarks.environment()
+        with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(shared | where | result) + "\n" for result in results)
+
+
+def _figures(results: list[dict[str, Any]]) -> Table:
+    table = Table(box=None)
+    for name in results[0]:
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for result in results:
+        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in result.values()))
+    return table
 
 
 def _table(title: str, results: list[dict[str, Any]]) -> Table:

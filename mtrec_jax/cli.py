@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -41,6 +42,10 @@ Set = Annotated[
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder of the raw files.")]
 PreparedFolder = Annotated[
     Path | None, typer.Option("--prepared", help="Prepared folder; default prepared/NAME.")
+]
+MovedFolder = Annotated[
+    Path | None,
+    typer.Option("--prepared", help="Prepared folder, if it is not where the run was trained."),
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 
@@ -97,7 +102,7 @@ def evaluate(
     split: Annotated[
         Literal["validation", "test"], typer.Option(help="The test set's looks are counted.")
     ] = "validation",
-    prepared: PreparedFolder = None,
+    prepared: MovedFolder = None,
 ) -> None:
     """Evaluate the best checkpoint beside the baselines, under one protocol."""
     from mtrec_jax.train.run import open_run
@@ -112,7 +117,7 @@ def predict(
         Path, typer.Option(help="Raw rows like the training files, or user, item pairs.")
     ],
     out: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
-    prepared: PreparedFolder = None,
+    prepared: MovedFolder = None,
 ) -> None:
     """Write every task's prediction for given rows or (user, item) pairs."""
     from mtrec_jax.recommender import Recommender, predict_file
@@ -120,9 +125,13 @@ def predict(
 
     result = predict_file(Recommender(open_run(run, prepared)), rows)
     if "known" in result.columns:
-        _warn_unknown(
-            "pair", [u for u, k in zip(result["user"], result["known"], strict=True) if not k]
-        )
+        unknown = result["known"].count(False)
+        if unknown:
+            typer.echo(
+                f"mtrec: {unknown} pairs have a user or an item that is not in the prepared data; "
+                "their column 'known' is false",
+                err=True,
+            )
     result.save(out)
     typer.echo(f"{len(result):,} predictions in {out}", err=True)
 
@@ -137,7 +146,7 @@ def recommend(
     out: Annotated[Path | None, typer.Option(help="A .csv, .jsonl or .parquet file.")] = None,
     blocked: Annotated[list[str] | None, typer.Option(help="Item ids never to show.")] = None,
     allowed: Annotated[list[str] | None, typer.Option(help="Item ids to choose from.")] = None,
-    prepared: PreparedFolder = None,
+    prepared: MovedFolder = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
     from mtrec_jax.recommender import Recommender
@@ -157,7 +166,7 @@ def recommend(
         return
     result = recommender.recommend(chosen, k, allowed=allowed, blocked=blocked or ())
     known = recommender.prepared.user_ids
-    _warn_unknown("user", [u for u in chosen if u not in known])
+    _warn_unknown([u for u in chosen if u not in known])
     if out is not None:
         result.save(out)
         typer.echo(f"{len(result):,} recommendations in {out}", err=True)
@@ -186,6 +195,7 @@ def run(
 def main() -> None:
     """Entry point of the `mtrec` command: our own errors become one message and exit status 2."""
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # notes of Orbax that are none for our users
     try:
         app()
     except Error as error:
@@ -286,11 +296,11 @@ def _print_recommendations(result: Any) -> None:
         console.print(type(result)(table).rich())
 
 
-def _warn_unknown(what: str, names: list[str]) -> None:
-    if names:
-        shown = ", ".join(repr(n) for n in names[:5]) + (" …" if len(names) > 5 else "")
+def _warn_unknown(users: list[str]) -> None:
+    if users:
+        shown = ", ".join(repr(user) for user in users[:5]) + (" …" if len(users) > 5 else "")
         typer.echo(
-            f"mtrec: {len(names)} unknown {what}{'s' if len(names) > 1 else ''} ({shown}): not in "
-            "the prepared data; popular items stand in, and the column 'known' is false",
+            f"mtrec: {len(users)} unknown user{'s' if len(users) > 1 else ''} ({shown}): not in "
+            "the prepared data; the most popular items stand in, and 'known' is false",
             err=True,
         )

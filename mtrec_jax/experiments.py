@@ -131,6 +131,8 @@ def _check_tasks(e: Experiment) -> list[str]:
         if task.where and task.where not in binary:
             hint = nearest(task.where, binary)
             problems.append(f"tasks.{name}.where: '{task.where}' is no binary task.{hint}")
+        if task.at_least is not None and task.equals is not None:
+            problems.append(f"tasks.{name}: at_least or equals, not both")
         if task.kind == "retrieval" and not e.data.item:
             problems.append(f"tasks.{name}.kind: 'retrieval' needs data.item")
         if task.kind != "binary" and (task.at_least is not None or task.equals is not None):
@@ -189,6 +191,14 @@ def _check_numbers(e: Experiment) -> list[str]:
     problems += [
         f"{key}: must be above 0, not {value}" for key, value in positive.items() if value <= 0
     ]
+    for key, sizes in (
+        ("expert_hidden", e.model.expert_hidden),
+        ("tower_hidden", e.model.tower_hidden),
+    ):
+        if not sizes or min(sizes) < 1:
+            problems.append(
+                f"model.{key}: at least one layer, of 1 unit or more, not {list(sizes)}"
+            )
     if not 0 <= e.model.dropout < 1:
         problems.append(f"model.dropout: between 0 and 1, not {e.model.dropout}")
     if not e.evaluate.ks or min(e.evaluate.ks) < 1:

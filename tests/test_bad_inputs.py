@@ -85,10 +85,10 @@ def test_a_missing_file(preparation: Callable[[], str], data: Path) -> None:
 
 
 def test_a_missing_column(preparation: Callable[[], str], data: Path) -> None:
-    rewrite(data / "events.csv", lambda text: text.replace("click", "clicked", 1))
+    rewrite(data / "events.csv", lambda text: text.replace("stars", "star", 1))
     message = preparation()
-    assert "events.csv" in message
-    assert re.search(r"'click'.*Did you mean 'clicked'\?", message)
+    assert "no column 'stars' (the label of task 'stars') in events.csv" in message
+    assert "Did you mean 'star'?" in message
 
 
 @pytest.mark.parametrize("left", ["", "header"])
@@ -180,8 +180,9 @@ def test_a_truncated_checkpoint(shop_run: Run, tmp_path: Path) -> None:
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
     message = next(line for line in ran.stderr.splitlines() if line.startswith("mtrec: "))
-    assert re.match(r"mtrec: checkpoint .*/run/checkpoints/\d+ cannot be restored \(", message)
-    assert "It is damaged or of another model; remove that folder to continue from" in message
+    assert re.match(r"mtrec: checkpoint .*/run/checkpoints/\d+ cannot be restored", message)
+    assert "It is damaged" in message
+    assert "to continue from the step before it" in message
 
 
 def test_a_run_without_a_checkpoint(refused: Refused, shop_run: Run, tmp_path: Path) -> None:
@@ -202,5 +203,5 @@ def test_an_unknown_user(
     out = tmp_path / "out.jsonl"
     status, _, err = mtrec("recommend", shop_run.folder, "--users", "u1", "--k", 2, "--out", out)
     assert status == 0
-    assert "mtrec: 1 unknown user ('u1'): not in the prepared data; popular items stand in" in err
+    assert "mtrec: 1 unknown user ('u1'): not in the prepared data" in err
     assert out.read_text(encoding="utf-8").count('"known": false') == 2

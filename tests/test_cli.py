@@ -49,6 +49,7 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 def test_help_is_complete_and_loads_no_jax() -> None:
     code = f"""
 import sys
+from mtrec_jax import cli
 for command in ([], *([name] for name in {COMMANDS})):
     sys.argv = ["mtrec", *command, "--help"]
     try:
@@ -137,12 +138,15 @@ def test_prepare_train_evaluate(
     assert "train.seed: 0 there, 1 here" in err
 
 
-def test_evaluate_writes_everything_and_counts_looks(mtrec: Mtrec, own_run: Path) -> None:
+def test_evaluate_writes_everything_and_counts_looks(
+    mtrec: Mtrec, own_run: Path, shop_experiment: Experiment
+) -> None:
+    baselines = {"popularity", "item_knn", "bias", shop_experiment.data.reference}
+
     def looked(*arguments: str) -> dict[str, Any]:
         status, out, err = mtrec("evaluate", own_run, *arguments)
         assert status == 0, err
-        for name in ("this model", "popularity", "bias", "item_knn", "reference"):
-            assert name in out
+        assert all(name in out for name in ("this model", *baselines))
         stored = json.loads((own_run / "evaluation.json").read_text(encoding="utf-8"))
         assert f"looks at the test set so far: {stored['test_looks']}" in err
         return stored
@@ -151,7 +155,7 @@ def test_evaluate_writes_everything_and_counts_looks(mtrec: Mtrec, own_run: Path
     assert (first["split"], first["test_looks"]) == ("validation", 0)
     assert first["protocol"].startswith("split at two points in time")
     assert set(first["tasks"]) == {"next_item", "click", "buy", "stars"}
-    assert set(first["baselines"]) == {"popularity", "item_knn", "bias", "reference"}
+    assert set(first["baselines"]) == baselines
     assert set(first["orders"]) == {"fused", *first["tasks"]}
     assert looked("--split", "test")["test_looks"] == 1
     assert looked("--split", "test")["test_looks"] == 2
@@ -241,7 +245,8 @@ def test_pairs_are_predicted(
     rows.write_text("item,user,note\ni0002,u00001,x\ni0005,martian,y\n", encoding="utf-8")
     status, _, err = mtrec("predict", shop_run.folder, "--rows", rows, "--out", out)
     assert status == 0, err
-    assert "1 unknown pair ('martian')" in err
+    assert "mtrec: 1 pair" in err
+    assert "not in the prepared data" in err
     found = READERS[suffix](out)
     assert [(r["user"], r["item"], r["known"]) for r in found] == [
         ("u00001", "i0002", True),

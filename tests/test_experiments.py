@@ -192,6 +192,12 @@ ROWS = {"kind": "rows", "user": "", "item": "", "time": ""}
         ({"train": {"batch_size": 0}}, "train.batch_size: must be above 0, not 0"),
         ({"model": {"temperature": -1.0}}, "model.temperature: must be above 0, not -1.0"),
         ({"model": {"dropout": 1.0}}, "model.dropout: between 0 and 1, not 1.0"),
+        ({"model": {"tower_hidden": []}}, "model.tower_hidden: at least one layer"),
+        ({"model": {"expert_hidden": [8, 0]}}, "model.expert_hidden: at least one layer"),
+        (
+            {"tasks": {"like": {**LIKE, "at_least": 4, "equals": "5"}}},
+            "tasks.like: at_least or equals, not both",
+        ),
         ({"evaluate": {"ks": []}}, "evaluate.ks: at least one k"),
         ({"evaluate": {"ks": [0]}}, "evaluate.ks: at least one k"),
     ],

@@ -36,12 +36,13 @@ AGES = ("16-24", "25-34", "35-44", "45-54", "55-64", "65+")
 TYPES = 6
 USERS, ITEMS, IMPRESSIONS = 2800, 360, 72  # IMPRESSIONS is the mean of a user
 
-_VERSION = 1  # raised with every change of what a seed generates
+_VERSION = 2  # raised with every change of what a seed generates
 _CLICK_TASTE, _STYLE_TASTE, _BUY_TASTE, _STARS_TASTE = 1.5, 0.25, 1.35, 0.9  # logits, stars
 _CLICK_SLOPE = (-0.9, -0.5, -0.1)  # logits per standard deviation of the price, by segment
 _BUY_SLOPE = (-1.1, -0.7, -0.3)
 _CLICK_RATE, _BUY_RATE = 0.35, 0.4  # of impressions, of clicks
 _STARS_MEAN, _STARS_NOISE = 3.5, 0.8
+_APPEAL, _ACTIVITY = 0.3, 0.2  # standard deviations of what only an item or a user shows
 _START, _DAYS, _SESSION = 1_700_000_000, 60, 6  # seconds, days, impressions
 
 
@@ -183,7 +184,7 @@ def _draw_items(rng: np.random.Generator, count: int) -> _Items:
     suits = stats.zscore(rng.normal(size=count))
     price = np.exp(3 + 0.8 * suits).round(2)
     quality = 0.7 * stats.zscore(rng.normal(size=len(BRANDS)))
-    return _Items(category, brand, style, price, suits, rng.normal(0, 0.6, count), quality)
+    return _Items(category, brand, style, price, suits, rng.normal(0, _APPEAL, count), quality)
 
 
 def _draw_users(rng: np.random.Generator, count: int) -> _Users:
@@ -191,7 +192,7 @@ def _draw_users(rng: np.random.Generator, count: int) -> _Users:
     segment = rng.permutation(np.arange(count) % len(SEGMENTS))
     # four users in five have an age group that says nothing
     age = np.where(rng.random(count) < 0.2, kind, rng.integers(len(AGES), size=count))
-    return _Users(kind, segment, age, rng.normal(0, 0.25, count))
+    return _Users(kind, segment, age, rng.normal(0, _ACTIVITY, count))
 
 
 def _expose(

@@ -183,12 +183,14 @@ def make_catalogue(
     weights = np.zeros(n + FIRST)
     weights[FIRST : FIRST + trained] = counts[:trained].astype(np.float64) ** power
     probability = weights / max(weights.sum(), 1e-300)
+    cumulative = np.cumsum(probability)
+    cumulative[FIRST + trained - 1 :] = 1  # rounding must not leave room for an untrained item
     with np.errstate(divide="ignore"):
         log_probability = np.log(probability).astype(dtype)
     return Catalogue(
         ids=features["ids"],
         numbers=features["numbers"].astype(dtype),
         row=row,
-        cumulative=np.cumsum(probability).astype(dtype),
+        cumulative=cumulative.astype(dtype),
         log_probability=log_probability,
     )

@@ -121,9 +121,9 @@ def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -
     except Exception as error:  # Orbax and tensorstore raise many kinds for damaged files
         folder = manager.directory / str(step)
         raise CheckpointError(
-            f"checkpoint {folder} cannot be restored ({_first_line(error)}). It is damaged or of "
-            "another model; remove that folder to continue from the step before it, or train into "
-            "a new --run folder"
+            f"checkpoint {folder} cannot be restored. It is damaged (then move it away to continue "
+            "from the step before it) or was written by another version of the model (then train "
+            f"into a new --run folder). What went wrong: {_first_line(error)}"
         ) from error
 
 

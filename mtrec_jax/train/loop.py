@@ -17,7 +17,7 @@ import optax
 from mtrec_jax.config import Experiment, select_metric
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
-from mtrec_jax.errors import Error
+from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.inference import load_catalogue, make_inference
 from mtrec_jax.nn.model import make_model
@@ -68,6 +68,10 @@ def train(
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     folder = Path(run)
+    if experiment.train.precision == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            "train.precision: 'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment"
+        )
     claim(folder, experiment, prepared)
     started = time.perf_counter()
     mesh = make_mesh(experiment.train.mesh)

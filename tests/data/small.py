@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
+from mtrec_jax.experiments import parse_experiment
 
 LOG = """user,item,rating,time
 a,x,5,1

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mtrec_jax.experiments import built_in_names, load_experiment
 from mtrec_jax.data import public, shop
 from mtrec_jax.errors import DataError
+from mtrec_jax.experiments import built_in_names, load_experiment
 
 CONTENT = b"user\titem\n1\t2\n"
 

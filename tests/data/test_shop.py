@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import OneHotEncoder
 
-from mtrec_jax.experiments import load_experiment
 from mtrec_jax.data import shop
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.experiments import load_experiment
 
 SMALL = {"users": 60, "items": 80, "impressions": 24}
 

@@ -171,7 +171,7 @@ def test_reference_predictions_are_measured_on_the_same_rows(
     shop_run: Run, evaluation: Evaluation
 ) -> None:
     found = shop_run.prepared.interactions("test")
-    reference = evaluation.baselines["reference"]
+    reference = evaluation.baselines[shop_run.experiment.data.reference]
     known = ~np.isnan(found["label_stars"])
     errors = (found["label_stars"] - found["reference_stars"])[known]
     assert reference["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-6)
@@ -181,8 +181,9 @@ def test_reference_predictions_are_measured_on_the_same_rows(
     assert reference["click/auc"] > evaluation.tasks["click"]["auc"], "the truth beats 27 steps"
 
 
-def test_every_baseline_has_its_row(evaluation: Evaluation) -> None:
-    assert set(evaluation.baselines) == {"popularity", "item_knn", "bias", "reference"}
+def test_every_baseline_has_its_row(shop_run: Run, evaluation: Evaluation) -> None:
+    reference = shop_run.experiment.data.reference
+    assert set(evaluation.baselines) == {"popularity", "item_knn", "bias", reference}
     assert set(evaluation.baselines["item_knn"]) == {"hr@10", "ndcg@10", "mrr@10", "recall@10"}
     both = {f"{t}/{m}" for t in ("click", "buy") for m in ("auc", "log_loss", "accuracy")}
     assert both <= set(evaluation.baselines["bias"])
@@ -297,7 +298,7 @@ def test_tables_show_the_model_beside_everything_else(
     experiment = replace(shop_run.experiment, published=(paper,))
     print_evaluation(experiment, evaluation)
     shown = capsys.readouterr().out
-    for text in ("this model", "popularity", "item_knn", "bias", "reference", "fused"):
+    for text in ("this model", *evaluation.baselines, "fused"):
         assert text in shown
     assert "published: Paper [2018]" in shown
     assert "0.1234" in shown

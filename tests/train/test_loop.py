@@ -238,6 +238,15 @@ def test_a_batch_must_divide_over_the_devices(
         train(experiment, shop_prepared, tmp_path / "run", show_progress=False)
 
 
+def test_64_bits_must_be_switched_on(
+    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    experiment = changed(shop_experiment, precision="float64")
+    with pytest.raises(ConfigError, match=r"'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1"):
+        train(experiment, shop_prepared, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def command(
     plain: Experiment, shop_prepared: Prepared, compiled_programs: Path, tmp_path: Path

@@ -31,8 +31,9 @@ class Compiled(NamedTuple):
 
     def place(self) -> TrainState:
         """A copy of the initial state, as `step.update` consumes what it is given."""
-        shardings = state_shardings(self.start, self.mesh)
-        return jax.device_put(self.start, shardings, may_alias=False)
+        own = jax.tree.map(lambda leaf: leaf.sharding, self.start)
+        copied = jax.device_put(self.start, own, may_alias=False)
+        return jax.device_put(copied, state_shardings(copied, self.mesh))
 
     def update(self, state: TrainState, examples: Batch) -> TrainState:
         return self.step.update(state, put_batch(examples, self.mesh), self.catalogue)
