@@ -37,12 +37,12 @@ TYPES = 6
 USERS, ITEMS, IMPRESSIONS = 2800, 360, 72  # IMPRESSIONS is the mean of a user
 
 _VERSION = 2  # raised with every change of what a seed generates
-_CLICK_TASTE, _STYLE_TASTE, _BUY_TASTE, _STARS_TASTE = 1.5, 0.25, 1.35, 0.9  # logits, stars
+_CLICK_TASTE, _STYLE_TASTE, _BUY_TASTE, _STARS_TASTE = 1.5, 0.1, 1.35, 0.9  # logits, stars
 _CLICK_SLOPE = (-0.9, -0.5, -0.1)  # logits per standard deviation of the price, by segment
 _BUY_SLOPE = (-1.1, -0.7, -0.3)
 _CLICK_RATE, _BUY_RATE = 0.35, 0.4  # of impressions, of clicks
 _STARS_MEAN, _STARS_NOISE = 3.5, 0.8
-_APPEAL, _ACTIVITY = 0.3, 0.2  # standard deviations of what only an item or a user shows
+_APPEAL, _ACTIVITY = 0.6, 0.1  # standard deviations of what only an item or a user shows
 _START, _DAYS, _SESSION = 1_700_000_000, 60, 6  # seconds, days, impressions
 
 

@@ -21,6 +21,8 @@ import pytest
 from mtrec_jax.config import Experiment, Select, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.evaluation.evaluate import Evaluation
+from mtrec_jax.train import loop
 from mtrec_jax.train.loop import Stopped, train
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import read_records
@@ -207,6 +209,26 @@ def test_the_best_checkpoint_of_a_lower_is_better_metric_is_kept_and_stops_the_r
     before = (run.folder / "metrics.jsonl").read_bytes()
     train(experiment, shop_prepared, run.folder, climb, show_progress=False)
     assert (run.folder / "metrics.jsonl").read_bytes() == before, "the stop is remembered"
+
+
+def test_patience_counts_evaluations_since_the_last_improvement(
+    shop_experiment: Experiment,
+    shop_prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = iter([0.5, 0.4, 0.6, 0.6, 0.5, 0.9])
+
+    def scripted(*_: Any, **__: Any) -> Evaluation:
+        tasks = {"click": {"auc": next(values)}}
+        return Evaluation(split="validation", protocol="", fingerprint="", tasks=tasks)
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    experiment = changed(shop_experiment, evaluate_every=2, patience=2)
+    run = train(experiment, shop_prepared, tmp_path / "run", show_progress=False)
+    assert list(values) == [0.9], "an equal value is no improvement"
+    assert steps_kept(run.folder) == [6, 8, 10]
+    assert load_best(run)[2] == 6
 
 
 def test_a_run_folder_says_what_it_is(
