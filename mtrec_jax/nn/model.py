@@ -21,8 +21,9 @@ from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import Group, addresses, gather, initial_table
-from mtrec_jax.nn.network import Network, history_ids, make_plan
+from mtrec_jax.nn.embedding import gather, initial_table
+from mtrec_jax.nn.lookups import find_items, find_rows
+from mtrec_jax.nn.network import Network, make_plan
 from mtrec_jax.types import (
     FIRST,
     UNKNOWN,
@@ -83,46 +84,10 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         return params, tables
 
     def item_lookups(item_ids: Array, catalogue: Catalogue) -> dict[str, dict[str, jax.Array]]:
-        found: dict[str, dict[str, jax.Array]] = {}
-        own = Group((plan.fields["item"],))
-        local = jnp.asarray(catalogue.row)[item_ids][:, None]
-        for stack, address in addresses(own, local).items():
-            found.setdefault(stack, {})["item"] = address[:, 0]
-        if plan.item.fields:
-            feature_ids = jnp.asarray(catalogue.ids)[item_ids]
-            for stack, address in addresses(plan.item, feature_ids).items():
-                found.setdefault(stack, {})["item_features"] = address
-        return found
+        return find_items(plan, item_ids, catalogue)
 
     def lookups(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Lookups:
-        found: dict[str, dict[str, jax.Array]] = {}
-        events = jnp.asarray(batch.events.get("item", np.zeros((batch.user.shape[0], 0), np.int32)))
-        candidate = jnp.asarray(batch.candidate)
-        negatives = jnp.zeros((0,), jnp.int32)
-        if key is not None and plan.has_items:
-            negatives = sample_negatives(catalogue, experiment.train.negatives, key)
-        item_ids = jnp.zeros((0,), jnp.int32)
-        index = (events, candidate, negatives)
-        if plan.has_items:
-            if plan.fields["item"].stack == "dense":  # every row is touched anyway
-                item_ids = jnp.arange(catalogue.row.shape[0], dtype=jnp.int32)
-            else:
-                item_ids = jnp.concatenate([a.reshape(-1) for a in index])
-                ends = np.cumsum([a.size for a in index])
-                index = tuple(
-                    jnp.arange(end - a.size, end, dtype=jnp.int32).reshape(a.shape)
-                    for a, end in zip(index, ends, strict=True)
-                )  # type: ignore[assignment]
-            found = item_lookups(item_ids, catalogue)
-        if plan.context.fields:
-            for stack, address in addresses(
-                plan.context, jnp.asarray(batch.context["ids"])
-            ).items():
-                found.setdefault(stack, {})["context"] = address
-        if plan.history.fields and plan.has_events:
-            for stack, address in addresses(plan.history, history_ids(plan, batch)).items():
-                found.setdefault(stack, {})["history"] = address
-        return Lookups(found, item_ids, index[0], index[1], negatives, index[2])
+        return find_rows(plan, batch, catalogue, experiment.train.negatives, key)
 
     def items(params: PyTree, rows: Rows, catalogue: Catalogue, item_ids: Array) -> jax.Array:
         if not plan.has_items:
@@ -162,14 +127,6 @@ def gather_rows(
         stack: {role: gather(stacks[stack], address) for role, address in by_role.items()}
         for stack, by_role in found.items()
     }
-
-
-def sample_negatives(catalogue: Catalogue, count: int, key: jax.Array) -> jax.Array:
-    """`count` item ids drawn with replacement from the catalogue's sampling distribution."""
-    cumulative = jnp.asarray(catalogue.cumulative)
-    uniform = jax.random.uniform(key, (count,), cumulative.dtype)
-    found = jnp.searchsorted(cumulative, uniform, side="right")
-    return jnp.clip(found, FIRST, cumulative.shape[0] - 1).astype(jnp.int32)
 
 
 def make_catalogue(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -19,15 +19,15 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
-from mtrec_jax.evaluation.inference import load_catalogue, make_inference
+from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_inference
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, claim
-from mtrec_jax.train.step import make_step
-from mtrec_jax.types import TrainState
+from mtrec_jax.train.step import Step, make_step
+from mtrec_jax.types import Catalogue, TrainState
 
 STEPS_IN_FLIGHT = 4  # more un-awaited collectives than a few can starve virtual CPU devices
 STOPPED_BY: dict[int, int] = {
@@ -74,60 +74,106 @@ def train(
         )
     claim(folder, experiment, prepared)
     started = time.perf_counter()
-    mesh = make_mesh(experiment.train.mesh)
-    check_batch_size(experiment.train.batch_size, mesh)
-    source, total, every = _schedule(experiment, prepared)
-    batches = training_batches(source)
-    model = make_model(experiment, prepared.manifest)
-    step = make_step(experiment, prepared.manifest, model, mesh, total, optimizer)
-    catalogue = replicate(load_catalogue(prepared, experiment), mesh)
-    inference = make_inference(model, catalogue)
-    task, metric, larger = select_metric(experiment)
-    state = step.init(jax.random.key(experiment.train.seed, impl="rbg"))
-    records = Records(folder / "metrics.jsonl")
+    job = _make_job(experiment, prepared, folder, optimizer)
+    state = job.step.init(jax.random.key(experiment.train.seed, impl="rbg"))
     meta: dict[str, Any] = {"threads": os.cpu_count(), "best": None, "stale": 0, "done": False}
+    _, _, larger = select_metric(experiment)
     with checkpoint.open_manager(folder / "checkpoints", larger) as manager:
         latest = manager.latest_step()
         if latest is not None:
-            state, meta = checkpoint.restore(manager, latest, state, batches)
+            state, meta = checkpoint.restore(manager, latest, state, job.batches)
         number = int(state.step)
-        bar = Progress(total, number, show_progress, experiment.name)
-        if number >= total or meta["done"]:
+        bar = Progress(job.total, number, show_progress, experiment.name)
+        if number >= job.total or meta["done"]:
             bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
             return Run(folder, experiment, prepared)
-        records.truncate(meta.get("bytes", 0))
-
-        def save(selected: float | None) -> None:
-            meta["bytes"] = records.size()
-            checkpoint.save(manager, state, batches, meta, selected)
-
+        job.records.truncate(meta.get("bytes", 0))
         with _stop_signals() as stopped, bar:
-            while number < total and not meta["done"]:
-                batch = put_batch(next(batches), mesh)
-                state = step.update(state, batch, catalogue)
-                number += 1
-                if number % STEPS_IN_FLIGHT == 0:
-                    jax.block_until_ready(state.step)
-                bar.advance(number, records.last_losses)
-                if number % experiment.train.log_every == 0 or number == total:
-                    state = _log_losses(records, state, number)
-                evaluated = None
-                if number % every == 0 or number == total:
-                    bar.say("evaluating")
-                    evaluated = _evaluate(
-                        experiment, prepared, inference, state, records, number, f"{task}/{metric}"
-                    )
-                    _judge(meta, evaluated, larger, experiment.train.patience)
-                    bar.evaluated(f"{task}/{metric}", evaluated, meta["best"])
-                keep_every = experiment.train.checkpoint_every
-                if evaluated is not None or (keep_every and number % keep_every == 0):
-                    save(evaluated)
-                if stopped and number < total and not meta["done"]:
-                    if manager.latest_step() != number:
-                        save(None)
-                    raise _stopped_at(number, total, folder, stopped[0])
-        records.add_timing(number, "seconds", time.perf_counter() - started)
+            number = _run_steps(job, manager, bar, state, meta, stopped)
+        job.records.add_timing(number, "seconds", time.perf_counter() - started)
     return Run(folder, experiment, prepared)
+
+
+class _Job(NamedTuple):
+    """What a run is made of; built once, before its first step."""
+
+    experiment: Experiment
+    prepared: Prepared
+    folder: Path
+    mesh: jax.sharding.Mesh
+    total: int  # steps in all
+    every: int  # steps between evaluations
+    batches: Any  # the training iterator
+    step: Step
+    catalogue: Catalogue
+    inference: Inference
+    records: Records
+
+
+def _make_job(
+    experiment: Experiment,
+    prepared: Prepared,
+    folder: Path,
+    optimizer: optax.GradientTransformation | None,
+) -> _Job:
+    mesh = make_mesh(experiment.train.mesh)
+    check_batch_size(experiment.train.batch_size, mesh)
+    source, total, every = _schedule(experiment, prepared)
+    model = make_model(experiment, prepared.manifest)
+    catalogue = replicate(load_catalogue(prepared, experiment), mesh)
+    return _Job(
+        experiment=experiment,
+        prepared=prepared,
+        folder=folder,
+        mesh=mesh,
+        total=total,
+        every=every,
+        batches=training_batches(source),
+        step=make_step(experiment, prepared.manifest, model, mesh, total, optimizer),
+        catalogue=catalogue,
+        inference=make_inference(model, catalogue),
+        records=Records(folder / "metrics.jsonl"),
+    )
+
+
+def _run_steps(
+    job: _Job,
+    manager: Any,
+    bar: Progress,
+    state: TrainState,
+    meta: dict[str, Any],
+    stopped: list[int],
+) -> int:
+    """Step, record, evaluate and save until the end, early stopping or a signal."""
+    config, number = job.experiment.train, int(state.step)
+    task, metric, larger = select_metric(job.experiment)
+
+    def save(selected: float | None) -> None:
+        meta["bytes"] = job.records.size()
+        checkpoint.save(manager, state, job.batches, meta, selected)
+
+    while number < job.total and not meta["done"]:
+        state = job.step.update(state, put_batch(next(job.batches), job.mesh), job.catalogue)
+        number += 1
+        if number % STEPS_IN_FLIGHT == 0:
+            jax.block_until_ready(state.step)
+        bar.advance(number, job.records.last_losses)
+        if number % config.log_every == 0 or number == job.total:
+            state = _log_losses(job.records, state, number)
+        evaluated = None
+        if number % job.every == 0 or number == job.total:
+            bar.say("evaluating")
+            evaluated = _evaluate(job, state, number, task, metric)
+            _judge(meta, evaluated, larger, config.patience)
+            bar.evaluated(f"{task}/{metric}", evaluated, meta["best"])
+        on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
+        if evaluated is not None or on_schedule:
+            save(evaluated)
+        if stopped and number < job.total and not meta["done"]:
+            if manager.latest_step() != number:
+                save(None)
+            raise _stopped_at(number, job.total, job.folder, stopped[0])
+    return number
 
 
 def _stopped_at(number: int, total: int, folder: Path, by: int) -> Stopped:
@@ -160,25 +206,15 @@ def _log_losses(records: Records, state: TrainState, number: int) -> TrainState:
     return state._replace(sums=placed)
 
 
-def _evaluate(
-    experiment: Experiment,
-    prepared: Prepared,
-    inference: Any,
-    state: TrainState,
-    records: Records,
-    number: int,
-    selected: str,
-) -> float:
+def _evaluate(job: _Job, state: TrainState, number: int, task: str, metric: str) -> float:
     """Record all validation metrics; return the one that selects."""
     started = time.perf_counter()
-    found = evaluate(
-        experiment, prepared, inference, state.params, state.tables, "validation", full=False
-    )
-    for task, metrics in found.tasks.items():
-        for metric, value in metrics.items():
-            records.add(number, "validation", task, metric, value)
-    records.add_timing(number, "evaluation seconds", time.perf_counter() - started)
-    task, _, metric = selected.partition("/")
+    parts = job.experiment, job.prepared, job.inference, state.params, state.tables
+    found = evaluate(*parts, "validation", full=False)
+    for name, metrics in found.tasks.items():
+        for which, value in metrics.items():
+            job.records.add(number, "validation", name, which, value)
+    job.records.add_timing(number, "evaluation seconds", time.perf_counter() - started)
     return found.tasks[task][metric]
 
 

@@ -56,10 +56,7 @@ def make_step(
     )
     rows_rule = lazy_adam() if config.row_optimizer == "lazy_adam" else rowwise_adagrad()
     names = loss_names(experiment)
-    initial = jnp.array(
-        [experiment.tasks[n].weight if n in experiment.tasks else 1.0 for n in names],
-        jnp.dtype(config.precision),
-    )
+    initial = _initial_weights(experiment)
     balancer = {"static": static, "uncertainty": uncertainty}[config.balance](initial)
 
     def init(key: jax.Array) -> TrainState:
@@ -226,6 +223,13 @@ def _listwise_loss(
     logits = jnp.where(again, -jnp.inf, outputs.fused)
     losses = jax.nn.logsumexp(logits, axis=1) - logits[:, 0]
     return jnp.sum(losses * weight), jnp.sum(weight)
+
+
+def _initial_weights(experiment: Experiment) -> jax.Array:
+    """Declared weight of each loss, 1 for the fusion: [T]."""
+    names = loss_names(experiment)
+    declared = [experiment.tasks[n].weight if n in experiment.tasks else 1.0 for n in names]
+    return jnp.array(declared, jnp.dtype(experiment.train.precision))
 
 
 def loss_names(experiment: Experiment) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtrec_jax.nn.model import Model, gather_rows, make_catalogue, make_model, sample_negatives
+from mtrec_jax.nn.lookups import sample_negatives
+from mtrec_jax.nn.model import Model, gather_rows, make_catalogue, make_model
 from mtrec_jax.nn.network import make_plan
 from mtrec_jax.types import FIRST, UNKNOWN, Batch, Outputs, PyTree, UserStates
 from tests import tiny

@@ -9,7 +9,8 @@ import pytest
 
 from mtrec_jax.config import Task
 from mtrec_jax.data.dataset import TaskField
-from mtrec_jax.nn.model import make_catalogue, sample_negatives
+from mtrec_jax.nn.lookups import sample_negatives
+from mtrec_jax.nn.model import make_catalogue
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
 from mtrec_jax.types import FIRST, Catalogue
 

@@ -1,0 +1,71 @@
+"""Which table rows a batch touches, and the sampling of negatives."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtrec_jax.nn.embedding import Group, addresses
+from mtrec_jax.nn.network import Plan, history_ids
+from mtrec_jax.types import FIRST, Array, Batch, Catalogue, Lookups
+
+
+def find_items(
+    plan: Plan, item_ids: Array, catalogue: Catalogue
+) -> dict[str, dict[str, jax.Array]]:
+    """Addresses of items' own rows [U] and of their features [U, M], by stack and role."""
+    found: dict[str, dict[str, jax.Array]] = {}
+    own = Group((plan.fields["item"],))
+    local = jnp.asarray(catalogue.row)[item_ids][:, None]
+    for stack, address in addresses(own, local).items():
+        found.setdefault(stack, {})["item"] = address[:, 0]
+    if plan.item.fields:
+        feature_ids = jnp.asarray(catalogue.ids)[item_ids]
+        for stack, address in addresses(plan.item, feature_ids).items():
+            found.setdefault(stack, {})["item_features"] = address
+    return found
+
+
+def find_rows(
+    plan: Plan, batch: Batch, catalogue: Catalogue, negatives_wanted: int, key: jax.Array | None
+) -> Lookups:
+    """All rows that a batch touches; with a key, shared negatives are sampled as well.
+
+    Where items have a dense table every item is listed once, since every row is updated anyway;
+    where it is sparse, each place of the batch lists its own.
+    """
+    found: dict[str, dict[str, jax.Array]] = {}
+    events = jnp.asarray(batch.events.get("item", np.zeros((batch.user.shape[0], 0), np.int32)))
+    candidate = jnp.asarray(batch.candidate)
+    negatives = jnp.zeros((0,), jnp.int32)
+    if key is not None and plan.has_items:
+        negatives = sample_negatives(catalogue, negatives_wanted, key)
+    item_ids = jnp.zeros((0,), jnp.int32)
+    index = (events, candidate, negatives)
+    if plan.has_items:
+        if plan.fields["item"].stack == "dense":
+            item_ids = jnp.arange(catalogue.row.shape[0], dtype=jnp.int32)
+        else:
+            item_ids = jnp.concatenate([a.reshape(-1) for a in index])
+            ends = np.cumsum([a.size for a in index])
+            index = tuple(
+                jnp.arange(end - a.size, end, dtype=jnp.int32).reshape(a.shape)
+                for a, end in zip(index, ends, strict=True)
+            )  # type: ignore[assignment]
+        found = find_items(plan, item_ids, catalogue)
+    if plan.context.fields:
+        for stack, address in addresses(plan.context, jnp.asarray(batch.context["ids"])).items():
+            found.setdefault(stack, {})["context"] = address
+    if plan.history.fields and plan.has_events:
+        for stack, address in addresses(plan.history, history_ids(plan, batch)).items():
+            found.setdefault(stack, {})["history"] = address
+    return Lookups(found, item_ids, index[0], index[1], negatives, index[2])
+
+
+def sample_negatives(catalogue: Catalogue, count: int, key: jax.Array) -> jax.Array:
+    """`count` item ids drawn with replacement from the catalogue's sampling distribution."""
+    cumulative = jnp.asarray(catalogue.cumulative)
+    uniform = jax.random.uniform(key, (count,), cumulative.dtype)
+    found = jnp.searchsorted(cumulative, uniform, side="right")
+    return jnp.clip(found, FIRST, cumulative.shape[0] - 1).astype(jnp.int32)
