@@ -51,9 +51,7 @@ def make_step(
     """
     config = experiment.train
     dense = optimizer or dense_optimizer(config, total_steps)
-    row_schedule = learning_rate(
-        config, config.row_learning_rate or config.learning_rate, total_steps
-    )
+    row_schedule = learning_rate(config, config.row_learning_rate, total_steps)
     rows_rule = lazy_adam() if config.row_optimizer == "lazy_adam" else rowwise_adagrad()
     names = loss_names(experiment)
     initial = _initial_weights(experiment)
@@ -240,7 +238,8 @@ def loss_names(experiment: Experiment) -> tuple[str, ...]:
 
 
 def learning_rate(config: Train, peak: float, total_steps: int) -> optax.Schedule:
-    """The configured schedule with a linear warm-up before it."""
+    """The configured schedule with a linear warm-up before it; peak 0: the dense parameters'."""
+    peak = peak or config.learning_rate
     after = max(1, total_steps - config.warmup_steps)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, after)
