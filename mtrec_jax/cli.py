@@ -54,16 +54,23 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; defau
 def data(
     name: Annotated[str, typer.Argument(help="shop, ml-1m, ml-100k, census-income, or list.")],
     to: Annotated[Path, typer.Option(help="Folder that receives NAME/.")] = Path("data"),
-    seed: Annotated[int, typer.Option(help="Of the generated shop.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the generated shop; default 0.")
+    ] = None,
 ) -> None:
     """Fetch a public data set by its hash and print its terms, or generate the shop's logs."""
     from mtrec_jax.data import public
 
+    if seed is not None and name != "shop":
+        raise typer.BadParameter(f"--seed is for the generated shop, not for {name}: remove it")
     if name == "list":
         for known in public.PUBLIC.values():
             typer.echo(f"{known.name:16} {known.title}. {known.terms}")
         return
-    _fetch(name, to, seed)
+    if name == "shop":
+        _generate_shop(to / "shop", seed or 0)
+    else:
+        _fetch(name, to)
 
 
 @app.command()
@@ -144,8 +151,12 @@ def recommend(
     k: Annotated[int, typer.Option("--k", min=1, help="Items a user.")] = 10,
     all_users: Annotated[bool, typer.Option("--all-users", help="Every user in the data.")] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv, .jsonl or .parquet file.")] = None,
-    blocked: Annotated[list[str] | None, typer.Option(help="Item ids never to show.")] = None,
-    allowed: Annotated[list[str] | None, typer.Option(help="Item ids to choose from.")] = None,
+    blocked: Annotated[
+        list[str] | None, typer.Option(help="Item id never to show; repeat it.")
+    ] = None,
+    allowed: Annotated[
+        list[str] | None, typer.Option(help="Item id to choose from; repeat it.")
+    ] = None,
     prepared: MovedFolder = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
@@ -153,6 +164,11 @@ def recommend(
     from mtrec_jax.result import save_tables
     from mtrec_jax.train.run import open_run
 
+    if more_users and (not users or blocked or allowed):
+        raise typer.BadParameter(
+            f"unexpected {' '.join(more_users)}: repeat the option for each id, as in "
+            "--users u1 --users u2 --blocked i1 --blocked i2"
+        )
     chosen = [*(users or []), *(more_users or [])]
     if bool(chosen) == all_users:
         raise typer.BadParameter("name --users, or ask for --all-users (with --out FILE)")
@@ -161,7 +177,8 @@ def recommend(
     recommender = Recommender(open_run(run, prepared))
     if all_users:
         assert out is not None
-        rows = save_tables(_progress(recommender.recommend_all(k), recommender), out)
+        tables = recommender.recommend_all(k, allowed=allowed, blocked=blocked or ())
+        rows = save_tables(_progress(tables, recommender), out)
         typer.echo(f"{rows:,} recommendations in {out}", err=True)
         return
     result = recommender.recommend(chosen, k, allowed=allowed, blocked=blocked or ())
@@ -186,8 +203,16 @@ def run(
     from mtrec_jax.experiments import load_experiment
 
     experiment = load_experiment(config, overrides or [])
-    if experiment.data.public:
-        _fetch(experiment.data.public, data, 0)
+    if experiment.data.public == "shop" and (data / "shop" / "events.csv").exists():
+        typer.echo(
+            f"shop in {data / 'shop'} is there already and stays as it is; "
+            f"`mtrec data shop --to {data}` generates it anew",
+            err=True,
+        )
+    elif experiment.data.public == "shop":
+        _generate_shop(data / "shop", 0)
+    elif experiment.data.public:
+        _fetch(experiment.data.public, data)
     opened = _prepare(experiment, data, prepared or Path("prepared") / experiment.name)
     _evaluate(_train(experiment, opened, run or Path("runs") / experiment.name), "validation")
 
@@ -206,20 +231,24 @@ def main() -> None:
         sys.exit(130)
 
 
-def _fetch(name: str, to: Path, seed: int) -> None:
-    from mtrec_jax.data import public, shop
+def _generate_shop(folder: Path, seed: int) -> None:
+    from mtrec_jax.data import shop
 
-    if name == "shop":
-        truth = shop.generate(to / "shop", seed=seed)
-        best = ", ".join(
-            f"{task} {metric} {value:.4f}"
-            for task, metrics in truth["best"].items()
-            for metric, value in metrics.items()
-        )
-        typer.echo(
-            f"shop in {to / 'shop'} (generated, seed {seed}). Best possible: {best}", err=True
-        )
+    if shop.is_generated(folder, seed):
+        typer.echo(f"shop in {folder} is there already (generated, seed {seed})", err=True)
         return
+    truth = shop.generate(folder, seed=seed)
+    best = ", ".join(
+        f"{task} {metric} {value:.4f}"
+        for task, metrics in truth["best"].items()
+        for metric, value in metrics.items()
+    )
+    typer.echo(f"shop in {folder} (generated, seed {seed}). Best possible: {best}", err=True)
+
+
+def _fetch(name: str, to: Path) -> None:
+    from mtrec_jax.data import public
+
     with _download_bar() as bar:
         task = bar.add_task(f"fetch {name}", total=None)
         folder = public.fetch(
@@ -289,8 +318,9 @@ def _print_recommendations(result: Any) -> None:
     for user in dict.fromkeys(result["user"]):
         places = [i for i, u in enumerate(result["user"]) if u == user]
         table = result.table.take(places).drop_columns(["user", "known"])
-        if table["item"] == table["title"]:
+        if max(map(len, result["item"])) > 16:  # long ids crowd out the titles; files have them
             table = table.drop_columns(["item"])
+        table = table.rename_columns([n.replace("weight ", "w. ") for n in table.column_names])
         note = "" if result["known"][places[0]] else "  (unknown user: the most popular items)"
         console.print(Text.assemble((user, "bold"), note))
         console.print(type(result)(table).rich())

@@ -205,8 +205,7 @@ class Experiment:
     published: tuple[Published, ...] = ()
 
 
-MAIN_METRIC = {
-    "retrieval": "ndcg@10",
+MAIN_METRIC = {  # of retrieval: ndcg at the first k
     "binary": "auc",
     "regression": "rmse",
     "multiclass": "accuracy",
@@ -239,9 +238,8 @@ def select_metric(experiment: Experiment) -> tuple[str, str, bool]:
         task, _, metric = experiment.select.metric.partition("/")
     else:
         task = next(iter(experiment.tasks))
-        metric = MAIN_METRIC[experiment.tasks[task].kind]
-        if experiment.tasks[task].kind == "retrieval":
-            metric = f"ndcg@{experiment.evaluate.ks[0]}"
+        at_first_k = f"ndcg@{experiment.evaluate.ks[0]}"
+        metric = MAIN_METRIC.get(experiment.tasks[task].kind, at_first_k)
     return task, metric, metric not in LOWER_IS_BETTER
 
 

@@ -29,6 +29,9 @@ from mtrec_jax.config import (
 )
 from mtrec_jax.errors import ConfigError, nearest
 
+# columns of the results and names of losses and orders, which a task of that name would overwrite
+RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion")
+
 
 def built_in_names() -> list[str]:
     """Names of the experiments that come with the package.
@@ -113,21 +116,64 @@ def check(experiment: Experiment) -> None:
             problems.append("model.encoder: 'none' is the one for data.kind = 'rows'")
         if e.split.kind in ("leave_one_out",) or (e.split.kind == "time" and not e.data.time):
             problems.append("split.kind: 'random' or 'files' are the ones for rows without time")
+        if not e.data.item and not any(f.on == "context" for f in e.features.values()):
+            problems.append(
+                "features: rows need one with on = 'context'; without it all rows look the same"
+            )
     if e.split.kind == "files" and not e.split.test_files:
         problems.append("split.test_files: needed when split.kind = 'files'")
     if e.data.kind == "sequences" and e.split.kind in ("random", "files"):
         problems.append("split.kind: 'leave_one_out' or 'time' are the ones for sequences")
     if not 0 < e.split.validation < 1 or not 0 <= e.split.test < 1:
         problems.append("split.validation, split.test: fractions between 0 and 1")
-    problems += _check_tasks(e) + _check_numbers(e)
+    problems += _check_encoder(e) + _check_tasks(e) + _check_fusion(e) + _check_numbers(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _check_encoder(e: Experiment) -> list[str]:
+    if e.model.encoder != "none" or e.data.kind != "sequences":
+        return []
+    problems = [
+        f"features.{name}.on: with model.encoder = 'none' nothing would read the history; remove "
+        "the feature, or use model.encoder = 'transformer'"
+        for name, feature in e.features.items()
+        if feature.on == "history"
+    ]
+    if not any(feature.on == "context" for feature in e.features.values()):
+        problems.append(
+            "model.encoder: with 'none' and no feature on = 'context' every user would be the "
+            "same; add such a feature, or use 'transformer'"
+        )
+    return problems
+
+
+def _check_fusion(e: Experiment) -> list[str]:
+    problems, worths = [], e.model.fusion_objective
+    for name, worth in worths.items():
+        key = f"model.fusion_objective.{name}"
+        if name not in e.tasks:
+            problems.append(f"{key}: there is no such task.{nearest(name, e.tasks)}")
+        elif e.tasks[name].kind not in ("retrieval", "binary"):
+            problems.append(f"{key}: a retrieval or binary task is needed")
+        if not 0 <= worth < float("inf"):
+            problems.append(f"{key}: must be a number of 0 or more, not {worth}")
+    if worths and not any(worths.values()):
+        problems.append("model.fusion_objective: at least one worth must be above 0")
+    return problems
 
 
 def _check_tasks(e: Experiment) -> list[str]:
     problems = []
     binary = [n for n, t in e.tasks.items() if t.kind == "binary"]
     for name, task in e.tasks.items():
+        if name in RESERVED:
+            problems.append(
+                f"tasks.{name}: the results use this name themselves; rename the task and set "
+                f"column = '{task.column or name}'"
+            )
+        if task.reference and task.kind not in ("binary", "regression"):
+            problems.append(f"tasks.{name}.reference: for binary and regression tasks; remove it")
         if task.where and task.where not in binary:
             hint = nearest(task.where, binary)
             problems.append(f"tasks.{name}.where: '{task.where}' is no binary task.{hint}")
@@ -139,12 +185,6 @@ def _check_tasks(e: Experiment) -> list[str]:
             problems.append(f"tasks.{name}: at_least and equals are for binary tasks")
     if sum(t.kind == "retrieval" for t in e.tasks.values()) > 1:
         problems.append("tasks: one retrieval task at most")
-    for name in e.model.fusion_objective:
-        if name not in e.tasks:
-            hint = nearest(name, e.tasks)
-            problems.append(f"model.fusion_objective.{name}: there is no such task.{hint}")
-        elif e.tasks[name].kind not in ("retrieval", "binary"):
-            problems.append(f"model.fusion_objective.{name}: a retrieval or binary task is needed")
     if not problems and e.tasks and e.evaluate.ks:
         task_name, metric, _ = select_metric(e)
         if task_name not in e.tasks:
@@ -173,13 +213,11 @@ def _check_numbers(e: Experiment) -> list[str]:
     problems = []
     if (e.train.epochs > 0) == (e.train.steps > 0):
         problems.append("train.epochs, train.steps: exactly one must be above 0")
-    if e.model.width % e.model.heads:
+    if e.model.heads > 0 and e.model.width % e.model.heads:
         problems.append("model.width: a multiple of model.heads")
     positive = {
-        "data.history_length": e.data.history_length,
         "model.width": e.model.width,
         "model.heads": e.model.heads,
-        "model.experts": e.model.experts,
         "model.temperature": e.model.temperature,
         "train.batch_size": e.train.batch_size,
         "train.learning_rate": e.train.learning_rate,
@@ -190,6 +228,33 @@ def _check_numbers(e: Experiment) -> list[str]:
     }
     problems += [
         f"{key}: must be above 0, not {value}" for key, value in positive.items() if value <= 0
+    ]
+    bounded: list[tuple[str, float, int]] = [
+        ("data.history_length", e.data.history_length, 1),
+        ("data.positions", e.data.positions, 0),
+        ("data.seed", e.data.seed, 0),
+        ("clean.min_user_events", e.clean.min_user_events, 0),
+        ("clean.min_item_events", e.clean.min_item_events, 0),
+        ("clean.max_bad_fraction", e.clean.max_bad_fraction, 0),
+        ("split.seed", e.split.seed, 0),
+        ("model.layers", e.model.layers, 1 if e.model.encoder == "transformer" else 0),
+        ("model.experts", e.model.experts, 1),
+        ("model.task_experts", e.model.task_experts, 1),
+        ("train.epochs", e.train.epochs, 0),
+        ("train.steps", e.train.steps, 0),
+        ("train.seed", e.train.seed, 0),
+        ("train.warmup_steps", e.train.warmup_steps, 0),
+        ("train.evaluate_every", e.train.evaluate_every, 0),
+        ("train.checkpoint_every", e.train.checkpoint_every, 0),
+        ("train.patience", e.train.patience, 0),
+        ("train.mesh", min(e.train.mesh), 0),
+        ("evaluate.neighbours", e.evaluate.neighbours, 1),
+        ("evaluate.bootstrap", e.evaluate.bootstrap, 0),
+    ]
+    problems += [
+        f"{key}: must be {least} or more, not {value}"
+        for key, value, least in bounded
+        if not value >= least
     ]
     for key, sizes in (
         ("expert_hidden", e.model.expert_hidden),

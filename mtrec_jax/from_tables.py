@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.recommender import Recommender
-from mtrec_jax.train.loop import train
+from mtrec_jax.train.loop import Stopped, train
 
 
 def fit(
@@ -48,16 +49,29 @@ def fit(
 
     Raises:
       ConfigError, DataError: as `load_experiment`, `prepare` and `train`.
+      Stopped: SIGINT or SIGTERM arrived; with `folder` the state is saved, otherwise nothing is.
     """
+    experiment = _experiment_of(user, item, time, tasks, title, features, settings)
     temporary = tempfile.TemporaryDirectory(prefix="mtrec-") if folder is None else None
     place = Path(temporary.name if temporary else str(folder))
-    experiment = _experiment_of(user, item, time, tasks, title, features, settings)
     tables = {"events": events, "items": items, "users": users}
     tables = {name: table for name, table in tables.items() if table is not None}
-    prepared = prepare(experiment, None, place / "prepared", tables=tables)
-    recommender = Recommender(
-        train(experiment, prepared, place / "run", show_progress=show_progress)
-    )
+    try:
+        prepared = prepare(experiment, None, place / "prepared", tables=tables)
+        recommender = Recommender(
+            train(experiment, prepared, place / "run", show_progress=show_progress)
+        )
+    except BaseException as error:
+        if temporary:
+            temporary.cleanup()
+            if isinstance(error, Stopped):
+                stopped = str(error).partition(";")[0]
+                raise Stopped(
+                    f"{stopped}; its folder was temporary and is removed. Pass folder= to keep "
+                    "and continue a run",
+                    error.status,
+                ) from None
+        raise
     if temporary:
         weakref.finalize(recommender, temporary.cleanup)
     return recommender
@@ -74,14 +88,7 @@ def _experiment_of(
 ) -> Experiment:
     declared = {n: {"kind": t} if isinstance(t, str) else dict(t) for n, t in tasks.items()}
     if features is None:
-        features = {
-            t.get("column", name): {
-                "on": "history",
-                "kind": "categorical" if t["kind"] == "multiclass" or "equals" in t else "binned",
-            }
-            for name, t in declared.items()
-            if t.get("kind") not in (None, "retrieval")
-        }
+        features = _past_labels(declared)
     values: dict[str, Any] = {
         "name": "fit",
         "data": {"user": user, "item": item, "time": time, "title": title},
@@ -94,3 +101,19 @@ def _experiment_of(
         if "steps" in keys and section == "train" and "epochs" not in keys:
             values[section]["epochs"] = 0
     return parse_experiment(values, where="fit")
+
+
+def _past_labels(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """A history feature for each label column; its name is the column's, made a valid name."""
+    kinds = {}
+    for name, task in tasks.items():
+        if task.get("kind") not in (None, "retrieval"):
+            numbers = task["kind"] == "regression" or "at_least" in task
+            kinds[str(task.get("column") or name)] = "binned" if numbers else "categorical"
+    features: dict[str, dict[str, str]] = {}
+    for column, kind in kinds.items():
+        name = re.sub(r"[^\w.-]|^\.", "_", column)
+        while name == "item" or (name != column and name in kinds) or name in features:
+            name += "_"
+        features[name] = {"on": "history", "kind": kind, "column": column}
+    return features

@@ -14,7 +14,7 @@ from mtrec_jax.data.prepare import encode_rows, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.inference import pad_rows, predictions, prepared_inference
 from mtrec_jax.kernels import cosine_topk
-from mtrec_jax.requests import BATCH, Encoder, History, Requests
+from mtrec_jax.requests import BATCH, Encoder, History, Requests, raw_texts
 from mtrec_jax.result import Result
 from mtrec_jax.train.run import Run, load_best, open_run
 from mtrec_jax.types import FIRST, Outputs, UserStates
@@ -84,9 +84,9 @@ class Recommender:
         Raises:
           ConfigError: the run has no retrieval task.
           DataError: k is below 1 or above the catalogue; unknown item ids in the filters or the
-            histories; unknown users with on_unknown="error".
+            histories; unknown users with on_unknown="error"; a text instead of a list of ids.
         """
-        users = [str(u) for u in users]
+        users = raw_texts("users", users)
         subset = self._admissible(k, allowed, blocked)
         if histories is not None and len(histories) != len(users):
             raise DataError(f"histories: {len(histories)} given for {len(users)} users")
@@ -101,15 +101,20 @@ class Recommender:
             tables = [self._recommend_batch([], k, None, subset, exclude_seen)]
         return Result(pa.concat_tables(tables))
 
-    def recommend_all(self, k: int = 10) -> Iterator[pa.Table]:
+    def recommend_all(
+        self, k: int = 10, *, allowed: Iterable[Any] | None = None, blocked: Iterable[Any] = ()
+    ) -> Iterator[pa.Table]:
         """`recommend` for every user in the data, a table per few hundred users."""
         users = self.prepared.user_names
-        subset = self._admissible(k, None, ())
+        subset = self._admissible(k, allowed, blocked)
         for start in range(0, len(users), BATCH):
             yield self._recommend_batch(users[start : start + BATCH], k, None, subset, True)
 
     def predict(self, users: Iterable[Any], items: Iterable[Any]) -> Result:
         """Every task's prediction for (user, item) pairs, given the users' stored histories.
+
+        Stored histories hold every event of the log. A prediction for a pair that is in the log
+        therefore knows its outcome: it says nothing of the model's quality, `evaluate` does.
 
         Args:
           users, items: raw ids, equally many.
@@ -121,11 +126,11 @@ class Recommender:
 
         Raises:
           ConfigError: the run was trained on rows, use `predict_rows`.
-          DataError: different lengths.
+          DataError: different lengths, or a text instead of a list of ids.
         """
         if self.prepared.manifest.kind != "sequences":
             raise ConfigError("this run predicts rows, not (user, item) pairs: use predict_rows")
-        users, items = [str(u) for u in users], [str(i) for i in items]
+        users, items = raw_texts("users", users), raw_texts("items", items)
         if len(users) != len(items):
             raise DataError(f"predict: {len(users)} users and {len(items)} items; give pairs")
         tables = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +64,8 @@ class Encoder:
             seen.append(past["item"])
         lengths = np.cumsum([0, *(len(s) for s in seen)])
         values = np.concatenate([np.zeros(0, np.int32), *seen])
-        columns = [
-            c for c in ("context_ids", "context_numbers") if c in self.prepared.users.column_names
-        ]
         arrays = {}
-        for name, array in to_arrays(self.prepared.users.select(columns)).items():
+        for name, array in self._contexts.items():
             chosen = array[np.maximum(ids - FIRST, 0)] if n else array[:0]
             arrays[name] = np.where(known[:, None], chosen, np.zeros((), array.dtype))
         batch = self._batch(arrays, events, cutoff, ids)
@@ -83,13 +81,13 @@ class Encoder:
         """Ids [n] of raw item ids.
 
         Raises:
-          DataError: an item is not in the catalogue.
+          DataError: an item is not in the catalogue, or `items` is a text.
         """
         found = []
-        for raw in items:
-            item = self.prepared.item_ids.get(_text(raw))
+        for raw in raw_texts("items", items):
+            item = self.prepared.item_ids.get(raw)
             if item is None:
-                hint = nearest(_text(raw), list(self.prepared.item_ids)[:20_000])
+                hint = nearest(raw, list(self.prepared.item_ids)[:20_000])
                 raise DataError(
                     f"item {raw!r} is not in the catalogue of {self.prepared.folder}.{hint}"
                 )
@@ -129,7 +127,7 @@ class Encoder:
         past = {"item": self.item_ids(columns["item"]).astype(np.int32)}
         for name in fields[1:]:
             values = columns.get(name, [None] * len(past["item"]))
-            cells = pa.array([None if v is None else _text(v) for v in values], pa.string())
+            cells = pa.array([None if v is None else raw_text(v) for v in values], pa.string())
             past[name] = features.encode(self._feature(name), cells)[:, 0].astype(np.int32)
             if len(past[name]) != len(past["item"]):
                 raise DataError(
@@ -146,14 +144,39 @@ class Encoder:
             self._features[name] = Encoding(name, declared, values, counts)
         return self._features[name]
 
+    @functools.cached_property
+    def _contexts(self) -> dict[str, np.ndarray]:
+        """Context features of all users."""
+        users = self.prepared.users
+        names = [n for n in ("context_ids", "context_numbers") if n in users.column_names]
+        return to_arrays(users.select(names))
+
     def _list(self, column: str) -> Lists:
         if column not in self._lists:
             self._lists[column] = self.prepared.user_lists(column)
         return self._lists[column]
 
 
-def _text(value: Any) -> str:
-    """A value as preparation reads it from a table: whole numbers have no ".0"."""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
+def raw_text(value: Any) -> str:
+    """A value as preparation reads it from a table: trimmed, whole floats have no ".0".
+
+    >>> [raw_text(value) for value in (7, 7.0, 7.5, True, " u7 ")]
+    ['7', '7', '7.5', 'true', 'u7']
+    """
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        if number.is_integer() and abs(number) < 1e15:
+            return str(int(number))
+    text = str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
+    return text.strip(" \t\n\r\v\f")
+
+
+def raw_texts(name: str, values: Iterable[Any]) -> list[str]:
+    """`raw_text` of each value.
+
+    Raises:
+      DataError: `values` is itself a text, which would be taken letter by letter.
+    """
+    if isinstance(values, str | bytes):
+        raise DataError(f"{name}: {values!r} is one text; pass a list of ids")
+    return [raw_text(value) for value in values]

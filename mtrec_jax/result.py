@@ -20,6 +20,7 @@ from rich.text import Text
 from mtrec_jax.errors import DataError
 
 SHOWN = 20  # rows that a repr shows
+TEXT_WIDTH = 36  # characters of a text column
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
@@ -59,12 +60,14 @@ class Result:
         shown = Table(box=None, pad_edge=False)
         for name in self.columns:
             text = pa.types.is_string(self.table.schema.field(name).type)
+            widest = self._widest(name)  # numbers are never cut, texts beyond TEXT_WIDTH are
             shown.add_column(
                 Text(name),
                 justify="left" if text else "right",
                 no_wrap=True,
                 overflow="ellipsis",
-                min_width=min(24, self._widest(name)) if text else len(name),
+                min_width=min(12, widest) if text else widest,
+                max_width=TEXT_WIDTH if text else None,
             )
         for row in self.table.slice(0, SHOWN).to_pylist():
             shown.add_row(*(Text(_cell(v)) for v in row.values()))
@@ -73,8 +76,8 @@ class Result:
         return shown
 
     def _widest(self, column: str) -> int:
-        texts = self.table.column(column).slice(0, SHOWN).to_pylist()
-        return max([len(column), *(len(text) for text in texts)])
+        values = self.table.column(column).slice(0, SHOWN).to_pylist()
+        return max([len(column), *(len(_cell(value)) for value in values)])
 
     def __repr__(self) -> str:
         text = io.StringIO()

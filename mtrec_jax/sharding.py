@@ -13,6 +13,7 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.types import Batch, PyTree, TrainState
 
 AXES = ("data", "table")
+ROW_MULTIPLE = 128  # tables are rounded up to this many rows, so that they divide over the shards
 
 
 def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
@@ -32,6 +33,8 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
         raise ConfigError(
             f"train.mesh: {list(shape)} needs {data * table} devices, there are {available}"
         )
+    if ROW_MULTIPLE % table:
+        raise ConfigError(f"train.mesh: {table} table shards do not divide {ROW_MULTIPLE} rows")
     devices = np.asarray(jax.devices()[: data * table]).reshape(data, table)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 

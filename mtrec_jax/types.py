@@ -44,7 +44,7 @@ class Catalogue(NamedTuple):
     ids: Array  # [N + 2, M] int32 local ids of the item features
     numbers: Array  # [N + 2, C]
     row: Array  # [N + 2] int32: the item's own row in its table; unknown for untrained items
-    cumulative: Array  # [N + 2]: distribution function by which negatives are sampled
+    cumulative: Array  # [N + 2] uint32: distribution function of the negatives, times 2^32
     log_probability: Array  # [N + 2]: log of the sampling probability, -inf where never sampled
 
 

@@ -107,6 +107,29 @@ def test_the_shop_is_generated(mtrec: Mtrec, tmp_path: Path) -> None:
     assert status == 0
     assert json.loads((tmp_path / "shop" / "truth.json").read_text())["seed"] == 5
     assert "Best possible: click auc 0." in err
+    events = tmp_path / "shop" / "events.csv"
+    written = events.stat().st_mtime_ns
+    status, _, err = mtrec("data", "shop", "--to", tmp_path, "--seed", 5)
+    assert status == 0
+    assert "is there already (generated, seed 5)" in flat(err)
+    assert events.stat().st_mtime_ns == written
+    for name in ("census-income", "list"):
+        status, out, err = mtrec("data", name, "--to", tmp_path, "--seed", 5)
+        assert (status, out) == (2, "")
+        assert "--seed is for the generated shop" in flat(err)
+
+
+def test_run_leaves_an_existing_shop_as_it_is(
+    mtrec: Mtrec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    events = tmp_path / "data" / "shop" / "events.csv"
+    events.parent.mkdir(parents=True)
+    events.write_text("mine\n1\n", encoding="utf-8")
+    status, _, err = mtrec("run", "shop")
+    assert status == 2, "these events have no users"
+    assert "shop in data/shop is there already and stays as it is" in flat(err)
+    assert events.read_text(encoding="utf-8") == "mine\n1\n"
 
 
 def test_prepare_train_evaluate(
@@ -235,6 +258,36 @@ def test_filters_from_the_command_line(mtrec: Mtrec, shop_run: Run, tmp_path: Pa
     status, _, err = mtrec(*base, "--allowed", "zzz")
     assert status == 2
     assert "item 'zzz' is not in the catalogue" in err
+
+
+def test_filters_hold_for_everyone(mtrec: Mtrec, shop_run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    names = shop_run.prepared.item_names
+    allowed = [part for name in names[:30] for part in ("--allowed", name)]
+    base = ("recommend", shop_run.folder, "--all-users", "--out", out, "--k", 3)
+    status, _, err = mtrec(*base, *allowed, "--blocked", names[1], "--blocked", names[2])
+    assert status == 0, err
+    shown = {r["item"] for r in READERS[".jsonl"](out)}
+    assert shown
+    assert shown <= {names[0], *names[3:30]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--users", "u00001", "--blocked", "i0001", "i0002"),
+        ("--users", "u00001", "--allowed", "i0001", "i0002"),
+        ("--all-users", "--out", "out.csv", "--blocked", "i0001", "i0002"),
+        ("i0002",),
+    ],
+)
+def test_further_item_ids_are_not_taken_for_users(
+    mtrec: Mtrec, shop_run: Run, words: tuple[str, ...]
+) -> None:
+    status, out, err = mtrec("recommend", shop_run.folder, *words)
+    assert (status, out) == (2, "")
+    assert "unexpected i0002: repeat the option for each id" in flat(err)
+    assert "--blocked i1 --blocked i2" in flat(err)
 
 
 @pytest.mark.parametrize("suffix", READERS)

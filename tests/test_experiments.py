@@ -11,7 +11,7 @@ import pytest
 
 from mtrec_jax.config import Experiment, Task, fusion_objective, select_metric, to_toml
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.experiments import built_in_names, load_experiment, parse_experiment
+from mtrec_jax.experiments import RESERVED, built_in_names, load_experiment, parse_experiment
 
 LEAST: dict[str, Any] = {
     "name": "least",
@@ -165,6 +165,28 @@ ROWS = {"kind": "rows", "user": "", "item": "", "time": ""}
         ({"data": {"kind": "rows"}}, "tasks: retrieval needs data.kind = 'sequences'"),
         ({"data": ROWS, "tasks": {"like": LIKE}}, "model.encoder: 'none' is the one"),
         ({"data": ROWS, "tasks": {"like": LIKE}}, "split.kind: 'random' or 'files'"),
+        ({"data": ROWS, "tasks": {"like": LIKE}}, "features: rows need one with on = 'context'"),
+        ({"model": {"encoder": "none"}}, "no feature on = 'context' every user would be the same"),
+        (
+            {"model": {"encoder": "none"}, "features": {"age": {}, "seen": {"on": "history"}}},
+            "features.seen.on: with model.encoder = 'none' nothing would read the history",
+        ),
+        (
+            {"tasks": {"next": {**RETRIEVAL, "reference": "theirs"}}},
+            "tasks.next.reference: for binary and regression tasks",
+        ),
+        (
+            {"tasks": {"genre": {"kind": "multiclass", "reference": "theirs"}}},
+            "tasks.genre.reference: for binary and regression tasks",
+        ),
+        (
+            {"model": {"fusion_objective": {"next": 2.0, "like": -1.0}}},
+            "model.fusion_objective.like: must be a number of 0 or more, not -1.0",
+        ),
+        (
+            {"model": {"fusion_objective": {"next": 0.0, "like": 0.0}}},
+            "model.fusion_objective: at least one worth must be above 0",
+        ),
         ({"split": {"kind": "random"}}, "split.kind: 'leave_one_out' or 'time'"),
         ({"split": {"kind": "files"}}, "split.test_files: needed"),
         ({"split": {"validation": 0.0}}, "split.validation, split.test: fractions"),
@@ -206,6 +228,56 @@ def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem:
     message = refusal(**sections)
     assert "experiment 'least':" in message
     assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("key", "least"),
+    [
+        ("data.history_length", 1),
+        ("data.positions", 0),
+        ("data.seed", 0),
+        ("clean.min_user_events", 0),
+        ("clean.min_item_events", 0),
+        ("clean.max_bad_fraction", 0),
+        ("split.seed", 0),
+        ("model.layers", 1),
+        ("model.experts", 1),
+        ("model.task_experts", 1),
+        ("train.epochs", 0),
+        ("train.steps", 0),
+        ("train.seed", 0),
+        ("train.warmup_steps", 0),
+        ("train.evaluate_every", 0),
+        ("train.checkpoint_every", 0),
+        ("train.patience", 0),
+        ("evaluate.neighbours", 1),
+        ("evaluate.bootstrap", 0),
+    ],
+)
+def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
+    section, name = key.split(".")
+    message = refusal(**{section: {name: least - 1}})
+    assert f"{key}: must be {least} or more, not {least - 1}" in message
+    assert "must be" not in message.replace(f"{key}: must be", "", 1).replace(
+        "exactly one must", ""
+    )
+
+
+def test_the_mesh_has_no_negative_axis_and_the_transformer_has_heads() -> None:
+    assert "train.mesh: must be 0 or more, not -1" in refusal(train={"mesh": [1, -1]})
+    assert "model.heads: must be above 0, not 0" in refusal(model={"heads": 0})
+
+
+def test_no_layers_are_fine_without_a_transformer() -> None:
+    values = with_keys(model={"encoder": "none", "layers": 0}, features={"age": {}})
+    assert parse_experiment(values).model.layers == 0
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_task_cannot_take_a_name_of_the_results(name: str) -> None:
+    message = refusal(tasks={name: LIKE})
+    assert f"tasks.{name}: the results use this name" in message
+    assert f"rename the task and set column = '{name}'" in message
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import mtrec_jax
 from mtrec_jax import from_tables
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.from_tables import fit
+from mtrec_jax.train.loop import Stopped
 
 pandas = pytest.importorskip("pandas")
 
@@ -72,6 +73,52 @@ def test_the_history_shows_past_labels_by_default(recommender: Any) -> None:
     high, low = (recommender.recommend(["x"], 1, histories=[h])["score"] for h in histories)
     assert high != low
     assert np.isfinite(liked["like"]).all()
+
+
+def test_past_labels_are_inputs_whatever_their_type_and_column(
+    tmp_path: Path, compiled_programs: Path
+) -> None:
+    frame = events()
+    frame["did like"] = frame["rating"] >= 4
+    frame["did_like"] = frame["rating"] / 2
+    found = fit(
+        frame,
+        user="person",
+        item="film",
+        time="when",
+        tasks={
+            "like": {"kind": "binary", "column": "did like"},
+            "half": {"kind": "regression", "column": "did_like"},
+        },
+        settings=QUICK,
+        folder=tmp_path,
+        show_progress=False,
+    )
+    like, half = found.experiment.features.items()
+    assert (like[0], like[1].kind, like[1].column) == ("did_like_", "categorical", "did like")
+    assert (half[0], half[1].kind, half[1].column) == ("did_like", "binned", "did_like")
+    assert 0 < found.predict([100], [3])["like"][0] < 1
+
+
+def test_a_stopped_fit_says_what_is_kept(
+    recommender: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders: list[Path] = []
+
+    def stop(experiment: Any, prepared: Any, folder: Path, show_progress: bool) -> Any:
+        folders.append(folder)
+        raise Stopped(f"stopped at step 2 of 4; everything is saved in {folder}", 143)
+
+    monkeypatch.setattr(from_tables, "train", stop)
+    monkeypatch.setattr(from_tables, "prepare", lambda *_, **__: recommender.prepared)
+    columns: dict[str, Any] = {"user": "person", "item": "film", "time": "when"}
+    with pytest.raises(Stopped, match="stopped at step 2 of 4; its folder was temp") as caught:
+        fit(events(), **columns, tasks={"next": "retrieval"})
+    assert caught.value.status == 143
+    assert "Pass folder= to keep and continue a run" in str(caught.value)
+    assert not folders[0].parent.exists()
+    with pytest.raises(Stopped, match="everything is saved in"):
+        fit(events(), **columns, tasks={"next": "retrieval"}, folder=tmp_path)
 
 
 def test_a_temporary_folder_lives_as_long_as_the_recommender(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from mtrec_jax.data.dataset import Prepared
@@ -14,8 +15,10 @@ from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.recommender import Recommender, predict_file
+from mtrec_jax.requests import Encoder, raw_texts
 from mtrec_jax.result import Result
 from mtrec_jax.train.loop import train
+from tests.data import small
 
 USERS = ["u00003", "u00001", "u00042"]
 TASKS = ["next_item", "click", "buy", "stars"]
@@ -197,6 +200,39 @@ def test_all_users_are_those_of_the_data(shop_recommender: Recommender) -> None:
     (table,) = shop_recommender.recommend_all(3)
     named = shop_recommender.recommend(shop_recommender.prepared.user_names, 3)
     assert table == named.table
+    allowed = shop_recommender.prepared.item_names[:20]
+    filters: dict[str, Any] = {"allowed": allowed, "blocked": allowed[:5]}
+    (table,) = shop_recommender.recommend_all(3, **filters)
+    assert set(table["item"].to_pylist()) <= set(allowed[5:])
+    named = shop_recommender.recommend(shop_recommender.prepared.user_names, 3, **filters)
+    assert table == named.table
+
+
+def test_raw_ids_are_read_as_preparation_reads_them(tmp_path: Path) -> None:
+    """Every column kind of a table of ids gives the text that `raw_text` gives."""
+    values: list[Any] = [7.0, -0.0, 7.5, 1e14, 1e15, 1e16, 1e-7, True, " u\t", 7, "7.0"]
+    expected = ["7", "0", "7.5", str(10**14), "1000000000000000.0", "1e+16", "1e-07"]
+    assert raw_texts("users", values) == [*expected, "true", "u", "7", "7.0"]
+    columns: list[list[Any]] = [[v for v in values if isinstance(v, kind)] for kind in (float, str)]
+    for column in (*columns, [True, False]):
+        n = len(column)
+        items = [column[(i + turn) % n] for turn in range(3) for i in range(n)]
+        log = pa.table({"user": column * 3, "item": items, "time": range(3 * n)})
+        prepared = prepare(small.make(), None, tmp_path / type(column[0]).__name__, {"events": log})
+        assert set(prepared.user_ids) == set(raw_texts("users", column))
+    encoder = Encoder(prepared, "float32")
+    assert encoder.users(raw_texts("users", [True]), None).known.all()
+    assert encoder.item_ids([False, True]).tolist() == [
+        prepared.item_ids[name] for name in ("false", "true")
+    ]
+
+
+def test_untrimmed_ids_are_found(shop_recommender: Recommender) -> None:
+    plain = shop_recommender.recommend(["u00003"], 5, allowed=["i0001", "i0002"])
+    padded = shop_recommender.recommend([" u00003 "], 5, allowed=["i0001 ", " i0002"])
+    assert padded.table == plain.table
+    pairs = shop_recommender.predict(["u00003\n"], [" i0001"])
+    assert (pairs["user"], pairs["item"], pairs["known"]) == (["u00003"], ["i0001"], [True])
 
 
 def test_no_users_give_an_empty_table(shop_recommender: Recommender) -> None:
@@ -256,6 +292,11 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
             lambda r: r.recommend(["u00001", "u0001"], on_unknown="error"),
             r"user 'u0001' is not in the data of .*Did you mean 'u0\d+'\? Pass a history, or",
         ),
+        (lambda r: r.recommend("u12"), r"users: 'u12' is one text; pass a list of ids"),
+        (lambda r: r.predict("u12", ["i0001"]), r"users: 'u12' is one text; pass a list of ids"),
+        (lambda r: r.predict(["u12"], "i0001"), r"items: 'i0001' is one text; pass a list"),
+        (lambda r: r.recommend(["a"], blocked="i0001"), r"items: 'i0001' is one text; pass a"),
+        (lambda r: r.recommend(["a"], histories=["i0001"]), r"items: 'i0001' is one text; pass"),
         (lambda r: r.predict(["u00001"], []), r"predict: 1 users and 0 items; give pairs"),
     ],
 )
@@ -303,7 +344,7 @@ def rows_recommender(
                 "expert_hidden": [4],
                 "tower_hidden": [4],
             },
-            "train": {"steps": 60, "batch_size": 8, "mesh": [1, 1], "learning_rate": 0.05},
+            "train": {"steps": 120, "batch_size": 8, "mesh": [1, 1], "learning_rate": 0.02},
         }
     )
     prepared = prepare(experiment, folder, folder / "prepared")

@@ -68,9 +68,8 @@ def sequence_streams(
     """P and the examples of each split, a chunk of a user's targets each, BLOCK at a time."""
     data = experiment.data
     most = data.positions or data.history_length
-    positions = {"train": most}
-    for split, name in enumerate(SPLITS[1:], 1):
-        positions[name] = max(1, min(most, examples.longest(log, split)))
+    # Targets that are judged stand alone, so that each sees as much of the past as when serving.
+    positions = {"train": most, "validation": 1, "test": 1}
     context = {"context_ids": encoded[0], "context_numbers": encoded[1]}
     streams = {
         name: examples.sequence_examples(

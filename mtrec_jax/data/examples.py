@@ -55,11 +55,6 @@ class Log:
         return np.searchsorted(self.user, np.arange(users + 1) + FIRST)
 
 
-def longest(log: Log, split: int) -> int:
-    """The most targets that a user has in a split."""
-    return int(np.bincount(log.user[log.split == split]).max(initial=0))
-
-
 def sequence_examples(
     log: Log,
     context: dict[str, np.ndarray],

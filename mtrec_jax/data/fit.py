@@ -27,7 +27,7 @@ def fit_tasks(events: Any, experiment: Experiment) -> tuple[dict[str, TaskField]
         counts = {r["label"]: r["n"] for r in found if r["train"]}
         describe.check_labels(experiment, name, counts)
         if task.kind == "multiclass":
-            tasks[name] = TaskField(classes=tuple(sorted(counts)))
+            tasks[name] = TaskField(classes=tuple(sorted(counts, key=_class_order)))
             unseen = [r for r in found if r["label"] not in counts]
             if unseen:
                 shown = tuple(sorted(repr(r["label"]) for r in unseen)[:3])
@@ -74,3 +74,11 @@ def fit_events(events: Any, experiment: Experiment) -> tuple[list[Encoding], lis
                 rule = f"training value of {name} is no number (used as missing)"
                 rules.append(Rule(rule=rule, rows=unreadable))
     return encodings, rules
+
+
+def _class_order(text: str) -> tuple[bool, float, str]:
+    """Numbers by value, before other texts."""
+    try:
+        return False, float(text), text
+    except ValueError:
+        return True, 0.0, text

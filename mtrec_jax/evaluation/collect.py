@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SPLITS, Lists, Prepared
+from mtrec_jax.data.dataset import SPLITS, Lists, Prepared, to_arrays
+from mtrec_jax.data.examples import mix
 from mtrec_jax.data.pipeline import evaluation_batches
 from mtrec_jax.evaluation.inference import Inference, pad_rows, to_index
 from mtrec_jax.kernels import cosine_topk, target_rank
@@ -48,7 +49,9 @@ def collect(
         vectors = inference.item_vectors(params, tables)
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
-    widest = _widest_history(prepared, split) if exclude_seen else 0
+    everyone = np.arange(prepared.manifest.users) + FIRST
+    seen = seen_items(prepared, split, everyone) if exclude_seen else None
+    widest = 0 if seen is None else int(np.diff(seen.offsets).max(initial=0))
     parts: list[Collected] = []
     size, dtype = experiment.evaluate.batch_size, experiment.train.precision
     for batch in evaluation_batches(prepared, split, size, dtype):
@@ -76,7 +79,7 @@ def collect(
             for start in range(0, len(rows), QUERIES):
                 chosen = rows[start : start + QUERIES]
                 queries = _queries(states, r[chosen], p[chosen])
-                exclude = _exclude(prepared, split, part, chosen, widest)
+                exclude = _exclude(seen, widest, part, chosen)
                 _rank_targets(part, chosen, queries, vectors, exclude)
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
@@ -94,15 +97,41 @@ def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
     count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
     known = users >= FIRST
     index = np.where(known, users - FIRST, 0)
-    length = np.where(known, count[index + 1] - count[index], 0)
+    return _stretches(values, count[index], np.where(known, count[index + 1] - count[index], 0))
+
+
+def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
+    """Item ids of all events before each chosen target, a list per target.
+
+    An event that `cutoff` hides from the model is hidden here too, but the history is not cut to
+    the model's length.
+
+    Args:
+      chosen: targets of the split, numbered from 0 in file order.
+    """
+    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
+    columns = to_arrays(prepared.parquet(split).read(["user", "cutoff", "row"]))
+    # examples are chunks of the targets in the order of the log, shuffled by `sequence_examples`
+    seed = prepared.manifest.config["data"]["seed"]
+    chunk = np.argsort(mix(np.arange(len(columns["user"])), seed), kind="stable")
+    there = columns["row"] >= 0
+    size = np.zeros(len(chunk), np.int64)
+    size[chunk] = there.sum(axis=1)
+    place = np.cumsum(size)[chunk] - 1  # of each example's last target among the split's
+    last = np.flatnonzero(splits.values == SPLITS.index(split))[place]
+    begin = items.offsets[columns["user"] - FIRST].astype(np.int64)
+    base = np.maximum(begin, last - prepared.manifest.history_length)  # `cutoff` counts from it
+    example, position = (axis[chosen] for axis in np.nonzero(there))
+    cutoff = columns["cutoff"][example, position]
+    length = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
+    return _stretches(items.values, begin[example], length)
+
+
+def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lists:
+    """Copies of values[start : start + length], a list per pair."""
     offsets = np.concatenate([[0], np.cumsum(length)])
-    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - count[index], length)
+    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - start, length)
     return Lists(values[position], offsets)
-
-
-def _widest_history(prepared: Prepared, split: str) -> int:
-    users = np.arange(prepared.manifest.users) + FIRST
-    return int(np.diff(seen_items(prepared, split, users).offsets).max(initial=0))
 
 
 def _for_device(batch: Batch) -> Batch:
@@ -122,16 +151,20 @@ def _queries(states: UserStates, row: np.ndarray, position: np.ndarray) -> UserS
 
 
 def _exclude(
-    prepared: Prepared, split: str, part: Collected, chosen: np.ndarray, widest: int
+    seen: Lists | None, widest: int, part: Collected, chosen: np.ndarray
 ) -> np.ndarray | None:
-    """Seen catalogue indexes [QUERIES, widest] but for the target itself, filled with -1."""
-    if not widest:
+    """Seen catalogue indexes [QUERIES, widest] but for the target itself, filled with -1.
+
+    `seen` holds the indexes of every user, in the order of their ids.
+    """
+    if seen is None or not widest:
         return None
-    lists = seen_items(prepared, split, part.user[chosen])
     found = np.full((QUERIES, widest), -1, np.int32)
-    for i, target in enumerate(to_index(part.candidate[chosen])):
-        values = lists[i]
-        found[i, : len(values)] = np.where(values == target, -1, values)
+    targets = to_index(part.candidate[chosen])
+    for i, (user, target) in enumerate(zip(part.user[chosen], targets, strict=True)):
+        if user >= FIRST:
+            values = seen[user - FIRST]
+            found[i, : len(values)] = np.where(values == target, -1, values)
     return found
 
 

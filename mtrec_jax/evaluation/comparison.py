@@ -6,8 +6,8 @@ import numpy as np
 
 from mtrec_jax.baselines import bias, knn, popularity
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import Lists, Prepared
-from mtrec_jax.evaluation.collect import Collected, seen_items
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.evaluation.collect import Collected, past_items, seen_items
 from mtrec_jax.evaluation.metrics import ranking_metrics, task_metrics
 from mtrec_jax.evaluation.protocol import Scorer, target_ranks
 from mtrec_jax.types import FIRST
@@ -20,43 +20,43 @@ def compare(
 ) -> dict[str, Metrics]:
     """The configured baselines on the same targets, seen items excluded as for the model.
 
-    A metric's name is plain where one task has it, and "task/metric" where several do.
+    Returns:
+      {baseline: {"task/metric": value}}.
     """
     config, manifest = experiment.evaluate, prepared.manifest
-    found: dict[str, dict[tuple[str, str], float]] = {}
+    found: dict[str, Metrics] = {}
     train = prepared.interactions("train") if config.baselines else {}
     rows = np.flatnonzero(collected.retrieved)
     if config.baselines and len(rows):
         retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
         positive = ~np.isnan(train[f"label_{retrieval}"])
-        seen = seen_items(prepared, split, collected.user[rows])
-        histories = Lists(seen.values + FIRST, seen.offsets)
-        excluded = seen if config.exclude_seen else None
+        users = collected.user[rows]
+        excluded = seen_items(prepared, split, users) if config.exclude_seen else None
         targets = (collected.candidate[rows] - FIRST).astype(np.int64)
         scorers: dict[str, Scorer] = {}
         if "popularity" in config.baselines:
             counts = popularity.fit(train["candidate"][positive], manifest.items)
             scorers["popularity"] = popularity.scorer(counts)
         if "item_knn" in config.baselines:
-            users, items = train["user"][positive], train["candidate"][positive]
-            similar = knn.fit(users, items, manifest.users, manifest.items, config.neighbours)
-            scorers["item_knn"] = knn.scorer(similar, histories)
+            liked = train["user"][positive], train["candidate"][positive]
+            similar = knn.fit(*liked, manifest.users, manifest.items, config.neighbours)
+            scorers["item_knn"] = knn.scorer(similar, past_items(prepared, split, rows))
         for name, scorer in scorers.items():
             ranks = target_ranks(scorer, targets, excluded, manifest.items)
-            found[name] = {(retrieval, m): v for m, v in ranking_metrics(ranks, config.ks).items()}
+            found[name] = _of_task(retrieval, ranking_metrics(ranks, config.ks))
     if "bias" in config.baselines:
         found["bias"] = _bias(experiment, prepared, collected, train)
     reference = _reference(experiment, prepared, split)
     if reference:
         found[experiment.data.reference] = reference
-    return {name: _plain_names(metrics) for name, metrics in found.items()}
+    return found
 
 
 def _bias(
     experiment: Experiment, prepared: Prepared, collected: Collected, train: dict[str, np.ndarray]
-) -> dict[tuple[str, str], float]:
+) -> Metrics:
     """User + item biases for each binary and regression task, on the model's own examples."""
-    found: dict[tuple[str, str], float] = {}
+    found: Metrics = {}
     manifest = prepared.manifest
     for name, task in experiment.tasks.items():
         if task.kind not in ("binary", "regression"):
@@ -73,28 +73,22 @@ def _bias(
         observed = ~np.isnan(collected.labels[name])
         predicted = bias.predict(fitted, collected.user[observed], collected.candidate[observed])
         metrics = task_metrics(task.kind, collected.labels[name][observed], predicted)
-        found |= {(name, metric): value for metric, value in metrics.items()}
+        found |= _of_task(name, metrics)
     return found
 
 
-def _reference(
-    experiment: Experiment, prepared: Prepared, split: str
-) -> dict[tuple[str, str], float]:
+def _reference(experiment: Experiment, prepared: Prepared, split: str) -> Metrics:
     """Metrics of the predictions that came with the data, on the same rows."""
-    found: dict[tuple[str, str], float] = {}
+    found: Metrics = {}
     with_reference = [n for n, t in experiment.tasks.items() if t.reference]
     rows = prepared.interactions(split) if with_reference else {}
     for name in with_reference:
         labels, values = rows[f"label_{name}"], rows[f"reference_{name}"]
         observed = ~np.isnan(labels) & ~np.isnan(values)
         metrics = task_metrics(experiment.tasks[name].kind, labels[observed], values[observed])
-        found |= {(name, metric): value for metric, value in metrics.items()}
+        found |= _of_task(name, metrics)
     return found
 
 
-def _plain_names(metrics: dict[tuple[str, str], float]) -> Metrics:
-    names = [metric for _, metric in metrics]
-    return {
-        metric if names.count(metric) == 1 else f"{task}/{metric}": value
-        for (task, metric), value in metrics.items()
-    }
+def _of_task(task: str, metrics: Metrics) -> Metrics:
+    return {f"{task}/{metric}": value for metric, value in metrics.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from mtrec_jax.config import Experiment, fusion_objective
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import SPLITS, Prepared
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, collect, order_score
 from mtrec_jax.evaluation.comparison import Metrics, compare
 from mtrec_jax.evaluation.inference import Inference, predictions
@@ -35,14 +36,19 @@ class Evaluation:
     protocol: str
     fingerprint: str
     tasks: dict[str, Metrics]
-    baselines: dict[str, Metrics] = field(default_factory=dict)
+    baselines: dict[str, Metrics] = field(default_factory=dict)  # {name: {"task/metric": value}}
     orders: dict[str, Metrics] = field(default_factory=dict)
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     targets: dict[str, int] = field(default_factory=dict)  # {task: examples behind its metrics}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; undefined metrics are null."""
-        return _without_nan(dataclasses.asdict(self))
+        """Plain values for JSON; undefined metrics are null.
+
+        A baseline's metrics have their plain names as well where one task alone has them.
+        """
+        found = dataclasses.asdict(self)
+        found["baselines"] = {n: _with_plain_names(m) for n, m in self.baselines.items()}
+        return _without_nan(found)
 
 
 def evaluate(
@@ -53,7 +59,6 @@ def evaluate(
     tables: dict[str, jax.Array],
     split: str,
     full: bool = True,
-    progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Evaluate parameters on a split.
 
@@ -64,10 +69,12 @@ def evaluate(
       params, tables: what is evaluated.
       split: "train", "validation" or "test".
       full: also the orders, the baselines and the bootstrap intervals; training leaves them out.
-      progress: told what is being computed.
+
+    Raises:
+      ConfigError: there is no such split.
     """
-    say = progress or (lambda text: None)
-    say("model")
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r}: it must be one of {', '.join(SPLITS)}")
     config = experiment.evaluate
     collected = collect(experiment, prepared, inference, params, tables, split, orders=full)
     tasks, statistics = _task_metrics(experiment, prepared, collected)
@@ -85,13 +92,10 @@ def evaluate(
     )
     if not full:
         return result
-    say("baselines")
-    baselines = compare(experiment, prepared, collected, split)
-    say("intervals")
     return dataclasses.replace(
         result,
-        orders=_orders(experiment, collected),
-        baselines=baselines,
+        orders=_orders(experiment, prepared, collected),
+        baselines=compare(experiment, prepared, collected, split),
         intervals=_intervals(statistics, config.bootstrap),
     )
 
@@ -113,17 +117,20 @@ def _task_metrics(
     return found, statistics
 
 
-def _orders(experiment: Experiment, collected: Collected) -> dict[str, Metrics]:
+def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) -> dict[str, Metrics]:
     """The fused order beside each task's own order.
 
     "ndcg@k": the retrieved candidates put in this order; "value@k": the same, each target counted
     by its worth under the fusion objective; "auc TASK": how well the order separates the observed
-    labels of a binary task of the objective.
+    labels of a binary task of the objective. A multiclass task whose classes are not all numbers
+    has no order.
     """
     objective = fusion_objective(experiment)
     binary = [n for n in objective if experiment.tasks[n].kind == "binary"]
     scores = {"fused": collected.fused}
-    scores |= {n: order_score(collected.logits[n]) for n in experiment.tasks}
+    for name in experiment.tasks:
+        if all(_is_number(c) for c in prepared.manifest.tasks[name].classes):
+            scores[name] = order_score(collected.logits[name])
     found: dict[str, Metrics] = {name: {} for name in scores}
     chosen = collected.retrieved
     if collected.order_ranks and chosen.any():
@@ -152,6 +159,20 @@ def _intervals(
         task: {m: bootstrap_interval(s, n, resamples) for m, s in by_metric.items()}
         for task, (by_metric, n) in statistics.items()
     }
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _with_plain_names(metrics: Metrics) -> Metrics:
+    """Metrics by "task/metric", and by their plain name where one task alone has them."""
+    plain = {key: key.rpartition("/")[2] for key in metrics}
+    names = list(plain.values())
+    return metrics | {plain[k]: v for k, v in metrics.items() if names.count(plain[k]) == 1}
 
 
 def _without_nan(value: Any) -> Any:

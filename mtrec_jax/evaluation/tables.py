@@ -46,23 +46,14 @@ def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> Re
     if intervals:
         table.add_row("  95 % interval", *(_interval(intervals.get(c)) for c in columns))
     for name, metrics in evaluation.baselines.items():
-        if _concerns(evaluation, name, task, columns):
-            found = [metrics.get(f"{task}/{c}", metrics.get(c)) for c in columns]
-            table.add_row(name, *map(_number, found))
+        if any(key.rpartition("/")[0] == task for key in metrics):
+            table.add_row(name, *(_number(metrics.get(f"{task}/{c}")) for c in columns))
     notes = []
     for published in (p for p in experiment.published if p.task == task):
         values = [_number(published.metrics.get(c)) for c in columns]
         table.add_row(f"published: {published.name}", *values, style="dim")
         notes.append(f"published, {published.split} split: {published.name}: {published.source}")
     return Group(table, *(Text(note, style="dim") for note in notes), Text())
-
-
-def _concerns(evaluation: Evaluation, baseline: str, task: str, columns: Iterable[str]) -> bool:
-    """A plain metric name belongs to the one task that has all the metrics of that baseline row."""
-    metrics = evaluation.baselines[baseline]
-    if any(f"{task}/{c}" in metrics for c in columns):
-        return True
-    return set(evaluation.tasks[task]) <= set(metrics)
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:

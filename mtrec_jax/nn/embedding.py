@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mtrec_jax.sharding import ROW_MULTIPLE
 from mtrec_jax.types import FIRST, PAD
 
 STACKS = ("dense", "sparse")
-ROW_MULTIPLE = 128  # stacks are rounded up to this, so that they divide over any mesh
 
 
 @dataclass(frozen=True)

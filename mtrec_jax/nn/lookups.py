@@ -65,7 +65,7 @@ def find_rows(
 
 def sample_negatives(catalogue: Catalogue, count: int, key: jax.Array) -> jax.Array:
     """`count` item ids drawn with replacement from the catalogue's sampling distribution."""
-    cumulative = jnp.asarray(catalogue.cumulative)
-    uniform = jax.random.uniform(key, (count,), cumulative.dtype)
-    found = jnp.searchsorted(cumulative, uniform, side="right")
-    return jnp.clip(found, FIRST, cumulative.shape[0] - 1).astype(jnp.int32)
+    # Whole 32-bit numbers: float32 has too few levels for a catalogue of millions.
+    drawn = jnp.minimum(jax.random.bits(key, (count,), jnp.uint32), jnp.uint32(2**32 - 2))
+    found = jnp.searchsorted(jnp.asarray(catalogue.cumulative), drawn, side="right")
+    return jnp.maximum(found, FIRST).astype(jnp.int32)

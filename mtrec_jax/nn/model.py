@@ -61,6 +61,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     dtype = jnp.dtype(experiment.train.precision)
     plan = make_plan(experiment, manifest)
     width = experiment.model.width
+    retrieves = any(task.kind == "retrieval" for task in experiment.tasks.values())
+    negatives = experiment.train.negatives if retrieves else 0
     # Only the structure is needed here: eval_shape allocates nothing.
     abstract = nnx.eval_shape(lambda: Network(experiment, manifest, dtype=dtype, rngs=nnx.Rngs(0)))
     graph = nnx.graphdef(abstract)
@@ -87,7 +89,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         return find_items(plan, item_ids, catalogue)
 
     def lookups(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Lookups:
-        return find_rows(plan, batch, catalogue, experiment.train.negatives, key)
+        return find_rows(plan, batch, catalogue, negatives, key)
 
     def items(params: PyTree, rows: Rows, catalogue: Catalogue, item_ids: Array) -> jax.Array:
         if not plan.has_items:
@@ -142,12 +144,13 @@ def make_catalogue(
     probability = weights / max(weights.sum(), 1e-300)
     cumulative = np.cumsum(probability)
     cumulative[FIRST + trained - 1 :] = 1  # rounding must not leave room for an untrained item
+    levels = np.minimum(np.round(cumulative * 2.0**32), 2.0**32 - 1).astype(np.uint32)
     with np.errstate(divide="ignore"):
         log_probability = np.log(probability).astype(dtype)
     return Catalogue(
         ids=features["ids"],
         numbers=features["numbers"].astype(dtype),
         row=row,
-        cumulative=cumulative.astype(dtype),
+        cumulative=levels,
         log_probability=log_probability,
     )

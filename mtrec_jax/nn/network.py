@@ -107,8 +107,9 @@ class Network(nnx.Module):
                 dtype=dtype,
                 rngs=rngs,
             )
+        embedded = len(plan.context.fields) * d
         self.context_norm = (
-            nnx.LayerNorm(context, dtype=dtype, param_dtype=dtype, rngs=rngs) if context else None
+            nnx.LayerNorm(embedded, dtype=dtype, param_dtype=dtype, rngs=rngs) if embedded else None
         )
         inputs = context + (3 * d + 1 if plan.has_items else 0) + (d if plan.has_events else 0)
         self._make_towers(inputs, context, dtype=dtype, rngs=rngs)
@@ -153,17 +154,18 @@ class Network(nnx.Module):
         return self.config.item_id_scale * own + self.item_features(jnp.concatenate(parts, axis=-1))
 
     def context_vector(self, batch: Batch, rows: dict[str, jax.Array]) -> jax.Array | None:
-        """Context features side by side: [B, F], normalised; None when there are none."""
+        """Context features side by side: [B, F]; None when there are none.
+
+        Embeddings are normalised together. Numbers are standardised already and say something by
+        their size, so they stay outside, cut off at five standard deviations.
+        """
         parts = []
-        if self.plan.context.fields:
+        if self.context_norm is not None:
             pooled = pool(self.plan.context, jnp.asarray(batch.context["ids"]), rows)
-            parts.append(pooled.reshape(pooled.shape[0], -1))
+            parts.append(self.context_norm(pooled.reshape(pooled.shape[0], -1)))
         if "numbers" in batch.context:
-            parts.append(jnp.asarray(batch.context["numbers"]))
-        if not parts:
-            return None
-        assert self.context_norm is not None
-        return self.context_norm(jnp.concatenate(parts, axis=-1))
+            parts.append(jnp.clip(jnp.asarray(batch.context["numbers"]), -5, 5))
+        return jnp.concatenate(parts, axis=-1) if parts else None
 
     def user_states(
         self,

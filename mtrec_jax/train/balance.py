@@ -13,19 +13,23 @@ from mtrec_jax.types import PyTree
 
 
 class Balancer(NamedTuple):
-    """Pure functions `init() -> state` and `weights(state, losses [T]) -> (weights [T], state)`."""
+    """Pure functions `init() -> state` and `weights(state, losses, observed) -> (weights, state)`.
+
+    Losses, weights and observed are [T]; a task without any label in the batch is not observed.
+    """
 
     init: Callable[[], PyTree]
-    weights: Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]
+    weights: Callable[[PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
 
 
 def static(initial: Float[Array, " T"]) -> Balancer:
     """The declared weights, always: the baseline that balancing methods have to beat.
 
-    >>> static(jnp.array([1.0, 2.0])).weights((), jnp.array([3.0, 4.0]))[0].tolist()
+    >>> seen = jnp.array([True, True])
+    >>> static(jnp.array([1.0, 2.0])).weights((), jnp.array([3.0, 4.0]), seen)[0].tolist()
     [1.0, 2.0]
     """
-    return Balancer(init=lambda: (), weights=lambda state, losses: (initial, state))
+    return Balancer(init=lambda: (), weights=lambda state, losses, observed: (initial, state))
 
 
 def uncertainty(initial: Float[Array, " T"], learning_rate: float = 0.02) -> Balancer:
@@ -33,15 +37,18 @@ def uncertainty(initial: Float[Array, " T"], learning_rate: float = 0.02) -> Bal
 
     Minimises sum_t w_t (exp(-s_t) L_t + s_t) over the log-variances s_t as well; their gradient is
     known, w_t (1 - exp(-s_t) L_t), so that they are updated here, by plain gradient descent. The
-    weight of task t is w_t exp(-s_t), which tends to w_t / L_t.
+    weight of task t is w_t exp(-s_t), which tends to w_t / L_t; s_t rests while t is not observed.
     """
 
     def init() -> PyTree:
         return jnp.zeros_like(initial)
 
-    def weights(log_variance: PyTree, losses: jax.Array) -> tuple[jax.Array, PyTree]:
+    def weights(
+        log_variance: PyTree, losses: jax.Array, observed: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
         precision = jnp.exp(-log_variance)
         moved = log_variance - learning_rate * (1 - precision * losses)
-        return initial * precision, jnp.clip(moved, -6, 6)
+        moved = jnp.where(observed, jnp.clip(moved, -6, 6), log_variance)
+        return initial * precision, moved
 
     return Balancer(init, weights)

@@ -66,7 +66,7 @@ def save(
             model=ocp.args.StandardSave(_model_part(state)),
             trainer=ocp.args.StandardSave(_trainer_part(state)),
             data=grain.checkpoint.CheckpointSave(batches),
-            meta=ocp.args.JsonSave(meta),
+            meta=ocp.args.JsonSave(dict(meta)),  # written later, by a thread,
         ),
         metrics=metrics,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
-from mtrec_jax.train.run import Run, claim
+from mtrec_jax.train.run import Run, check_claim, claim
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import Catalogue, TrainState
 
@@ -72,9 +73,10 @@ def train(
         raise ConfigError(
             "train.precision: 'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment"
         )
-    claim(folder, experiment, prepared)
+    check_claim(folder, experiment, prepared)
     started = time.perf_counter()
     job = _make_job(experiment, prepared, folder, optimizer)
+    claim(folder, experiment, prepared)
     state = job.step.init(jax.random.key(experiment.train.seed, impl="rbg"))
     meta: dict[str, Any] = {"threads": os.cpu_count(), "best": None, "stale": 0, "done": False}
     _, _, larger = select_metric(experiment)
@@ -87,6 +89,11 @@ def train(
         if number >= job.total or meta["done"]:
             bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
             return Run(folder, experiment, prepared)
+        if meta["threads"] != os.cpu_count():
+            bar.note(
+                f"this run began on {meta['threads']} CPU threads and goes on with "
+                f"{os.cpu_count()}: results may differ in the last bits"
+            )
         job.records.truncate(meta.get("bytes", 0))
         with _stop_signals() as stopped, bar:
             number = _run_steps(job, manager, bar, state, meta, stopped)
@@ -168,7 +175,7 @@ def _run_steps(
             bar.evaluated(f"{task}/{metric}", evaluated, meta["best"])
         on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
         if evaluated is not None or on_schedule:
-            save(evaluated)
+            save(evaluated if evaluated is not None and math.isfinite(evaluated) else None)
         if stopped and number < job.total and not meta["done"]:
             if manager.latest_step() != number:
                 save(None)
@@ -200,6 +207,11 @@ def _log_losses(records: Records, state: TrainState, number: int) -> TrainState:
     """Write each task's mean loss since the last record, and start the sums anew."""
     sums = {name: jax.device_get(value) for name, value in state.sums.items()}
     for name, (numerator, weight) in sums.items():
+        if not math.isfinite(numerator):
+            raise Error(
+                f"the loss of {name} is not finite at step {number}: training has diverged. Lower "
+                "train.learning_rate, or set train.clip_norm; earlier checkpoints are kept"
+            )
         records.add(number, "train", name, "loss", float(numerator / max(weight, 1e-9)))
     zeros = {name: jax.numpy.zeros_like(value) for name, value in state.sums.items()}
     placed = {n: jax.device_put(z, state.sums[n].sharding) for n, z in zeros.items()}
@@ -221,7 +233,8 @@ def _evaluate(job: _Job, state: TrainState, number: int, task: str, metric: str)
 def _judge(meta: dict[str, Any], value: float, larger: bool, patience: int) -> None:
     """Early stopping: count the evaluations since the last improvement."""
     best = meta["best"]
-    if best is None or (value > best if larger else value < best):
+    improved = best is None or (value > best if larger else value < best)
+    if improved and math.isfinite(value):
         meta["best"], meta["stale"] = value, 0
     else:
         meta["stale"] += 1

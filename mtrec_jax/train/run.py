@@ -20,6 +20,9 @@ from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.types import PyTree
 
+# what a start that failed before its first checkpoint leaves behind
+_OWN_FILES = ("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl", "checkpoints")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -99,8 +102,8 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     return evaluation, looks
 
 
-def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
-    """Write the configuration into a new run folder, or check that it is the folder's own."""
+def check_claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
+    """Raise `ConfigError` unless the folder is free, or a run of this experiment on this data."""
     expected = to_dict(experiment)
     stored, wanted = prepared.manifest.config, configuration(experiment)
     differing = sorted(key for key in wanted if stored.get(key) != wanted[key])
@@ -110,9 +113,8 @@ def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
             f"'{experiment.name}' has; run: mtrec prepare CONFIG, or pass another --prepared"
         )
     path = folder / "config.toml"
-    if path.exists():
-        old = to_dict(load_experiment(path))
-        keys = _differences(old, expected)
+    if path.exists() and _has_checkpoint(folder):
+        keys = _differences(to_dict(load_experiment(path)), expected)
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
             raise ConfigError(
@@ -125,16 +127,29 @@ def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
                 f"{folder} was trained on other data ({notes['fingerprint']}) than "
                 f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(p.name not in _OWN_FILES for p in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
+
+
+def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
+    """Write configuration and origin of the data into a new run folder, each file whole."""
+    if _has_checkpoint(folder):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     notes = {
         "folder": str(prepared.folder.resolve()),
         "fingerprint": prepared.manifest.fingerprint,
     }
     write_json(folder / "prepared.json", notes)
-    path.write_text(to_toml(experiment), encoding="utf-8")
+    partial = folder / "config.toml.partial"
+    partial.write_text(to_toml(experiment), encoding="utf-8")
+    partial.replace(folder / "config.toml")
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """A start that failed before its first checkpoint has nothing to lose."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:

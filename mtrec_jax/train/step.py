@@ -85,7 +85,8 @@ def make_step(
             )
             losses = jnp.stack([sums[n][0] / jnp.maximum(sums[n][1], 1e-9) for n in names])
             fixed = jax.lax.stop_gradient(losses)
-            weights, balance = balancer.weights(state.balance, fixed)
+            observed = jnp.stack([sums[n][1] > 0 for n in names])
+            weights, balance = balancer.weights(state.balance, fixed, observed)
             return jnp.sum(weights * losses), (sums, balance)
 
         gradients, (sums, balance) = jax.grad(objective, argnums=(0, 1), has_aux=True)(
@@ -208,7 +209,12 @@ def _listwise_loss(
     negatives = unit_length(jnp.take(vectors, looked.negative_index, axis=0))
     scores = jnp.einsum("bd,nd->bn", user[:, 0], negatives)
     scores = jnp.where(target_id == looked.negatives[None], -jnp.inf, scores)
-    hardest = jax.lax.top_k(scores, min(FUSION_CANDIDATES - 1, scores.shape[1]))[1]
+    hard_scores, hardest = jax.lax.top_k(scores, min(FUSION_CANDIDATES - 1, scores.shape[1]))
+    # Only targets that would be retrieved beside these negatives teach, as only they are reranked:
+    # with the others, a low cosine would be the mark of a target.
+    own = jnp.take(vectors, target[:, 0], axis=0)
+    retrieved = jnp.sum(user[:, 0] * unit_length(own), axis=-1) >= hard_scores[:, -1]
+    weight = weight * retrieved
     index = jnp.concatenate([target, looked.negative_index[hardest]], axis=1)  # (B, K)
     users = jnp.broadcast_to(user, (*index.shape, user.shape[-1]))
     candidates = jnp.take(vectors, index, axis=0)
@@ -282,6 +288,13 @@ def _update_tables(
     tables, slots, scratch = {}, {}, {}
     for stack, table in state.tables.items():
         roles = sorted(looked.addresses.get(stack, {}))
+        if not roles:  # nothing reads this stack
+            tables[stack], slots[stack], scratch[stack] = (
+                table,
+                state.slots[stack],
+                state.scratch[stack],
+            )
+            continue
         ids = jnp.concatenate([looked.addresses[stack][r].reshape(-1) for r in roles])
         grads = jnp.concatenate([gradients[stack][r].reshape(-1, table.shape[1]) for r in roles])
         tables[stack], slots[stack], scratch[stack] = apply_rows(

@@ -21,22 +21,22 @@ TASKS = {
     "price": {"kind": "regression", "where": "buy", "reference": "guess"},
     "shop": {"kind": "multiclass"},
 }
-SHOP = """click,bought,price,shop,guess
-1,yes,10,n,9.5
-true,yes,20,m,
-0,no,,n,1
-False,yes,5,m,1
-1,no,7,,1
-,yes,3,n,1
-1,yes,,m,1
-1,yes,30,k,1
+SHOP = """click,bought,price,shop,guess,size
+1,yes,10,n,9.5,1
+true,yes,20,m,,1
+0,no,,n,1,1
+False,yes,5,m,1,1
+1,no,7,,1,1
+,yes,3,n,1,1
+1,yes,,m,1,1
+1,yes,30,k,1,1
 """
 
 
 def test_labels_masks_and_sample_spaces(tmp_path: Path) -> None:
     split = {"kind": "files", "test_files": ["more.csv"], "validation": 0.2}
-    experiment = rows(tasks=TASKS, split=split)
-    more = SHOP.splitlines()[0] + "\n1,yes,1,unseen,2\n"
+    experiment = rows(tasks=TASKS, features={"size": {}}, split=split)
+    more = SHOP.splitlines()[0] + "\n1,yes,1,unseen,2,1\n"
     text = SHOP + SHOP.split("\n", 1)[1] * 3  # enough rows for a validation split
     prepared = run(tmp_path, experiment, text, more_csv=more)
     found = {}

@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.config import Published
-from mtrec_jax.data.dataset import Manifest, Prepared
+from mtrec_jax.data.dataset import Manifest, Prepared, TaskField
 from mtrec_jax.data.pipeline import evaluation_batches
-from mtrec_jax.evaluation.collect import rank_in_list, seen_items
-from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.evaluation.collect import Collected, past_items, rank_in_list, seen_items
+from mtrec_jax.evaluation.evaluate import Evaluation, _orders, evaluate
 from mtrec_jax.evaluation.inference import Inference, predictions, prepared_inference
 from mtrec_jax.evaluation.tables import print_evaluation
 from mtrec_jax.train.run import Run, evaluate_run, load_best
+from tests.data.small import make, run
 
 TASKS = {"next_item", "click", "buy", "stars"}
 
@@ -164,7 +166,8 @@ def test_the_popularity_baseline_has_the_same_targets(
     hidden = [seen[u] for u in test["user"][clicked].tolist()]
     scores = np.broadcast_to(counts, (len(hidden), len(counts)))
     ranks = sorted_ranks(scores, test["candidate"][clicked].tolist(), hidden)
-    assert evaluation.baselines["popularity"] == pytest.approx(retrieval_metrics(ranks, 10))
+    expected = {f"next_item/{m}": v for m, v in retrieval_metrics(ranks, 10).items()}
+    assert evaluation.baselines["popularity"] == pytest.approx(expected)
 
 
 def test_reference_predictions_are_measured_on_the_same_rows(
@@ -174,7 +177,7 @@ def test_reference_predictions_are_measured_on_the_same_rows(
     reference = evaluation.baselines[shop_run.experiment.data.reference]
     known = ~np.isnan(found["label_stars"])
     errors = (found["label_stars"] - found["reference_stars"])[known]
-    assert reference["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-6)
+    assert reference["stars/rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-6)
     y, p = found["label_click"], found["reference_click"]
     pairs = p[y == 1][:, None] - p[y == 0][None]
     assert reference["click/auc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
@@ -184,10 +187,16 @@ def test_reference_predictions_are_measured_on_the_same_rows(
 def test_every_baseline_has_its_row(shop_run: Run, evaluation: Evaluation) -> None:
     reference = shop_run.experiment.data.reference
     assert set(evaluation.baselines) == {"popularity", "item_knn", "bias", reference}
-    assert set(evaluation.baselines["item_knn"]) == {"hr@10", "ndcg@10", "mrr@10", "recall@10"}
+    ranking = {"hr@10", "ndcg@10", "mrr@10", "recall@10"}
+    knn = evaluation.baselines["item_knn"]
+    assert set(knn) == {f"next_item/{m}" for m in ranking}
     both = {f"{t}/{m}" for t in ("click", "buy") for m in ("auc", "log_loss", "accuracy")}
     assert both <= set(evaluation.baselines["bias"])
-    assert "rmse" in evaluation.baselines["bias"], "one task alone has it, so the name is plain"
+    stored = evaluation.to_dict()["baselines"]
+    assert set(stored["item_knn"]) == set(knn) | ranking
+    errors = {"rmse", "mae"}
+    assert set(stored["bias"]) == set(evaluation.baselines["bias"]) | errors, "of one task alone"
+    assert stored["bias"]["rmse"] == stored["bias"]["stars/rmse"]
 
 
 def test_intervals_contain_the_value(evaluation: Evaluation) -> None:
@@ -254,6 +263,47 @@ def test_seen_items_are_those_of_earlier_splits(shop_prepared: Prepared, tmp_pat
         assert [found[i].tolist() for i in range(len(asked))] == expected
 
 
+@pytest.mark.parametrize("positions", [0, 3, 1])
+def test_past_items_are_the_events_before_the_target(tmp_path: Path, positions: int) -> None:
+    """Those of the target's own split too; never an event of the target's own timestamp."""
+    log = "user,item,time\n" + "".join(
+        f"{user},{'vwxyz'[(time + shift) % 5]},{time}\n"
+        for shift, user in enumerate("abc")
+        for time in range(shift, 20)
+    )
+    log += "a,y,19.5\nb,y,19.5\nb,v,19.5\n"
+    data = {"positions": positions, "hide_ties": True, "history_length": 4}
+    split = {"kind": "time", "validation": 0.2, "test": 0.3}
+    prepared = run(tmp_path, make(data=data, split=split), log)
+    lines = [line.split(",") for line in log.splitlines()[1:]]
+    for name in ("train", "test"):
+        rows = prepared.interactions(name)["row"].tolist()
+        assert len(rows) > 15
+        past = past_items(prepared, name, np.arange(len(rows)))
+        for i, row in enumerate(rows):
+            user, _, time = lines[row]
+            before = [item for u, item, t in lines if u == user and float(t) < float(time)]
+            assert [prepared.item_names[item - 2] for item in past[i]] == before
+        assert past_items(prepared, name, np.array([3, 0]))[0].tolist() == past[3].tolist()
+
+
+def test_classes_that_are_no_numbers_have_no_order(shop_run: Run) -> None:
+    experiment = make(tasks={"kind": {"kind": "multiclass"}, "size": {"kind": "multiclass"}})
+    fields = {"kind": TaskField(classes=("a", "b")), "size": TaskField(classes=("1", "2.5"))}
+    prepared = replace(
+        shop_run.prepared, manifest=replace(shop_run.prepared.manifest, tasks=fields)
+    )
+    logits = {name: np.zeros((1, 2)) for name in fields}
+    none = np.zeros(1, int)
+    made = Collected(none, none, {}, logits, np.zeros(1), none > 0, none, {})
+    assert set(_orders(experiment, prepared, made)) == {"fused", "size"}
+
+
+def test_an_unknown_split_is_refused(shop_run: Run) -> None:
+    with pytest.raises(ConfigError, match="split 'valid': it must be one of train, validation, te"):
+        evaluate_run(shop_run, "valid")
+
+
 def test_undefined_metrics_are_null_in_json() -> None:
     made = Evaluation(
         split="test",
@@ -303,3 +353,13 @@ def test_tables_show_the_model_beside_everything_else(
     assert "published: Paper [2018]" in shown
     assert "0.1234" in shown
     assert f"{evaluation.tasks['click']['auc']:.4f}" in shown
+
+
+def test_a_baseline_is_shown_under_its_own_tasks(
+    shop_run: Run, evaluation: Evaluation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"other": {"buy/auc": 0.98765}}
+    print_evaluation(shop_run.experiment, replace(evaluation, baselines=made))
+    shown = capsys.readouterr().out
+    assert shown.count("other") == shown.count("0.9877") == 1
+    assert shown.index("buy (binary") < shown.index("other") < shown.index("stars (regression")

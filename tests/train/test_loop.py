@@ -36,7 +36,6 @@ def plain(shop_experiment: Experiment) -> Experiment:
     """Quick to compile, with row-wise updated tables, sampled negatives and dropout."""
     model = replace(
         shop_experiment.model,
-        encoder="none",
         towers="shared_bottom",
         fusion="none",
         item_placement="sparse",
