@@ -85,8 +85,7 @@ def make_step(
             )
             losses = jnp.stack([sums[n][0] / jnp.maximum(sums[n][1], 1e-9) for n in names])
             fixed = jax.lax.stop_gradient(losses)
-            observed = jnp.stack([sums[n][1] > 0 for n in names])
-            weights, balance = balancer.weights(state.balance, fixed, observed)
+            weights, balance = balancer.weights(state.balance, fixed, _observed(sums, names))
             return jnp.sum(weights * losses), (sums, balance)
 
         gradients, (sums, balance) = jax.grad(objective, argnums=(0, 1), has_aux=True)(
@@ -227,6 +226,11 @@ def _listwise_loss(
     logits = jnp.where(again, -jnp.inf, outputs.fused)
     losses = jax.nn.logsumexp(logits, axis=1) - logits[:, 0]
     return jnp.sum(losses * weight), jnp.sum(weight)
+
+
+def _observed(sums: Sums, names: tuple[str, ...]) -> jax.Array:
+    """Which losses have any label in the batch: [T]."""
+    return jnp.stack([sums[name][1] > 0 for name in names])
 
 
 def _initial_weights(experiment: Experiment) -> jax.Array:
