@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-SEEDS = (303, 404)  # the configuration was chosen on seed 0
+SEEDS = (505, 606)  # the configuration was chosen on seed 0
 
 
 def answer(quick: bool) -> list[dict[str, Any]]:
