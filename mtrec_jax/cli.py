@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -226,6 +227,12 @@ def main() -> None:
     except Error as error:
         typer.echo(f"mtrec: {error}", err=True)
         sys.exit(getattr(error, "status", 2))
+    except SystemExit as leaving:
+        if leaving.code == 130:  # XLA's threads may crash an interpreter that shuts down now
+            typer.echo("mtrec: interrupted", err=True)
+            sys.stdout.flush()
+            os._exit(130)
+        raise
     except KeyboardInterrupt:
         typer.echo("mtrec: interrupted", err=True)
         sys.exit(130)

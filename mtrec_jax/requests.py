@@ -158,11 +158,14 @@ class Encoder:
 
 
 def raw_text(value: Any) -> str:
-    """A value as preparation reads it from a table: trimmed, whole floats have no ".0".
+    """A value as preparation reads it from a table: trimmed, whole floats have no ".0"; a missing
+    value is the empty text, which is no id.
 
     >>> [raw_text(value) for value in (7, 7.0, 7.5, True, " u7 ")]
     ['7', '7', '7.5', 'true', 'u7']
     """
+    if value is None or value != value:  # None, nan
+        return ""
     if isinstance(value, float | np.floating):
         number = float(value)
         if number.is_integer() and abs(number) < 1e15:

@@ -74,6 +74,20 @@ def train(
             "train.precision: 'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment"
         )
     check_claim(folder, experiment, prepared)
+    with _stop_signals() as stopped:  # from here on: compilation takes seconds, and is stopped too
+        _train(experiment, prepared, folder, optimizer, show_progress, stopped)
+    return Run(folder, experiment, prepared)
+
+
+def _train(
+    experiment: Experiment,
+    prepared: Prepared,
+    folder: Path,
+    optimizer: optax.GradientTransformation | None,
+    show_progress: bool,
+    stopped: list[int],
+) -> None:
+    """Build or restore the state, and run the steps that are left."""
     started = time.perf_counter()
     job = _make_job(experiment, prepared, folder, optimizer)
     claim(folder, experiment, prepared)
@@ -88,17 +102,20 @@ def train(
         bar = Progress(job.total, number, show_progress, experiment.name)
         if number >= job.total or meta["done"]:
             bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
-            return Run(folder, experiment, prepared)
+            return
         if meta["threads"] != os.cpu_count():
             bar.note(
                 f"this run began on {meta['threads']} CPU threads and goes on with "
                 f"{os.cpu_count()}: results may differ in the last bits"
             )
         job.records.truncate(meta.get("bytes", 0))
-        with _stop_signals() as stopped, bar:
+        with bar:
             number = _run_steps(job, manager, bar, state, meta, stopped)
+        if meta["done"]:
+            bar.note(
+                f"stopped early at step {number}: no improvement in {meta['stale']} evaluations"
+            )
         job.records.add_timing(number, "seconds", time.perf_counter() - started)
-    return Run(folder, experiment, prepared)
 
 
 class _Job(NamedTuple):
