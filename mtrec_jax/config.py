@@ -23,9 +23,9 @@ class Files:
     """One raw table: files of one format that are read one after the other."""
 
     __pydantic_config__ = _STRICT
-    files: tuple[str, ...] = ()  # relative to the data folder
-    format: Literal["csv", "jsonl", "parquet"] = "csv"
-    separator: str = ","
+    files: tuple[str, ...] = ()  # paths or globs in the data folder, or URLs such as s3://…/*.csv
+    format: Literal["csv", "tsv", "jsonl", "parquet", "atomic"] = "csv"  # .gz, .zst are unpacked
+    separator: str = ""  # "": a comma, or a tab for tsv and atomic
     header: tuple[str, ...] = ()  # column names, when the files have no header line
     rename: dict[str, str] = field(default_factory=dict)  # {name in the file: name used here}
 
@@ -40,9 +40,15 @@ class Data:
     events: Files = field(default_factory=Files)
     items: Files | None = None
     users: Files | None = None
+    queries: Files | None = None  # searches: user, time and text; they show in the user's history
+    ties: Files | None = None  # user-user ties, a pair a row
+    derive: dict[str, str] = field(default_factory=dict)  # {new column of the events: expression}
     user: str = ""  # column names; a table of users or items uses the same names
     item: str = ""
     time: str = ""
+    time_unit: Literal["s", "ms", "us"] = "s"  # of times that are numbers
+    query: str = "query"  # column of the queries: what was searched for
+    friend: str = "friend"  # column of the ties: the other user
     title: str = ""  # column of the item table that people would like to read
     history_length: int = 50  # L: events that a position can look back on
     positions: int = 0  # P: targets per training example; 0 means history_length
@@ -52,11 +58,36 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Values:
+    """One rule about the values of an event: what is not possible, or too far out.
+
+    Either `valid`, an expression that a good row fulfils, or the bounds of one numeric `column`:
+    given (`low`, `high`), as quantiles of the training rows (`low`, `high` are shares), or so many
+    median absolute deviations (`deviations`) around the median of the training rows. A missing
+    value breaks no rule.
+    """
+
+    __pydantic_config__ = _STRICT
+    valid: str = ""
+    column: str = ""
+    bounds: Literal["given", "quantiles", "mad"] = "given"
+    low: float | None = None
+    high: float | None = None
+    deviations: float = 5.0  # mad: 1.4826 * MAD is the standard deviation of a normal value
+    action: Literal["remove", "missing"] = "remove"  # the row, or only the value of `column`
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clean:
     """What is removed before anything else happens; every rule is counted in the report."""
 
     __pydantic_config__ = _STRICT
     duplicates: Literal["drop", "keep"] = "drop"  # rows equal in every column
+    duplicate_columns: tuple[str, ...] = ()  # rows are equal in these; (): in every column
+    values: dict[str, Values] = field(default_factory=dict)  # {name in the report: rule}
+    earliest: str = ""  # times before it are removed: seconds or ISO 8601
+    latest: str = ""  # times after it are removed; "now": what lies in the future
+    max_user_events_a_day: int = 0  # users with more on any day (UTC) are bots; 0: nobody is
     min_user_events: int = 0  # k-core: repeated until both hold
     min_item_events: int = 0
     max_bad_fraction: float = 0.01  # more malformed rows than this stop the preparation
@@ -67,9 +98,23 @@ class Split:
     """Which rows train, which choose, which judge."""
 
     __pydantic_config__ = _STRICT
-    kind: Literal["leave_one_out", "time", "random", "files"] = "leave_one_out"
-    validation: float = 0.1  # fraction of the events (of the training files for kind "files")
+    kind: Literal[
+        "leave_one_out",  # each user's last event tests, the one before validates
+        "time",  # two points in time
+        "user_ratio",  # the last events of each user, by fractions
+        "random",  # events, by integer arithmetic on their source row
+        "folds",  # k folds of events: fold `fold` tests, the next one validates
+        "user_holdout",  # held-out users: first events are shown (fold-in), later ones judge
+        "cold_user",  # all events of held-out users judge
+        "cold_item",  # all events of held-out items judge
+        "files",  # given files
+    ] = "leave_one_out"
+    validation: float = 0.1  # fraction of events, users or items (files: of the training files)
     test: float = 0.1
+    folds: int = 5
+    fold: int = 0  # 0 .. folds - 1
+    fold_in: float = 0.5  # user_holdout: the part of a held-out user's events that is shown
+    validation_files: tuple[str, ...] = ()  # kind "files": (): `validation` of the training rows
     test_files: tuple[str, ...] = ()  # kind "files": these are the test set
     seed: int = 0
 
@@ -80,13 +125,42 @@ class Feature:
 
     __pydantic_config__ = _STRICT
     on: Literal["context", "item", "history"] = "context"
-    kind: Literal["categorical", "multi_valued", "numeric", "binned"] = "categorical"
-    column: str = ""  # "": the feature's own name
+    kind: Literal[
+        "categorical",
+        "hashed",  # categorical without a vocabulary: `buckets` ids
+        "multi_valued",  # list columns, or text with a separator
+        "numeric",
+        "binned",  # quantile bins of a number, looked up like a category
+        "piecewise",  # piecewise linear code of a number over quantile bins: `bins` numbers
+        "hour",  # of the time column, UTC
+        "weekday",
+        "gap",  # log seconds since the user's previous event, binned
+        "text",  # kept as text for encoders; no input by itself
+        "past_count",  # earlier events with the same value of `column`
+        "past_rate",  # smoothed mean of task `label` over them, out of fold or strictly earlier
+        "ties",  # context: the user's friends, as a multi-valued feature
+        "friends_taste",  # context: how friends responded (`label`) to each value of item `column`
+    ] = "categorical"
+    column: str = ""  # "": the feature's own name; of times: the time column
     separator: str = " "  # multi_valued: between the values of a cell
     max_values: int = 8  # multi_valued: further values are dropped
     min_count: int = 1  # rarer training values become the unknown id
-    bins: int = 32  # binned: quantile bins of the training values
+    bins: int = 32  # binned, piecewise, gap: quantile bins of the training values
+    buckets: int = 1024  # hashed
+    scale: Literal["standard", "log", "none"] = "standard"  # numeric; log: sign(x) log(1 + |x|)
+    impute: Literal["none", "median", "mode", "constant", "own"] = "none"  # own: an id of its own
+    constant: str = ""  # impute = "constant"
+    label: str = ""  # past_rate, friends_taste: which task's label
+    smoothing: float = 20.0  # past_rate, friends_taste: events that the overall mean counts for
     placement: Literal["dense", "sparse"] = "dense"  # sparse: row-wise updates, for large tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Leaks that stop the preparation, and what is let through on purpose."""
+
+    __pydantic_config__ = _STRICT
+    allow: tuple[str, ...] = ()  # "feature/task": this feature may determine that label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +270,7 @@ class Experiment:
     data: Data = field(default_factory=Data)
     clean: Clean = field(default_factory=Clean)
     split: Split = field(default_factory=Split)
+    guard: Guard = field(default_factory=Guard)
     features: dict[str, Feature] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     model: Model = field(default_factory=Model)

@@ -40,6 +40,11 @@ class Block(NamedTuple):
     next_row: int  # number of the row after this block
 
 
+def separator(files: Files) -> str:
+    """What stands between two cells of a text table."""
+    return files.separator or ("\t" if files.format in ("tsv", "atomic") else ",")
+
+
 def csv_columns(path: Path, files: Files) -> list[str]:
     """Column names of a CSV file: declared, or from its first line.
 
@@ -52,7 +57,7 @@ def csv_columns(path: Path, files: Files) -> list[str]:
             first = file.readline().decode("utf-8-sig", errors="replace")
         if not first.strip():
             raise DataError(f"{path} is empty: its first line should name the columns")
-        names = [name.strip() for name in _cut(first.rstrip("\r\n"), files.separator)]
+        names = [name.strip() for name in _cut(first.rstrip("\r\n"), separator(files))]
     _check_names(names, str(path))
     return names
 
@@ -200,13 +205,13 @@ def _csv_blocks(path: Path, files: Files, names: list[str], first_row: int) -> I
         there &= rows >= first_row  # not the header
         utf8 = valid.to_numpy(zero_copy_only=False)
         quoted = (
-            _contains(lines, QUOTE) if len(files.separator) == 1 else np.zeros(len(lines), bool)
+            _contains(lines, QUOTE) if len(separator(files)) == 1 else np.zeros(len(lines), bool)
         )
         plain = there & utf8 & ~quoted
         found: list[tuple[str | int, ...]] = []
         bad = [(int(r), t) for r, t in _pick(rows, lines, there & ~utf8)]
         for row, line in _pick(rows, lines, there & utf8 & quoted):
-            cells = _cut(line, files.separator)
+            cells = _cut(line, separator(files))
             if len(cells) == len(names):
                 found.append((*cells, row))
             else:
@@ -215,7 +220,7 @@ def _csv_blocks(path: Path, files: Files, names: list[str], first_row: int) -> I
         yield Block(
             pa.table(
                 {
-                    "line": _trim_cells(lines.filter(pa.array(plain)), files.separator),
+                    "line": _trim_cells(lines.filter(pa.array(plain)), separator(files)),
                     ROW: rows[plain],
                 }
             ),

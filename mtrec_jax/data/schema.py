@@ -90,7 +90,7 @@ def read_source(
         names = read.csv_columns(path, files) if is_csv else []
         places.append((loaded.next_row, path.name, 2 if is_csv and not files.header else 1))
         stream = read.blocks(path, files, names, loaded.next_row)
-        before, cut = loaded, (files.separator, names)
+        before, cut = loaded, (read.separator(files), names)
         loaded = _load(backend, target, stream, loaded, str(path), cut if is_csv else None)
         if loaded.next_row == before.next_row:
             raise DataError(f"{path} is empty: there is no row of data in it")
