@@ -48,12 +48,13 @@ MovedFolder = Annotated[
     Path | None,
     typer.Option("--prepared", help="Prepared folder, if it is not where the run was trained."),
 ]
+SHOPS = ("shop", "shop-social")  # generated, from a seed
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 
 
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(help="shop, ml-1m, ml-100k, census-income, or list.")],
+    name: Annotated[str, typer.Argument(help="shop, shop-social, ml-1m, ml-100k … or list.")],
     to: Annotated[Path, typer.Option(help="Folder that receives NAME/.")] = Path("data"),
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the generated shop; default 0.")
@@ -62,14 +63,14 @@ def data(
     """Fetch a public data set by its hash and print its terms, or generate the shop's logs."""
     from mtrec_jax.data import public
 
-    if seed is not None and name != "shop":
+    if seed is not None and name not in SHOPS:
         raise typer.BadParameter(f"--seed is for the generated shop, not for {name}: remove it")
     if name == "list":
         for known in public.PUBLIC.values():
             typer.echo(f"{known.name:16} {known.title}. {known.terms}")
         return
-    if name == "shop":
-        _generate_shop(to / "shop", seed or 0)
+    if name in SHOPS:
+        _generate_shop(to, name, seed or 0)
     else:
         _fetch(name, to)
 
@@ -204,16 +205,17 @@ def run(
     from mtrec_jax.experiments import load_experiment
 
     experiment = load_experiment(config, overrides or [])
-    if experiment.data.public == "shop" and (data / "shop" / "events.csv").exists():
+    public = experiment.data.public
+    if public in SHOPS and (data / public / "events.csv").exists():
         typer.echo(
-            f"shop in {data / 'shop'} is there already and stays as it is; "
-            f"`mtrec data shop --to {data}` generates it anew",
+            f"{public} in {data / public} is there already and stays as it is; "
+            f"`mtrec data {public} --to {data}` generates it anew",
             err=True,
         )
-    elif experiment.data.public == "shop":
-        _generate_shop(data / "shop", 0)
-    elif experiment.data.public:
-        _fetch(experiment.data.public, data)
+    elif public in SHOPS:
+        _generate_shop(data, public, 0)
+    elif public:
+        _fetch(public, data)
     opened = _prepare(experiment, data, prepared or Path("prepared") / experiment.name)
     _evaluate(_train(experiment, opened, run or Path("runs") / experiment.name), "validation")
 
@@ -238,19 +240,20 @@ def main() -> None:
         sys.exit(130)
 
 
-def _generate_shop(folder: Path, seed: int) -> None:
+def _generate_shop(to: Path, name: str, seed: int) -> None:
     from mtrec_jax.data import shop
 
-    if shop.is_generated(folder, seed):
-        typer.echo(f"shop in {folder} is there already (generated, seed {seed})", err=True)
+    folder, social = to / name, name == "shop-social"
+    if shop.is_generated(folder, seed, social):
+        typer.echo(f"{name} in {folder} is there already (generated, seed {seed})", err=True)
         return
-    truth = shop.generate(folder, seed=seed)
+    truth = shop.generate(folder, seed=seed, social=social)
     best = ", ".join(
         f"{task} {metric} {value:.4f}"
         for task, metrics in truth["best"].items()
         for metric, value in metrics.items()
     )
-    typer.echo(f"shop in {folder} (generated, seed {seed}). Best possible: {best}", err=True)
+    typer.echo(f"{name} in {folder} (generated, seed {seed}). Best possible: {best}", err=True)
 
 
 def _fetch(name: str, to: Path) -> None:

@@ -98,7 +98,7 @@ def test_public_data_sets_are_listed_with_their_terms(mtrec: Mtrec) -> None:
     status, out, _ = mtrec("data", "list")
     assert status == 0
     names = [line.split()[0] for line in out.splitlines()]
-    assert names == ["ml-1m", "ml-100k", "census-income", "shop"]
+    assert names == ["ml-1m", "ml-100k", "census-income", "shop", "shop-social"]
     assert out.count("no commercial use") == 2
 
 

@@ -146,6 +146,11 @@ PUBLIC: dict[str, PublicData] = {
             title="A generated shop log with planted tastes and a known best possible score",
             terms="none: generated on this machine",
         ),
+        PublicData(
+            name="shop-social",
+            title="The generated shop with search queries and friends, which carry signal",
+            terms="none: generated on this machine",
+        ),
     )
 }
 
@@ -211,8 +216,9 @@ def fetch(name: str, to: Path, progress: Progress | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not data.requirement:
-            if not shop.is_generated(folder):
-                shop.generate(folder)
+            social = name == "shop-social"
+            if not shop.is_generated(folder, social=social):
+                shop.generate(folder, social=social)
             return folder
         files = {folder / file: member for file, member in data.members.items()}
         missing = {file: m for file, m in files.items() if _sha256_of(file) != m.sha256}

@@ -26,6 +26,7 @@ import pyarrow.csv
 from jaxtyping import Float, Int, Num, Shaped
 from scipy import special, stats
 
+from mtrec_jax.data import shop_social
 from mtrec_jax.errors import ConfigError
 
 FILES = ("events.csv", "items.csv", "users.csv", "truth.json")
@@ -76,6 +77,7 @@ def generate(
     users: int = USERS,
     items: int = ITEMS,
     impressions: int = IMPRESSIONS,
+    social: bool = False,
 ) -> dict[str, Any]:
     """Write `events.csv`, `items.csv`, `users.csv` and `truth.json` to a folder.
 
@@ -90,10 +92,13 @@ def generate(
       users: number of users, U.
       items: number of items, N.
       impressions: mean number a user sees; between two thirds and four thirds of it.
+      social: also plant searches and circles of friends (see `shop_social`), and write
+        `queries.csv` (user, time, query) and `ties.csv` (user, friend).
 
     Returns:
       The content of `truth.json`: arguments, the best possible metrics over all rows, and the
-      planted tables.
+      planted tables; of a social shop also the circles, and the click AUC of probabilities that
+      leave out the searches, the circles, or both.
 
     Raises:
       ConfigError: fewer than 8 users, 16 items or 6 impressions, or a user would see over half of
@@ -112,9 +117,16 @@ def generate(
     rng = np.random.default_rng(seed)
     tastes, shelf, people = _draw_tastes(rng), _draw_items(rng, items), _draw_users(rng, users)
     user, item, time = _expose(rng, tastes, shelf, people, impressions)
-    columns, intercepts = _respond(rng, tastes, shelf, people, user, item)
-    clicked, bought = columns["click"] == 1, columns["buy"] == 1
-    error = columns["stars"][bought] - columns["p_stars"][bought]
+    own = np.random.default_rng([seed, 1])  # who is shown what is drawn as without
+    circles = shop_social.draw_circles(own, users, len(BRANDS))
+    searches = shop_social.draw_searches(own, user, time, shelf.category[item], _SESSION)
+    added = {  # click logits
+        "queries": shop_social.INTENT * (searches.intent == shelf.category[item]),
+        "ties": shop_social.CIRCLE * circles.taste[circles.circle[user], shelf.brand[item]],
+    }
+    added["both"] = added["queries"] + added["ties"]
+    extra = added["both"] if social else np.zeros(len(user))
+    columns, intercepts = _respond(rng, tastes, shelf, people, user, item, extra)
     truth = {
         "version": _VERSION,
         "seed": seed,
@@ -122,36 +134,57 @@ def generate(
         "items": items,
         "impressions": impressions,
         "events": len(user),
-        "best": {
-            "click": {"auc": _auc(columns["click"], columns["p_click"])},
-            "buy": {"auc": _auc(columns["buy"][clicked], columns["p_buy"][clicked])},
-            "stars": {"rmse": round(float(np.sqrt(np.mean(error**2))), 4)},
-        },
-        "planted": {
-            "click": (_CLICK_TASTE * tastes.click).tolist(),
-            "buy": (_BUY_TASTE * tastes.buy).tolist(),
-            "stars": (_STARS_TASTE * tastes.stars).tolist(),
-            "style": (_STYLE_TASTE * tastes.style).tolist(),
-            "click_slope": list(_CLICK_SLOPE),
-            "buy_slope": list(_BUY_SLOPE),
-            "intercepts": intercepts,
-            "brand_quality": shelf.quality.round(4).tolist(),
-            "item_style": shelf.style.tolist(),
-            "item_appeal": shelf.appeal.round(4).tolist(),
-            "user_type": people.type.tolist(),
-            "user_activity": people.activity.round(4).tolist(),
-        },
+        "best": _best(columns),
+        "planted": _planted(tastes, shelf, people, intercepts),
     }
     to.mkdir(parents=True, exist_ok=True)
     (to / "truth.json").unlink(missing_ok=True)  # written last: a folder that has it is whole
     _write_tables(to, shelf, people, user, item, time, columns)
+    if social:
+        known = special.logit(columns["p_click"])
+        truth["social"] = {
+            "without": {n: _auc(columns["click"], known - part) for n, part in added.items()},
+            "circle": circles.circle.tolist(),
+            "taste": (shop_social.CIRCLE * circles.taste).tolist(),
+        }
+        _write_social(to, circles, searches)
     (to / "truth.json").write_text(json.dumps(truth) + "\n", encoding="utf-8")
     return truth
 
 
-def is_generated(folder: Path, seed: int = 0) -> bool:
-    """Whether `generate(folder, seed)` of this version, with default sizes, filled the folder."""
-    if not all((folder / name).is_file() for name in FILES):
+def _best(columns: dict[str, Num[np.ndarray, " n"]]) -> dict[str, dict[str, float]]:
+    clicked, bought = columns["click"] == 1, columns["buy"] == 1
+    error = columns["stars"][bought] - columns["p_stars"][bought]
+    return {
+        "click": {"auc": _auc(columns["click"], columns["p_click"])},
+        "buy": {"auc": _auc(columns["buy"][clicked], columns["p_buy"][clicked])},
+        "stars": {"rmse": round(float(np.sqrt(np.mean(error**2))), 4)},
+    }
+
+
+def _planted(
+    tastes: _Tastes, shelf: _Items, people: _Users, intercepts: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "click": (_CLICK_TASTE * tastes.click).tolist(),
+        "buy": (_BUY_TASTE * tastes.buy).tolist(),
+        "stars": (_STARS_TASTE * tastes.stars).tolist(),
+        "style": (_STYLE_TASTE * tastes.style).tolist(),
+        "click_slope": list(_CLICK_SLOPE),
+        "buy_slope": list(_BUY_SLOPE),
+        "intercepts": intercepts,
+        "brand_quality": shelf.quality.round(4).tolist(),
+        "item_style": shelf.style.tolist(),
+        "item_appeal": shelf.appeal.round(4).tolist(),
+        "user_type": people.type.tolist(),
+        "user_activity": people.activity.round(4).tolist(),
+    }
+
+
+def is_generated(folder: Path, seed: int = 0, social: bool = False) -> bool:
+    """Whether `generate` of this version, with default sizes, filled the folder."""
+    files = FILES + shop_social.FILES if social else FILES
+    if not all((folder / name).is_file() for name in files):
         return False
     try:
         truth = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
@@ -159,7 +192,9 @@ def is_generated(folder: Path, seed: int = 0) -> bool:
         return False
     sizes = {"users": USERS, "items": ITEMS, "impressions": IMPRESSIONS}
     wanted = {"version": _VERSION, "seed": seed} | sizes
-    return isinstance(truth, dict) and {k: truth.get(k) for k in wanted} == wanted
+    if not isinstance(truth, dict) or ("social" in truth) != social:
+        return False
+    return {k: truth.get(k) for k in wanted} == wanted
 
 
 def _draw_tastes(rng: np.random.Generator) -> _Tastes:
@@ -226,13 +261,17 @@ def _respond(
     people: _Users,
     user: Int[np.ndarray, " n"],
     item: Int[np.ndarray, " n"],
+    extra: Float[np.ndarray, " n"],
 ) -> tuple[dict[str, Num[np.ndarray, " n"]], dict[str, float]]:
-    """Outcome and probability columns (NaN where there is no outcome), and the intercepts."""
+    """Outcome and probability columns (NaN where there is no outcome), and the intercepts.
+
+    `extra` is added to the click logits.
+    """
     kind, segment, category = people.type[user], people.segment[user], shelf.category[item]
     suits, quality = shelf.suits[item], shelf.quality[shelf.brand[item]]
     click = people.activity[user] + shelf.appeal[item] + np.take(_CLICK_SLOPE, segment) * suits
     click += _CLICK_TASTE * tastes.click[kind, category]
-    click += _STYLE_TASTE * tastes.style[kind] * shelf.style[item]
+    click += _STYLE_TASTE * tastes.style[kind] * shelf.style[item] + extra
     click_intercept = _intercept(click, _CLICK_RATE)
     p_click = special.expit(click_intercept + click)
     clicked = rng.random(len(user)) < p_click
@@ -289,7 +328,7 @@ def _write_tables(
     time: Int[np.ndarray, " n"],
     columns: dict[str, Num[np.ndarray, " n"]],
 ) -> None:
-    user_ids = np.array([f"u{i:05d}" for i in range(len(people.type))])
+    user_ids = _user_ids(len(people.type))
     item_ids = np.array([f"i{i:04d}" for i in range(len(shelf.category))])
     brands, categories = np.take(BRANDS, shelf.brand), np.take(CATEGORIES, shelf.category)
     titles = [f"{b} {c} {i}" for i, (b, c) in enumerate(zip(brands, categories, strict=True))]
@@ -313,6 +352,17 @@ def _write_tables(
     )
     segments, ages = np.take(SEGMENTS, people.segment), np.take(AGES, people.age)
     _write(to / "users.csv", {"user": user_ids, "segment": segments, "age_group": ages})
+
+
+def _write_social(to: Path, circles: shop_social.Circles, searches: shop_social.Searches) -> None:
+    ids = _user_ids(len(circles.circle))
+    queries = {"user": ids[searches.user], "time": searches.time, "query": searches.text}
+    _write(to / "queries.csv", queries)
+    _write(to / "ties.csv", {"user": ids[circles.ties[:, 0]], "friend": ids[circles.ties[:, 1]]})
+
+
+def _user_ids(count: int) -> np.ndarray:
+    return np.array([f"u{i:05d}" for i in range(count)])
 
 
 def _write(path: Path, columns: dict[str, Shaped[np.ndarray, " n"] | pa.Array | list[str]]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mtrec_jax.data import public, shop
+from mtrec_jax.data import public, shop, shop_social
 from mtrec_jax.errors import DataError
 from mtrec_jax.experiments import built_in_names, load_experiment
 
@@ -221,7 +221,8 @@ def test_built_in_experiments_read_the_files_that_are_fetched() -> None:
     for name in built_in_names():
         experiment = load_experiment(name)
         data = public.find(experiment.data.public)
-        files = set(data.members) or set(shop.FILES)
-        tables = [experiment.data.events, experiment.data.items, experiment.data.users]
+        files = set(data.members) or {*shop.FILES, *shop_social.FILES}
+        declared = experiment.data
+        tables = [declared.events, declared.items, declared.users, declared.queries, declared.ties]
         read = {file for table in tables if table for file in table.files}
         assert read | set(experiment.split.test_files) <= files

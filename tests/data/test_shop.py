@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import OneHotEncoder
 
-from mtrec_jax.data import shop
+from mtrec_jax.data import shop, shop_social
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import load_experiment
 
@@ -143,3 +143,35 @@ def test_the_experiment_names_columns_of_the_files(tmp_path: Path) -> None:
     for name, task in experiment.tasks.items():
         assert task.kind == "retrieval" or (task.column or name) in tables["events"]
         assert task.kind == "retrieval" or task.reference in tables["events"]
+
+
+def test_a_social_shop_is_the_shop_with_searches_and_circles(tmp_path: Path) -> None:
+    truth = shop.generate(tmp_path, seed=2, social=True)
+    shop.generate(tmp_path / "plain", seed=2)
+    read = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("queries", "ties", "items")}
+    events, plain = (pd.read_csv(f / "events.csv") for f in (tmp_path, tmp_path / "plain"))
+    assert events[["user", "item", "time"]].equals(plain[["user", "item", "time"]])
+    assert shop.is_generated(tmp_path, seed=2, social=True)
+    assert not shop.is_generated(tmp_path, seed=2)
+    assert not shop.is_generated(tmp_path / "plain", seed=2, social=True)
+    # each part is worth more than any interval, and none of them is a small part of the whole
+    without = truth["social"]["without"]
+    assert truth["best"]["click"]["auc"] > max(without["queries"], without["ties"]) + 0.02
+    assert min(without["queries"], without["ties"]) > without["both"] + 0.02
+    # ties: symmetric, once, to others, mostly inside the circle
+    pairs = set(zip(read["ties"].user, read["ties"].friend, strict=True))
+    assert len(pairs) == len(read["ties"])
+    assert all((b, a) in pairs and a != b for a, b in pairs)
+    circle = dict(zip(sorted(plain.user.unique()), truth["social"]["circle"], strict=True))
+    assert np.mean([circle[a] == circle[b] for a, b in pairs]) == pytest.approx(0.77, abs=0.03)
+    # searches: what follows within the session is clicked more often in the searched category
+    queries = read["queries"].rename(columns={"time": "asked"})
+    rows = events.merge(read["items"]).sort_values("time")
+    rows = pd.merge_asof(rows, queries, left_on="time", right_on="asked", by="user")
+    rows = rows[rows.time - rows.asked < 360]
+    words = {p: c for c, phrases in shop_social._PHRASES.items() for p in phrases}
+    said = rows["query"].str.replace("^(cheap|best|new|good) ", "", regex=True).map(words)
+    assert said.notna().all()
+    matches = said == rows.category
+    assert matches.mean() > 0.2
+    assert rows.click[matches].mean() > rows.click[~matches].mean() + 0.2
