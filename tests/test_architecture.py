@@ -33,7 +33,9 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "flax": ("nn/",),
     "grain": ("data/pipeline.py", "train/checkpoint.py"),
     "orbax": ("train/checkpoint.py",),
-    "ibis": tuple(f"data/{n}.py" for n in ("prepare", "schema", "clean", "split", "index")),
+    "ibis": tuple(
+        f"data/{n}.py" for n in ("prepare", "schema", "expressions", "clean", "split", "index")
+    ),
     "duckdb": (),
     "pandas": (),
     "typer": ("cli.py",),
