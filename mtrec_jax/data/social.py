@@ -1,0 +1,116 @@
+"""How a user's friends have responded so far, by the values of an item column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from mtrec_jax.data.dataset import Lists
+
+_WORK = 1 << 21  # friends' events and numbers of one block of users: bounds the memory to ~0.3 GB
+
+
+class Responses(NamedTuple):
+    """Labelled events, user by user; an event says nothing where its value or label is missing."""
+
+    begins: np.ndarray  # [U + 1]: the events of user u are begins[u] .. begins[u + 1] - 1
+    time: np.ndarray  # [n] float64
+    split: np.ndarray  # [n] int8
+    item: np.ndarray  # [n] item ids
+    label: np.ndarray  # [n] NaN: missing
+    value_of: np.ndarray  # [N + 2]: by item id the value's number 0 .. V - 1, or -1
+
+
+def friends_taste(
+    friends: Lists,
+    responses: Responses,
+    user: Int[np.ndarray, " e"],
+    at: Float[np.ndarray, " e"],
+    splits: tuple[int, ...],
+    values: int,
+    mean: float,
+    smoothing: float,
+) -> Float32[np.ndarray, "e V"]:
+    """What friends liked more, or less, than everybody: a number for each value.
+
+    For user u at time t and value v it is (S + smoothing * mean) / (n + smoothing) - mean, where n
+    and S count and sum the labels of the events of u's friends at items with value v, strictly
+    before t. Without such events it is 0.
+
+    Args:
+      friends: a list of distinct user indexes for each user.
+      responses: the events, of which those of `splits` count.
+      user, at: user index and moment of each example.
+      splits: whose events count.
+      values: V.
+      mean: the overall mean of the label.
+      smoothing: how many events the overall mean stands for.
+
+    >>> events = Responses(np.array([0, 0, 2]), np.array([1.0, 2.0]), np.zeros(2, np.int8),
+    ...     np.array([2, 2]), np.array([1.0, 1.0]), np.array([-1, -1, 0]))
+    >>> friends = Lists(np.array([1]), np.array([0, 1, 1]))
+    >>> at = np.array([1.0, 2.0, 3.0])  # nothing, one event and two are earlier
+    >>> friends_taste(friends, events, np.zeros(3, int), at, (0,), 1, mean=0.5, smoothing=1.0)
+    array([[0.        ],
+           [0.25      ],
+           [0.33333334]], dtype=float32)
+    """
+    found = np.zeros((len(user), values), np.float32)
+    order = np.lexsort((at, user))
+    ends = np.cumsum(np.bincount(user, minlength=len(friends)))
+    for start, stop in _blocks(friends, responses.begins, np.diff(ends, prepend=0) * values):
+        examples = order[ends[start - 1] if start else 0 : ends[stop - 1]]
+        if not len(examples):
+            continue
+        who, event = _friends_events(friends, responses.begins, start, stop)
+        value = responses.value_of[responses.item[event]]
+        label = np.asarray(responses.label[event], np.float64)
+        known = (value >= 0) & ~np.isnan(label) & np.isin(responses.split[event], splits)
+        who, event, value, label = (a[known] for a in (who, event, value, label))
+        # Moment m of an example lies after an event when m is at least the event's `moment`.
+        moments, m = np.unique(at[examples], return_inverse=True)
+        moment = np.searchsorted(moments, responses.time[event], side="right")
+        keys = user[examples] * (len(moments) + 1) + m
+        first = np.searchsorted(keys, who * (len(moments) + 1) + moment)  # example that sees it
+        seen = first < len(examples)
+        seen[seen] = user[examples[first[seen]]] == who[seen]
+        cell = first[seen] * values + value[seen]
+        before = np.searchsorted(user[examples], user[examples])  # the user's first example
+
+        def so_far(weights: np.ndarray | None) -> np.ndarray:
+            size = len(examples) * values
+            new = np.bincount(cell, weights, minlength=size).reshape(-1, values)  # noqa: B023
+            total = np.concatenate([np.zeros((1, values)), np.cumsum(new, axis=0)])
+            return total[1:] - total[before]  # noqa: B023
+
+        n, above = so_far(None), so_far(label[seen] - mean)
+        found[examples] = above / np.maximum(n + smoothing, 1e-12)
+    return found
+
+
+def _friends_events(
+    friends: Lists, begins: np.ndarray, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Users start .. stop - 1 and the events of their friends, a pair each."""
+    who = np.repeat(np.arange(start, stop), np.diff(friends.offsets[start : stop + 1]))
+    friend = friends.values[friends.offsets[start] : friends.offsets[stop]]
+    sizes = begins[friend + 1] - begins[friend]
+    shift = np.repeat(begins[friend] - (np.cumsum(sizes) - sizes), sizes)
+    return np.repeat(who, sizes), np.arange(len(shift)) + shift
+
+
+def _blocks(
+    friends: Lists, begins: np.ndarray, numbers: Int[np.ndarray, " U"]
+) -> Iterator[tuple[int, int]]:
+    """Runs of users whose friends' events and own numbers are about `_WORK` together."""
+    events = np.concatenate([[0], np.cumsum(np.diff(begins)[friends.values])])
+    work = np.cumsum(np.diff(events[friends.offsets]) + numbers)
+    start = 0
+    while start < len(work):
+        done = work[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(work, done + _WORK, side="right")))
+        yield start, stop
+        start = stop
