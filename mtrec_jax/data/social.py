@@ -79,16 +79,19 @@ def friends_taste(
         seen[seen] = user[examples[first[seen]]] == who[seen]
         cell = first[seen] * values + value[seen]
         before = np.searchsorted(user[examples], user[examples])  # the user's first example
-
-        def so_far(weights: np.ndarray | None) -> np.ndarray:
-            size = len(examples) * values
-            new = np.bincount(cell, weights, minlength=size).reshape(-1, values)  # noqa: B023
-            total = np.concatenate([np.zeros((1, values)), np.cumsum(new, axis=0)])
-            return total[1:] - total[before]  # noqa: B023
-
-        n, above = so_far(None), so_far(label[seen] - mean)
+        n = _so_far(cell, None, before, values)
+        above = _so_far(cell, label[seen] - mean, before, values)
         found[examples] = above / np.maximum(n + smoothing, 1e-12)
     return found
+
+
+def _so_far(
+    cell: np.ndarray, weights: np.ndarray | None, before: np.ndarray, values: int
+) -> Float[np.ndarray, "e V"]:
+    """What the cells add to each example and to the same user's later ones."""
+    new = np.bincount(cell, weights, minlength=len(before) * values).reshape(-1, values)
+    total = np.concatenate([np.zeros((1, values)), np.cumsum(new, axis=0)])
+    return total[1:] - total[before]
 
 
 def _friends_events(
