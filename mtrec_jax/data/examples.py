@@ -17,6 +17,8 @@ from mtrec_jax.data.dataset import BLOCK, fixed_size
 from mtrec_jax.types import FIRST
 
 MODULUS = 1 << 31
+SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
+VISIBLE = ((0,), (0, 1, SHOWN), (0, 1, 2, SHOWN))  # by a target's split: the splits of its history
 
 
 def mix(value: Any, seed: int) -> Any:
@@ -44,7 +46,7 @@ class Log:
     """All events, sorted by (user, time, source row); arrays `[n]`, one entry an event."""
 
     user: np.ndarray  # int32 ids from FIRST on
-    split: np.ndarray  # int8: 0 train, 1 validation, 2 test
+    split: np.ndarray  # int8: 0 train, 1 validation, 2 test, 3 shown
     row: np.ndarray  # int64 source row
     time: np.ndarray  # float64 seconds
     events: dict[str, np.ndarray]  # {field: int32 ids}: "item" and every history feature
@@ -67,8 +69,9 @@ def sequence_examples(
     """Examples of a split in seeded random order, BLOCK at a time, as columns `[n, ...]`.
 
     The targets of a user are cut from the end into chunks of P = `positions`. A chunk sees the
-    L = `history_length` events before its last target, whatever their split: position p may look
-    at the first `cutoff[p]` of them.
+    last L = `history_length` events before its last target: position p may look at the first
+    `cutoff[p]` of them. Histories of training hold training events only, those of validation no
+    test events (`VISIBLE`), wherever a split has put them in time.
 
     Args:
       log: all events.
@@ -87,22 +90,25 @@ def sequence_examples(
     sizes = np.diff(new, append=len(targets))
     order = np.argsort(mix(np.arange(len(new)), seed), kind="stable")
     begins = log.offsets(int(log.user.max(initial=FIRST)) - FIRST + 1)
-    visible = np.arange(len(log.user))
-    if hide_ties:  # an event's timestamp begins where user or time changes
+    kept, earlier = visible_events(log.split, split)
+    seen_from = targets  # a target looks back on what is before this event
+    if hide_ties:  # its timestamp begins where user or time changes
         changes = (np.diff(log.user, prepend=-1) != 0) | (np.diff(log.time, prepend=-np.inf) != 0)
-        visible = np.maximum.accumulate(np.where(changes, visible, 0))
+        first = np.flatnonzero(changes)
+        seen_from = first[np.searchsorted(first, targets, side="right") - 1]
     for start in range(0, max(len(order), 1), BLOCK):
         chosen = order[start : start + BLOCK]
         there = np.arange(positions) < sizes[chosen, None]  # [n, P]
-        target = np.where(there, new[chosen, None] + np.arange(positions), 0)
-        target = targets[target] if len(targets) else target
+        place = np.where(there, new[chosen, None] + np.arange(positions), 0)
+        target = targets[place] if len(targets) else place
         last = targets[new[chosen] + sizes[chosen] - 1]
-        user = log.user[last]
-        base = np.maximum(begins[user - FIRST], last - history_length)
+        user, end = log.user[last], earlier[last]
+        base = np.maximum(earlier[begins[user - FIRST]], end - history_length)
         token = base[:, None] + np.arange(history_length)  # [n, L]
-        seen = token < last[:, None]
-        token = np.where(seen, token, 0)
-        cutoff = np.maximum(visible[target] - base[:, None], 0)
+        seen = token < end[:, None]
+        token = kept[np.where(seen, token, 0)] if len(kept) else token
+        before = earlier[seen_from[place]] if len(targets) else place
+        cutoff = np.maximum(before - base[:, None], 0)
         yield {
             "user": user.astype(np.int32),
             **{name: array[user - FIRST] for name, array in context.items()},
@@ -112,6 +118,18 @@ def sequence_examples(
             **{n: np.where(there, v[target], np.float32(np.nan)) for n, v in log.targets.items()},
             "row": np.where(there, log.row[target], -1),
         }
+
+
+def visible_events(
+    splits: Int[np.ndarray, " n"], split: int
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n+1"]]:
+    """The events that targets of a split may see, and how many of them come before each event.
+
+    >>> visible_events(np.array([0, 1, 0, 2]), 0)
+    (array([0, 2]), array([0, 1, 1, 2, 2]))
+    """
+    visible = np.isin(splits, VISIBLE[split])
+    return np.flatnonzero(visible), np.concatenate([[0], np.cumsum(visible)])
 
 
 def write_examples(path: Path, blocks: Iterable[dict[str, np.ndarray]]) -> tuple[int, int]:
@@ -125,7 +143,7 @@ def write_examples(path: Path, blocks: Iterable[dict[str, np.ndarray]]) -> tuple
             targets += int((arrays["row"] >= 0).sum())
             table = to_table(arrays)
             if writer is None:
-                writer = stack.enter_context(pq.ParquetWriter(path, table.schema))
+                writer = stack.enter_context(_writer(path, table.schema))
             rest = table if rest is None else pa.concat_tables([rest, table])
             whole = len(rest) // BLOCK * BLOCK
             if whole:
@@ -134,6 +152,18 @@ def write_examples(path: Path, blocks: Iterable[dict[str, np.ndarray]]) -> tuple
         if writer is not None and (len(rest) or not examples):
             writer.write_table(rest)  # an empty group still says which columns there are
     return examples, targets
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Byte planes make ids small under LZ4, which is faster to read than a dictionary of them."""
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression="lz4",
+        use_byte_stream_split=True,
+        use_dictionary=False,
+        write_statistics=False,
+    )
 
 
 def to_table(arrays: dict[str, Any]) -> pa.Table:

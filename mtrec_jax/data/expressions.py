@@ -325,8 +325,8 @@ def _call(node: ast.AST, name: str, parts: list[ast.expr], place: _Place, depth:
     if name == "contains" and first.kind == "list":
         return _Value("boolean", value.contains(_text(found[1], parts[1], place)))
     text = _text(first, parts[0], place)
-    if name == "lower":
-        return _Value("text", text.lower())
+    if name == "lower":  # engines differ in these two letters alone
+        return _Value("text", text.replace("\u0130", "i").replace("\u03a3", "\u03c3").lower())
     if name == "length":
         return _Value("number", text.length().cast("float64"))
     part = _text(found[1], parts[1], place)

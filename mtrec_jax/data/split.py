@@ -1,51 +1,119 @@
-"""Which events train, which choose, which judge: Ibis expressions in integer arithmetic."""
+"""Which events train, which choose, which judge: Ibis expressions in integer arithmetic.
+
+No engine's random numbers or hashes are used: the same rows fall into the same splits everywhere.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import ibis
-import numpy as np
 
 from mtrec_jax.config import Experiment, Split
-from mtrec_jax.data.examples import MODULUS, mix
+from mtrec_jax.data.dataset import SPLITS, SplitInfo
+from mtrec_jax.data.engine import rows
+from mtrec_jax.data.examples import MODULUS, SHOWN, mix
+
+MILLION = 10**6  # shares of a user's events are counted in millionths
 
 
 def split_events(events: Any, experiment: Experiment) -> Any:
-    """Events with their `split` (0 train, 1 validation, 2 test) in the place of their `part`.
+    """Events with their `split` in the place of their `part`.
 
     Args:
-      events: Ibis table with row, part (1: of the test files) and, by kind, user and time.
+      events: Ibis table with row, part (0 events, 1 test files, 2 validation files) and, by kind,
+        user, item and time.
       experiment: its `split` says how.
+
+    Returns:
+      0 train, 1 validation, 2 test, or 3: an event of a held-out user that is shown in histories,
+      and neither trains nor judges.
     """
     split = experiment.split
+    shown = ibis.literal(False)
+    if split.kind in ("leave_one_out", "user_ratio", "user_holdout"):
+        by_user = ibis.window(group_by="user", order_by=["time", "row"])
+        whole = ibis.window(group_by="user")
+        events = events.mutate(nth=ibis.row_number().over(by_user), n=events.count().over(whole))
     if split.kind == "leave_one_out":
-        one_user = ibis.window(group_by="user")
-        ordered = ibis.window(group_by="user", order_by=["time", "row"])
-        events = events.mutate(
-            nth=ibis.row_number().over(ordered), size=events.count().over(one_user)
-        )
-        enough, after = events["size"] >= 3, events["size"] - 1 - events["nth"]
-        test, validation = enough & (after == 0), enough & (after == 1)
+        test, validation = ((events.n >= 3) & (events.nth == events.n - k) for k in (1, 2))
     elif split.kind == "time":
         validation, test = (_since(events.time, border) for border in _borders(events, split))
-    else:
-        chance = mix(events.row, split.seed)
-        test_share = split.test if split.kind == "random" else 0.0
-        test = (events.part == 1) | (chance < round(test_share * MODULUS))
-        validation = chance < round((test_share + split.validation) * MODULUS)
-    chosen = ibis.cases((test, 2), (validation, 1), else_=0).cast("int8")
-    return events.mutate(split=chosen).drop("part", *{"nth", "size"}.intersection(events.columns))
+    elif split.kind == "user_ratio":
+        held = ibis.least(_part(events.n, split.validation + split.test), events.n - 1)
+        validation = events.nth >= events.n - held
+        test = validation & (events.nth >= events.n - _part(events.n, split.test))
+    elif split.kind == "folds":
+        fold = mix(events.row, split.seed) % split.folds
+        test, validation = fold == split.fold, fold == (split.fold + 1) % split.folds
+    elif split.kind == "files":
+        test, by_chance = events.part == 1, mix(events.row, split.seed)
+        validation = by_chance < round(split.validation * MODULUS)
+        validation = events.part == 2 if split.validation_files else validation
+    else:  # by chance: events, users or items
+        key = {"random": "row", "cold_item": "item"}.get(split.kind, "user")
+        chance = mix(events.row if key == "row" else _integer(events[key]), split.seed)
+        test = chance < round(split.test * MODULUS)
+        validation = chance < round((split.test + split.validation) * MODULUS)
+        if split.kind == "user_holdout":  # who has one event has nothing to be judged by
+            first = ibis.greatest(_part(events.n, split.fold_in, 0), 1)
+            shown = validation & (events.nth < ibis.least(first, ibis.greatest(events.n - 1, 1)))
+    chosen = ibis.cases((shown, SHOWN), (test, 2), (validation, 1), else_=0).cast("int8")
+    return events.mutate(split=chosen).drop("part", *{"nth", "n"}.intersection(events.columns))
 
 
-def _borders(events: Any, split: Split) -> list[float]:
+def describe_split(events: Any, experiment: Experiment) -> SplitInfo:
+    """Sizes and fingerprint of events with `row` and `split`, in any order and on any engine.
+
+    The fingerprint is made of sums over mixed numbers below 2^31, which stay below 2^63.
+    """
+    pair = events.row * 4 + events["split"].cast("int64")
+    found = rows(
+        events.select("split", a=mix(pair, 1), b=mix(pair, 2))
+        .group_by("split")
+        .agg(lambda t: t.count().name("n"), a=lambda t: t.a.sum(), b=lambda t: t.b.sum())
+    )
+    names = dict(zip((*SPLITS, "shown"), (0, 1, 2, SHOWN), strict=True))
+    sizes = {n: sum(int(r["n"]) for r in found if r["split"] == code) for n, code in names.items()}
+    sums = [sum(int(r[name]) for r in found) for name in ("n", "a", "b")]
+    return SplitInfo(
+        kind=experiment.split.kind,
+        seed=experiment.split.seed,
+        sizes={name: size for name, size in sizes.items() if size or name in SPLITS},
+        fingerprint=hashlib.sha256(" ".join(map(str, sums)).encode()).hexdigest()[:16],
+    )
+
+
+def _integer(text: Any) -> Any:
+    """28 bits of the MD5 of a raw id, by the value of its first seven hexadecimal digits."""
+    digest, value = text.hexdigest("md5"), ibis.literal(0, "int64")
+    for place in range(7):
+        code = digest.substr(place, 1).ascii_str().cast("int64")
+        value = value * 16 + code - ibis.ifelse(code >= ord("a"), ord("a") - 10, ord("0"))
+    return value
+
+
+def _part(count: Any, share: float, half: int = MILLION // 2) -> Any:
+    """`share` of a count, rounded; downwards where `half` is 0."""
+    return (count * round(share * MILLION) + half) // MILLION
+
+
+def _borders(events: Any, split: Split) -> list[float | None]:
     """The first timestamps of validation and of test: as close to the fractions as ties allow."""
-    times = events.group_by("time").agg(n=events.count()).order_by("time").to_pyarrow()
-    before = np.concatenate([[0], np.cumsum(times["n"].to_numpy())])
-    values = np.append(times["time"].to_numpy(), np.inf)
-    shares = (1 - split.validation - split.test, 1 - split.test)
-    return [float(values[np.abs(before - share * before[-1]).argmin()]) for share in shares]
+    times = events.group_by("time").agg(n=lambda t: t.count())
+    until = ibis.window(order_by="time", preceding=None, following=0)
+    times = times.mutate(before=times.n.sum().over(until) - times.n)
+    total = sum(r["n"] for r in rows(events.agg(n=events.count())))
+    borders: list[float | None] = []
+    for share in (1 - split.validation - split.test, 1 - split.test):
+        distance = (times.before - share * total).abs()
+        nearest = rows(times.mutate(distance=distance).order_by("distance", "time").limit(1))
+        # the end of the log is a border as well
+        inside = nearest and nearest[0]["distance"] <= abs(total - share * total)
+        borders.append(nearest[0]["time"] if inside else None)
+    return borders
 
 
-def _since(time: Any, border: float) -> Any:
-    return time >= border if np.isfinite(border) else ibis.literal(False)
+def _since(time: Any, border: float | None) -> Any:
+    return ibis.literal(False) if border is None else time >= border

@@ -10,7 +10,7 @@ import numpy as np
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import SPLITS, Lists, Prepared, to_arrays
-from mtrec_jax.data.examples import mix
+from mtrec_jax.data.examples import SHOWN, mix, visible_events
 from mtrec_jax.data.pipeline import evaluation_batches
 from mtrec_jax.evaluation.inference import Inference, pad_rows, to_index
 from mtrec_jax.kernels import cosine_topk, target_rank
@@ -90,9 +90,13 @@ def collect(
 
 
 def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
-    """Catalogue indexes that each user met in the splits before this one, a list per target."""
+    """Catalogue indexes that each user met in the splits before this one, a list per target.
+
+    Events that are only shown come before validation and test.
+    """
     items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
-    before = splits.values < SPLITS.index(split)
+    code = SPLITS.index(split)
+    before = (splits.values < code) | ((splits.values == SHOWN) & (code > 0))
     values = items.values[before].astype(np.int64) - FIRST
     count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
     known = users >= FIRST
@@ -101,10 +105,10 @@ def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
 
 
 def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
-    """Item ids of all events before each chosen target, a list per target.
+    """Item ids of the events before each chosen target, a list per target.
 
-    An event that `cutoff` hides from the model is hidden here too, but the history is not cut to
-    the model's length.
+    An event that its split or `cutoff` hides from the model is hidden here too, but the history is
+    not cut to the model's length.
 
     Args:
       chosen: targets of the split, numbered from 0 in file order.
@@ -118,13 +122,15 @@ def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
     size = np.zeros(len(chunk), np.int64)
     size[chunk] = there.sum(axis=1)
     place = np.cumsum(size)[chunk] - 1  # of each example's last target among the split's
-    last = np.flatnonzero(splits.values == SPLITS.index(split))[place]
-    begin = items.offsets[columns["user"] - FIRST].astype(np.int64)
+    code = SPLITS.index(split)
+    kept, earlier = visible_events(splits.values, code)
+    last = earlier[np.flatnonzero(splits.values == code)[place]]
+    begin = earlier[items.offsets[columns["user"] - FIRST]]
     base = np.maximum(begin, last - prepared.manifest.history_length)  # `cutoff` counts from it
     example, position = (axis[chosen] for axis in np.nonzero(there))
     cutoff = columns["cutoff"][example, position]
     length = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
-    return _stretches(items.values, begin[example], length)
+    return _stretches(items.values[kept], begin[example], length)
 
 
 def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lists:
