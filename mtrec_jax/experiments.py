@@ -18,12 +18,14 @@ from mtrec_jax.config import (
     Experiment,
     Feature,
     Files,
+    Guard,
     Model,
     Published,
     Select,
     Split,
     Task,
     Train,
+    Values,
     metrics_of,
     select_metric,
 )
@@ -114,21 +116,51 @@ def check(experiment: Experiment) -> None:
             problems.append("tasks: retrieval needs data.kind = 'sequences'")
         if e.model.encoder == "transformer":
             problems.append("model.encoder: 'none' is the one for data.kind = 'rows'")
-        if e.split.kind in ("leave_one_out",) or (e.split.kind == "time" and not e.data.time):
-            problems.append("split.kind: 'random' or 'files' are the ones for rows without time")
         if not e.data.item and not any(f.on == "context" for f in e.features.values()):
             problems.append(
                 "features: rows need one with on = 'context'; without it all rows look the same"
             )
-    if e.split.kind == "files" and not e.split.test_files:
-        problems.append("split.test_files: needed when split.kind = 'files'")
-    if e.data.kind == "sequences" and e.split.kind in ("random", "files"):
-        problems.append("split.kind: 'leave_one_out' or 'time' are the ones for sequences")
-    if not 0 < e.split.validation < 1 or not 0 <= e.split.test < 1:
-        problems.append("split.validation, split.test: fractions between 0 and 1")
+    problems += _check_split(e)
     problems += _check_encoder(e) + _check_tasks(e) + _check_fusion(e) + _check_numbers(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _check_split(e: Experiment) -> list[str]:
+    split, problems = e.split, []
+    needed = {
+        "leave_one_out": ("user", "time"),
+        "time": ("time",),
+        "user_ratio": ("user", "time"),
+        "user_holdout": ("user", "time"),
+        "cold_user": ("user",),
+        "cold_item": ("item",),
+    }.get(split.kind, ())
+    absent = [f"data.{key}" for key in needed if not getattr(e.data, key)]
+    if absent and e.data.kind == "rows":  # sequences lack them for a reason of their own
+        problems.append(
+            f"split.kind: '{split.kind}' needs {' and '.join(absent)}; 'random', 'folds' and "
+            "'files' are the ones for rows without them"
+        )
+    for key in ("validation_files", "test_files"):
+        if getattr(split, key) and split.kind != "files":
+            problems.append(f"split.{key}: for split.kind = 'files'; remove it, or set that kind")
+    if split.kind == "files" and not split.test_files:
+        problems.append("split.test_files: needed when split.kind = 'files'")
+    by_number = ("leave_one_out", "folds", "files")
+    if not 0 < split.validation < 1 or not 0 <= split.test < 1:
+        problems.append("split.validation, split.test: fractions between 0 and 1")
+    elif split.validation + split.test >= 1 and split.kind not in by_number:
+        problems.append("split.validation, split.test: together below 1, so that some train")
+    if split.kind == "folds" and split.folds < 3:
+        problems.append("split.folds: 3 or more: one tests, one validates, the others train")
+    elif split.kind == "folds" and not 0 <= split.fold < split.folds:
+        problems.append(f"split.fold: between 0 and {split.folds - 1}, not {split.fold}")
+    if split.kind == "user_holdout" and not 0 < split.fold_in < 1:
+        problems.append(
+            "split.fold_in: a fraction between 0 and 1; split.kind = 'cold_user' shows nothing"
+        )
+    return problems
 
 
 def _check_encoder(e: Experiment) -> list[str]:
@@ -309,13 +341,14 @@ def _explain(error: Any) -> str:
 def _fields_at(location: Sequence[str]) -> list[str]:
     """Field names of the dataclass at a path of the experiment."""
     node: Any = Experiment
-    tables = {"features": Feature, "tasks": Task}
+    tables = {"features": Feature, "tasks": Task, "values": Values}
     for part in location:
-        if node in (Feature, Task, Published) or part.isdigit():
+        if node in (Feature, Task, Values, Published) or part.isdigit():
             node = Published if part.isdigit() else node
             continue
         node = {
-            "data": Data, "clean": Clean, "split": Split, "model": Model, "train": Train,
-            "select": Select, "evaluate": Evaluate, "events": Files, "items": Files, "users": Files,
+            "data": Data, "clean": Clean, "split": Split, "guard": Guard, "model": Model,
+            "train": Train, "select": Select, "evaluate": Evaluate, "events": Files, "items": Files,
+            "users": Files, "queries": Files, "ties": Files,
         }.get(part, tables.get(part, node))  # fmt: skip
     return [f.name for f in dataclasses.fields(node)]

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from mtrec_jax.config import Experiment, to_dict
+from mtrec_jax.config import Experiment, Split, to_dict
 from mtrec_jax.data.dataset import FORMAT
 from mtrec_jax.errors import ConfigError, DataError
 
@@ -48,8 +48,6 @@ def check(experiment: Experiment) -> None:
                 problems.append(f"tasks.{name}.where: the sample spaces run in a circle")
                 break
             seen.add(task)
-    if e.split.kind in ("time", "random") and e.split.validation + e.split.test >= 1:
-        problems.append("split.validation, split.test: together below 1, to leave training rows")
     for key, least in (("user", e.clean.min_user_events), ("item", e.clean.min_item_events)):
         if least > 1 and not getattr(data, key):
             problems.append(f"clean.min_{key}_events: needs data.{key}")
@@ -87,19 +85,7 @@ def protocol(experiment: Experiment, users: int, items: int, events: int) -> str
         parts.append(f"{least[0]}-core")
     elif max(least) > 1:
         parts.append(f"users with {least[0]} and items with {least[1]} events or more")
-    shares = f"{split.validation:.3g} validation"
-    order = "(time, source row)"
-    if split.kind == "leave_one_out":
-        parts.append(f"leave-one-out by {order}")
-    elif split.kind == "time":
-        parts.append(f"split at two points in time ({shares}, {split.test:.3g} test)")
-    elif split.kind == "random":
-        parts.append(f"random split ({shares}, {split.test:.3g} test, seed {split.seed})")
-    else:
-        files = ", ".join(split.test_files)
-        parts.append(
-            f"test rows from {files}, the rest split at random ({shares}, seed {split.seed})"
-        )
+    parts.append(_split_in_words(split))
     if data.hide_ties:
         parts.append("events of the same timestamp hidden")
     if data.user or data.kind == "sequences":
@@ -109,17 +95,49 @@ def protocol(experiment: Experiment, users: int, items: int, events: int) -> str
     return ", ".join([*parts, f"{events:,} events"])
 
 
+def _split_in_words(split: Split) -> str:
+    shares = f"{split.validation:.3g} validation, {split.test:.3g} test"
+    chance = f"{shares}, seed {split.seed}"
+    match split.kind:
+        case "leave_one_out":
+            return "leave-one-out by (time, source row)"
+        case "time":
+            return f"split at two points in time ({shares})"
+        case "user_ratio":
+            return f"last events of each user by (time, source row) ({shares})"
+        case "random":
+            return f"random split ({chance})"
+        case "folds":
+            return (
+                f"fold {split.fold} of {split.folds} tests, the next validates, seed {split.seed}"
+            )
+        case "user_holdout":
+            return f"held-out users ({chance}), {split.fold_in:.3g} of their events shown first"
+        case "cold_user" | "cold_item":
+            return f"all events of held-out {split.kind.removeprefix('cold_')}s judge ({chance})"
+    files = f"test rows from {', '.join(split.test_files)}"
+    if split.validation_files:
+        return f"{files}, validation rows from {', '.join(split.validation_files)}"
+    validation = f"{split.validation:.3g} validation, seed {split.seed}"
+    return f"{files}, the rest split at random ({validation})"
+
+
 def check_splits(experiment: Experiment, sizes: dict[str, int]) -> None:
     """Raise `DataError` for a split without events, except a test split that nobody asked for."""
     split = experiment.split
+    more = "raise split.validation and split.test, or bring more"
     remedy = {
         "leave_one_out": "only users with 3 events or more are evaluated; use split.kind = 'time'",
-        "time": "raise split.validation and split.test, or bring more distinct timestamps",
-        "random": "raise split.validation and split.test, or bring more rows",
-        "files": "raise split.validation, or check split.test_files",
-    }[split.kind]
+        "time": f"{more} distinct timestamps",
+        "user_ratio": f"{more} events a user",
+        "random": f"{more} rows",
+        "folds": "lower split.folds, or bring more rows",
+        "files": "raise split.validation, or check split.validation_files and split.test_files",
+        "cold_item": f"{more} items",
+    }.get(split.kind, f"{more} users")
+    always = ("leave_one_out", "folds", "files")
     for name, size in sizes.items():
-        asked = name != "test" or split.test > 0 or split.kind in ("leave_one_out", "files")
+        asked = name != "test" or split.test > 0 or split.kind in always
         if not size and asked:
             raise DataError(f"split '{name}' has no event ({split.kind}): {remedy}")
 
