@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from mtrec_jax.types import FIRST
 
 MODULUS = 1 << 31
 SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
-VISIBLE = ((0,), (0, 1, SHOWN), (0, 1, 2, SHOWN))  # by a target's split: the splits of its history
+QUERY = 4  # the split of searches among the events: they have no label, and everybody sees them
+# by a target's split: the splits of its history
+VISIBLE = ((0, QUERY), (0, 1, SHOWN, QUERY), (0, 1, 2, SHOWN, QUERY))
 
 
 def mix(value: Any, seed: int) -> Any:
@@ -46,7 +48,7 @@ class Log:
     """All events, sorted by (user, time, source row); arrays `[n]`, one entry an event."""
 
     user: np.ndarray  # int32 ids from FIRST on
-    split: np.ndarray  # int8: 0 train, 1 validation, 2 test, 3 shown
+    split: np.ndarray  # int8: 0 train, 1 validation, 2 test, 3 shown, 4 a query
     row: np.ndarray  # int64 source row
     time: np.ndarray  # float64 seconds
     events: dict[str, np.ndarray]  # {field: int32 ids}: "item" and every history feature
@@ -57,6 +59,10 @@ class Log:
         return np.searchsorted(self.user, np.arange(users + 1) + FIRST)
 
 
+# User indexes and moments [e], and the splits that may be seen -> context numbers [e, C].
+Numbers = Callable[[np.ndarray, np.ndarray, tuple[int, ...]], np.ndarray]
+
+
 def sequence_examples(
     log: Log,
     context: dict[str, np.ndarray],
@@ -65,6 +71,7 @@ def sequence_examples(
     history_length: int,
     hide_ties: bool,
     seed: int,
+    numbers: Numbers | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Examples of a split in seeded random order, BLOCK at a time, as columns `[n, ...]`.
 
@@ -81,6 +88,7 @@ def sequence_examples(
       history_length: L.
       hide_ties: a position does not see events of its own timestamp.
       seed: of the order.
+      numbers: more context numbers, which depend on the time of an example's first target.
     """
     targets = np.flatnonzero(log.split == split)
     users = log.user[targets]
@@ -90,6 +98,8 @@ def sequence_examples(
     sizes = np.diff(new, append=len(targets))
     order = np.argsort(mix(np.arange(len(new)), seed), kind="stable")
     begins = log.offsets(int(log.user.max(initial=FIRST)) - FIRST + 1)
+    if numbers is not None:
+        more = numbers(users[new] - FIRST, log.time[targets[new]], VISIBLE[split])
     kept, earlier = visible_events(log.split, split)
     seen_from = targets  # a target looks back on what is before this event
     if hide_ties:  # its timestamp begins where user or time changes
@@ -109,9 +119,13 @@ def sequence_examples(
         token = kept[np.where(seen, token, 0)] if len(kept) else token
         before = earlier[seen_from[place]] if len(targets) else place
         cutoff = np.maximum(before - base[:, None], 0)
+        found = {name: array[user - FIRST] for name, array in context.items()}
+        if numbers is not None:
+            own = [found["context_numbers"], more[chosen]]
+            found["context_numbers"] = np.concatenate(own, axis=1)
         yield {
             "user": user.astype(np.int32),
-            **{name: array[user - FIRST] for name, array in context.items()},
+            **found,
             **{f"event_{f}": np.where(seen, ids[token], 0) for f, ids in log.events.items()},
             "cutoff": np.where(there, cutoff, 0).astype(np.int32),
             "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),
