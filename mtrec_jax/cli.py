@@ -86,7 +86,8 @@ def prepare(
     from mtrec_jax.experiments import load_experiment
 
     experiment = load_experiment(config, overrides or [])
-    _prepare(experiment, data, out or Path("prepared") / experiment.name)
+    out = out or Path("prepared") / experiment.name
+    _prepare(experiment, data, out, None, "Name another folder with --out")
 
 
 @app.command()
@@ -203,8 +204,12 @@ def run(
 ) -> None:
     """All at once: data, prepare, train, evaluate on validation."""
     from mtrec_jax.experiments import load_experiment
+    from mtrec_jax.train.loop import check_start
 
     experiment = load_experiment(config, overrides or [])
+    folder = run or Path("runs") / experiment.name
+    out = prepared or Path("prepared") / experiment.name
+    check_start(experiment, folder)
     public = experiment.data.public
     if public in SHOPS and (data / public / "events.csv").exists():
         typer.echo(
@@ -216,8 +221,9 @@ def run(
         _generate_shop(data, public, 0)
     elif public:
         _fetch(public, data)
-    opened = _prepare(experiment, data, prepared or Path("prepared") / experiment.name)
-    _evaluate(_train(experiment, opened, run or Path("runs") / experiment.name), "validation")
+    remedy = "Name other folders for the new data with --run and --prepared"
+    opened = _prepare(experiment, data, out, folder, remedy)
+    _evaluate(_train(experiment, opened, folder), "validation")
 
 
 def main() -> None:
@@ -280,12 +286,17 @@ def _download_bar() -> Any:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def _prepare(experiment: Any, data: Path, out: Path) -> Any:
+def _prepare(experiment: Any, data: Path, out: Path, run: Path | None, remedy: str) -> Any:
     from mtrec_jax.data.prepare import prepare as prepare_data
     from mtrec_jax.data.report import print_report
+    from mtrec_jax.train.run import check_replacement
+
+    def accept(new: Any) -> None:
+        beside = run.parent.glob("*") if run else ()
+        check_replacement(out, new, run, (*Path("runs").glob("*"), *beside), remedy)
 
     folder = data / experiment.data.public if experiment.data.public else data
-    opened = prepare_data(experiment, folder, out)
+    opened = prepare_data(experiment, folder, out, accept=accept)
     print_report(opened.manifest)
     typer.echo(f"{opened!r} in {out}", err=True)
     return opened

@@ -13,7 +13,8 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.recommender import Recommender
-from mtrec_jax.train.loop import Stopped, train
+from mtrec_jax.train.loop import Stopped, check_start, train
+from mtrec_jax.train.run import check_replacement
 
 
 def fit(
@@ -56,11 +57,18 @@ def fit(
     place = Path(temporary.name if temporary else str(folder))
     tables = {"events": events, "items": items, "users": users}
     tables = {name: table for name, table in tables.items() if table is not None}
+    kept, run = place / "prepared", place / "run"
+    remedy = f"Pass another folder= than {place}"
     try:
-        prepared = prepare(experiment, None, place / "prepared", tables=tables)
-        recommender = Recommender(
-            train(experiment, prepared, place / "run", show_progress=show_progress)
+        check_start(experiment, run)
+        prepared = prepare(
+            experiment,
+            None,
+            kept,
+            tables=tables,
+            accept=lambda new: check_replacement(kept, new, run, remedy=remedy),
         )
+        recommender = Recommender(train(experiment, prepared, run, show_progress=show_progress))
     except BaseException as error:
         if temporary:
             temporary.cleanup()

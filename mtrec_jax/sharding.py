@@ -31,7 +31,8 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     data, table = data or left, table or left
     if min(data, table) < 1 or data * table > available:
         raise ConfigError(
-            f"train.mesh: {list(shape)} needs {data * table} devices, there are {available}"
+            f"train.mesh: {list(shape)} needs {data * table} devices, there are {available}; "
+            "[0, 1] takes all there are, [1, 1] takes one"
         )
     if ROW_MULTIPLE % table:
         raise ConfigError(f"train.mesh: {table} table shards do not divide {ROW_MULTIPLE} rows")

@@ -23,6 +23,10 @@ QUICK: dict[str, Any] = {
     "train": {"steps": 4, "batch_size": 8, "negatives": 8, "mesh": [1, 1]},
     "evaluate": {"batch_size": 8, "candidates": 6},
 }
+TASKS: dict[str, Any] = {
+    "next": "retrieval",
+    "like": {"kind": "binary", "column": "rating", "at_least": 4},
+}
 
 
 def events() -> Any:
@@ -45,7 +49,7 @@ def recommender(compiled_programs: Path) -> Any:
         user="person",
         item="film",
         time="when",
-        tasks={"next": "retrieval", "like": {"kind": "binary", "column": "rating", "at_least": 4}},
+        tasks=TASKS,
         items=films,
         title="name",
         settings=QUICK,
@@ -148,7 +152,7 @@ def test_a_given_folder_is_kept_and_can_be_opened(tmp_path: Path, recommender: A
         user="person",
         item="film",
         time="when",
-        tasks={"next": "retrieval", "like": {"kind": "binary", "column": "rating", "at_least": 4}},
+        tasks=TASKS,
         settings=QUICK,
         folder=tmp_path / "kept",
         show_progress=False,
@@ -159,6 +163,11 @@ def test_a_given_folder_is_kept_and_can_be_opened(tmp_path: Path, recommender: A
     assert again.recommend([100], 2).table == answer
     assert again.experiment.train.steps == 4
     assert again.experiment.train.epochs == 0, "steps take the place of the default epochs"
+    arguments: dict[str, Any] = {"user": "person", "item": "film", "time": "when"}
+    arguments |= {"tasks": dict(TASKS), "settings": QUICK, "folder": tmp_path / "kept"}
+    with pytest.raises(ConfigError, match=r"Nothing was replaced\. Pass another folder= than"):
+        fit(events().iloc[1:], **arguments)
+    assert mtrec_jax.Recommender(tmp_path / "kept" / "run").recommend([100], 2).table == answer
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def prepare(
     out: str | Path,
     tables: dict[str, Any] | None = None,
     progress: Say | None = None,
+    accept: Callable[[Manifest], None] | None = None,
 ) -> Prepared:
     """Clean, split, index and encode raw tables, and write them as the folder `out`.
 
@@ -68,6 +69,7 @@ def prepare(
       tables: in-memory pandas, Polars or Arrow tables, in the place of files:
         {"events": ..., "items": ..., "users": ..., "test": ...}; "test" for `split.test_files`.
       progress: called with a line of text as the work goes on.
+      accept: called with the new manifest before `out` is replaced; if it raises, `out` stays.
 
     Returns:
       The opened folder.
@@ -95,6 +97,8 @@ def prepare(
             manifest = _build(backend, experiment, sources, partial, say)
         shutil.rmtree(partial / "work", ignore_errors=True)
         manifest.save(partial)
+        if accept:
+            accept(manifest)
         _put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

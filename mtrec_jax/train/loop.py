@@ -26,7 +26,7 @@ from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
-from mtrec_jax.train.run import Run, check_claim, claim
+from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import Catalogue, TrainState
 
@@ -69,14 +69,22 @@ def train(
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     folder = Path(run)
+    check_start(experiment, folder)
+    check_data(folder, experiment, prepared)
+    with _stop_signals() as stopped:  # from here on: compilation takes seconds, and is stopped too
+        _train(experiment, prepared, folder, optimizer, show_progress, stopped)
+    return Run(folder, experiment, prepared)
+
+
+def check_start(experiment: Experiment, folder: Path) -> None:
+    """Raise `ConfigError` for what would stop a run whatever its data, before they are prepared:
+    devices, precision, and a folder that belongs to something else."""
     if experiment.train.precision == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError(
             "train.precision: 'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment"
         )
-    check_claim(folder, experiment, prepared)
-    with _stop_signals() as stopped:  # from here on: compilation takes seconds, and is stopped too
-        _train(experiment, prepared, folder, optimizer, show_progress, stopped)
-    return Run(folder, experiment, prepared)
+    check_batch_size(experiment.train.batch_size, make_mesh(experiment.train.mesh))
+    check_folder(folder, experiment)
 
 
 def _train(
@@ -141,7 +149,6 @@ def _make_job(
     optimizer: optax.GradientTransformation | None,
 ) -> _Job:
     mesh = make_mesh(experiment.train.mesh)
-    check_batch_size(experiment.train.batch_size, mesh)
     source, total, every = _schedule(experiment, prepared)
     model = make_model(experiment, prepared.manifest)
     catalogue = replicate(load_catalogue(prepared, experiment), mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import jax
 
 from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
-from mtrec_jax.data.dataset import Prepared, open_prepared
+from mtrec_jax.data.dataset import Manifest, Prepared, open_prepared
 from mtrec_jax.data.describe import configuration
-from mtrec_jax.errors import CheckpointError, ConfigError
+from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
 from mtrec_jax.experiments import load_experiment
@@ -102,9 +103,23 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     return evaluation, looks
 
 
-def check_claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
-    """Raise `ConfigError` unless the folder is free, or a run of this experiment on this data."""
-    expected = to_dict(experiment)
+def check_folder(folder: Path, experiment: Experiment) -> None:
+    """Raise `ConfigError` unless the folder is free, or holds a run of this experiment."""
+    path = folder / "config.toml"
+    if path.exists() and _has_checkpoint(folder):
+        keys = _differences(to_dict(load_experiment(path)), to_dict(experiment))
+        if keys:
+            shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
+            raise ConfigError(
+                f"{folder} is a run of another configuration:\n{shown}\n"
+                "Pass another --run folder, or the configuration it was started with"
+            )
+    elif folder.exists() and any(p.name not in _OWN_FILES for p in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
+
+
+def check_data(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
+    """Raise `ConfigError` unless the data suit the experiment, and a run that is in the folder."""
     stored, wanted = prepared.manifest.config, configuration(experiment)
     differing = sorted(key for key in wanted if stored.get(key) != wanted[key])
     if differing:
@@ -112,23 +127,56 @@ def check_claim(folder: Path, experiment: Experiment, prepared: Prepared) -> Non
             f"{prepared.folder} was prepared with other [{'], ['.join(differing)}] settings than "
             f"'{experiment.name}' has; run: mtrec prepare CONFIG, or pass another --prepared"
         )
-    path = folder / "config.toml"
-    if path.exists() and _has_checkpoint(folder):
-        keys = _differences(to_dict(load_experiment(path)), expected)
-        if keys:
-            shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
+    trained_on = _trained_on(folder)
+    if trained_on and trained_on["fingerprint"] != prepared.manifest.fingerprint:
+        raise ConfigError(
+            f"{folder} was trained on other data ({trained_on['fingerprint']}) than "
+            f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
+        )
+
+
+def check_replacement(
+    out: Path,
+    new: Manifest,
+    run: Path | None,
+    others: Iterable[Path] = (),
+    remedy: str = "Name other folders for the new data",
+) -> None:
+    """Raise `ConfigError` if new data would take from a run what it was trained on.
+
+    Args:
+      out: the prepared folder that is about to be replaced.
+      new: of the new data.
+      run: the run folder that is to be trained on the new data; None: none is.
+      others: folders that may hold runs which were trained on what `out` holds now.
+      remedy: what the message advises besides removing the run.
+    """
+    trained_on = _trained_on(run) if run else None
+    if trained_on and trained_on["fingerprint"] != new.fingerprint:
+        raise ConfigError(
+            f"{run} was trained on other data ({trained_on['fingerprint']}) than the new ones "
+            f"({new.fingerprint}). Nothing was replaced. {remedy}, or remove {run}"
+        )
+    try:
+        old = open_prepared(out).manifest.fingerprint
+    except DataError:  # there is nothing that a run could use
+        return
+    if old == new.fingerprint:
+        return
+    for other in others:
+        trained_on = _trained_on(other)
+        if trained_on and trained_on == {"folder": str(out.resolve()), "fingerprint": old}:
             raise ConfigError(
-                f"{folder} is a run of another configuration:\n{shown}\n"
-                "Pass another --run folder, or the configuration it was started with"
+                f"{out} holds the data ({old}) that {other} was trained on, and the new ones are "
+                f"others ({new.fingerprint}). Nothing was replaced. {remedy}, or remove {other}"
             )
-        notes = read_json(folder / "prepared.json")
-        if notes["fingerprint"] != prepared.manifest.fingerprint:
-            raise ConfigError(
-                f"{folder} was trained on other data ({notes['fingerprint']}) than "
-                f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
-            )
-    elif folder.exists() and any(p.name not in _OWN_FILES for p in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
+
+
+def _trained_on(folder: Path) -> dict[str, Any] | None:
+    """Folder and fingerprint of the data of a run; None where there is no run."""
+    if not (folder / "config.toml").is_file() or not _has_checkpoint(folder):
+        return None
+    return read_json(folder / "prepared.json")
 
 
 def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
