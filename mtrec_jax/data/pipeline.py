@@ -2,27 +2,31 @@
 
 An epoch visits the blocks (Parquet row groups) of a split in a seeded random order and permutes the
 examples inside each; preparation has already written the examples in random order, so this is
-close to a global shuffle while only a few blocks are read at a time. Batch s is found without
-reading the batches before it, which makes the cursor of a run one number.
+close to a global shuffle while only a few blocks are in memory at a time. Batch s is found without
+reading the batches before it, which makes the cursor of a run one number. What a block needs, it
+gets once for all of its batches: decoding, labels apart from masks, the permutation. A batch then
+is a slice of one block, or of a few.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator
 
 import grain
+import jax
 import numpy as np
-import pyarrow.parquet as pq
 
-from mtrec_jax.data.dataset import Manifest, Prepared, to_arrays
+from mtrec_jax.data.dataset import Prepared, to_arrays
 from mtrec_jax.types import Batch
 
-CACHE_BYTES = 1 << 30  # decoded blocks kept in memory
+CACHE_BYTES = 1 << 30  # a split that takes less, with its masks, stays in memory, decoded
 
 
 class BatchSource:
     """Random access to the batches of a split: `len(source)`, `source[s] -> Batch` of NumPy arrays.
+
+    Threads may share it and take turns. The arrays of a batch may be views: leave them as they are.
 
     Args:
       prepared: the data.
@@ -42,54 +46,68 @@ class BatchSource:
         epochs: int = 1,
         dtype: str = "float32",
     ):
-        self._prepared, self._split, self._file = prepared, split, prepared.parquet(split)
+        self._file, self._lock = prepared.parquet(split), threading.Lock()
         self._seed, self._batch_size, self._dtype = seed, batch_size, dtype
-        groups = range(self._file.num_row_groups)
-        self._sizes = np.array([self._file.metadata.row_group(g).num_rows for g in groups], int)
+        groups = [self._file.metadata.row_group(g) for g in range(self._file.num_row_groups)]
+        self._sizes = np.array([group.num_rows for group in groups], int)
         self.batches_per_epoch = max(1, -(-int(self._sizes.sum()) // batch_size))
         self._length = self.batches_per_epoch * epochs
-        self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-        total = sum(self._file.metadata.row_group(g).total_byte_size for g in groups)
-        self._keep = len(groups) if total < CACHE_BYTES / 4 else 8
+        self._fits = sum(group.total_byte_size for group in groups) < CACHE_BYTES / 2
+        self._decoded: dict[int, Batch] = {}
+        self._order = (-1, np.empty(0, int), np.empty(0, int))  # epoch, blocks, their ends
+        self._current = (-1, -1, self._decode(None))  # epoch, block, its examples as visited
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, s: int) -> Batch:
-        epoch, index = divmod(int(s), self.batches_per_epoch)
-        order = self._permutation(len(self._sizes), epoch)
-        ends = np.cumsum(self._sizes[order])
-        start = index * self._batch_size
-        stop = min(start + self._batch_size, int(ends[-1]) if len(ends) else 0)
-        parts = []
-        for position in range(np.searchsorted(ends, start, side="right"), len(order)):
-            block, end = int(order[position]), int(ends[position])
-            begin = end - int(self._sizes[block])
-            if begin >= stop:
-                break
-            inside = self._permutation(int(self._sizes[block]), epoch, block)
-            rows = inside[max(start, begin) - begin : min(stop, end) - begin]
-            parts.append({name: a[rows] for name, a in self._block(block).items()})
-        if not parts:
-            parts = [to_arrays(self._file.schema_arrow.empty_table())]
-        arrays = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return to_batch(arrays, self._prepared.manifest, self._batch_size, self._dtype)
+        with self._lock:
+            return self._batch(int(s))
+
+    def _batch(self, s: int) -> Batch:
+        epoch, index = divmod(s, self.batches_per_epoch)
+        if self._order[0] != epoch:
+            order = self._permutation(len(self._sizes), epoch)
+            self._order = (epoch, order, np.cumsum(self._sizes[order]))
+        _, order, ends = self._order
+        start, parts, missing = index * self._batch_size, [], self._batch_size
+        position = int(np.searchsorted(ends, start, side="right"))
+        while missing and position < len(order):
+            block = int(order[position])
+            begin = start + self._batch_size - missing - int(ends[position] - self._sizes[block])
+            parts.append(_slice(self._block(epoch, block), begin, begin + missing))
+            missing -= len(parts[-1].user)
+            position += 1
+        if missing:
+            parts.append(_padding(self._current[2], missing))
+        if len(parts) == 1:
+            return parts[0]
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     def _permutation(self, size: int, *where: int) -> np.ndarray:
         if self._seed is None:
             return np.arange(size)
         return np.random.default_rng([self._seed, *where]).permutation(size)
 
-    def _block(self, block: int) -> dict[str, np.ndarray]:
-        found = self._cache.get(block)
-        if found is None:
-            # a reader of its own for each call: the object is not safe to share between threads
-            file = pq.ParquetFile(self._prepared.folder / f"{self._split}.parquet")
-            found = to_arrays(file.read_row_group(block))
-            self._cache[block] = found
-            while len(self._cache) > self._keep:
-                self._cache.popitem(last=False)
-        return found
+    def _block(self, epoch: int, block: int) -> Batch:
+        """All examples of a block in the order in which the epoch visits them."""
+        if self._current[:2] != (epoch, block):
+            found = self._decoded.get(block)
+            if found is None:
+                found = self._decode(block)
+                if self._fits:
+                    self._decoded[block] = found
+            if self._seed is not None:
+                rows = self._permutation(int(self._sizes[block]), epoch, block)
+                found = jax.tree.map(lambda array: array.take(rows, axis=0), found)
+            self._current = (epoch, block, found)
+        return self._current[2]
+
+    def _decode(self, block: int | None) -> Batch:
+        """A block as it is on disk; None: no examples, of the same shapes."""
+        if block is None:
+            return to_batch(to_arrays(self._file.schema_arrow.empty_table()), self._dtype)
+        return to_batch(to_arrays(self._file.read_row_group(block)), self._dtype)
 
 
 def training_batches(source: BatchSource) -> grain.DatasetIterator:
@@ -106,38 +124,35 @@ def evaluation_batches(
     return (source[s] for s in range(len(source)))
 
 
-def to_batch(
-    arrays: dict[str, np.ndarray], manifest: Manifest, batch_size: int, dtype: str = "float32"
-) -> Batch:
-    """Columns of the prepared format `[n, ...]`, n <= B, to a batch of exactly B examples."""
-    n = len(arrays["user"])
-
-    def take(name: str, fill: int | float = 0) -> np.ndarray:
-        array = arrays[name]
-        if array.dtype.kind == "f":
-            array = array.astype(dtype, copy=False)
-        if n == batch_size:
-            return array
-        padding = np.full((batch_size - n, *array.shape[1:]), fill, array.dtype)
-        return np.concatenate([array, padding])
-
-    row = take("row", fill=-1)
-    found = [name for name in arrays if name.startswith("label_")]
-    labels = {name.removeprefix("label_"): take(name, fill=np.nan) for name in found}
+def to_batch(arrays: dict[str, np.ndarray], dtype: str = "float32") -> Batch:
+    """Columns of the prepared format `[n, ...]` as a batch of n examples."""
+    labels = _named(arrays, "label_")
     observed = {name: ~np.isnan(values) for name, values in labels.items()}
-    context = {}
-    if manifest.context_ids:
-        context["ids"] = take("context_ids")
-    if manifest.context_numbers:
-        context["numbers"] = take("context_numbers")
+    context = _named(arrays, "context_")
     return Batch(
-        context=context,
-        events={n.removeprefix("event_"): take(n) for n in arrays if n.startswith("event_")},
-        cutoff=take("cutoff"),
-        candidate=take("candidate"),
-        labels={name: np.where(observed[name], labels[name], 0) for name in labels},
-        mask={name: observed[name].astype(dtype) for name in labels},
-        user=take("user"),
-        weight=(row >= 0).astype(dtype),
-        row=row,
+        context={
+            name: values.astype(dtype, copy=False) if name == "numbers" else values
+            for name, values in context.items()
+        },
+        events=_named(arrays, "event_"),
+        cutoff=arrays["cutoff"],
+        candidate=arrays["candidate"],
+        labels={n: np.where(observed[n], a, 0).astype(dtype) for n, a in labels.items()},
+        mask={name: there.astype(dtype) for name, there in observed.items()},
+        user=arrays["user"],
+        weight=(arrays["row"] >= 0).astype(dtype),
+        row=arrays["row"],
     )
+
+
+def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def _slice(batch: Batch, start: int, stop: int) -> Batch:
+    return jax.tree.map(lambda array: array[start:stop], batch)
+
+
+def _padding(like: Batch, size: int) -> Batch:
+    zeros = jax.tree.map(lambda array: np.zeros((size, *array.shape[1:]), array.dtype), like)
+    return zeros._replace(row=zeros.row - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,34 @@ def test_the_state_of_the_iterator_resumes_exactly(prepared: Prepared, consumed:
         _assert_equal(found, expected)
 
 
-def test_blocks_beyond_the_cache_are_read_again(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_split_larger_than_memory_is_decoded_block_by_block(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    """A split larger than memory gives the same batches as one that fits."""
-    whole = BatchSource(prepared, "train", SIZE, seed=3)
-    monkeypatch.setattr("mtrec_jax.data.pipeline.CACHE_BYTES", 0)
-    small = BatchSource(prepared, "train", SIZE, seed=3)
-    monkeypatch.setattr(small, "_keep", 1)
-    for s in range(6):
-        _assert_equal(small[s], whole[s])
+    """It gives the same batches as one that fits, which is decoded once for all epochs."""
+    whole = BatchSource(prepared, "train", SIZE, seed=3, epochs=2)
+    expected = [whole[s] for s in range(12)]
+    decoded: list[int] = []
+    decode = BatchSource._decode
+
+    def counted(source: BatchSource, block: int | None) -> Batch:
+        decoded.extend([] if block is None else [block])
+        return decode(source, block)
+
+    monkeypatch.setattr(BatchSource, "_decode", counted)
+    if not cached:
+        monkeypatch.setattr("mtrec_jax.data.pipeline.CACHE_BYTES", 0)
+    source = BatchSource(prepared, "train", SIZE, seed=3, epochs=2)
+    for s in range(12):
+        _assert_equal(source[s], expected[s])
+    assert sorted(decoded) == sorted([*range(7)] * (1 if cached else 2))
+    assert len(source._decoded) == (7 if cached else 0)
+
+
+def test_threads_may_share_a_source(prepared: Prepared) -> None:
+    source = BatchSource(prepared, "train", SIZE, seed=3, epochs=5)
+    expected = [source[s] for s in range(30)]
+    shared = BatchSource(prepared, "train", SIZE, seed=3, epochs=5)
+    with ThreadPoolExecutor(4) as pool:
+        for s, found in enumerate(pool.map(shared.__getitem__, range(30))):
+            _assert_equal(found, expected[s])
