@@ -37,6 +37,7 @@ OWNERS = {  # a third-party library, and the only files that may know it
         f"data/{n}.py" for n in ("prepare", "schema", "expressions", "clean", "split", "index")
     ),
     "duckdb": (),
+    "fsspec": ("data/locate.py",),
     "pandas": (),
     "typer": ("cli.py",),
 }

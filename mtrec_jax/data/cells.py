@@ -20,7 +20,7 @@ SHOWN = 200  # characters of a malformed line that are kept
 _WHOLE = 1e15  # floats below it are written as integers where they are whole
 
 
-def tidy(text: pa.Array) -> pa.Array:
+def tidy(text: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """Text without white space around it; "" is missing. What is not UTF-8 stays as it is."""
     try:
         text = pc.utf8_trim_whitespace(text)

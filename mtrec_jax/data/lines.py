@@ -1,13 +1,11 @@
-"""Text formats (CSV, TSV, RecBole atomic files, JSON lines) as blocks of text columns.
+"""Text files as numbered lines, and JSON lines as blocks of text columns.
 
-Lines are judged in bulk: which have the right number of cells is counted, regular ones are
-cut by Arrow's CSV reader, and the odd ones by Python's. Every line has a number, the blank and
-malformed ones too, so that a row number always leads back to a line.
+Every line has a number, the blank and malformed ones too, so that a row number always leads back
+to a line.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator
@@ -16,15 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
-from mtrec_jax.config import Files
 from mtrec_jax.data.cells import LARGE, LARGEST, NOT_UTF8, NUL, SHOWN, malformed, tidy
 from mtrec_jax.errors import DataError
 
 ROW = "_row"
-FEW, MANY, NO_OBJECT = "too few cells", "too many cells", "no JSON object"
-OPEN = "unclosed quote (text over several lines needs Parquet or JSON lines)"
+NO_OBJECT = "no JSON object"
 _BYTES = 1 << 24  # read at a time; a longer line is malformed
 _COLUMNS = 10_000
 _FOREIGN = {  # first bytes of a file that is no text in UTF-8
@@ -45,36 +40,13 @@ class Block(NamedTuple):
     next_row: int  # number of the row after this block
 
 
-def separator(files: Files) -> str:
-    """What stands between two cells of a text table."""
-    return files.separator or ("\t" if files.format in ("tsv", "atomic") else ",")
-
-
-def text_blocks(stream: Any, files: Files, place: str, first_row: int) -> Iterator[Block]:
-    """Blocks of one text file, whose first data line is number `first_row`.
+def chunks(stream: Any, place: str) -> Iterator[tuple[bytes, bool]]:
+    """Whole lines that end in "\\n"; or (True) the beginning of one that is longer than a read.
 
     Raises:
-      DataError: the file is something else, or its header is unusable.
+      DataError: the file is no text in UTF-8.
       OSError: from `stream`.
     """
-    names, row = list(files.header), first_row
-    for data, long in _chunks(stream, place):
-        if files.format == "jsonl":
-            yield _json_block(data, long, row)
-        else:
-            if not names:
-                head, _, data = data.partition(b"\n")
-                names = _header(head, long, separator(files), place)
-            if row == first_row:
-                _check_header(names, files, place)
-            if not data:
-                continue
-            yield _csv_block(data, long, files, names, row)
-        row += data.count(b"\n")
-
-
-def _chunks(stream: Any, place: str) -> Iterator[tuple[bytes, bool]]:
-    """Whole lines that end in "\\n"; or (True) the beginning of one that is longer than a read."""
     rest, head, first = b"", b"", True
     while read := stream.read(_BYTES):
         data = rest + read
@@ -126,20 +98,8 @@ def check_names(names: list[str], place: str) -> None:
         taken.add(name.lower())
 
 
-def _check_header(names: list[str], files: Files, place: str) -> None:
-    check_names(names, place)
-    if files.format != "atomic":
-        return
-    for name in names:
-        if name.partition(":")[2] not in ("token", "token_seq", "float", "float_seq"):
-            raise DataError(
-                f"{place}: the header of an atomic file says name:type for each column, with type "
-                f"token, token_seq, float or float_seq, and here it says '{name}'"
-            )
-    check_names([name.partition(":")[0] for name in names], place)
-
-
-def _is_utf8(data: bytes) -> bool:
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes are text in UTF-8."""
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -147,25 +107,7 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _header(line: bytes, long: bool, separator: str, place: str) -> list[str]:
-    """Column names of the first line; one without a name is called by its number."""
-    if long or not _is_utf8(line) or b"\0" in line:
-        why = "too long" if long else "not UTF-8 text"
-        raise DataError(
-            f"{place} line 1 is {why}, but should name the columns. Check the format of the file"
-        )
-    if not line.strip():
-        raise DataError(
-            f"{place} is empty: its first line should name the columns (or declare `header`)"
-        )
-    cells = _quoted([line.decode()], separator)[0] if len(separator) == 1 else None
-    if isinstance(cells, str):
-        raise DataError(f"{place} line 1: {cells}; it should name the columns")
-    names = cells if cells is not None else line.decode().split(separator)
-    return [name.strip() or f"column_{n}" for n, name in enumerate(names, 1)]
-
-
-class _Lines(NamedTuple):
+class Lines(NamedTuple):
     """Lines of a block with what is wrong with them: "" (good), "blank" or a reason."""
 
     text: pa.StringArray  # "\n" included
@@ -173,10 +115,10 @@ class _Lines(NamedTuple):
     problem: np.ndarray
 
 
-def _judge(data: bytes, long: bool) -> _Lines:
+def judge(data: bytes, long: bool) -> Lines:
     """What can be said of lines without knowing their format."""
     raw = np.frombuffer(data, np.uint8)
-    valid = _is_utf8(data)
+    valid = is_utf8(data)
     if not valid:
         whole, data = data, data.decode(errors="replace").encode()
         raw = np.frombuffer(data, np.uint8)
@@ -188,171 +130,44 @@ def _judge(data: bytes, long: bool) -> _Lines:
     lengths = pc.binary_length(pc.ascii_trim_whitespace(text.take(pa.array(blank))))
     problem[blank[lengths.to_numpy() == 0]] = "blank"
     if b"\0" in data:
-        problem[_contains(text, "\0")] = NUL
+        problem[contains(text, "\0")] = NUL
     if not valid:
         lines = whole.split(b"\n")
-        for line in np.flatnonzero(_contains(text, "\ufffd")):
-            if not _is_utf8(lines[line]):
+        for line in np.flatnonzero(contains(text, "\ufffd")):
+            if not is_utf8(lines[line]):
                 problem[line] = NOT_UTF8
-    return _Lines(text, starts, problem)
+    return Lines(text, starts, problem)
 
 
-def _contains(lines: pa.StringArray, text: str) -> np.ndarray:
+def contains(lines: pa.StringArray, text: str) -> np.ndarray:
+    """[lines] bool: those that hold `text`."""
     return pc.match_substring(lines, text).to_numpy(zero_copy_only=False)
 
 
-def _bad(lines: _Lines, first_row: int) -> pa.Table:
+def bad_lines(lines: Lines, first_row: int) -> pa.Table:
+    """The malformed lines: row, reason, text."""
     wrong = [int(i) for i in np.flatnonzero(lines.problem) if lines.problem[i] != "blank"]
     return malformed(
         [(first_row + i, lines.problem[i], lines.text[i].as_py().rstrip("\n")) for i in wrong]
     )
 
 
-def _csv_block(data: bytes, long: bool, files: Files, names: list[str], first_row: int) -> Block:
-    mark, count = separator(files), data.count(b"\n")
-    simple = len(mark) == 1 and mark.isascii() and len(names) > 1
-    if simple and not long and b'"' not in data and b"\0" not in data and _is_utf8(data):
-        try:
-            table = _read_csv(data, mark, names)
-        except pa.ArrowInvalid:
-            table = None
-        if table is not None and len(table) == count and not _large(table):
-            return _block(table, np.arange(count), files, first_row, malformed([]), count)
+def json_blocks(stream: Any, place: str, first_row: int) -> Iterator[Block]:
+    """Blocks of JSON lines; the first line is row `first_row`, and each block has its own columns.
 
-    lines = _judge(data, long)
-    for line in np.flatnonzero(np.diff(lines.starts) > LARGEST):
-        if max(len(cell.encode()) for cell in lines.text[line].as_py().split(mark)) > LARGEST:
-            lines.problem[line] = LARGE
-    seps = pc.count_substring(lines.text, mark).to_numpy()
-    lines.problem[(lines.problem == "blank") & (seps > 0)] = ""
-    good = lines.problem == ""
-    odd = good & _irregular(lines.text, mark)
-    rows = np.flatnonzero(good & ~odd)
-    regular = lines.text.take(pa.array(rows))
-    found = _cells(regular, mark, seps[rows])
-    lines.problem[rows[found < len(names)]] = FEW
-    lines.problem[rows[found > len(names)]] = MANY
-    whole = found == len(names)
-    rows, regular = rows[whole], regular.filter(pa.array(whole))
-    if simple and len(rows):
-        size = pc.sum(pc.binary_length(regular)).as_py()
-        table = _read_csv(regular.buffers()[2][:size], mark, names)
-    else:
-        table = _split(regular, mark, names)
-    if odd.any():
-        more, where = _cut_odd(lines, np.flatnonzero(odd), mark, names)
-        rows = np.concatenate([rows, where])
-        order = np.argsort(rows)
-        table, rows = pa.concat_tables([table, more]).take(pa.array(order)), rows[order]
-    return _block(table, rows, files, first_row, _bad(lines, first_row), count)
-
-
-def _irregular(lines: pa.StringArray, separator: str) -> np.ndarray:
-    """Lines with quotes that are not exactly around whole cells: Python's reader knows more."""
-    quoted = _contains(lines, '"') if len(separator) == 1 else np.zeros(len(lines), bool)
-    if not separator.isascii() or not quoted.any():
-        return quoted
-    cell = rf'(?:[^"\x{ord(separator):02x}\n]*|"(?:[^"\n]|"")*")'
-    pattern = rf"^{cell}(?:\x{ord(separator):02x}{cell})*\n$"
-    where = np.flatnonzero(quoted)
-    fits = pc.match_substring_regex(lines.take(pa.array(where)), pattern)
-    quoted[where] = ~fits.to_numpy(zero_copy_only=False)
-    return quoted
-
-
-def _cells(lines: pa.StringArray, separator: str, separators: np.ndarray) -> np.ndarray:
-    """Number of cells of each line: separators between quotes do not count."""
-    if len(separator) != 1 or not len(lines) or not pc.any(pc.match_substring(lines, '"')).as_py():
-        return separators + 1
-    ends = np.frombuffer(lines.buffers()[1], np.int32)[: len(lines) + 1]
-    raw = np.frombuffer(lines.buffers()[2], np.uint8)[: ends[-1]]
-    inside = np.logical_xor.accumulate(raw == ord('"'))
-    outside = (raw == ord(separator)) & ~inside
-    return np.add.reduceat(outside, ends[:-1], dtype=np.int32) + 1
-
-
-def _block(
-    table: pa.Table, rows: np.ndarray, files: Files, first_row: int, bad: pa.Table, count: int
-) -> Block:
-    columns = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        text = tidy(column)
-        if files.format == "atomic":
-            name, _, kind = name.partition(":")
-            text = pc.ascii_split_whitespace(text) if kind.endswith("_seq") else text
-        columns[name] = text
-    columns[ROW] = pa.array(rows + first_row, pa.int64())
-    return Block(pa.table(columns), bad, first_row + count)
-
-
-def _read_csv(data: bytes | pa.Buffer, separator: str, names: list[str]) -> pa.Table:
-    """Regular lines, all with the right number of cells."""
-    return pa.csv.read_csv(
-        pa.BufferReader(data),
-        pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
-        pa.csv.ParseOptions(delimiter=separator, newlines_in_values=False),
-        pa.csv.ConvertOptions(
-            check_utf8=False,
-            column_types=dict.fromkeys(names, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-        ),
-    )
-
-
-def _large(table: pa.Table) -> bool:
-    return any((pc.max(pc.binary_length(c)).as_py() or 0) > LARGEST for c in table.columns)
-
-
-def _split(lines: pa.StringArray, separator: str, names: list[str]) -> pa.Table:
-    """The same for a separator of several characters, or a single column."""
-    cells = pc.split_pattern(lines, separator).flatten()
-    width = len(names)
-    each = [cells.take(pa.array(np.arange(n, len(cells), width))) for n in range(width)]
-    return pa.table(each, names=names)
-
-
-def _cut_odd(
-    lines: _Lines, where: np.ndarray, separator: str, names: list[str]
-) -> tuple[pa.Table, np.ndarray]:
-    """Irregular lines as a table, and which they are; the others get their `problem`."""
-    texts = lines.text.take(pa.array(where)).to_pylist()
-    kept, good = [], []
-    found = _quoted([text.removesuffix("\n") for text in texts], separator)
-    for line, cells in zip(where.tolist(), found, strict=True):
-        if not isinstance(cells, str) and len(cells) == len(names):
-            kept.append(cells)
-            good.append(line)
-        elif isinstance(cells, str):
-            lines.problem[line] = cells
-        else:
-            lines.problem[line] = FEW if len(cells) < len(names) else MANY
-    columns = zip(*kept, strict=True) if kept else ((),) * len(names)
-    table = pa.table([pa.array(c, pa.string()) for c in columns], names=names)
-    return table, np.array(good, np.int64)
-
-
-def _quoted(lines: list[str], separator: str) -> list[list[str] | str]:
-    """The cells of each line, or what is wrong with it; a quoted cell ends on its line."""
-
-    def cut(part: list[str]) -> list[list[str]]:
-        after = [*part, "x"]  # a quote that is still open would swallow it
-        return list(csv.reader(after, delimiter=separator, skipinitialspace=separator != " "))
-
-    try:
-        found = cut(lines)
-        if len(found) == len(lines) + 1:
-            return [*found[:-1]]
-    except csv.Error:
-        pass
-    if len(lines) == 1:
-        return [LARGE if len(lines[0]) > LARGEST else OPEN]
-    return [_quoted([line], separator)[0] for line in lines]
+    Raises:
+      DataError: the file is no text in UTF-8.
+      OSError: from `stream`.
+    """
+    for data, long in chunks(stream, place):
+        block = _json_block(data, long, first_row)
+        first_row = block.next_row
+        yield block
 
 
 def _json_block(data: bytes, long: bool, first_row: int) -> Block:
     """Numbers keep the text of the file; the columns are the keys of these lines."""
-    lines = _judge(data, long)
+    lines = judge(data, long)
     rows: list[int] = []
     records: list[dict[str, Any]] = []
     types: dict[str, pa.DataType] = {}
@@ -382,7 +197,7 @@ def _json_block(data: bytes, long: bool, first_row: int) -> Block:
             listed = [c if c is None or isinstance(c, list) else [c] for c in cells]
             columns[key] = pa.array(listed, kind)
     columns[ROW] = pa.array(np.array(rows, np.int64) + first_row)
-    return Block(pa.table(columns), _bad(lines, first_row), first_row + len(texts))
+    return Block(pa.table(columns), bad_lines(lines, first_row), first_row + len(texts))
 
 
 def _constant(text: str) -> str | None:
