@@ -34,7 +34,11 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "grain": ("data/pipeline.py", "train/checkpoint.py"),
     "orbax": ("train/checkpoint.py",),
     "ibis": tuple(
-        f"data/{n}.py" for n in ("prepare", "schema", "expressions", "clean", "split", "index")
+        f"data/{n}.py"
+        for n in (
+            *("prepare", "schema", "expressions", "clean", "split", "index"),
+            *("dependence", "guards"),
+        )
     ),
     "duckdb": (),
     "fsspec": ("data/locate.py",),

@@ -1,0 +1,377 @@
+"""Leaks that stop the preparation: answers among the features, and the future in the past.
+
+A guard measures, it does not guess from names. It raises `DataError` with the feature, the task,
+the figure and the remedy; `guard.allow` lets a "feature/task" through that is meant to be so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data import dependence
+from mtrec_jax.data.dependence import NUMBERS, Cells, Outcome
+from mtrec_jax.data.examples import Log
+from mtrec_jax.data.features import one_array
+from mtrec_jax.data.read import ROW
+from mtrec_jax.errors import DataError
+from mtrec_jax.types import FIRST
+
+LEAK = 0.999  # AUC, accuracy or R² on rows that the rates were not taken from
+_EVENTS = 2_000_000  # looked at by `next_event_known`
+_KEYS = 20  # fewer keys than that prove no statistic
+_COMPUTED = ("hour", "weekday", "gap", "past_count", "past_rate", "ties", "friends_taste")
+
+
+def determined_labels(events: Any, sides: dict[str, Any], experiment: Experiment) -> None:
+    """Stop if a feature of the target itself determines a label (history features show the past).
+
+    The rows of a value in one half of the training rows are judged by its mean label in the other
+    half, so that ids and timestamps, which never come again, determine nothing.
+
+    Args:
+      events: Ibis table with row, split (0: training), label_*, feature_* (text), user and item.
+      sides: {"user" or "item": Arrow or Ibis table with that key and column_* as text}.
+      experiment: its features and tasks; `guard.allow` lets "feature/task" pairs through.
+
+    Raises:
+      DataError: a single feature with an AUC, accuracy or R² of .999 or more.
+    """
+    train = events.filter(events.split == 0)
+    outcomes = dependence.outcomes(train, experiment)
+    seen = {
+        name: feature
+        for name, feature in experiment.features.items()
+        if feature.on != "history" and feature.kind not in _COMPUTED
+    }
+    of_rows = {n: f for n, f in seen.items() if f"feature_{n}" in events.columns}
+    found = []
+    if outcomes and of_rows:
+        values = {name: train[f"feature_{name}"] for name in of_rows}
+        for name, cells, text, outcome in dependence.by_value(train, values, outcomes):
+            found.append((name, outcome, dependence.best_score(seen[name], cells, text, outcome)))
+    for key, side in sides.items() if outcomes else ():
+        table = side if isinstance(side, pa.Table) else side.to_pyarrow()
+        on = "item" if key == "item" else "context"
+        own = {n: f for n, f in seen.items() if f.on == on and n not in of_rows}
+        if not own or key not in events.columns:
+            continue
+        for _, cells, ids, outcome in dependence.by_value(train, {key: train[key]}, outcomes):
+            place = pc.index_in(ids, value_set=one_array(table[key]))
+            for name, feature in own.items():
+                column = f"column_{feature.column or name}"
+                text = one_array(table[column]).take(place) if column in table.column_names else ids
+                text = dependence.as_text(text)
+                coded = cells._replace(value=dependence.codes(text))
+                found.append((name, outcome, dependence.best_score(feature, coded, text, outcome)))
+    problems = []
+    for name, outcome, score in found:
+        if score >= LEAK and f"{name}/{outcome.name}" not in experiment.guard.allow:
+            problems.append(_determined(experiment, name, outcome, score))
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _determined(experiment: Experiment, name: str, outcome: Outcome, score: float) -> str:
+    measure = {"binary": "AUC", "regression": "R²", "multiclass": "accuracy"}[outcome.kind]
+    return (
+        f"feature '{name}' (column '{experiment.features[name].column or name}') gives away the "
+        f"label of task '{outcome.name}' (column "
+        f"'{experiment.tasks[outcome.name].column or outcome.name}'): alone it reaches {measure} "
+        f"{score:.4f} on {int(outcome.n.sum()):,} training rows. Remove features.{name}, or show "
+        "it of past events only (on = 'history'); if it is truly known beforehand: guard.allow = "
+        f"['{name}/{outcome.name}']"
+    )
+
+
+# --- Histories that know the future
+
+
+def next_event_known(log: Log, experiment: Experiment) -> None:
+    """Stop if what an event shows in a history determines the user's next item or label.
+
+    Looks at pairs of consecutive training events: at the value of the first, and at its change
+    from the event before (a running total that is one event ahead). A value is let off that says
+    no more than the item and the labels of its own event do.
+
+    Args:
+      log: all events in order; `events` beside "item" are the history features.
+      experiment: `guard.allow` lets "feature/task" through ("feature/item" without such a task).
+
+    Raises:
+      DataError: a history feature with an AUC, accuracy or R² of .999 or more.
+    """
+    n = min(len(log.user), _EVENTS)
+    here = np.flatnonzero((log.user[1:n] == log.user[: n - 1]) & (log.split[1:n] == 0))
+    here = here[log.split[here] == 0]
+    half = dependence.half_of(np.asarray(log.row[here]))
+    sides = np.stack([half == 0, half == 1]).astype(float)
+    retrieval = [name for name, task in experiment.tasks.items() if task.kind == "retrieval"]
+    fields = {name: ids for name, ids in log.events.items() if name in experiment.features}
+    named = {(retrieval or ["item"])[0]: ("multiclass", np.asarray(log.events["item"]))}
+    for name, task in experiment.tasks.items():
+        if task.kind != "retrieval":
+            named[name] = (task.kind, np.asarray(log.targets[f"label_{name}"]))
+    own = [array[here] for _, array in named.values()]
+    for task_name, (kind, array) in named.items() if len(here) and fields else ():
+        label = array[here + 1].astype(np.float64)
+        known = ~np.isnan(label)
+        outcome, cells = _pairs(task_name, kind, label[known], sides[:, known])
+        if outcome is None:
+            continue
+        for name, ids in fields.items():
+            if f"{name}/{task_name}" in experiment.guard.allow:
+                continue
+            value = ids[here].astype(np.float64)
+            before = np.where(log.user[np.maximum(here - 1, 0)] == log.user[here], here - 1, -1)
+            step = value - np.where(before >= 0, ids[before], 0)
+            looks = (value, step) if experiment.features[name].kind in NUMBERS else (value,)
+            found = max(_pair_score(look[known], cells, outcome) for look in looks)
+            if found >= LEAK > max(_pair_score(v[known], cells, outcome) for v in own):
+                raise DataError(
+                    f"feature '{name}' (column '{experiment.features[name].column or name}') shows "
+                    f"the future: at an event it gives away the {task_name} of the user's next "
+                    f"event ({found:.4f} of {int(outcome.n.sum()):,} pairs of training events; "
+                    f"AUC, accuracy or R²). Remove features.{name}, or make its column as it was "
+                    f"known at the event; if it is meant: guard.allow = ['{name}/{task_name}']"
+                )
+
+
+def _pairs(
+    name: str, kind: Any, label: np.ndarray, sides: np.ndarray
+) -> tuple[Outcome | None, Cells]:
+    """Outcome and cells of single rows with these labels; None where they cannot be judged."""
+    center = float(label.mean()) if kind == "regression" and len(label) else 0.0
+    spread = float(np.square(label - label.mean()).sum()) if len(label) else 0.0
+    s = sides * (label - center)
+    codes = np.unique(label, return_inverse=True)[1]
+    cells = Cells(np.zeros(len(label), np.int64), sides, s, codes)
+    fewest = min(label.sum(), (1 - label).sum()) if kind == "binary" else dependence.OF_A_CLASS
+    if len(label) < dependence.ROWS or not spread or fewest < dependence.OF_A_CLASS:
+        return None, cells
+    return Outcome(name, kind, sides.sum(1), s.sum(1), center, spread), cells
+
+
+def _pair_score(value: np.ndarray, cells: Cells, outcome: Outcome) -> float:
+    codes = np.unique(value, return_inverse=True)[1]
+    return dependence.score(cells._replace(value=codes), outcome)
+
+
+def future_in_history(
+    log: Log,
+    event: np.ndarray,
+    cutoff: np.ndarray,
+    target: np.ndarray,
+    hide_ties: bool = False,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Stop if a position of some examples sees an event that is not before its target.
+
+    Args:
+      log: all events.
+      event: [n, L] places in the log of the events that an example holds, -1 for none.
+      cutoff: [n, P] a position sees the first so many of them.
+      target: [n, P] places in the log of the targets, -1 for padding.
+      hide_ties: events of the target's own time are not before it.
+      names: raw ids of the users, for the message.
+
+    Raises:
+      DataError: naming the user and the source rows of the event and the target.
+    """
+    user, time, row = (array[np.maximum(event, 0)] for array in (log.user, log.time, log.row))
+    there = event >= 0
+    back = time[:, 1:] < time[:, :-1]
+    back |= (time[:, 1:] == time[:, :-1]) & (row[:, 1:] <= row[:, :-1])
+    broken = back & there[:, 1:] & there[:, :-1]  # in order, the last visible event is the latest
+    broken = np.pad(broken, ((0, 0), (1, 0)))
+    broken |= there & (user != log.user[target.max(1)][:, None])
+    last = np.maximum(cutoff - 1, 0)
+    seen = np.take_along_axis(there, last, 1) & (cutoff > 0) & (target >= 0)
+    at, until = np.take_along_axis(time, last, 1), log.time[np.maximum(target, 0)]
+    later = (at > until) | ((at == until) & hide_ties)
+    later |= (at == until) & (np.take_along_axis(row, last, 1) >= log.row[np.maximum(target, 0)])
+    later &= seen
+    later |= seen & np.take_along_axis(np.maximum.accumulate(broken, axis=1), last, 1)
+    if later.any():
+        n, p = np.argwhere(later)[0]
+        who = int(log.user[target[n, p]])
+        raise DataError(
+            f"the history of user {names[who - FIRST] if names is not None else who} shows source "
+            f"row {row[n, last[n, p]]} (time {at[n, p]:.15g}), which is not before its target, row "
+            f"{log.row[target[n, p]]} (time {until[n, p]:.15g}). Please report it: the examples "
+            "were put together wrongly"
+        )
+
+
+# --- Rows that are in two splits, and statistics over all of them
+
+
+def statistics_of_everything(sides: dict[str, Any], events: Any, experiment: Experiment) -> None:
+    """Stop if a column of the items or users is a statistic that saw validation or test events.
+
+    Counts, sums and means of labels by key, over all events and over training events, are compared
+    with the column where the two differ, so that a statistic of the training events passes.
+
+    Args:
+      sides: {"user" or "item": Arrow or Ibis table with that key and column_* as text}.
+      events: Ibis table with split, label_* and the keys.
+      experiment: `guard.allow` lets "feature/task" through ("feature/events" for counts).
+
+    Raises:
+      DataError: a column equals such a statistic for 99 % of the keys, 20 at least.
+    """
+    for key, side in sides.items():
+        table = side if isinstance(side, pa.Table) else side.to_pyarrow()
+        columns: dict[str, pa.Array] = {}
+        for name, feature in experiment.features.items():
+            column = f"column_{feature.column or name}"
+            if (
+                feature.on == ("item" if key == "item" else "context")
+                and column in table.schema.names
+            ):
+                columns[name] = dependence.as_text(one_array(table[column]))
+        numbers = {name: dependence.as_numbers(text) for name, text in columns.items()}
+        numbers = {n: x for n, x in numbers.items() if (~np.isnan(x)).sum() >= _KEYS}
+        if not numbers or key not in events.columns:
+            continue
+        counted = _counts(events, key, experiment)
+        place = pc.index_in(one_array(table[key]), value_set=one_array(counted[key]))
+        counted = counted.take(place).combine_chunks()
+        for name, x in numbers.items():
+            digits = pc.replace_substring_regex(columns[name], r"^[^.]*\.?|[eE].*$", "")
+            margin = 0.5 * 10.0 ** -float(pc.max(pc.utf8_length(digits)).as_py() or 0)
+            _check_statistic(experiment, key, name, x, margin, counted)
+
+
+def _counts(events: Any, key: str, experiment: Experiment) -> pa.Table:
+    """By key: judged events, and the statistics <what>|<over which splits>, one column each."""
+    over = {
+        "training": events.split.isin((0, 3)),
+        "training and validation": events.split != 2,
+        "all": events.split >= 0,
+    }
+    columns = {"judged": events.split.isin((1, 2)).sum()}
+    for which, inside in over.items():
+        n = inside.sum().cast("float64")
+        columns[f"number of events//events|{which}"] = n
+        for name, task in experiment.tasks.items():
+            if task.kind in ("binary", "regression"):
+                label = events[f"label_{name}"]
+                total = ibis.ifelse(inside, label.fill_null(0.0), 0.0).sum()
+                labelled = (inside & label.notnull()).sum().cast("float64")
+                columns[f"sum of the label//{name}|{which}"] = total
+                columns[f"mean of the label//{name}|{which}"] = total / labelled.nullif(0.0)
+                columns[f"sum of the label by events//{name}|{which}"] = total / n.nullif(0.0)
+    return events.group_by(key).agg(**columns).to_pyarrow()
+
+
+def _check_statistic(
+    experiment: Experiment, key: str, name: str, x: np.ndarray, margin: float, counted: pa.Table
+) -> None:
+    def same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.abs(a - b) <= np.maximum(margin * 1.000001, 1e-6 * np.abs(b))
+
+    judged = np.asarray(pc.fill_null(counted["judged"], 0)) > 0
+    for column in counted.schema.names:
+        what, _, which = column.partition("|")
+        if which in ("", "training"):
+            continue
+        what, _, task = what.partition("//")
+        honest = np.asarray(pc.fill_null(counted[f"{what}//{task}|training"], np.nan), float)
+        whole = np.asarray(pc.fill_null(counted[column], np.nan), float)
+        telling = judged & ~np.isnan(x) & ~np.isnan(whole) & ~same(honest, whole)
+        hits = int((telling & same(x, whole)).sum())
+        if telling.sum() < _KEYS or hits < 0.99 * telling.sum():
+            continue
+        if f"{name}/{task}" not in experiment.guard.allow:
+            of = "" if task == "events" else f" of task '{task}'"
+            raise DataError(
+                f"feature '{name}' (column '{experiment.features[name].column or name}' of the "
+                f"{key}s) is the {what}{of} over {which} events: equal for {hits:,} of "
+                f"{telling.sum():,} {key}s where training events alone give another figure. It has "
+                "seen what it is judged by. Compute it from training events, or declare "
+                f"kind = 'past_count' or 'past_rate'; if it is meant: guard.allow = "
+                f"['{name}/{task}']"
+            )
+
+
+def row_in_two_splits(
+    raw: Sequence[Any],
+    events: Any,
+    experiment: Experiment,
+    place: Callable[[int], str] = "row {}".format,
+) -> None:
+    """Stop if equal raw rows are in different splits.
+
+    With user, item and time a row equal to another is the same event, and one is too many. Other
+    rows may be equal by chance: then judged rows with a twin in training are compared with the
+    training rows that have one themselves.
+
+    Args:
+      raw: Ibis tables of raw text columns and `_row`, one a source of events.
+      events: Ibis table with row and split.
+      experiment: where duplicates are dropped within one source nothing can be left.
+      place: says where a source row is.
+
+    Raises:
+      DataError: with the number of rows and the first pair.
+    """
+    data, kept = experiment.data, events.select("row", "split")
+    if len(raw) == 1 and experiment.clean.duplicates == "drop":
+        return
+    names = [n for n in raw[0].columns if n != ROW and all(n in t.columns for t in raw)]
+    cells = [
+        t.select(ROW, main=ibis.literal(i == 0), **{n: dependence.text_of(t[n]) for n in names})
+        for i, t in enumerate(raw)
+    ]
+    rows = (ibis.union(*cells) if len(cells) > 1 else cells[0]).left_join(kept, [(ROW, "row")])
+    dropped = rows.split.isnull() & rows.main  # as a duplicate, before: a twin of what is left
+    trains = rows.split.isin((0, 3)).fill_null(False) | dropped
+    validates, tests = ((rows.split == n).fill_null(False) for n in (1, 2))
+    null = ibis.null("int64")
+    groups = rows.group_by(names).agg(
+        train=trains.sum(),
+        validation=validates.sum(),
+        test=tests.sum(),
+        first=ibis.ifelse(trains | validates, rows[ROW], null).min(),
+        twin=ibis.ifelse(validates | tests, rows[ROW], null).max(),
+    )
+    judged = groups.validation + groups.test
+    shared = (groups.train > 0) & (judged > 0)
+    keyed = bool(data.user and data.item and data.time)
+    if keyed:
+        shared |= (groups.validation > 0) & (groups.test > 0)
+    (found,) = (
+        groups.agg(
+            train=groups.train.sum(),
+            judged=judged.sum(),
+            twins=ibis.ifelse(groups.train > 1, groups.train, 0).sum(),
+            shared=ibis.ifelse(shared, judged, 0).sum(),
+        )
+        .to_pyarrow()
+        .to_pylist()
+    )
+    limit = 0.0
+    if not keyed:
+        limit = 5 * (found["twins"] or 0) / max(found["train"] or 0, 1) + 0.01
+    share = (found["shared"] or 0) / max(found["judged"] or 0, 1)
+    if share <= limit:
+        return
+    pair = groups.filter(shared).order_by("first").limit(1).to_pyarrow().to_pylist()[0]
+    remedy = (
+        "take these rows out of the training files"
+        if experiment.split.kind == "files"
+        else "set clean.duplicates = 'drop'"
+    )
+    raise DataError(
+        f"{found['shared']:,} of {found['judged']:,} validation and test rows are equal in every "
+        f"column to a row of another split, e.g. {place(pair['first'])} and {place(pair['twin'])}"
+        + (f" (training rows among themselves: {found['twins'] or 0:,})" if not keyed else "")
+        + f": they would be judged by what was learned by heart. To judge on new rows, {remedy}"
+    )

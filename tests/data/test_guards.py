@@ -1,0 +1,438 @@
+"""Every guard stops a real leak, and lets a legal look-alike pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data import guards
+from mtrec_jax.data.engine import Engine, engine
+from mtrec_jax.data.examples import Log
+from mtrec_jax.errors import DataError
+from tests.data.small import make, rows
+
+N = 2000
+BINARY = {"like": {"kind": "binary"}}
+
+
+NAMES = (f"table{n}" for n in itertools.count())
+
+
+@pytest.fixture
+def duckdb(tmp_path: Path) -> Iterator[Engine]:
+    with engine(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def text(values: Any) -> list[str | None]:
+    return [None if v is None else str(v) for v in values]
+
+
+def of_rows(duckdb: Engine, label: Any, split: Any = None, **features: Any) -> Any:
+    """Events of a row data set: one feature or more, the label of `like`."""
+    columns = {
+        f"feature_{n}": v if isinstance(v, pa.Array) else text(v) for n, v in features.items()
+    }
+    split = np.zeros(len(label)) if split is None else split
+    values = pa.array(label) if isinstance(label[0], str) else pa.array(label, pa.float64())
+    table = pa.table(
+        {
+            "row": np.arange(len(label)),
+            "split": pa.array(split, pa.int8()),
+            "label_like": values,
+            **columns,
+        }
+    )
+    return duckdb.load(next(NAMES), table)
+
+
+def of_kind(kind: str = "categorical", task: str = "binary", **more: Any) -> Experiment:
+    feature = {"on": "context", "kind": kind, **more}
+    return rows(features={"x": feature}, tasks={"like": {"kind": task}})
+
+
+def stops(duckdb: Engine, label: Any, x: Any, experiment: Experiment) -> bool:
+    message = ""
+    try:
+        guards.determined_labels(of_rows(duckdb, label, x=x), {}, experiment)
+    except DataError as error:
+        message = str(error)
+    parts = ("feature 'x'", "task 'like'", "guard.allow = ['x/like']")
+    assert not message or all(part in message for part in parts)
+    return bool(message)
+
+
+# --- determined_labels
+
+
+def test_a_category_that_determines_the_label(duckdb: Engine, random: np.random.Generator) -> None:
+    x = random.integers(0, 40, N)
+    label = (x % 3 == 0) * 1.0
+    assert stops(duckdb, label, x, of_kind())
+    noisy = np.where(random.random(N) < 0.02, 1 - label, label)  # 98 % is a strong honest feature
+    assert not stops(duckdb, noisy, x, of_kind())
+
+
+def test_a_missing_cell_that_determines_the_label(
+    duckdb: Engine, random: np.random.Generator
+) -> None:
+    """An order number that only orders have; the numbers themselves never come again."""
+    label = (random.random(N) < 0.3) * 1.0
+    order = [i if y else None for i, y in enumerate(label)]
+    assert stops(duckdb, label, order, of_kind())
+
+
+def test_unique_values_determine_nothing(duckdb: Engine, random: np.random.Generator) -> None:
+    """Ids, timestamps and measurements: each label could be read off the value, and none is."""
+    label = (random.random(N) < 0.3) * 1.0
+    assert not stops(duckdb, label, np.arange(N), of_kind())
+    assert not stops(duckdb, label, random.normal(size=N), of_kind("numeric"))
+    assert not stops(duckdb, label, 1.7e9 + np.arange(N), of_kind("numeric"))
+    assert not stops(duckdb, random.normal(size=N), np.arange(N), of_kind("numeric", "regression"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_determines_the_label(
+    duckdb: Engine, random: np.random.Generator, sign: int
+) -> None:
+    x = sign * random.normal(size=N)
+    assert stops(duckdb, (x > 1.2) * 1.0, x, of_kind("numeric"))
+    assert not stops(duckdb, (x + random.normal(size=N) > 1.2) * 1.0, x, of_kind("numeric"))
+
+
+def test_a_number_that_determines_the_label_by_its_range(
+    duckdb: Engine, random: np.random.Generator
+) -> None:
+    x = random.normal(size=20 * N)
+    assert stops(duckdb, (np.abs(x) < 1) * 1.0, x, of_kind("numeric"))
+
+
+def test_a_regression_label_in_another_unit(duckdb: Engine, random: np.random.Generator) -> None:
+    x = random.normal(50, 10, N)
+    assert stops(duckdb, 2.54 * x + 3, x, of_kind("numeric", "regression"))
+    assert not stops(duckdb, x + random.normal(size=N), x, of_kind("numeric", "regression"))
+    steps = random.integers(1, 6, N)
+    assert stops(duckdb, steps**2.0, steps, of_kind("categorical", "regression"))
+
+
+def test_a_class_by_another_name(duckdb: Engine, random: np.random.Generator) -> None:
+    x = random.integers(0, 30, N)
+    label = [f"class {v % 4}" for v in x]
+    assert stops(duckdb, label, x, of_kind(task="multiclass"))
+    wrong = [f"class {v % 4 if r > 0.01 else 3}" for v, r in zip(x, random.random(N), strict=True)]
+    assert not stops(duckdb, wrong, x, of_kind(task="multiclass"))
+    nearly_constant = ["usual"] * (N - 15) + ["rare"] * 15
+    assert not stops(duckdb, nearly_constant, random.integers(0, 3, N), of_kind(task="multiclass"))
+
+
+def test_a_word_and_a_list_entry_that_determine_the_label(
+    duckdb: Engine, random: np.random.Generator
+) -> None:
+    label = (random.random(N) < 0.3) * 1.0
+    words = [
+        [f"w{random.integers(400)}", f"w{random.integers(400)}"] + ["bought"] * int(y)
+        for y in label
+    ]
+    assert stops(duckdb, label, [" ".join(w) for w in words], of_kind("multi_valued"))
+    assert stops(duckdb, label, pa.array(words), of_kind("multi_valued"))
+    others = [w[:2] for w in words]
+    assert not stops(duckdb, label, pa.array(others), of_kind("multi_valued"))
+
+
+def test_too_few_rows_are_not_judged(duckdb: Engine) -> None:
+    label = np.arange(99) % 2 * 1.0
+    assert not stops(duckdb, label, label, of_kind())
+    label = np.arange(100) % 2 * 1.0
+    assert stops(duckdb, label, label, of_kind())
+    rare = (np.arange(N) < 9) * 1.0
+    assert not stops(duckdb, rare, rare, of_kind())
+
+
+def test_only_training_rows_count_and_pairs_can_be_allowed(duckdb: Engine) -> None:
+    label = np.arange(N) % 2 * 1.0
+    split = np.arange(N) % 3 % 2
+    x = np.where(split == 0, np.arange(N) % 7, label)  # a label of the judged rows only
+    guards.determined_labels(of_rows(duckdb, label, split, x=x), {}, of_kind())
+    allowed = rows(features={"x": {"on": "context"}}, tasks=BINARY, guard={"allow": ["x/like"]})
+    guards.determined_labels(of_rows(duckdb, label, x=label), {}, allowed)
+    other = rows(features={"x": {"on": "context"}}, tasks=BINARY, guard={"allow": ["x/other"]})
+    with pytest.raises(DataError, match=r"AUC 1\.0000 on 2,000 training rows"):
+        guards.determined_labels(of_rows(duckdb, label, x=label), {}, other)
+
+
+def of_users(duckdb: Engine, label: Any, users: Any, items: Any, split: Any = None) -> Any:
+    n = len(label)
+    split = np.zeros(n) if split is None else split
+    table = pa.table(
+        {
+            "row": np.arange(n),
+            "split": pa.array(split, pa.int8()),
+            "user": text(users),
+            "item": text(items),
+            "label_like": pa.array(label, pa.float64()),
+        }
+    )
+    return duckdb.load(next(NAMES), table)
+
+
+def side(key: str, ids: Any, **columns: Any) -> pa.Table:
+    named = {f"column_{n}": text(v) for n, v in columns.items()}
+    return pa.table({key: text(ids), **named})
+
+
+@pytest.mark.parametrize("key", ["user", "item"])
+def test_a_label_that_a_side_table_determines(
+    duckdb: Engine, random: np.random.Generator, key: str
+) -> None:
+    ids = random.integers(0, 50, N)
+    verdict = np.arange(50) % 2
+    group = [f"g{i % 6}" for i in range(50)]  # of even or odd ids only
+    users, items = (ids, np.arange(N) % 9) if key == "user" else (np.arange(N) % 9, ids)
+    on = "context" if key == "user" else "item"
+    experiment = make(features={"x": {"on": on}}, tasks=BINARY)
+    events = of_users(duckdb, verdict[ids] * 1.0, users, items)
+    with pytest.raises(DataError, match="feature 'x'"):
+        guards.determined_labels(events, {key: side(key, range(50), x=group)}, experiment)
+    honest = side(key, range(50), x=[f"g{i % 7}" for i in range(50)])
+    guards.determined_labels(events, {key: honest}, experiment)
+
+
+def test_a_history_feature_may_be_the_label(duckdb: Engine) -> None:
+    label = np.arange(N) % 2 * 1.0
+    events = of_users(duckdb, label, np.arange(N) % 50, np.arange(N) % 9)
+    events = events.mutate(feature_like=events.label_like.cast("string"))
+    experiment = make(features={"like": {"on": "history"}}, tasks=BINARY)
+    guards.determined_labels(events, {}, experiment)
+
+
+# --- next_event_known
+
+
+def log_of(random: np.random.Generator, **fields: Any) -> Log:
+    """40 users with 50 events each; items, likes and the given history fields (from them)."""
+    n = 40 * 50
+    user = np.repeat(np.arange(40, dtype=np.int32) + 2, 50)
+    item = random.integers(2, 30, n).astype(np.int32)
+    like = (random.random(n) < 0.4).astype(np.float32)
+    last = np.arange(n) % 50 == 49
+    events = {"item": item} | {
+        name: make_field(item, like, last) for name, make_field in fields.items()
+    }
+    split = np.where(last, 2, 0).astype(np.int8)
+    return Log(user, split, np.arange(n), np.arange(n) * 1.0, events, {"label_like": like})
+
+
+def following(values: np.ndarray, last: np.ndarray) -> np.ndarray:
+    return np.where(last, 1, np.roll(values, -1)).astype(np.int32)
+
+
+HISTORY = {"tasks": {"next": {"kind": "retrieval"}, "like": {"kind": "binary"}}}
+
+
+def test_a_history_that_names_the_next_item(random: np.random.Generator) -> None:
+    log = log_of(random, then=lambda item, like, last: following(item, last))
+    experiment = make(features={"then": {"on": "history"}}, **HISTORY)
+    with pytest.raises(DataError, match=r"'then'.*shows the future.*the next of the user's next"):
+        guards.next_event_known(log, experiment)
+    allowed = make(features={"then": {"on": "history"}}, guard={"allow": ["then/next"]}, **HISTORY)
+    guards.next_event_known(log, allowed)
+
+
+def test_a_history_that_shows_the_next_label(random: np.random.Generator) -> None:
+    log = log_of(random, then=lambda item, like, last: following(like + 2, last))
+    experiment = make(features={"then": {"on": "history"}}, **HISTORY)
+    with pytest.raises(DataError, match="gives away the like of the user's next"):
+        guards.next_event_known(log, experiment)
+
+
+def test_a_running_total_that_is_one_event_ahead(random: np.random.Generator) -> None:
+    def total(like: np.ndarray) -> np.ndarray:
+        return np.cumsum(like.reshape(40, 50), 1).reshape(-1).astype(np.int32) + 2
+
+    experiment = make(features={"total": {"on": "history", "kind": "binned"}}, **HISTORY)
+    honest = log_of(random, total=lambda item, like, last: total(like))
+    guards.next_event_known(honest, experiment)
+    ahead = log_of(random, total=lambda item, like, last: following(total(like), last))
+    with pytest.raises(DataError, match="'total'"):
+        guards.next_event_known(ahead, experiment)
+
+
+def test_what_the_own_event_explains_is_no_future(random: np.random.Generator) -> None:
+    """A fixed course of lessons: the next item follows from the item, and so from its number."""
+    log = log_of(random, lesson=lambda item, like, last: np.arange(len(item), dtype=np.int32) % 50)
+    log.events["item"][:] = log.events["lesson"] + 2
+    log.targets["label_like"][:] = log.events["lesson"] % 2
+    guards.next_event_known(log, make(features={"lesson": {"on": "history"}}, **HISTORY))
+
+
+# --- future_in_history
+
+
+def small_log() -> Log:
+    time = np.array([1.0, 2.0, 2.0, 3.0, 1.0, 5.0])
+    user = np.array([2, 2, 2, 2, 3, 3], np.int32)
+    split = np.zeros(6, np.int8)
+    return Log(user, split, np.array([4, 0, 1, 2, 3, 5]), time, {}, {})
+
+
+EVENT = np.array([[0, 1, 2], [4, -1, -1]])
+
+
+def test_histories_of_the_past_pass() -> None:
+    cutoff, target = np.array([[0, 2, 3], [1, 0, 0]]), np.array([[0, 2, 3], [5, -1, -1]])
+    guards.future_in_history(small_log(), EVENT, cutoff, target)
+
+
+@pytest.mark.parametrize(
+    ("event", "cutoff", "target", "shown"),
+    [
+        (EVENT, [[3, 0], [0, 0]], [[2, 3], [5, -1]], "row 1 .* target, row 1 "),  # itself
+        (EVENT, [[0, 3], [0, 0]], [[0, 1], [5, -1]], "user anna .* row 1 .* row 0 "),  # a tie
+        ([[0, 2, 1], [4, -1, -1]], [[0, 3], [0, 0]], [[0, 3], [5, -1]], "target, row 2"),  # order
+        ([[0, 1, 4], [4, -1, -1]], [[0, 3], [0, 0]], [[0, 3], [5, -1]], "target, row 2"),  # user
+    ],
+)
+def test_an_event_that_is_not_before_its_target(
+    event: Any, cutoff: Any, target: Any, shown: str
+) -> None:
+    arrays = (np.array(event), np.array(cutoff), np.array(target))
+    with pytest.raises(DataError, match=shown):
+        guards.future_in_history(small_log(), *arrays, names=["anna", "ben"])
+
+
+def test_events_of_the_own_time_are_no_past_where_ties_are_hidden() -> None:
+    cutoff, target = np.array([[0, 2], [1, 0]]), np.array([[0, 2], [5, -1]])
+    guards.future_in_history(small_log(), EVENT, cutoff, target)
+    with pytest.raises(DataError, match=r"row 0 .* target, row 1 "):
+        guards.future_in_history(small_log(), EVENT, cutoff, target, hide_ties=True)
+
+
+# --- statistics_of_everything
+
+
+@pytest.fixture
+def rated(duckdb: Engine, random: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+    """Events of 60 items, a fifth of them judged, and what can be computed from them."""
+    items, like = random.integers(0, 60, N), (random.random(N) < 0.4) * 1.0
+    split = np.where(random.random(N) < 0.2, random.integers(1, 3, N), 0)
+    events = of_users(duckdb, like, np.arange(N) % 50, items, split)
+    figures: dict[str, Any] = {}
+    for name, inside in {"all": split >= 0, "seen": split < 2, "train": split == 0}.items():
+        n = np.bincount(items[inside], minlength=60)
+        figures[f"count_{name}"] = n
+        figures[f"rate_{name}"] = np.bincount(items[inside], like[inside], 60) / n
+    return events, figures
+
+
+@pytest.mark.parametrize("kind", ["numeric", "binned"])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("count_all", "number of events over all events"),
+        ("count_seen", "number of events over training and validation events"),
+        ("count_train", ""),
+        ("rate_all", "mean of the label of task 'like' over all"),
+        ("rate_train", ""),
+        ("rounded_all", "mean of the label of task 'like' over all"),
+        ("rounded_train", ""),
+        ("price", ""),
+    ],
+)
+def test_a_column_that_has_seen_the_judged_events(
+    rated: tuple[Any, dict[str, Any]], name: str, stop: str, kind: str
+) -> None:
+    events, figures = rated
+    figures |= {f"rounded_{n}": np.round(figures[f"rate_{n}"], 3) for n in ("all", "train")}
+    figures["price"] = np.arange(60) * 1.5
+    sides = {"item": side("item", range(60), x=figures[name])}
+    experiment = make(features={"x": {"on": "item", "kind": kind}}, tasks=BINARY)
+    if stop:
+        with pytest.raises(DataError, match=f"feature 'x'.*{stop}"):
+            guards.statistics_of_everything(sides, events, experiment)
+    else:
+        guards.statistics_of_everything(sides, events, experiment)
+
+
+def test_a_statistic_of_everything_can_be_allowed(rated: tuple[Any, dict[str, Any]]) -> None:
+    events, figures = rated
+    sides = {"item": side("item", range(60), x=figures["count_all"])}
+    features = {"x": {"on": "item", "kind": "numeric"}}
+    allow = {"allow": ["x/events"]}
+    guards.statistics_of_everything(
+        sides, events, make(features=features, tasks=BINARY, guard=allow)
+    )
+
+
+# --- row_in_two_splits
+
+FILES = {"kind": "files", "test_files": ["test.csv"]}
+
+
+def raw_rows(duckdb: Engine, first: int, **columns: Any) -> Any:
+    n = len(next(iter(columns.values())))
+    table = pa.table(
+        {"_row": np.arange(first, first + n), **{k: text(v) for k, v in columns.items()}}
+    )
+    return duckdb.load(next(NAMES), table)
+
+
+def with_split(duckdb: Engine, split: Any) -> Any:
+    table = pa.table({"row": np.arange(len(split)), "split": pa.array(split, pa.int8())})
+    return duckdb.load(next(NAMES), table)
+
+
+def test_an_event_in_two_splits(duckdb: Engine) -> None:
+    raw = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 3])
+    keep = make(clean={"duplicates": "keep"})
+    with pytest.raises(
+        DataError, match=r"2 of 2 validation .* row 2 and row 3.*duplicates = 'drop'"
+    ):
+        guards.row_in_two_splits([raw], with_split(duckdb, [0, 0, 1, 2]), keep)
+    guards.row_in_two_splits([raw], with_split(duckdb, [1, 2, 0, 0]), keep)  # twins that train
+    again = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 4])
+    guards.row_in_two_splits([again], with_split(duckdb, [0, 0, 1, 2]), keep)  # seen twice
+
+
+def test_rows_of_the_training_file_in_the_test_file(
+    duckdb: Engine, random: np.random.Generator
+) -> None:
+    experiment = rows(split=FILES, features={"x": {}}, tasks=BINARY)
+    train = random.normal(size=400)
+    fresh, copied = random.normal(size=100), np.concatenate([random.normal(size=90), train[:10]])
+    split = with_split(duckdb, [0] * 400 + [2] * 100)
+    raw = raw_rows(duckdb, 0, x=train, y=[None] * 400)
+    guards.row_in_two_splits(
+        [raw, raw_rows(duckdb, 400, x=fresh, y=[None] * 100)], split, experiment
+    )
+    with pytest.raises(DataError, match=r"10 of 100 validation .* the training files"):
+        guards.row_in_two_splits(
+            [raw, raw_rows(duckdb, 400, x=copied, y=[None] * 100)], split, experiment
+        )
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_people_who_give_the_same_answers(
+    duckdb: Engine, random: np.random.Generator, dropped: bool
+) -> None:
+    """Rows that are equal by chance are so among the training rows as well."""
+    answers = random.integers(0, 300, 1000)
+    split = np.array([0] * 800 + [2] * 200)
+    events = with_split(duckdb, split)
+    if dropped:
+        first = np.unique(answers[:800], return_index=True)[1]
+        events = events.filter((events.split == 2) | events.row.isin(first.tolist()))
+    raw = [raw_rows(duckdb, 0, x=answers[:800]), raw_rows(duckdb, 800, x=answers[800:])]
+    experiment = rows(split=FILES, features={"x": {}}, tasks=BINARY)
+    guards.row_in_two_splits(raw, events, experiment)
