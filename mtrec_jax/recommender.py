@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax.data.prepare import encode_rows, read_columns
+from mtrec_jax.data.new_rows import encode_rows, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.inference import pad_rows, predictions, prepared_inference
 from mtrec_jax.kernels import cosine_topk

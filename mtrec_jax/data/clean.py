@@ -1,76 +1,260 @@
-"""Remove what cannot be used, and count every removal."""
+"""Remove what cannot be used; count every removal, and keep what was removed in quarantine.
+
+Removed rows are tables of (row, reason, evidence). Every row that is read either goes on or is in
+one of them, which is checked at the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from mtrec_jax.config import Clean, Experiment
+from mtrec_jax.config import Clean, Experiment, Values
 from mtrec_jax.data.dataset import Rule
-from mtrec_jax.data.read import EXAMPLES, ROW
-from mtrec_jax.data.schema import Source, count, typed
+from mtrec_jax.data.engine import Engine, count, rows
+from mtrec_jax.data.read import EXAMPLES, ROW, Staged
+from mtrec_jax.data.schema import typed
+from mtrec_jax.data.sources import EVENTS, Source
+from mtrec_jax.data.split import split_events
 from mtrec_jax.errors import DataError
 
+DAY = 86_400  # seconds
+_REMOVED = ["row", "reason", "evidence"]
+QUARANTINE = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("source", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("reason", pa.string()),
+        ("evidence", pa.string()),
+    ]
+)
 
-def clean_source(backend: Any, experiment: Experiment, source: Source) -> tuple[Any, list[Rule]]:
-    """Typed events of one source without malformed, keyless and repeated rows; and the report.
+
+def clean_events(
+    engine: Engine, experiment: Experiment, sources: dict[str, Source]
+) -> tuple[Any, list[Rule], list[str]]:
+    """All usable events, with `part` (0 events, 1 test, 2 validation files); and what was removed.
+
+    Rules apply in this order: malformed lines, missing keys, unreadable or impossible values,
+    duplicates, bots, outliers by fitted bounds, k-core.
+
+    Returns:
+      The events, labels restricted to their sample space; the report; the names of the engine's
+      tables of removed rows.
 
     Raises:
-      DataError: more rows are malformed than `clean.max_bad_fraction` allows.
+      DataError: more rows are malformed than `clean.max_bad_fraction` allows, or none is left.
     """
-    table = backend.create_table(f"typed_{source.name}", typed(experiment, source))
-    found = table.group_by("problem").agg(n=table.count()).to_pyarrow().to_pylist()
-    removed = {r["problem"]: r["n"] for r in found if r["problem"] is not None}
-    rules = [Rule(rule=f"{source.name}: rows read", rows=source.rows), *_bad_lines(source)]
-    for problem in sorted(removed, reverse=True):  # "missing" before "malformed"
-        first = table.filter(table.problem == problem).order_by("row").limit(EXAMPLES)
+    rules, removed = [], []
+    fitted = any(v.bounds != "given" for v in experiment.clean.values.values() if not v.valid)
+    if fitted:
+        events, *_ = _without_bad_rows(engine, experiment, sources)
+        events = engine.keep("provisional", events)
+        experiment = _with_bounds(experiment, sources, events)
+    events, rules, removed = _without_bad_rows(engine, experiment, sources)
+    events, found, out = k_core(engine, events, experiment.clean)
+    rules, removed = rules + found, removed + out
+    left = count(events)
+    if not left:
+        report = "\n".join(f"  {rule.rule}: {rule.rows:,}" for rule in rules)
+        raise DataError(f"no event is left after cleaning:\n{report}\nLower the limits in [clean]")
+    rules += missing_labels(events, experiment)
+    return sample_spaces(events, experiment), rules, removed
+
+
+def _with_bounds(experiment: Experiment, sources: dict[str, Source], events: Any) -> Experiment:
+    """The experiment with the bounds by quantiles or MAD of its training rows as given bounds.
+
+    The training rows are those of the split over the rows that pass all other rules.
+    """
+    train = split_events(events, experiment).filter(lambda t: t["split"] == 0)
+    given = {}
+    for name, rule in experiment.clean.values.items():
+        if rule.valid or rule.bounds == "given":
+            given[name] = rule
+            continue
+        found = train.group_by(value=train[f"value_{name}"]).agg(n=train.count()).to_pyarrow()
+        found = found.filter(found["value"].is_valid()).sort_by("value")
+        low, high = _bounds(rule, found["value"].to_numpy(), found["n"].to_numpy(), name)
+        given[name] = dataclasses.replace(rule, bounds="given", low=low, high=high)
+    return dataclasses.replace(
+        experiment, clean=dataclasses.replace(experiment.clean, values=given)
+    )
+
+
+def _bounds(
+    rule: Values, values: np.ndarray, counts: np.ndarray, name: str
+) -> tuple[float | None, float | None]:
+    if not len(values):
+        raise DataError(f"clean.values.{name}: no training value of '{rule.column}' is a number")
+    if rule.bounds == "quantiles":
+        low, high = (
+            None if share is None else _quantile(values, counts, share)
+            for share in (rule.low, rule.high)
+        )
+        return low, high
+    median = _quantile(values, counts, 0.5)
+    away = np.abs(values - median)
+    order = np.argsort(away, kind="stable")
+    spread = rule.deviations * 1.4826 * _quantile(away[order], counts[order], 0.5)
+    return median - spread, median + spread
+
+
+def _quantile(values: np.ndarray, counts: np.ndarray, share: float) -> float:
+    """The smallest of the sorted values that at least `share` of all rows do not exceed."""
+    below = np.cumsum(counts)
+    return float(values[np.searchsorted(below, share * below[-1] - 1e-9)])
+
+
+def _without_bad_rows(
+    engine: Engine, experiment: Experiment, sources: dict[str, Source]
+) -> tuple[Any, list[Rule], list[str]]:
+    """Events of all event sources after the rules that look at single rows, duplicates and bots."""
+    parts, rules, removed = [], [], []
+    for part, name in enumerate(EVENTS):
+        if name in sources:
+            events, found, out = _clean_source(engine, experiment, sources[name])
+            parts.append(events.mutate(part=ibis.literal(part, "int8")))
+            rules, removed = rules + found, removed + out
+    events = parts[0]
+    for more in parts[1:]:
+        events = events.union(more)
+    if experiment.clean.max_user_events_a_day:
+        events, found, out = _bots(engine, events, experiment.clean.max_user_events_a_day)
+        rules, removed = rules + found, removed + out
+    for name, rule in experiment.clean.values.items():
+        if f"broken_{name}" in events.columns:
+            n = count(events.filter(events[f"broken_{name}"]))
+            if n:
+                rules.append(Rule(rule=f"values: {name} ({rule.column} set to missing)", rows=n))
+            events = events.drop(f"broken_{name}")
+    return events, rules, removed
+
+
+def _clean_source(
+    engine: Engine, experiment: Experiment, source: Source
+) -> tuple[Any, list[Rule], list[str]]:
+    """Typed events of one source without malformed, keyless, impossible and repeated rows."""
+    staged = source.staged
+    table = engine.keep(f"typed_{staged.name}", typed(experiment, source.table))
+    bad = table.filter(table.problem.notnull())
+    bad = bad.select("row", reason=bad.problem, evidence=bad.evidence)
+    bad = engine.keep(f"removed_{staged.name}", bad)
+    found = rows(bad.group_by("reason").agg(n=bad.count()))
+    sizes = {r["reason"]: r["n"] for r in found}
+    rules = [Rule(rule=f"{staged.name}: rows read", rows=staged.rows), *bad_lines(staged)]
+    for reason in sorted(sizes, reverse=True):  # "missing" before "malformed"
+        first = bad.filter(bad.reason == reason).order_by("row").limit(EXAMPLES)
         shown = []
-        for r in first.select("row", "evidence").to_pyarrow().to_pylist():
+        for r in rows(first):
             text = "" if r["evidence"] is None else f": {r['evidence'][:80]!r}"
-            shown.append(source.place(r["row"]) + text)
-        rules.append(Rule(rule=problem, rows=removed[problem], examples=tuple(shown)))
-    check_bad_fraction(experiment.clean, source, rules)
+            shown.append(staged.place(r["row"]) + text)
+        rules.append(Rule(rule=reason, rows=sizes[reason], examples=tuple(shown)))
+    check_bad_fraction(experiment.clean, staged, rules)
     good = table.filter(table.problem.isnull()).drop("problem", "evidence")
-    if experiment.clean.duplicates == "drop":
-        first = source.table.group_by(list(source.columns)).agg(row=source.table[ROW].min())
-        once = backend.create_table(f"once_{source.name}", good.semi_join(first, "row"))
-        again = good.anti_join(once, "row")
-        if repeated := count(again):
-            rows = again.order_by("row").limit(EXAMPLES).select("row").to_pyarrow()
-            shown = [source.place(row) for row in rows.column("row").to_pylist()]
-            rules.append(Rule(rule="duplicate row", rows=repeated, examples=tuple(shown)))
-        good = once
-    return good, rules
+    removed = [f"removed_{staged.name}"]
+    if duplicates_dropped(experiment):
+        keys = experiment.clean.duplicate_columns or source.columns
+        again = engine.keep(
+            f"duplicates_{staged.name}", _repeated(engine, source.table, table, keys)
+        )
+        removed.append(f"duplicates_{staged.name}")
+        rules += _rule(staged, "duplicate row", again)
+        good = good.anti_join(again, "row")
+    return good, rules, removed
 
 
-def _bad_lines(source: Source) -> list[Rule]:
-    if not source.bad:
+def duplicates_dropped(experiment: Experiment) -> bool:
+    """Whether equal rows are removed: by default in logs, and not in tables of single rows."""
+    return experiment.clean.duplicates == "drop"
+
+
+def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
+    """Good rows that are equal in `keys` to an earlier good row, as removed rows."""
+    bad = typed.filter(typed.problem.notnull())
+    raw = raw.anti_join(bad, raw[ROW] == bad["row"]).view()  # a table that can be joined anew
+    # NULL equals nothing, whereas two missing cells do
+    text = {k: raw[k].cast("string").fill_null("\x00") for k in keys}
+    raw = raw.select(**{f"key_{i}": text[k] for i, k in enumerate(keys)}, row=raw[ROW])
+    names = [f"key_{i}" for i in range(len(keys))]
+    groups = raw.group_by(names).agg(first=raw.row.min(), n=raw.count())
+    groups = engine.keep("repeated", groups.filter(groups.n > 1))
+    again = raw.inner_join(groups, names)
+    again = again.filter(again.row > again["first"])
+    reason, evidence = ibis.literal("duplicate row"), ibis.null("string")
+    return again.select("row", reason=reason, evidence=evidence)
+
+
+def _rule(staged: Staged, reason: str, removed: Any) -> list[Rule]:
+    n = count(removed)
+    first = rows(removed.order_by("row").limit(EXAMPLES).select("row")) if n else []
+    shown = tuple(staged.place(r["row"]) for r in first)
+    return [Rule(rule=reason, rows=n, examples=shown)] if n else []
+
+
+def _bots(engine: Engine, events: Any, most: int) -> tuple[Any, list[Rule], list[str]]:
+    """Events without those of users who have more than `most` on any day."""
+    days = events.group_by("user", day=(events.time / DAY).floor()).agg(n=events.count())
+    bots = days.filter(days.n > most).select("user").distinct()
+    reason = f"bot: more than {most:,} events a day"
+    out = events.semi_join(bots, "user")
+    out = engine.keep("bots", out.select("row", reason=ibis.literal(reason), evidence=out.user))
+    names = [r["evidence"] for r in rows(out.select("evidence").distinct().order_by("evidence"))]
+    rules = []
+    if names:
+        shown = tuple(f"user {name}" for name in names[:EXAMPLES])
+        rules = [
+            Rule(rule=reason, rows=count(out), examples=shown),
+            Rule(rule="users removed as bots", rows=len(names)),
+        ]
+    return events.anti_join(out, "row"), rules, ["bots"]
+
+
+def bad_lines(staged: Staged) -> list[Rule]:
+    """A rule for each reason why lines of a raw table are malformed."""
+    if not staged.bad:
         return []
-    name = f"{source.name}: malformed line"
-    return [Rule(rule=name, rows=source.bad, examples=source.examples)]
+    table = pq.read_table(staged.malformed).sort_by("row")
+    rules = []
+    for reason in sorted(set(table["reason"].to_pylist())):
+        found = table.filter(pa.compute.equal(table["reason"], reason))
+        shown = [
+            f"{staged.place(r['row'])}: {r['text'][:80]!r}"
+            for r in found.slice(0, EXAMPLES).to_pylist()
+        ]
+        name = f"{staged.name}: malformed line ({reason})"
+        rules.append(Rule(rule=name, rows=len(found), examples=tuple(shown)))
+    return rules
 
 
-def check_bad_fraction(clean: Clean, source: Source, rules: Sequence[Rule] = ()) -> list[Rule]:
+def check_bad_fraction(clean: Clean, staged: Staged, rules: Sequence[Rule] = ()) -> list[Rule]:
     """Rules about malformed lines of a source, unless there are too many to go on.
 
     Raises:
       DataError: the malformed part of its rows is above `clean.max_bad_fraction`.
     """
-    bad = [r for r in (rules or _bad_lines(source)) if "malformed" in r.rule]
+    bad = [r for r in (rules or bad_lines(staged)) if "malformed" in r.rule]
     total = sum(r.rows for r in bad)
-    if total > clean.max_bad_fraction * source.rows:
+    if total > clean.max_bad_fraction * staged.rows:
         lines = "\n".join(f"  {r.rule}: {r.rows:,}; {'; '.join(r.examples)}" for r in bad)
         raise DataError(
-            f"{source.name} ({source.files()}): {total:,} of {source.rows:,} rows are malformed, "
+            f"{staged.name} ({staged.files()}): {total:,} of {staged.rows:,} rows are malformed, "
             f"more than clean.max_bad_fraction = {clean.max_bad_fraction}:\n{lines}\n"
             "Fix these rows, or raise clean.max_bad_fraction to leave them out"
         )
     return bad
 
 
-def k_core(backend: Any, events: Any, clean: Clean) -> tuple[Any, list[Rule]]:
+def k_core(engine: Engine, events: Any, clean: Clean) -> tuple[Any, list[Rule], list[str]]:
     """Events of users and items that keep at least the configured number of events.
 
     Removing an item takes events from users and the other way round, so both rules are repeated
@@ -79,29 +263,89 @@ def k_core(backend: Any, events: Any, clean: Clean) -> tuple[Any, list[Rule]]:
     least = {"user": clean.min_user_events, "item": clean.min_item_events}
     least = {key: n for key, n in least.items() if n > 1}
     if not least:
-        return events, []
+        return events, [], []
     keys = [key for key in ("user", "item") if key in events.columns]
-    core, rest, n = events.select("row", *keys), count(events), 0
+    events = engine.keep("before_core", events)
+    core, rest, n, name = events.select("row", *keys), count(events), 0, ""
     before, first = _sizes(events, keys), rest
     while rest != n:
-        n = rest
+        n, old = rest, name
         for key, minimum in least.items():
             sizes = core.group_by(key).agg(size=core.count())
             core = core.semi_join(sizes.filter(sizes["size"] >= minimum), key)
-        core = backend.create_table(f"core_{rest}", core)
+        name = f"core_{rest}"
+        core = engine.keep(name, core)
         rest = count(core)
+        if old and old != name:
+            engine.forget(old)
     if rest == first:
-        return events, []
+        return events, [], []
     after = _sizes(core, keys)
     limits = ", ".join(f"clean.min_{key}_events = {minimum}" for key, minimum in least.items())
-    removed = {f"{key}s": before[key] - after[key] for key in keys} | {"events": first - rest}
-    rules = [Rule(rule=f"{what} removed ({limits})", rows=n) for what, n in removed.items() if n]
-    return backend.create_table("in_core", events.semi_join(core, "row")), rules
+    sizes = {f"{key}s": before[key] - after[key] for key in keys} | {"events": first - rest}
+    rules = [Rule(rule=f"{what} removed ({limits})", rows=n) for what, n in sizes.items() if n]
+    out = events.anti_join(core, "row")
+    reason = ibis.literal(f"outside the core ({limits})")
+    engine.keep("outside_core", out.select("row", reason=reason, evidence=ibis.null("string")))
+    return engine.keep("in_core", events.semi_join(core, "row")), rules, ["outside_core"]
 
 
 def _sizes(events: Any, keys: list[str]) -> dict[str, int]:
-    sizes = events.agg(**{key: events[key].nunique() for key in keys}).to_pyarrow().to_pylist()[0]
+    sizes = rows(events.agg(**{key: events[key].nunique() for key in keys}))[0]
     return {key: int(size) for key, size in sizes.items()}
+
+
+def write_quarantine(
+    path: Path, engine: Engine, sources: dict[str, Source], removed: Iterable[str]
+) -> int:
+    """Write the removed rows of all sources, with file and line, in the order of source and row.
+
+    Args:
+      path: the Parquet file; columns as in QUARANTINE.
+      engine: has the tables of removed rows.
+      sources: tell where a row number is, and have the malformed lines.
+      removed: names of the engine's tables of removed rows of events.
+
+    Returns:
+      The number of rows.
+    """
+    written = 0
+    with pq.ParquetWriter(path, QUARANTINE) as writer:
+        for name, source in sources.items():
+            staged = source.staged
+            parts = [_malformed(staged)] if staged.bad else []
+            for table in removed if name in EVENTS else [f"removed_{name}"]:
+                for batch in engine.batches(table):
+                    row = batch["row"].to_numpy()
+                    inside = (row >= staged.places[0][0]) & (row < staged.next_row)
+                    parts.append(batch.filter(pa.array(inside)).select(_REMOVED))
+            if parts:
+                found = pa.concat_tables(parts, promote_options="permissive").sort_by("row")
+                writer.write_table(_with_places(found, staged))
+                written += len(found)
+    return written
+
+
+def _malformed(staged: Staged) -> pa.Table:
+    table = pq.read_table(staged.malformed)
+    reason = pa.compute.binary_join_element_wise("malformed line (", table["reason"], ")", "")
+    return pa.table({"row": table["row"], "reason": reason, "evidence": table["text"]})
+
+
+def _with_places(table: pa.Table, staged: Staged) -> pa.Table:
+    row = table["row"].to_numpy()
+    first = np.array([p[0] for p in staged.places])
+    which = np.searchsorted(first, row, side="right") - 1
+    line = row - first[which] + np.array([p[2] for p in staged.places])[which]
+    columns = {
+        "row": row,
+        "source": pa.array([staged.name] * len(row), pa.string()),
+        "file": pa.array([p[1] for p in staged.places], pa.string()).take(pa.array(which)),
+        "line": line,
+        "reason": table["reason"],
+        "evidence": table["evidence"],
+    }
+    return pa.table(columns).cast(QUARANTINE)
 
 
 def sample_spaces(events: Any, experiment: Experiment) -> Any:
@@ -125,6 +369,6 @@ def missing_labels(events: Any, experiment: Experiment) -> list[Rule]:
     if not tasks:
         return []
     counts = {name: events[f"label_{name}"].isnull().sum() for name in tasks}
-    found = events.agg(**counts).to_pyarrow().to_pylist()[0]
-    rules = {f"label of {name} missing (masked)": int(n) for name, n in found.items() if n}
-    return [Rule(rule=rule, rows=n) for rule, n in rules.items()]
+    found = rows(events.agg(**counts))[0]
+    named = {f"label of {name} missing (masked)": int(n) for name, n in found.items() if n}
+    return [Rule(rule=rule, rows=n) for rule, n in named.items()]

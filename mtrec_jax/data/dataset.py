@@ -2,6 +2,8 @@
 
 ```
 manifest.json                     Manifest below, as JSON; written last, so that a folder is whole
+quarantine.parquet                every raw row that was removed: row int64, source string, file
+                                  string, line int64, reason string, evidence string
 train.parquet validation.parquet test.parquet        one row an example, in seeded random order:
     user          int32           0 when the data has no users
     context_ids   int32[M]        local ids of the context features, slot by slot (0: padding)
@@ -17,11 +19,12 @@ items.parquet                     the catalogue, row r is item id r + 2; trained
     item_ids int32[M], item_numbers float32[C]
 users.parquet                     row r is user id r + 2, every event in time order:
     id string, context_ids, context_numbers, event_<field> list<int32>, split list<int8>
-                                  (split: 0 train, 1 validation, 2 test)
+                                  (split: 0 train, 1 validation, 2 test, 3 shown in histories only)
 vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
 ```
 Fixed-size columns `x[n]` are Parquet fixed-size lists, so that reading them is a reshape; a column
-of size 0 is left out. For kind "rows", `users.parquet` has no context, and `event_item` alone.
+of size 0 is left out. Examples are split into byte planes and packed by LZ4, which is fast to read.
+For kind "rows", `users.parquet` has no context, and `event_item` alone.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ import pydantic
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
-FORMAT = 1
+FORMAT = 2
 BLOCK = 4096  # examples a Parquet row group holds
 SPLITS = ("train", "validation", "test")
 
@@ -55,6 +58,13 @@ class IdField:
     size: int  # rows of its table: padding, unknown, then the vocabulary
     slots: int  # ids per example: 1, or max_values of a multi-valued feature
     placement: Literal["dense", "sparse"]
+    missing: int = 0  # the id that a missing value takes: padding, unless it is imputed
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What its slots are called among the events of a history: "click", or "query.0", …"""
+        several = tuple(f"{self.name}.{slot}" for slot in range(self.slots))
+        return several if self.slots > 1 else (self.name,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,8 @@ class NumberField:
     name: str
     mean: float
     std: float
+    slots: int = 1  # numbers per example: piecewise codes, an indicator of missing values
+    missing: float | None = None  # the number that a missing one is taken for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,16 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """What a split has made of the events."""
+
+    kind: str
+    seed: int
+    sizes: dict[str, int]  # events of "train", "validation", "test", and "shown" if there are any
+    fingerprint: str  # 16 hex digits over all pairs of source row and split
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that a reader of the folder must know."""
 
@@ -98,6 +120,8 @@ class Manifest:
     items: int  # size of the catalogue
     trained_items: int  # of them with training events: ids FIRST .. FIRST + trained_items - 1
     events: int  # rows after cleaning, all splits
+    quarantined: int  # raw rows that were removed
+    split: SplitInfo
     history_length: int
     examples: dict[str, int]  # {split: rows of its Parquet file}
     positions: dict[str, int]  # {split: P}
@@ -205,17 +229,16 @@ class Prepared:
         """Item features by item id: `{"ids": [N + 2, M], "numbers": [N + 2, C]}`; 0, 1 are zero."""
         n = self.manifest.items
         found: dict[str, np.ndarray] = {}
-        arrays = to_arrays(self.items.select([c for c in self.items.column_names if "item_" in c]))
-        for name, width, dtype in (("ids", self._slots(), np.int32), ("numbers", None, np.float32)):
-            count = len(self.manifest.item_numbers) if width is None else width
+        names = [name for name in ("item_ids", "item_numbers") if name in self.items.column_names]
+        arrays = to_arrays(self.items.select(names))
+        ids = sum(field.slots for field in self.manifest.item_ids)
+        numbers = sum(field.slots for field in self.manifest.item_numbers)
+        for name, count, dtype in (("ids", ids, np.int32), ("numbers", numbers, np.float32)):
             table = np.zeros((n + FIRST, count), dtype)
             if count:
                 table[FIRST:] = arrays[f"item_{name}"]
             found[name] = table
         return found
-
-    def _slots(self) -> int:
-        return sum(f.slots for f in self.manifest.item_ids)
 
     def interactions(self, split: str = "train") -> dict[str, np.ndarray]:
         """Targets of a split, one entry each: `user`, `candidate`, `row`, `label_<task>`."""
@@ -275,4 +298,5 @@ def to_arrays(table: pa.Table) -> dict[str, np.ndarray]:
 def fixed_size(array: np.ndarray) -> pa.FixedSizeListArray:
     """`[n, size]` as an Arrow fixed-size list column."""
     flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+    item = pa.field("item", flat.type, nullable=False)  # no null flags to decode
+    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, array.shape[1]))

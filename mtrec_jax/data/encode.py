@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,39 +13,83 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import examples, features
-from mtrec_jax.data.dataset import BLOCK, SPLITS, TaskField
+from mtrec_jax.data.dataset import SPLITS, TaskField
+from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.features import Encoding, one_array
-
-_SLICE = 1 << 18  # rows that leave the engine at a time
+from mtrec_jax.data.schema import query_features
+from mtrec_jax.errors import DataError
 
 
 def event_log(
+    engine: Engine,
     events: Any,
     rows: int,
     experiment: Experiment,
     history: list[Encoding],
     tasks: dict[str, TaskField],
 ) -> examples.Log:
-    """All `rows` events in the order (user, time, source row), encoded."""
+    """All `rows` events in the order (user, time, source row), encoded.
+
+    The engine sorts; the encoded columns are files of its folder that are mapped into memory, so
+    that a log may be larger than memory.
+    """
     data = experiment.data
+    if not data.time:
+        events = events.mutate(time=events.row.cast("float64"))
+    engine.keep("ordered", events.order_by("user_id", "time", "row"))
+    searched = query_features(experiment)
 
     def encoded(part: pa.Table) -> dict[str, np.ndarray]:
         arrays = {name: part[name].to_numpy() for name in ("split", "row")}
+        arrays["split"] = arrays["split"].astype(np.int8)
         arrays["user"] = part["user_id"].to_numpy().astype(np.int32)
-        arrays["time"] = part["time"].to_numpy() if data.time else np.zeros(len(part))
+        arrays["time"] = part["time"].to_numpy()
         if data.item:
             arrays["event_item"] = part["item_id"].to_numpy().astype(np.int32)
         for encoding in history:
             ids = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
-            arrays[f"event_{encoding.name}"] = ids[:, 0]
+            # a search has no outcome, and nothing else a text, whatever missing values become
+            ids[(arrays["split"] == examples.QUERY) != (encoding.name in searched)] = 0
+            for slot, column in enumerate(encoding.field.columns):
+                arrays[f"event_{column}"] = ids[:, slot]
         return arrays | (_targets(part, experiment, tasks) if data.kind == "sequences" else {})
 
-    whole = _pull(events, rows, encoded)
-    order = np.lexsort((whole["row"], whole["time"], whole["user"]))
-    whole = {name: array[order] for name, array in whole.items()}
+    whole: dict[str, np.ndarray] = {}
+    done = 0
+    for part in engine.batches("ordered"):
+        for name, array in encoded(part).items():
+            if name not in whole:
+                shape = (rows, *array.shape[1:])
+                whole[name] = mapped(engine.folder / f"{name}.array", shape, array.dtype)
+            whole[name][done : done + len(part)] = array
+        done += len(part)
+    engine.forget("ordered")
     fields = {n.removeprefix("event_"): v for n, v in whole.items() if n.startswith("event_")}
     targets = {n: v for n, v in whole.items() if n.startswith(("label_", "reference_"))}
     return examples.Log(whole["user"], whole["split"], whole["row"], whole["time"], fields, targets)
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new array in a file that is mapped into memory; its room on the disk is reserved.
+
+    Raises:
+      DataError: the disk has too little room.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    if not size:
+        return np.empty(shape, dtype)
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: no room for {size >> 20:,} MB of working files ({error.strerror}). "
+            "Free some, or prepare to a folder on another disk"
+        ) from error
+    return np.memmap(path, dtype, "r+", shape=shape)
 
 
 def _targets(
@@ -63,9 +109,15 @@ def _targets(
 
 
 def sequence_streams(
-    experiment: Experiment, log: examples.Log, encoded: tuple[np.ndarray, np.ndarray]
+    experiment: Experiment,
+    log: examples.Log,
+    encoded: tuple[np.ndarray, np.ndarray],
+    numbers: examples.Numbers | None = None,
 ) -> tuple[dict[str, int], dict[str, Iterator[dict[str, np.ndarray]]]]:
-    """P and the examples of each split, a chunk of a user's targets each, BLOCK at a time."""
+    """P and the examples of each split, a chunk of a user's targets each, BLOCK at a time.
+
+    `encoded` holds the context ids and numbers of all users; `numbers` are added to an example's.
+    """
     data = experiment.data
     most = data.positions or data.history_length
     # Targets that are judged stand alone, so that each sees as much of the past as when serving.
@@ -73,7 +125,14 @@ def sequence_streams(
     context = {"context_ids": encoded[0], "context_numbers": encoded[1]}
     streams = {
         name: examples.sequence_examples(
-            log, context, split, positions[name], data.history_length, data.hide_ties, data.seed
+            log,
+            context,
+            split,
+            positions[name],
+            data.history_length,
+            data.hide_ties,
+            data.seed,
+            numbers,
         )
         for split, name in enumerate(SPLITS)
     }
@@ -81,18 +140,19 @@ def sequence_streams(
 
 
 def row_streams(
+    engine: Engine,
     events: Any,
-    rows: int,
     experiment: Experiment,
     context: list[Encoding],
     tasks: dict[str, TaskField],
 ) -> dict[str, Iterator[dict[str, np.ndarray]]]:
-    """Examples of each split, of one row each, in seeded random order, BLOCK at a time."""
+    """Examples of each split, of one row each, in seeded random order, many at a time."""
+    mixed = events.mutate(mixed=examples.mix(events.row, experiment.data.seed))
+    engine.keep("mixed", mixed.order_by("mixed", "row").drop("mixed"))
 
     def encoded(part: pa.Table) -> dict[str, np.ndarray]:
         ids, numbers = features.encode_all(context, feature_cells(part), len(part))
         return {
-            "split": part["split"].to_numpy(),
             "user": part["user_id"].to_numpy().astype(np.int32),
             "context_ids": ids,
             "context_numbers": numbers,
@@ -102,36 +162,11 @@ def row_streams(
             "row": part["row"].to_numpy()[:, None],
         }
 
-    whole = _pull(events, rows, encoded)
-    splits, row = whole.pop("split"), whole["row"][:, 0]
-    order = np.lexsort((row, examples.mix(row, experiment.data.seed)))
-
     def stream(split: int) -> Iterator[dict[str, np.ndarray]]:
-        chosen = order[splits[order] == split]
-        for start in range(0, max(len(chosen), 1), BLOCK):
-            part = chosen[start : start + BLOCK]
-            yield {name: array[part] for name, array in whole.items()}
+        for part in engine.batches("mixed"):
+            yield encoded(part.filter(pc.equal(part["split"], split)))
 
     return {name: stream(split) for split, name in enumerate(SPLITS)}
-
-
-def _pull(
-    events: Any, rows: int, encoded: Callable[[pa.Table], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """All `rows` events as encoded columns, in any order; their text is held slice by slice."""
-    whole: dict[str, np.ndarray] = {}
-    done, last = 0, events["row"].max().to_pyarrow().as_py()
-    for start in range(0, last + 1, _SLICE):
-        inside = (events["row"] >= start) & (events["row"] < start + _SLICE)
-        part = events.filter(inside).to_pyarrow()
-        if not len(part):
-            continue
-        for name, array in encoded(part).items():
-            if name not in whole:
-                whole[name] = np.empty((rows, *array.shape[1:]), array.dtype)
-            whole[name][done : done + len(part)] = array
-        done += len(part)
-    return whole
 
 
 def feature_cells(table: pa.Table) -> dict[str, pa.Array]:

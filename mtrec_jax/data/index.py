@@ -10,21 +10,23 @@ import pyarrow as pa
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.clean import check_bad_fraction
 from mtrec_jax.data.dataset import Rule
+from mtrec_jax.data.engine import Engine, count
+from mtrec_jax.data.engine import rows as rows_of
 from mtrec_jax.data.read import ROW
-from mtrec_jax.data.schema import Source, count, side_columns
+from mtrec_jax.data.sources import Source, side_columns
 from mtrec_jax.types import FIRST
 
 
 def side_table(
-    backend: Any, experiment: Experiment, events: Any, key: str, source: Source | None
+    engine: Engine, experiment: Experiment, events: Any, key: str, source: Source | None
 ) -> tuple[pa.Table, list[Rule]]:
     """All users or items of the events in the order of their ids, and a report about their table.
 
     Items are ordered by falling training count, so that trained ones come first, then by raw id;
-    users by raw id. The engine keeps {key}, count and id as the table `{key}_index`.
+    users by raw id.
 
     Args:
-      backend: the engine.
+      engine: keeps {key}, count and id as the table `{key}_index`.
       experiment: which columns are needed.
       events: Ibis table with the column `key` and the split.
       key: "user" or "item".
@@ -35,35 +37,40 @@ def side_table(
     """
     if key not in events.columns:
         return pa.table({key: pa.array([], pa.string()), "count": pa.array([], pa.int64())}), []
-    sizes = events.group_by(key).agg(count=(events["split"] == 0).cast("int64").sum())
+    sizes = events.group_by(key).agg(count=(events["split"] == 0).cast("int64").sum().cast("int64"))
     order = [ibis.desc("count"), key] if key == "item" else [key]
     number = ibis.row_number().over(ibis.window(order_by=order))
-    index = backend.create_table(f"{key}_index", sizes.mutate(id=number + FIRST))
+    index = engine.keep(f"{key}_index", sizes.mutate(id=(number + FIRST).cast("int64")))
     table, rules = index, []
     columns = side_columns(experiment, f"{key}s")
     if source is not None:
-        rules = check_bad_fraction(experiment.clean, source)
+        rules = check_bad_fraction(experiment.clean, source.staged)
         raw = source.table
         raw_key = getattr(experiment.data, key)
-        first = raw.group_by(raw_key).agg(first=raw[ROW].min())
-        again = source.rows - source.bad - count(first)
-        if again:
-            rules.append(Rule(rule=f"{source.name}: row of an id already seen", rows=again))
+        first = raw.filter(raw[raw_key].notnull()).group_by(raw_key).agg(first=raw[ROW].min())
+        unused = raw.anti_join(first, raw[ROW] == first["first"])
+        keyless = unused[raw_key].isnull()
+        reason = ibis.ifelse(keyless, f"missing {key}", "row of an id already seen")
+        unused = unused.select(row=unused[ROW], reason=reason, evidence=unused[raw_key])
+        unused = engine.keep(f"removed_{source.staged.name}", unused)
+        for r in sorted(rows_of(unused.group_by("reason").agg(n=unused.count())), key=str):
+            rules.append(Rule(rule=f"{source.staged.name}: {r['reason']}", rows=r["n"]))
         rows = raw.semi_join(first, raw[ROW] == first["first"])
         rows = rows.select(**{"raw": rows[raw_key]}, **{f"column_{c}": rows[c] for c in columns})
         absent = count(index.anti_join(rows, index[key] == rows["raw"]))
         if absent:
-            rules.append(Rule(rule=f"{key}s without a row in {source.name}", rows=absent))
+            rules.append(Rule(rule=f"{key}s without a row in {source.staged.name}", rows=absent))
         table = index.left_join(rows, index[key] == rows["raw"]).drop("raw")
     return table.order_by("id").drop("id").to_pyarrow(), rules
 
 
-def with_ids(backend: Any, events: Any) -> Any:
+def with_ids(engine: Engine, events: Any) -> Any:
     """Events with user_id and item_id (0 where the data has none) in the place of user and item."""
     for key in ("user", "item"):
         if key in events.columns:
-            ids = backend.table(f"{key}_index").select(key, **{f"{key}_id": "id"})
+            index = engine.read(engine.folder / f"{key}_index")
+            ids = index.select(key, **{f"{key}_id": "id"})
             events = events.inner_join(ids, key).drop(key)
         else:
             events = events.mutate(**{f"{key}_id": ibis.literal(0, "int64")})
-    return backend.create_table("indexed", events)
+    return events

@@ -11,7 +11,7 @@ import pytest
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import SPLITS
-from mtrec_jax.data.prepare import encode_rows, read_columns
+from mtrec_jax.data.new_rows import encode_rows, read_columns
 from mtrec_jax.errors import DataError
 from tests.data.small import LOG, example_of, make, rows, rules, run
 

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from mtrec_jax.data.dataset import SPLITS
-from mtrec_jax.data.prepare import encode_rows, prepare
+from mtrec_jax.data.new_rows import encode_rows
+from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import DataError
 from tests.data.small import LOG, example_of, make, rows, rules, run
 

@@ -1,0 +1,197 @@
+"""The raw tables that an experiment declares: staged, checked, opened in the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtrec_jax.config import Experiment, Files
+from mtrec_jax.data import read
+from mtrec_jax.data.engine import Engine
+from mtrec_jax.data.expressions import compile_expression
+from mtrec_jax.data.read import ROW, Staged, check_columns
+from mtrec_jax.data.schema import as_text, event_features
+from mtrec_jax.errors import ConfigError, DataError, nearest
+
+EVENTS = ("events", "test", "validation")  # the sources of events; their rows are numbered through
+
+
+@dataclass(frozen=True)
+class Source:
+    """A raw table: staged on disk, and as a table of the engine, with the derived columns."""
+
+    staged: Staged
+    table: Any  # ibis table: text columns (or lists of text) and `_row`
+    columns: tuple[str, ...]  # of the raw files
+
+
+def event_columns(experiment: Experiment) -> dict[str, str]:
+    """{column of the events: what for}, without the labels and references."""
+    data = experiment.data
+    keys = {"user": data.user, "item": data.item, "time": data.time}
+    columns = {column: f"data.{key}" for key, column in keys.items() if column}
+    for name, column in event_features(experiment).items():
+        columns.setdefault(column, f"features.{name}")
+    for name, feature in experiment.features.items():
+        if feature.kind in ("past_count", "past_rate"):
+            columns.setdefault(feature.column or name, f"features.{name}")
+    return columns
+
+
+def label_columns(experiment: Experiment) -> dict[str, str]:
+    """{column of the events: which label, reference or rule needs it}."""
+    columns = {}
+    for name, task in experiment.tasks.items():
+        if task.kind != "retrieval":
+            columns[task.column or name] = f"the label of task '{name}'"
+        if task.reference:
+            columns[task.reference] = f"tasks.{name}.reference"
+    for name, rule in experiment.clean.values.items():
+        if rule.column:
+            columns.setdefault(rule.column, f"clean.values.{name}.column")
+    for column in experiment.clean.duplicate_columns:
+        columns.setdefault(column, "clean.duplicate_columns")
+    return columns
+
+
+def side_columns(experiment: Experiment, side: str) -> dict[str, str]:
+    """{column of the items or users table: what for}, without its key."""
+    data, columns = experiment.data, {}
+    on = "item" if side == "items" else "context"
+    key = data.item if side == "items" else data.user
+    if side == "items" and data.title:
+        columns[data.title] = "data.title"
+    for name, feature in experiment.features.items():
+        if feature.kind == "friends_taste" and side == "items":
+            columns.setdefault(feature.column or name, f"features.{name}")
+        elif feature.kind in ("ties", "friends_taste"):
+            continue
+        elif feature.on == on and (on == "item" or data.kind == "sequences"):
+            columns.setdefault(feature.column or name, f"features.{name}")
+    return {column: purpose for column, purpose in columns.items() if column != key}
+
+
+def read_sources(
+    engine: Engine,
+    experiment: Experiment,
+    folder: str | Path | None,
+    tables: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Source]:
+    """The raw tables "events", "test", "validation", "items", "users", "queries", "ties".
+
+    Raises:
+      ConfigError: neither files nor a table for the events.
+      DataError: an unknown table name, or a column that the experiment names is not there.
+    """
+    declared = _declared(experiment)
+    for name in tables:
+        if name not in declared:
+            raise DataError(f"tables: no table is called '{name}'.{nearest(name, declared)}")
+    columns = _needed_columns(experiment)
+    sources: dict[str, Source] = {}
+    next_row = 0
+    for name, files in declared.items():
+        by_files = experiment.split.kind == "files"
+        table = tables.get(name) if by_files or name not in EVENTS[1:] else None
+        if table is None and not (files and files.files):
+            if name == "events":
+                raise ConfigError(
+                    "data.events.files: needed, unless tables={'events': ...} is given"
+                )
+            continue
+        if table is None and folder is None:
+            raise DataError(f"{name}: pass the folder of its files as `data`")
+        base = Path(folder) if folder is not None else Path()
+        source = open_source(
+            engine,
+            experiment,
+            name,
+            files or Files(),
+            base,
+            table,
+            first_row=next_row if name in (*EVENTS, "queries") else 0,
+        )
+        if name in (*EVENTS, "queries"):
+            next_row = source.staged.next_row
+        have = [c for c in source.table.columns if c != ROW]
+        check_columns(name, have, columns[name], source.staged.files())
+        say(f"read {name}: {source.staged.rows:,} rows")
+        sources[name] = source
+    _check_sides(experiment, sources)
+    return sources
+
+
+def open_source(
+    engine: Engine,
+    experiment: Experiment,
+    name: str,
+    files: Files,
+    base: Path,
+    table: Any,
+    first_row: int,
+) -> Source:
+    """Stage one raw table, and open it in the engine with the columns derived from it.
+
+    Raises:
+      DataError: a file is missing, empty or unreadable, or every line of it is malformed.
+      ConfigError: an expression of `data.derive` is wrong, or its name is taken.
+    """
+    to = engine.folder / f"raw_{name}_{first_row}"
+    staged = read.stage(name, files, base, table, first_row, to, experiment.data.public)
+    raw = engine.read(to)
+    if name in EVENTS or name == "rows":
+        for column, text in experiment.data.derive.items():
+            where = f"data.derive.{column}"
+            if column.lower() in (c.lower() for c in staged.columns):
+                raise ConfigError(f"{where}: {staged.files()} has a column '{column}'; rename one")
+            known = {n: raw[n] for n in raw.columns if n != ROW}
+            raw = raw.mutate(**{column: as_text(compile_expression(text, known, where))})
+    return Source(staged, raw, staged.columns)
+
+
+def _declared(experiment: Experiment) -> dict[str, Files | None]:
+    data, split = experiment.data, experiment.split
+    given = split.kind == "files"
+    return {
+        "events": data.events,
+        "test": dataclasses.replace(data.events, files=split.test_files if given else ()),
+        "validation": dataclasses.replace(
+            data.events, files=split.validation_files if given else ()
+        ),
+        "items": data.items,
+        "users": data.users,
+        "queries": data.queries,
+        "ties": data.ties,
+    }
+
+
+def _check_sides(experiment: Experiment, sources: dict[str, Source]) -> None:
+    """Raise `DataError` for a feature of users or items whose table is not there."""
+    data = experiment.data
+    for name, feature in experiment.features.items():
+        side = {"item": "items", "context": "users"}.get(feature.on, "events")
+        if feature.kind in ("ties", "friends_taste"):
+            side = "ties"
+        key = data.item if feature.on == "item" else data.user
+        own = side == "events" or (side == "users" and data.kind == "rows")
+        if not own and side not in sources and (feature.column or name) != key:
+            raise DataError(
+                f"feature '{name}' is a column of the {side} table, and there is none: declare "
+                f"data.{side}, or pass tables={{'{side}': ...}}"
+            )
+
+
+def _needed_columns(experiment: Experiment) -> dict[str, dict[str, str]]:
+    data = experiment.data
+    events = event_columns(experiment) | label_columns(experiment)
+    return {
+        **dict.fromkeys(EVENTS, events),
+        "items": {data.item: "data.item"} | side_columns(experiment, "items"),
+        "users": {data.user: "data.user"} | side_columns(experiment, "users"),
+        "queries": {data.user: "data.user", data.time: "data.time", data.query: "data.query"},
+        "ties": {data.user: "data.user", data.friend: "data.friend"},
+    }
