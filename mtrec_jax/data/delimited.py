@@ -94,8 +94,15 @@ def _block_of_lines(
     data: bytes, long: bool, files: Files, names: list[str], first_row: int
 ) -> Block:
     mark, count = separator(files), data.count(b"\n")
-    simple = len(mark) == 1 and mark.isascii() and len(names) > 1
-    if simple and not long and b'"' not in data and b"\0" not in data and is_utf8(data):
+    simple = len(mark) == 1 and mark.isascii()
+    if (
+        simple
+        and len(names) > 1
+        and not long
+        and b'"' not in data
+        and b"\0" not in data
+        and is_utf8(data)
+    ):
         try:
             table = _read_csv(data, mark, names)
         except pa.ArrowInvalid:
@@ -189,7 +196,7 @@ def _large(table: pa.Table) -> bool:
 
 
 def _split(lines: pa.StringArray, separator: str, names: list[str]) -> pa.Table:
-    """The same for a separator of several characters, or a single column."""
+    """The same for a separator that Arrow does not know."""
     cells = pc.split_pattern(lines, separator).flatten()
     width = len(names)
     each = [cells.take(pa.array(np.arange(n, len(cells), width))) for n in range(width)]

@@ -67,7 +67,8 @@ def chunks(stream: Any, place: str) -> Iterator[tuple[bytes, bool]]:
         if cut:
             yield _line_ends(data[:cut]), False
         if len(rest) > _BYTES:
-            head, rest = _line_ends(rest[: 4 * SHOWN]) + b"\n", rest[-1:]
+            shown = rest[: 4 * SHOWN].decode(errors="ignore").encode()  # no part of a letter
+            head, rest = _line_ends(shown) + b"\n", rest[-1:]
     if head:
         yield head, True
     elif rest:

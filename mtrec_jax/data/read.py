@@ -105,8 +105,8 @@ def stage(
             blocks = _table_blocks(table, name, row, hasher)
         for block in blocks:
             renamed = [files.rename.get(n, n) for n in block.rows.column_names]
+            lines.check_names([n for n in renamed if n != ROW], place)
             own |= dict.fromkeys(n for n in renamed if n != ROW)
-            lines.check_names(list(own), place)
             rows, bad = rows + len(block.rows) + len(block.bad), bad + len(block.bad)
             row = block.next_row
             good.write(block.rows.rename_columns(renamed))
