@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mtrec_jax.errors import Error
+from mtrec_jax.interrupts import unwinding
 
 app = typer.Typer(
     name="mtrec",
@@ -30,7 +31,7 @@ CONFIG is a TOML file or a built-in experiment: **shop** (generated), **ml-1m**,
 Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u00007 --k 5`.
 
 Exit status: 0 done · 2 wrong usage or input · 3 no network · 130 / 143 stopped by Ctrl-C /
-SIGTERM, saved.
+SIGTERM: training is saved, other commands leave nothing partial.
 """,
 )
 
@@ -230,20 +231,19 @@ def main() -> None:
     """Entry point of the `mtrec` command: our own errors become one message and exit status 2."""
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
     logging.getLogger("absl").setLevel(logging.ERROR)  # notes of Orbax that are none for our users
-    try:
-        app()
-    except Error as error:
-        typer.echo(f"mtrec: {error}", err=True)
-        sys.exit(getattr(error, "status", 2))
-    except SystemExit as leaving:
-        if leaving.code == 130:  # XLA's threads may crash an interpreter that shuts down now
-            typer.echo("mtrec: interrupted", err=True)
-            sys.stdout.flush()
-            os._exit(130)
-        raise
-    except KeyboardInterrupt:
-        typer.echo("mtrec: interrupted", err=True)
-        sys.exit(130)
+    with unwinding() as received:
+        try:
+            app()
+        except BaseException as error:
+            done = isinstance(error, SystemExit) and not error.code
+            if received and not done:  # whatever a library has made of the interrupt
+                typer.echo("mtrec: interrupted", err=True)
+                sys.stdout.flush()
+                os._exit(128 + received[0])  # XLA's threads may crash an interpreter's shutdown
+            if isinstance(error, Error):
+                typer.echo(f"mtrec: {error}", err=True)
+                sys.exit(getattr(error, "status", 2))
+            raise
 
 
 def _generate_shop(to: Path, name: str, seed: int) -> None:

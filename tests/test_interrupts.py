@@ -1,0 +1,90 @@
+"""Ctrl-C and SIGTERM at the worst moments: one line, the right status, nothing partial."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mtrec_jax.train.run import Run
+
+# a command whose interrupt a library turns into another error, or drops inside a callback
+COMMAND = """
+import os, time
+from pathlib import Path
+from mtrec_jax import cli
+from mtrec_jax.result import save_tables
+
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+        time.sleep(0.2)
+
+def tables(made):
+    import pyarrow
+    yield pyarrow.table({{"a": [1]}})
+    if made == "dropped":
+        Swallows()
+    else:
+        try:
+            os.kill(os.getpid(), {number})
+            time.sleep(20)
+        except KeyboardInterrupt:
+            raise RuntimeError("Query interrupted") from None
+    time.sleep(20)
+    yield pyarrow.table({{"a": [2]}})
+
+@cli.app.command()
+def write(made: str) -> None:
+    save_tables(tables(made), Path("out.csv"))
+
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("made", ["another error", "dropped"])
+def test_an_interrupt_counts_whatever_becomes_of_it(
+    tmp_path: Path, made: str, number: signal.Signals
+) -> None:
+    code = COMMAND.format(number=int(number))
+    started = time.monotonic()
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "write", made], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout) == (128 + number, "")
+    assert ran.stderr.strip() == "mtrec: interrupted"
+    assert not list(tmp_path.iterdir())
+    assert time.monotonic() - started < 20, "it went on"
+
+
+@pytest.mark.parametrize("command", ["prepare", "recommend"])
+def test_an_interrupted_command_leaves_nothing_partial(
+    shop_data: Path, shop_run: Run, tmp_path: Path, command: str
+) -> None:
+    """The signal comes as soon as there is something partial."""
+    arguments = {
+        "prepare": ["--data", str(shop_data.parent), "--out", "out"],
+        "recommend": ["--all-users", "--out", "out.csv"],
+    }
+    target = {"prepare": "shop", "recommend": str(shop_run.folder)}[command]
+    code = "from mtrec_jax.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, command, target, *arguments[command]],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, ""), err
+    assert err.strip().endswith("mtrec: interrupted")
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
