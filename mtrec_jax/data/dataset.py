@@ -21,6 +21,10 @@ users.parquet                     row r is user id r + 2, every event in time or
     id string, context_ids, context_numbers, event_<field> list<int32>, split list<int8>
                                   (split: 0 train, 1 validation, 2 test, 3 shown in histories only)
 vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
+                                  of texts, or lower edges of bins; "": the id of missing values
+                                  (numeric and hashed features have no such file)
+past/<feature>.parquet            rows: what new ones are told, value string, number float64; the
+                                  last row, of value null, is for values without training rows
 ```
 Fixed-size columns `x[n]` are Parquet fixed-size lists, so that reading them is a reshape; a column
 of size 0 is left out. Examples are split into byte planes and packed by LZ4, which is fast to read.
@@ -69,7 +73,7 @@ class IdField:
 
 @dataclass(frozen=True, kw_only=True)
 class NumberField:
-    """A numeric feature: stored as (x - mean) / std, 0 where missing."""
+    """A feature that is used as numbers: (x - mean) / std, 0 where missing, or a code in [0, 1]."""
 
     name: str
     mean: float

@@ -9,7 +9,8 @@ from typing import Any
 
 from mtrec_jax.config import Experiment, Split, to_dict
 from mtrec_jax.data.dataset import FORMAT
-from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.data.features import CLOCK, NUMBER, NUMERIC, PAST
+from mtrec_jax.errors import ConfigError, DataError, nearest
 
 
 def check(experiment: Experiment) -> None:
@@ -28,18 +29,8 @@ def check(experiment: Experiment) -> None:
             for name in names
             if lower.count(name.lower()) > 1
         ]
-    for name, feature in e.features.items():
-        if feature.on == "history":
-            if feature.kind not in ("categorical", "binned"):
-                problems.append(f"features.{name}.kind: 'categorical' or 'binned' on the history")
-            if name == "item":
-                problems.append(f"features.{name}: every history has the item already; rename it")
-            if data.kind == "rows":
-                problems.append(f"features.{name}.on: rows have no history; use 'context'")
-        if feature.on == "item" and not data.item:
-            problems.append(f"features.{name}.on: 'item' needs data.item")
-        if feature.bins < 1 or feature.max_values < 1:
-            problems.append(f"features.{name}: bins and max_values of 1 or more")
+    for name in e.features:
+        problems += [f"features.{name}{problem}" for problem in _check_feature(e, name)]
     for name in e.tasks:
         seen, task = {name}, name
         while e.tasks[task].where:
@@ -53,6 +44,57 @@ def check(experiment: Experiment) -> None:
             problems.append(f"clean.min_{key}_events: needs data.{key}")
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _check_feature(e: Experiment, name: str) -> list[str]:
+    """What is wrong with a feature, each to be put after its name."""
+    feature, data = e.features[name], e.data
+    on, kind, problems = feature.on, feature.kind, []
+    searches = data.queries is not None and (feature.column or name) == data.query
+    of_events = on == "history" or (on == "context" and data.kind == "rows")
+    if on == "history":
+        if kind in ("numeric", "piecewise", "text", "ties", "friends_taste"):
+            problems.append(".kind: on the history one that gives ids, such as 'binned'")
+        if kind == "multi_valued" and not searches:
+            problems.append(".kind: one value an event on the history, such as 'categorical'")
+        if name == "item":
+            problems.append(": every history has the item already; rename it")
+        if data.kind == "rows":
+            problems.append(".on: rows have no history; use 'context'")
+    if on == "item" and not data.item:
+        problems.append(".on: 'item' needs data.item")
+    if kind == "text" and of_events:
+        problems.append(".kind: texts are kept for items and users, not for every event")
+    if kind in (*CLOCK, "gap") and not of_events:
+        problems.append(".on: an event has a time, users and items have none; use 'history'")
+    if kind in CLOCK and not (feature.column or data.time):
+        problems.append(": needs data.time, or a column")
+    if kind == "gap" and not (data.user and data.time):
+        problems.append(".kind: 'gap' needs data.user and data.time")
+    if kind in PAST and not of_events:
+        problems.append(
+            f".on: counts and rates of the past belong to a moment; as a feature of the {on} they "
+            "would contain the outcome of the target itself. Use on = 'history'"
+        )
+    numbers = [n for n, t in e.tasks.items() if t.kind in ("binary", "regression")]
+    if kind in ("past_rate", "friends_taste") and feature.label not in numbers:
+        hint = nearest(feature.label, numbers)
+        problems.append(f".label: '{feature.label}' is no binary or regression task.{hint}")
+    limits = {"bins": 1, "max_values": 1, "buckets": 1, "smoothing": 0}
+    problems += [
+        f".{key}: must be {least} or more, not {getattr(feature, key)}"
+        for key, least in limits.items()
+        if not getattr(feature, key) >= least
+    ]
+    if feature.impute != "none" and kind in ("text", "ties", "friends_taste"):
+        problems.append(f".impute: kind '{kind}' knows no missing value; use 'none'")
+    if feature.impute == "median" and kind not in NUMERIC:
+        problems.append(".impute: 'median' is for numbers; use 'mode', 'constant' or 'own'")
+    if (feature.impute == "constant") != bool(feature.constant):
+        problems.append(".impute, .constant: impute = 'constant' and its value go together")
+    elif feature.constant and kind in NUMERIC and not re.fullmatch(NUMBER, feature.constant):
+        problems.append(f".constant: '{feature.constant}' is no number, which '{kind}' needs")
+    return problems
 
 
 def configuration(experiment: Experiment) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def fit_side(
     trained = pc.greater(table["count"], 0)
     encodings, cells = [], {}
     for name, feature in experiment.features.items():
-        if feature.on == on:
+        if feature.on == on and feature.kind not in ("text", "friends_taste"):
             column = feature.column or name
             own = column == getattr(experiment.data, key)
             cells[name] = one_array(table[key if own else f"column_{column}"])
@@ -60,20 +60,45 @@ def fit_side(
     return encodings, cells
 
 
+def text_columns(experiment: Experiment, table: pa.Table, on: str) -> dict[str, pa.Array]:
+    """{text_<feature>: text or lists of text} of users or items, as they are written for encoders.
+
+    Args:
+      experiment: its features of kind "text" are meant.
+      table: users or items with column_*, as `fit_side` takes it.
+      on: "item" or "context".
+    """
+    return {
+        f"text_{name}": one_array(table[f"column_{feature.column or name}"])
+        for name, feature in experiment.features.items()
+        if feature.on == on and feature.kind == "text"
+    }
+
+
 def fit_events(events: Any, experiment: Experiment) -> tuple[list[Encoding], list[Rule]]:
-    """Features that stand in the events: of the history, or the context of rows."""
-    encodings, rules = [], []
+    """Features that stand in the events: of the history, or the context of rows; and a report."""
+    encodings = []
     train = events.filter(events["split"] == 0)
     for name, feature in experiment.features.items():
         if f"feature_{name}" in events.columns:
             cells = train.group_by(cell=train[f"feature_{name}"]).agg(n=train.count()).to_pyarrow()
             column, sizes = one_array(cells["cell"]), cells["n"].to_numpy()
             encodings.append(features.fit(name, feature, column, sizes))
-            unreadable = features.unreadable(feature, column, sizes)
-            if unreadable:
-                rule = f"training value of {name} is no number (used as missing)"
-                rules.append(Rule(rule=rule, rows=unreadable))
-    return encodings, rules
+    return encodings, values_report(encodings)
+
+
+def values_report(encodings: list[Encoding]) -> list[Rule]:
+    """How many training values were no number, and how many were imputed."""
+    rules = []
+    for encoding in encodings:
+        by, name = encoding.feature.impute, encoding.name
+        for rule, rows in (
+            (f"training value of {name} is no number (used as missing)", encoding.unreadable),
+            (f"missing training value of {name} imputed ({by})", encoding.imputed),
+        ):
+            if rows:
+                rules.append(Rule(rule=rule, rows=rows))
+    return rules
 
 
 def _class_order(text: str) -> tuple[bool, float, str]:

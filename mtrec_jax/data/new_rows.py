@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pydantic
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import features
+from mtrec_jax.data import features, past
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.encode import feature_cells
 from mtrec_jax.data.engine import Engine, engine
-from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.features import one_array
 from mtrec_jax.data.read import EXAMPLES, ROW, check_columns
 from mtrec_jax.data.schema import typed
 from mtrec_jax.data.sources import Source, event_columns, open_source
@@ -52,7 +52,9 @@ def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as work, engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, event_columns(experiment))
         rows = typed(experiment, source.table, labels=False).order_by("row").to_pyarrow()
-    encodings = _stored_encodings(prepared, experiment)
+    rows = past.look_up(rows, prepared, experiment)
+    context = [name for name, feature in experiment.features.items() if feature.on == "context"]
+    encodings = [features.restore(prepared, name) for name in context]
     context_ids, context_numbers = features.encode_all(encodings, feature_cells(rows), len(rows))
     return {
         "context_ids": context_ids,
@@ -95,20 +97,6 @@ def _read_new(
         )
     check_columns("rows", [c for c in source.table.columns if c != ROW], columns, staged.files())
     return source
-
-
-def _stored_encodings(prepared: Prepared, experiment: Experiment) -> list[Encoding]:
-    scales = {field.name: field for field in prepared.manifest.context_numbers}
-    encodings = []
-    for name, feature in experiment.features.items():
-        if feature.on == "context" and name in scales:
-            nothing, scale = pa.array([], pa.string()), scales[name]
-            encodings.append(Encoding(name, feature, nothing, np.zeros(0), scale.mean, scale.std))
-        elif feature.on == "context":
-            table = prepared.vocabulary(name)
-            counts = table["count"].to_numpy()
-            encodings.append(Encoding(name, feature, one_array(table["value"]), counts))
-    return encodings
 
 
 def _stored_ids(rows: pa.Table, key: str, known: pa.Table) -> np.ndarray:

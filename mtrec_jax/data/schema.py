@@ -12,13 +12,13 @@ from typing import Any
 import ibis
 
 from mtrec_jax.config import Experiment, Task
+from mtrec_jax.data import past
 from mtrec_jax.data.expressions import compile_expression
-from mtrec_jax.data.features import NUMBER
+from mtrec_jax.data.features import CLOCK, NUMBER
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import ConfigError
 
 LARGEST = 3.4e38  # of a 32-bit float
-COMPUTED = ("hour", "weekday", "gap", "past_count", "past_rate")  # features that are no column
 _TIMESTAMP = (
     r"^(\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)(\.\d+)?(?:Z|([+-])(\d{2}):?(\d{2})?)?$"
 )
@@ -136,7 +136,9 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
         if task.reference:
             columns[f"reference_{name}"] = number(table[task.reference])
     for name, column in event_features(experiment).items():
-        columns[f"feature_{name}"] = table[column]
+        columns[f"feature_{name}"] = value = table[column]
+        if (kind := experiment.features[name].kind) in CLOCK:
+            columns[f"feature_{name}"] = past.clock(kind, seconds(value, data.time_unit))
     for name, rule in experiment.clean.values.items() if labels else ():
         if not rule.valid and rule.bounds != "given":
             columns[f"value_{name}"] = number(table[rule.column])
@@ -177,13 +179,14 @@ def _value_rules(experiment: Experiment, table: Any) -> tuple[Any, list[tuple[An
 
 
 def event_features(experiment: Experiment) -> dict[str, str]:
-    """{feature: column} of the features that are read from the events as they are."""
+    """{feature: column} of the features that are made of a column of the events."""
     data, columns = experiment.data, {}
     searched = query_features(experiment)
     for name, feature in experiment.features.items():
         on_events = feature.on == "history" or (feature.on == "context" and data.kind == "rows")
-        if on_events and feature.kind not in COMPUTED and name not in searched:
-            columns[name] = feature.column or name
+        if on_events and feature.kind != "gap" and name not in searched:
+            own = data.time if feature.kind in CLOCK else name
+            columns[name] = feature.column or own
     return columns
 
 

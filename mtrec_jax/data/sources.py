@@ -35,9 +35,6 @@ def event_columns(experiment: Experiment) -> dict[str, str]:
     columns = {column: f"data.{key}" for key, column in keys.items() if column}
     for name, column in event_features(experiment).items():
         columns.setdefault(column, f"features.{name}")
-    for name, feature in experiment.features.items():
-        if feature.kind in ("past_count", "past_rate"):
-            columns.setdefault(feature.column or name, f"features.{name}")
     return columns
 
 
