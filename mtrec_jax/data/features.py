@@ -33,7 +33,7 @@ class Encoding:
     counts: np.ndarray  # training rows of each value
     mean: float = 0.0
     std: float = 1.0
-    missing: float = 0.0  # id that a missing value takes, or the number it counts as (nan: none)
+    missing: float | int = 0.0  # id of a missing value, or the number it is taken for (nan: none)
     imputed: int = 0  # training cells without a value that were given one
     unreadable: int = 0  # training cells whose text is no number where one is needed
 
