@@ -6,22 +6,19 @@ timestamps, which do not come again, say nothing however many there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mtrec_jax.config import Experiment, Feature
-from mtrec_jax.data.features import NUMBER, one_array
+from mtrec_jax.config import Feature
+from mtrec_jax.data.examples import mix
+from mtrec_jax.data.features import NUMBER
 
 ROWS, OF_A_CLASS = 100, 10  # fewer labelled rows are not judged
 NUMBERS = ("numeric", "binned", "piecewise")  # kinds of features
 BETWEEN = "\x1f"  # the values of a list
-_MOST = 500_000  # values of a feature that are looked at, the most frequent ones
-_AT_ONCE = 8  # counts to a query of the engine
 _BINS = 1000  # of numbers
 
 
@@ -29,7 +26,7 @@ class Outcome(NamedTuple):
     """A task's training labels; index h of an array is the half 0 or 1 of the rows."""
 
     name: str
-    kind: Literal["binary", "regression", "multiclass"]
+    kind: str  # binary, regression or multiclass
     n: np.ndarray  # [2] labelled rows
     s: np.ndarray  # [2] sums of the labels less `center`
     center: float
@@ -126,71 +123,39 @@ def word_score(cells: Cells, text: pa.Array, separator: str, outcome: Outcome) -
     return float(0.5 + np.abs(positive / p - negative / q).max(initial=0) / 2)
 
 
-def outcomes(train: Any, experiment: Experiment) -> list[Outcome]:
-    """The tasks with enough training labels to judge by."""
-    tasks = {n: t.kind for n, t in experiment.tasks.items() if t.kind != "retrieval"}
-    columns: dict[str, Any] = {}
-    half = half_of(train.row)
-    for i, (name, kind) in enumerate(tasks.items()):
-        label = train[f"label_{name}"]
-        for h in (0, 1):
-            columns[f"n{h}_{i}"] = (label.notnull() & (half == h)).sum()
-            if kind != "multiclass":
-                columns[f"s{h}_{i}"] = ibis.ifelse(half == h, label, 0.0).sum()
-        if kind != "multiclass":
-            columns[f"variance_{i}"] = label.var(how="pop")
-    if not columns:
-        return []
-    (found,) = train.agg(**columns).to_pyarrow().to_pylist()
-    judged = []
-    for i, (name, kind) in enumerate(tasks.items()):
-        n, s = (np.array([found.get(f"{x}{h}_{i}") or 0.0 for h in (0, 1)]) for x in ("n", "s"))
-        if n.sum() < ROWS:
-            continue
-        center = float(s.sum() / n.sum()) if kind == "regression" else 0.0
-        spread = float(found.get(f"variance_{i}") or 0.0) * float(n.sum())
-        fewest = min(s.sum(), n.sum() - s.sum()) if kind == "binary" else OF_A_CLASS
-        if fewest >= OF_A_CLASS and (spread or kind == "multiclass"):
-            judged.append(Outcome(name, kind, n, s - center * n, center, spread))
-    return judged
+def judged(
+    name: str, kind: str, label: np.ndarray, row: np.ndarray
+) -> tuple[Outcome | None, Cells, np.ndarray]:
+    """Outcome and cells of rows with these labels, and which rows those are, the others unlabelled.
+
+    Args:
+      name: of the task.
+      kind: of the task.
+      label: [n] numbers, NaN for none (multiclass: any number for a class).
+      row: [n] source rows, which decide the halves.
+
+    Returns:
+      The outcome (None where the labels are too few, or all the same), cells [k] that wait for
+      their values, and the mask [n] of the k rows.
+    """
+    known = ~np.isnan(label)
+    label, half = label[known], half_of(row[known])
+    n = np.stack([half == 0, half == 1]).astype(float)
+    center = float(label.mean()) if kind == "regression" and len(label) else 0.0
+    spread = float(np.square(label - label.mean()).sum()) if len(label) else 0.0
+    classes, code = np.unique(label, return_inverse=True)
+    cells = Cells(np.zeros(len(label), np.int64), n, n * (label - center), code)
+    fewest = OF_A_CLASS if kind == "regression" else min(np.bincount(code), default=0)
+    if kind == "multiclass":
+        fewest = OF_A_CLASS * (len(classes) > 1)
+    if len(label) < ROWS or fewest < OF_A_CLASS or not spread:
+        return None, cells, known
+    return Outcome(name, kind, n.sum(1), cells.s.sum(1), center, spread), cells, known
 
 
-def by_value(
-    train: Any, values: dict[str, Any], outcomes: list[Outcome]
-) -> Iterator[tuple[str, Cells, pa.Array, Outcome]]:
-    """(name, cells, their text, outcome) of every value column and task, counted by the engine."""
-    half, order = half_of(train.row), _scatter(train.row)
-    branches: list[Any] = []
-    about: list[tuple[str, Outcome]] = []
-    for name, value in values.items():
-        for outcome in outcomes:
-            label = train[f"label_{outcome.name}"]
-            many = outcome.kind == "multiclass"
-            cell = train.filter(label.notnull()).select(
-                value=text_of(value),
-                label=label.cast("string") if many else ibis.literal(""),
-                number=ibis.literal(0.0) if many else label - outcome.center,
-                half=half,
-                order=order,
-            )
-            sums = {f"n{h}": (cell.half == h).sum() for h in (0, 1)}
-            sums |= {f"s{h}": ibis.ifelse(cell.half == h, cell.number, 0.0).sum() for h in (0, 1)}
-            cell = cell.group_by("value", "label").agg(**sums, order=cell.order.min())
-            cell = cell.order_by(ibis.desc(cell.n0 + cell.n1), "order").limit(_MOST)
-            branches.append(cell.mutate(branch=ibis.literal(len(branches), "int64")))
-            about.append((name, outcome))
-    for start in range(0, len(branches), _AT_ONCE):
-        some = branches[start : start + _AT_ONCE]
-        pulled = (ibis.union(*some) if len(some) > 1 else some[0]).to_pyarrow()
-        for index in range(start, start + len(some)):
-            table = pulled.filter(pc.equal(pulled["branch"], index))
-            n, s = (np.stack([_floats(table[f"{x}{h}"]) for h in (0, 1)]) for x in ("n", "s"))
-            text, label = one_array(table["value"]), one_array(table["label"])
-            yield about[index][0], Cells(codes(text), n, s, codes(label)), text, about[index][1]
-
-
-def best_score(feature: Feature, cells: Cells, text: pa.Array, outcome: Outcome) -> float:
-    """The highest score of a feature's cells: as values, as numbers, as words, by its kind."""
+def best_score(feature: Feature, text: pa.Array, cells: Cells, outcome: Outcome) -> float:
+    """The highest score of a feature's cells [k]: as values, as numbers, as words, by its kind."""
+    cells = cells._replace(value=codes(text))
     best = score(cells, outcome)
     if feature.kind in NUMBERS:
         best = max(best, number_score(cells, as_numbers(text), outcome))
@@ -200,29 +165,15 @@ def best_score(feature: Feature, cells: Cells, text: pa.Array, outcome: Outcome)
     return best
 
 
-def half_of(row: Any) -> Any:
-    """The half, 0 or 1, that a source row (an Ibis column or an array) is in."""
-    return _scatter(row) // 2**28 % 2
-
-
-def _scatter(row: Any) -> Any:
-    """Fibonacci hashing (Knuth, The Art of Computer Programming 3, 6.4): short, as SQL is long."""
-    return row % 2**31 * 2654435769 % 2**32
-
-
-def text_of(cells: Any) -> Any:
-    """An Ibis column of text, or of lists of text, as text."""
-    return cells.join(BETWEEN) if cells.type().is_array() else cells
+def half_of(row: np.ndarray) -> np.ndarray:
+    """The half, 0 or 1, that each source row is in."""
+    return mix(row, 0) % 2
 
 
 def codes(values: pa.Array) -> np.ndarray:
     """A number for each distinct value, nothing included."""
     coded = values.dictionary_encode(null_encoding="encode")
     return np.asarray(coded.indices).astype(np.int64)
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    return np.asarray(pc.cast(column, pa.float64()))
 
 
 def as_text(cells: pa.Array) -> pa.Array:

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, Feature
 from mtrec_jax.data import dependence
-from mtrec_jax.data.dependence import NUMBERS, Cells, Outcome
+from mtrec_jax.data.dependence import BETWEEN, NUMBERS, Cells, Outcome
 from mtrec_jax.data.examples import Log
 from mtrec_jax.data.features import one_array
 from mtrec_jax.data.read import ROW
@@ -24,7 +24,8 @@ from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
 LEAK = 0.999  # AUC, accuracy or R² on rows that the rates were not taken from
-_EVENTS = 2_000_000  # looked at by `next_event_known`
+_EVENTS = 500_000  # training events that are looked at
+_AT_ONCE = 16  # features to a query
 _KEYS = 20  # fewer keys than that prove no statistic
 _COMPUTED = ("hour", "weekday", "gap", "past_count", "past_rate", "ties", "friends_taste")
 
@@ -43,51 +44,77 @@ def determined_labels(events: Any, sides: dict[str, Any], experiment: Experiment
     Raises:
       DataError: a single feature with an AUC, accuracy or R² of .999 or more.
     """
-    train = events.filter(events.split == 0)
-    outcomes = dependence.outcomes(train, experiment)
+    tasks = [name for name, task in experiment.tasks.items() if task.kind != "retrieval"]
     seen = {
         name: feature
         for name, feature in experiment.features.items()
         if feature.on != "history" and feature.kind not in _COMPUTED
     }
-    of_rows = {n: f for n, f in seen.items() if f"feature_{n}" in events.columns}
-    found = []
-    if outcomes and of_rows:
-        values = {name: train[f"feature_{name}"] for name in of_rows}
-        for name, cells, text, outcome in dependence.by_value(train, values, outcomes):
-            found.append((name, outcome, dependence.best_score(seen[name], cells, text, outcome)))
-    for key, side in sides.items() if outcomes else ():
-        table = side if isinstance(side, pa.Table) else side.to_pyarrow()
+    train = events.filter(events.split == 0)
+    more = int(train.count().to_pyarrow().as_py()) / _EVENTS
+    if more > 1:  # Fibonacci hashing (Knuth, TAOCP 3, 6.4): SQL of one line
+        train = train.filter(train.row % 2**31 * 2654435769 % 2**32 < int(2**32 / more))
+    train = train.select("row", *(f"label_{name}" for name in tasks), *_beside_labels(train, seen))
+    problems: list[str] = []
+    of_rows = [name for name in seen if f"feature_{name}" in train.columns]
+    always = [c for c in train.columns if not c.startswith("feature_")]
+    for start in range(0, len(of_rows) if tasks else 0, _AT_ONCE):
+        some = of_rows[start : start + _AT_ONCE]
+        part = train.select(*always, *(f"feature_{name}" for name in some)).to_pyarrow()
+        cells = {name: part[f"feature_{name}"] for name in some}
+        problems += _determined(part, cells, tasks, experiment)
+    for key, side in sides.items() if tasks else ():
         on = "item" if key == "item" else "context"
-        own = {n: f for n, f in seen.items() if f.on == on and n not in of_rows}
-        if not own or key not in events.columns:
-            continue
-        for _, cells, ids, outcome in dependence.by_value(train, {key: train[key]}, outcomes):
-            place = pc.index_in(ids, value_set=one_array(table[key]))
-            for name, feature in own.items():
-                column = f"column_{feature.column or name}"
-                text = one_array(table[column]).take(place) if column in table.column_names else ids
-                text = dependence.as_text(text)
-                coded = cells._replace(value=dependence.codes(text))
-                found.append((name, outcome, dependence.best_score(feature, coded, text, outcome)))
-    problems = []
-    for name, outcome, score in found:
-        if score >= LEAK and f"{name}/{outcome.name}" not in experiment.guard.allow:
-            problems.append(_determined(experiment, name, outcome, score))
+        own = [n for n, feature in seen.items() if feature.on == on and n not in of_rows]
+        if own and key in train.columns:
+            part, table = train.select(*always).to_pyarrow(), _arrow(side)
+            place = pc.index_in(one_array(part[key]), value_set=one_array(table[key]))
+            cells = dict.fromkeys(own, part[key])  # the id itself is a feature
+            for name in own:
+                column = f"column_{seen[name].column or name}"
+                if column in table.column_names:
+                    cells[name] = one_array(table[column]).take(place)
+            problems += _determined(part, cells, tasks, experiment)
     if problems:
         raise DataError("\n".join(problems))
 
 
-def _determined(experiment: Experiment, name: str, outcome: Outcome, score: float) -> str:
-    measure = {"binary": "AUC", "regression": "R²", "multiclass": "accuracy"}[outcome.kind]
-    return (
-        f"feature '{name}' (column '{experiment.features[name].column or name}') gives away the "
-        f"label of task '{outcome.name}' (column "
-        f"'{experiment.tasks[outcome.name].column or outcome.name}'): alone it reaches {measure} "
-        f"{score:.4f} on {int(outcome.n.sum()):,} training rows. Remove features.{name}, or show "
-        "it of past events only (on = 'history'); if it is truly known beforehand: guard.allow = "
-        f"['{name}/{outcome.name}']"
-    )
+def _beside_labels(events: Any, features: dict[str, Feature]) -> list[str]:
+    wanted = ("user", "item", *(f"feature_{name}" for name in features))
+    return [name for name in wanted if name in events.columns]
+
+
+def _arrow(table: Any) -> pa.Table:
+    return table if isinstance(table, pa.Table) else table.to_pyarrow()
+
+
+def _determined(
+    part: pa.Table, cells: dict[str, Any], tasks: list[str], experiment: Experiment
+) -> list[str]:
+    """A message for each feature {name: cells} of the rows that determines one of their labels."""
+    problems, row = [], part["row"].to_numpy()
+    texts = {name: dependence.as_text(one_array(column)) for name, column in cells.items()}
+    for task_name in tasks:
+        task, label = experiment.tasks[task_name], one_array(part[f"label_{task_name}"])
+        if task.kind == "multiclass":
+            label = label.dictionary_encode().indices
+        numbers = np.asarray(pc.fill_null(pc.cast(label, pa.float64()), np.nan))
+        outcome, counted, known = dependence.judged(task_name, task.kind, numbers, row)
+        if outcome is None:
+            continue
+        for name, text in texts.items():
+            feature = experiment.features[name]
+            best = dependence.best_score(feature, text.filter(pa.array(known)), counted, outcome)
+            if best >= LEAK and f"{name}/{task_name}" not in experiment.guard.allow:
+                measure = {"binary": "AUC", "regression": "R²"}.get(task.kind, "accuracy")
+                problems.append(
+                    f"feature '{name}' (column '{feature.column or name}') gives away the label of "
+                    f"task '{task_name}' (column '{task.column or task_name}'): alone it reaches "
+                    f"{measure} {best:.4f} on {int(outcome.n.sum()):,} training rows. Remove "
+                    f"features.{name}, or show it of past events only (on = 'history'); if it is "
+                    f"truly known beforehand: guard.allow = ['{name}/{task_name}']"
+                )
+    return problems
 
 
 # --- Histories that know the future
@@ -110,8 +137,6 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
     n = min(len(log.user), _EVENTS)
     here = np.flatnonzero((log.user[1:n] == log.user[: n - 1]) & (log.split[1:n] == 0))
     here = here[log.split[here] == 0]
-    half = dependence.half_of(np.asarray(log.row[here]))
-    sides = np.stack([half == 0, half == 1]).astype(float)
     retrieval = [name for name, task in experiment.tasks.items() if task.kind == "retrieval"]
     fields = {name: ids for name, ids in log.events.items() if name in experiment.features}
     named = {(retrieval or ["item"])[0]: ("multiclass", np.asarray(log.events["item"]))}
@@ -121,8 +146,7 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
     own = [array[here] for _, array in named.values()]
     for task_name, (kind, array) in named.items() if len(here) and fields else ():
         label = array[here + 1].astype(np.float64)
-        known = ~np.isnan(label)
-        outcome, cells = _pairs(task_name, kind, label[known], sides[:, known])
+        outcome, cells, known = dependence.judged(task_name, kind, label, log.row[here])
         if outcome is None:
             continue
         for name, ids in fields.items():
@@ -141,21 +165,6 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
                     f"AUC, accuracy or R²). Remove features.{name}, or make its column as it was "
                     f"known at the event; if it is meant: guard.allow = ['{name}/{task_name}']"
                 )
-
-
-def _pairs(
-    name: str, kind: Any, label: np.ndarray, sides: np.ndarray
-) -> tuple[Outcome | None, Cells]:
-    """Outcome and cells of single rows with these labels; None where they cannot be judged."""
-    center = float(label.mean()) if kind == "regression" and len(label) else 0.0
-    spread = float(np.square(label - label.mean()).sum()) if len(label) else 0.0
-    s = sides * (label - center)
-    codes = np.unique(label, return_inverse=True)[1]
-    cells = Cells(np.zeros(len(label), np.int64), sides, s, codes)
-    fewest = min(label.sum(), (1 - label).sum()) if kind == "binary" else dependence.OF_A_CLASS
-    if len(label) < dependence.ROWS or not spread or fewest < dependence.OF_A_CLASS:
-        return None, cells
-    return Outcome(name, kind, sides.sum(1), s.sum(1), center, spread), cells
 
 
 def _pair_score(value: np.ndarray, cells: Cells, outcome: Outcome) -> float:
@@ -227,7 +236,7 @@ def statistics_of_everything(sides: dict[str, Any], events: Any, experiment: Exp
       DataError: a column equals such a statistic for 99 % of the keys, 20 at least.
     """
     for key, side in sides.items():
-        table = side if isinstance(side, pa.Table) else side.to_pyarrow()
+        table = _arrow(side)
         columns: dict[str, pa.Array] = {}
         for name, feature in experiment.features.items():
             column = f"column_{feature.column or name}"
@@ -327,7 +336,7 @@ def row_in_two_splits(
         return
     names = [n for n in raw[0].columns if n != ROW and all(n in t.columns for t in raw)]
     cells = [
-        t.select(ROW, main=ibis.literal(i == 0), **{n: dependence.text_of(t[n]) for n in names})
+        t.select(ROW, main=ibis.literal(i == 0), **{n: _text(t[n]) for n in names})
         for i, t in enumerate(raw)
     ]
     rows = (ibis.union(*cells) if len(cells) > 1 else cells[0]).left_join(kept, [(ROW, "row")])
@@ -375,3 +384,7 @@ def row_in_two_splits(
         + (f" (training rows among themselves: {found['twins'] or 0:,})" if not keyed else "")
         + f": they would be judged by what was learned by heart. To judge on new rows, {remedy}"
     )
+
+
+def _text(cells: Any) -> Any:
+    return cells.join(BETWEEN) if cells.type().is_array() else cells
