@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append JSON lines to FILE")
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--events", type=int, help="prepare: events of the log (50,000,000)")
+    parser.add_argument("--folder", type=Path, help="prepare: where its files go for a while")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the child's side of run_alone
     chosen = parser.parse_args()
     if chosen.question is None:
@@ -40,7 +42,9 @@ def main() -> None:
         print(json.dumps(result))
         return
     if hasattr(question, "answer"):  # a question of quality: figures, not times
-        results = question.answer(chosen.quick)
+        given = {"events": chosen.events, "folder": chosen.folder}
+        given = {name: value for name, value in given.items() if value is not None}
+        results = question.answer(chosen.quick, **given)
         rich.print(_figures(results))
         _append(chosen.json, {"question": chosen.question, "quick": chosen.quick}, results)
         return
