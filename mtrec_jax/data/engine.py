@@ -52,7 +52,8 @@ class Engine:
                 self.backend.to_parquet(table, str(to / "part.parquet"))
             else:
                 self.backend.to_parquet(table, str(to))
-        return self.read(to)
+        # engines have types of their own in files, such as DuckDB for the sum of integers
+        return self.read(to).cast(dict(table.schema().items()))
 
     def load(self, name: str, table: pa.Table) -> Any:
         """An Arrow table as a working table."""

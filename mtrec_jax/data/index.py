@@ -37,7 +37,7 @@ def side_table(
     """
     if key not in events.columns:
         return pa.table({key: pa.array([], pa.string()), "count": pa.array([], pa.int64())}), []
-    sizes = events.group_by(key).agg(count=(events["split"] == 0).cast("int64").sum().cast("int64"))
+    sizes = events.group_by(key).agg(count=events.count(where=events["split"] == 0))
     order = [ibis.desc("count"), key] if key == "item" else [key]
     number = ibis.row_number().over(ibis.window(order_by=order))
     index = engine.keep(f"{key}_index", sizes.mutate(id=(number + FIRST).cast("int64")))
