@@ -134,32 +134,36 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
     Raises:
       DataError: a history feature with an AUC, accuracy or R² of .999 or more.
     """
-    n = min(len(log.user), _EVENTS)
-    here = np.flatnonzero((log.user[1:n] == log.user[: n - 1]) & (log.split[1:n] == 0))
-    here = here[log.split[here] == 0]
+    train = np.flatnonzero(log.split[:_EVENTS] == 0)
+    user = log.user[train]
+    pairs = np.flatnonzero(user[1:] == user[:-1])
+    here, then = train[pairs], train[pairs + 1]
+    first = np.diff(user, prepend=-1)[pairs] != 0
+    before = train[np.where(first, pairs, pairs - 1)]
     retrieval = [name for name, task in experiment.tasks.items() if task.kind == "retrieval"]
-    fields = {name: ids for name, ids in log.events.items() if name in experiment.features}
+    shown = {n: f for n, f in experiment.features.items() if f.on == "history"}
+    owner = {c: c if c in shown else c.rpartition(".")[0] for c in log.events}  # "tags.0" of "tags"
+    fields = {(c, owner[c]): ids for c, ids in log.events.items() if owner[c] in shown}
     named = {(retrieval or ["item"])[0]: ("multiclass", np.asarray(log.events["item"]))}
     for name, task in experiment.tasks.items():
         if task.kind != "retrieval":
             named[name] = (task.kind, np.asarray(log.targets[f"label_{name}"]))
     own = [array[here] for _, array in named.values()]
     for task_name, (kind, array) in named.items() if len(here) and fields else ():
-        label = array[here + 1].astype(np.float64)
+        label = array[then].astype(np.float64)
         outcome, cells, known = dependence.judged(task_name, kind, label, log.row[here])
         if outcome is None:
             continue
-        for name, ids in fields.items():
+        for (_, name), ids in fields.items():
             if f"{name}/{task_name}" in experiment.guard.allow:
                 continue
             value = ids[here].astype(np.float64)
-            before = np.where(log.user[np.maximum(here - 1, 0)] == log.user[here], here - 1, -1)
-            step = value - np.where(before >= 0, ids[before], 0)
-            looks = (value, step) if experiment.features[name].kind in NUMBERS else (value,)
+            step = value - np.where(first, 0, ids[before])
+            looks = (value, step) if shown[name].kind in NUMBERS else (value,)
             found = max(_pair_score(look[known], cells, outcome) for look in looks)
             if found >= LEAK > max(_pair_score(v[known], cells, outcome) for v in own):
                 raise DataError(
-                    f"feature '{name}' (column '{experiment.features[name].column or name}') shows "
+                    f"feature '{name}' (column '{shown[name].column or name}') shows "
                     f"the future: at an event it gives away the {task_name} of the user's next "
                     f"event ({found:.4f} of {int(outcome.n.sum()):,} pairs of training events; "
                     f"AUC, accuracy or R²). Remove features.{name}, or make its column as it was "
