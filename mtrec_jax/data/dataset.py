@@ -111,6 +111,16 @@ class SplitInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What the report shows beside the rules."""
+
+    labels: dict[str, dict[str, tuple[int, float | None]]]  # {task: {split: (labels, their mean)}}
+    start: float  # seconds: where the first bar begins, at midnight UTC
+    width: float  # seconds of a bar, whole days; 0 without times
+    counts: dict[str, list[int]]  # {split: events of each bar}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that a reader of the folder must know."""
 
@@ -137,6 +147,7 @@ class Manifest:
     history: tuple[IdField, ...] = ()
     tasks: dict[str, TaskField] = dataclasses.field(default_factory=dict)
     report: tuple[Rule, ...] = ()
+    summary: Summary | None = None
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""
