@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax.config import Feature
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Lists, Prepared, to_arrays
 from mtrec_jax.data.features import Encoding
 from mtrec_jax.errors import DataError, nearest
 from mtrec_jax.evaluation.inference import pad_rows
-from mtrec_jax.types import FIRST, Batch
+from mtrec_jax.types import FIRST, UNKNOWN, Batch
 
 BATCH = 256  # requests in a batch
 
@@ -45,14 +44,14 @@ class Encoder:
         manifest, n = self.prepared.manifest, len(users)
         ids = np.array([self.prepared.user_ids.get(u, 1) for u in users], np.int32)
         known = ids >= FIRST
-        fields = ["item", *(f.name for f in manifest.history)]
+        fields = ["item", *(column for f in manifest.history for column in f.columns)]
         length = manifest.history_length
         events = {name: np.zeros((n, length), np.int32) for name in fields}
         cutoff = np.zeros((n, 1), np.int32)
         seen = []
         for i in range(n):
             if histories is not None:
-                past = self._encode_history(histories[i], fields)
+                past = self._encode_history(histories[i])
             elif known[i]:
                 past = {name: self._list(f"event_{name}")[ids[i] - FIRST] for name in fields}
             else:
@@ -119,29 +118,36 @@ class Encoder:
             row=one,
         )
 
-    def _encode_history(self, history: History, fields: list[str]) -> dict[str, np.ndarray]:
+    def _encode_history(self, history: History) -> dict[str, np.ndarray]:
+        """Ids of each column of a history; where data has queries, an item of None is a search."""
         columns = history if isinstance(history, Mapping) else {"item": history}
+        fields = {"item": None, **{f.name: f for f in self.prepared.manifest.history}}
         unknown = sorted(set(columns) - set(fields))
         if unknown or "item" not in columns:
             raise DataError(f"history: has {', '.join(columns)}; it may have {', '.join(fields)}")
-        past = {"item": self.item_ids(columns["item"]).astype(np.int32)}
-        for name in fields[1:]:
-            values = columns.get(name, [None] * len(past["item"]))
-            cells = pa.array([None if v is None else raw_text(v) for v in values], pa.string())
-            past[name] = features.encode(self._feature(name), cells)[:, 0].astype(np.int32)
-            if len(past[name]) != len(past["item"]):
+        items = columns["item"]
+        shown = np.ones(len(items), bool)
+        queries = "queries" in self.prepared.manifest.config["data"]
+        if queries and not isinstance(items, str | bytes):
+            shown = np.array([item is not None for item in items], bool)
+            items = [item for item in items if item is not None]
+        past = {"item": np.full(len(shown), UNKNOWN, np.int32)}
+        past["item"][shown] = self.item_ids(items)
+        for field in self.prepared.manifest.history:
+            values = columns.get(field.name, [None] * len(shown))
+            if len(values) != len(shown):
                 raise DataError(
-                    f"history: {len(past[name])} values of {name} for {len(past['item'])} items"
+                    f"history: {len(values)} values of {field.name} for {len(shown)} items"
                 )
+            cells = pa.array([None if v is None else raw_text(v) for v in values], pa.string())
+            ids = features.encode(self._feature(field.name), cells).astype(np.int32)
+            past |= {column: ids[:, slot] for slot, column in enumerate(field.columns)}
         return past
 
     def _feature(self, name: str) -> Encoding:
         """A feature of the history, as it was fitted."""
         if name not in self._features:
-            known = self.prepared.vocabulary(name)
-            declared = Feature(**self.prepared.manifest.config["features"][name])
-            values, counts = features.one_array(known["value"]), known["count"].to_numpy()
-            self._features[name] = Encoding(name, declared, values, counts)
+            self._features[name] = features.restore(self.prepared, name)
         return self._features[name]
 
     @functools.cached_property

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import clean, describe, examples, features
+from mtrec_jax.data import clean, describe, examples, features, past
 from mtrec_jax.data.dataset import (
     FORMAT,
     SPLITS,
@@ -27,8 +27,10 @@ from mtrec_jax.data.dataset import (
 from mtrec_jax.data.encode import event_log, row_streams, sequence_streams
 from mtrec_jax.data.engine import Engine, Name, count, engine
 from mtrec_jax.data.features import Encoding, one_array
-from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks
+from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, text_columns, values_report
 from mtrec_jax.data.index import side_table, with_ids
+from mtrec_jax.data.social import fit_tastes
+from mtrec_jax.data.social_tables import friend_lists, read_queries, with_queries
 from mtrec_jax.data.sources import EVENTS, Source, read_sources
 from mtrec_jax.data.split import describe_split, split_events
 from mtrec_jax.errors import DataError
@@ -123,33 +125,40 @@ def _build(
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)
     say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
+    queries, query_rules = read_queries(engine, experiment, sources.get("queries"), events)
     tasks, task_rules = fit_tasks(events, experiment)
     users, user_rules = side_table(engine, experiment, events, "user", sources.get("users"))
     items, item_rules = side_table(engine, experiment, events, "item", sources.get("items"))
+    friends, users, tie_rules = friend_lists(engine, experiment, sources.get("ties"), users)
     quarantined = _quarantine(engine, sources, removed, folder, events)
     item, item_cells = fit_side(experiment, items, "item", "item")
     on_users: list[Encoding] = []
     user_cells: dict[str, pa.Array] = {}
     if data.kind == "sequences":
         on_users, user_cells = fit_side(experiment, users, "user", "context")
-    on_events, unreadable = fit_events(events, experiment)
-    rules += [*task_rules, *user_rules, *item_rules, *unreadable]
-    for encoding in (*on_users, *item, *on_events):
-        if encoding.feature.kind != "numeric":
-            vocabulary = pa.table({"value": encoding.values, "count": encoding.counts})
-            pq.write_table(vocabulary, folder / "vocabularies" / f"{encoding.name}.parquet")
+    _write_past(folder, experiment, events)
+    events = past.add(engine, events, experiment)
+    on_events = fit_events(events, experiment)[0]
+    if queries is not None:
+        on_events += fit_events(queries, experiment)[0]
+    rules += [*task_rules, *user_rules, *item_rules, *query_rules, *tie_rules]
+    rules += values_report([*on_users, *item, *on_events])
     _write_items(folder, experiment, items, features.encode_all(item, item_cells, len(items)))
     say(f"index: {len(users):,} users, {len(items):,} items")
 
-    events = with_ids(engine, events)
+    events = with_queries(engine, with_ids(engine, events), queries)
     user_arrays = features.encode_all(on_users, user_cells, len(users))
     history = on_events if data.kind == "sequences" else []
     total = sum(split.sizes.values())
-    log = event_log(engine, events, total, experiment, history, tasks) if data.user else None
-    _write_users(folder, experiment, users, user_arrays, log)
+    rows = total + (count(queries) if queries is not None else 0)
+    log = event_log(engine, events, rows, experiment, history, tasks) if data.user else None
+    tastes = fit_tastes(experiment, log, friends, items, tasks)
+    at_end = np.concatenate([user_arrays[1], tastes.of_users], axis=1) if tastes else user_arrays[1]
+    _write_users(folder, experiment, users, (user_arrays[0], at_end), log)
     if data.kind == "sequences":
         assert log is not None
-        positions, streams = sequence_streams(experiment, log, user_arrays)
+        numbers = tastes.numbers if tastes else None
+        positions, streams = sequence_streams(experiment, log, user_arrays, numbers)
     else:
         positions = dict.fromkeys(SPLITS, 1)
         streams = row_streams(engine, events, experiment, on_events, tasks)
@@ -158,6 +167,8 @@ def _build(
         written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
         say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
     context = on_users if data.kind == "sequences" else on_events
+    context = [*context, *(tastes.encodings if tastes else [])]
+    _write_vocabularies(folder, [*item, *context, *history])
     digests = [digest for source in sources.values() for digest in source.staged.digests]
     return Manifest(
         format=FORMAT,
@@ -207,6 +218,20 @@ def _quarantine(
     return written
 
 
+def _write_past(folder: Path, experiment: Experiment, events: Any) -> None:
+    """Write what new rows will be told of the past."""
+    for name, table in past.final(events, experiment).items():
+        (folder / "past").mkdir(exist_ok=True)
+        pq.write_table(table, folder / "past" / f"{name}.parquet")
+
+
+def _write_vocabularies(folder: Path, encodings: list[Encoding]) -> None:
+    for encoding in encodings:
+        if len(encoding.values):
+            vocabulary = pa.table({"value": encoding.values, "count": encoding.counts})
+            pq.write_table(vocabulary, folder / "vocabularies" / f"{encoding.name}.parquet")
+
+
 def _write_items(
     folder: Path, experiment: Experiment, items: pa.Table, encoded: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -218,6 +243,7 @@ def _write_items(
         "count": items["count"].to_numpy(),
         "item_ids": encoded[0],
         "item_numbers": encoded[1],
+        **text_columns(experiment, items, "item"),
     }
     pq.write_table(examples.to_table(columns), folder / "items.parquet")
 
@@ -232,6 +258,7 @@ def _write_users(
     columns = {"id": one_array(users["user"])}
     if experiment.data.kind == "sequences":
         columns |= {"context_ids": encoded[0], "context_numbers": encoded[1]}
+        columns |= text_columns(experiment, users, "context")
     if log is not None:
         offsets = pa.array(log.offsets(len(users)), pa.int32())
         lists = {f"event_{field}": ids for field, ids in log.events.items()} | {"split": log.split}

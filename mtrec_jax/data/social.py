@@ -2,15 +2,88 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Float32, Int
 
-from mtrec_jax.data.dataset import Lists
+from mtrec_jax.config import Experiment
+from mtrec_jax.data import features
+from mtrec_jax.data.dataset import Lists, TaskField
+from mtrec_jax.data.examples import VISIBLE, Log, Numbers
+from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.errors import DataError
+from mtrec_jax.types import FIRST
 
 _WORK = 1 << 21  # friends' events and numbers of one block of users: bounds the memory to ~0.3 GB
+
+
+class Tastes(NamedTuple):
+    """The fitted features of kind "friends_taste", and their numbers at any moment."""
+
+    encodings: list[Encoding]
+    numbers: Numbers
+    of_users: np.ndarray  # [U, C]: as of the end of the log
+
+
+def fit_tastes(
+    experiment: Experiment,
+    log: Log | None,
+    friends: Lists | None,
+    items: pa.Table,
+    tasks: dict[str, TaskField],
+) -> Tastes | None:
+    """Learn the features of kind "friends_taste": their values, and the scale of their numbers.
+
+    The values are the most frequent ones in the training events. A number is divided by the
+    standard deviation of what users' friends have shown by the end of the training events; it is
+    not centred, so that 0 remains to know nothing. None without a log, or without ties.
+
+    Raises:
+      DataError: an item has several values, or none is frequent enough.
+    """
+    if log is None or friends is None:
+        return None
+    encodings, problems = [], []
+    begins, everyone = log.offsets(len(friends)), np.arange(len(friends))
+    end = np.full(len(friends), np.inf)
+    for name, feature in experiment.features.items():
+        if feature.kind != "friends_taste":
+            continue
+        column = feature.column or name
+        cells = one_array(items["item" if column == experiment.data.item else f"column_{column}"])
+        if pa.types.is_list(cells.type):
+            raise DataError(f"feature '{name}': items have several values of '{column}', not one")
+        plain, counts = dataclasses.replace(feature, kind="categorical"), items["count"].to_numpy()
+        ranked = features.fit(name, plain, cells.filter(pa.array(counts > 0)), counts[counts > 0])
+        values = ranked.values[: feature.bins]
+        number = pc.fill_null(pc.index_in(cells, value_set=values), -1).to_numpy()
+        events = Responses(
+            begins,
+            log.time,
+            log.split,
+            log.events["item"],
+            log.targets[f"label_{feature.label}"],
+            np.concatenate([np.full(FIRST, -1), number]),
+        )
+        shape = (len(values), tasks[feature.label].mean, feature.smoothing)
+        known = friends_taste(friends, events, everyone, end, (0,), *shape)
+        encoding = Encoding(name, feature, values, ranked.counts[: feature.bins])
+        encodings.append(dataclasses.replace(encoding, std=float(known.std()) or 1.0))
+        problems.append((events, shape))
+
+    def numbers(user: np.ndarray, at: np.ndarray, splits: tuple[int, ...]) -> np.ndarray:
+        found = [
+            friends_taste(friends, events, user, at, splits, *shape) / np.float32(encoding.std)
+            for encoding, (events, shape) in zip(encodings, problems, strict=True)
+        ]
+        return np.concatenate([np.zeros((len(user), 0), np.float32), *found], axis=1)
+
+    return Tastes(encodings, numbers, numbers(everyone, end, VISIBLE[-1]))
 
 
 class Responses(NamedTuple):

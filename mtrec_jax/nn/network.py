@@ -26,6 +26,7 @@ class Plan(NamedTuple):
     context: Group
     item: Group
     history: Group
+    history_columns: tuple[str, ...]  # names of its slots among the events
     task_names: tuple[str, ...]
     tower_tasks: tuple[str, ...]  # tasks with a tower: all but retrieval
     classes: dict[str, int]  # {multiclass task: C}
@@ -59,6 +60,7 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
         context=group["context"],
         item=group["item"],
         history=group["history"],
+        history_columns=tuple(column for f in manifest.history for column in f.columns),
         task_names=tuple(tasks),
         tower_tasks=tuple(n for n, t in tasks.items() if t.kind != "retrieval"),
         classes={
@@ -70,9 +72,8 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
 
 
 def history_ids(plan: Plan, batch: Batch) -> jax.Array:
-    """Ids of the history features side by side: [B, L, M]."""
-    names = [f.owner.removeprefix("history.") for f in plan.history.fields]
-    return jnp.stack([jnp.asarray(batch.events[name]) for name in names], axis=-1)
+    """Ids of the history features, slot by slot, side by side: [B, L, M]."""
+    return jnp.stack([jnp.asarray(batch.events[name]) for name in plan.history_columns], axis=-1)
 
 
 class Network(nnx.Module):
@@ -85,8 +86,8 @@ class Network(nnx.Module):
         d = config.width
         self.config, self.plan = config, plan
         self.kinds = {name: task.kind for name, task in experiment.tasks.items()}
-        context = len(plan.context.fields) * d + len(manifest.context_numbers)
-        item = len(plan.item.fields) * d + len(manifest.item_numbers)
+        context = len(plan.context.fields) * d + sum(f.slots for f in manifest.context_numbers)
+        item = len(plan.item.fields) * d + sum(f.slots for f in manifest.item_numbers)
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=dtype, rngs=rngs)
