@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import examples, features
-from mtrec_jax.data.dataset import SPLITS, TaskField
+from mtrec_jax.data.dataset import SPLITS, IdField, TaskField
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.schema import query_features
@@ -50,6 +50,7 @@ def event_log(
             ids = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
             # a search has no outcome, and nothing else a text, whatever missing values become
             ids[(arrays["split"] == examples.QUERY) != (encoding.name in searched)] = 0
+            assert isinstance(encoding.field, IdField)
             for slot, column in enumerate(encoding.field.columns):
                 arrays[f"event_{column}"] = ids[:, slot]
         return arrays | (_targets(part, experiment, tasks) if data.kind == "sequences" else {})
