@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--events", type=int, help="prepare: events of the log (50,000,000)")
     parser.add_argument("--folder", type=Path, help="prepare: where its files go for a while")
+    parser.add_argument("--seeds", type=int, nargs="+", help="social: other shops than (505, 606)")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the child's side of run_alone
     chosen = parser.parse_args()
     if chosen.question is None:
@@ -42,7 +43,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     if hasattr(question, "answer"):  # a question of quality: figures, not times
-        given = {"events": chosen.events, "folder": chosen.folder}
+        given = {"events": chosen.events, "folder": chosen.folder, "seeds": chosen.seeds}
         given = {name: value for name, value in given.items() if value is not None}
         results = question.answer(chosen.quick, **given)
         rich.print(_figures(results))

@@ -1,10 +1,10 @@
 """What the social shop plants on top of the shop: searches with an intent, and circles of friends.
 
-    click logit += INTENT where the session's search was for the item's category
+    click logit += INTENT where the session's search is for the item's category
     click logit += CIRCLE * taste[circle of the user, brand]          taste is +-1, five of each
 
-A search stands just before a session, and its intent is the category of one of the items that the
-session goes on to show. The text says it in one of several ways, with words around it that say
+A search stands just before each session, and its intent is the category of one of the items that
+the session goes on to show. The text says it in one of several ways, with words around it that say
 nothing. Four friends in five are of the user's own circle. A user's own past shows the circle's
 taste slowly, the pooled responses of the friends show it at once.
 """
@@ -18,7 +18,6 @@ from jaxtyping import Int
 
 INTENT, CIRCLE = 2.0, 0.8  # logits
 FILES = ("queries.csv", "ties.csv")
-_SEARCHES = 0.7  # of the sessions
 _CIRCLE_SIZE, _FRIENDS, _INSIDE = 20, 6, 0.8  # users; ties a user makes; share inside the circle
 _PHRASES = {
     "books": ("novel", "paperback", "crime story", "gift for reader", "bestseller"),
@@ -44,7 +43,7 @@ class Circles(NamedTuple):
 class Searches(NamedTuple):
     """The intent at every impression, and the searches that say it, in time order."""
 
-    intent: Int[np.ndarray, " n"]  # category; -1: none
+    intent: Int[np.ndarray, " n"]  # category
     user: Int[np.ndarray, " q"]
     time: Int[np.ndarray, " q"]
     text: np.ndarray  # [q]
@@ -75,7 +74,7 @@ def draw_searches(
     category: Int[np.ndarray, " n"],
     session: int,
 ) -> Searches:
-    """A search before seven sessions in ten; a session is `session` impressions of a user.
+    """A search before each session; a session is `session` impressions of a user.
 
     Impressions are in time order; `category` is that of the item shown.
     """
@@ -84,11 +83,10 @@ def draw_searches(
     place = np.arange(len(user)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     begins = np.flatnonzero(place % session == 0)  # places in `order` where sessions begin
     lengths = np.diff(begins, append=len(user))
-    searched = rng.random(len(begins)) < _SEARCHES
     wanted = category[order[begins + rng.integers(lengths)]]
     intent = np.empty(len(user), int)
-    intent[order] = np.repeat(np.where(searched, wanted, -1), lengths)
-    head, wanted = order[begins[searched]], wanted[searched]
+    intent[order] = np.repeat(wanted, lengths)
+    head = order[begins]
     phrases = np.array(list(_PHRASES.values()))
     phrase = phrases[wanted, rng.integers(phrases.shape[1], size=len(wanted))]
     text = np.char.add(rng.choice(_AROUND, size=len(wanted)), phrase)
