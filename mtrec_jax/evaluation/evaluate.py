@@ -27,6 +27,9 @@ from mtrec_jax.evaluation.metrics import (
 )
 from mtrec_jax.types import PyTree
 
+# an absolute value of a mean: resampling adds noise to it, and hence moves it upwards
+WITHOUT_INTERVAL = ("calibration_error",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -152,11 +155,15 @@ def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) ->
 def _intervals(
     statistics: dict[str, tuple[dict[str, Statistic], int]], resamples: int
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """95 % bootstrap intervals over the targets."""
+    """95 % bootstrap intervals over the targets, but for the metrics that resampling shifts."""
     if not resamples:
         return {}
     return {
-        task: {m: bootstrap_interval(s, n, resamples) for m, s in by_metric.items()}
+        task: {
+            metric: bootstrap_interval(statistic, n, resamples)
+            for metric, statistic in by_metric.items()
+            if metric not in WITHOUT_INTERVAL
+        }
         for task, (by_metric, n) in statistics.items()
     }
 

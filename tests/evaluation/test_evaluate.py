@@ -202,11 +202,10 @@ def test_every_baseline_has_its_row(shop_run: Run, evaluation: Evaluation) -> No
 def test_intervals_contain_the_value(evaluation: Evaluation) -> None:
     assert set(evaluation.intervals) == set(evaluation.tasks) == TASKS
     for task, metrics in evaluation.tasks.items():
-        assert set(evaluation.intervals[task]) == set(metrics)
-        for metric, value in metrics.items():
-            low, high = evaluation.intervals[task][metric]
-            if metric != "calibration_error":  # resampling moves it upwards
-                assert low <= value <= high, f"{task}/{metric}"
+        # resampling moves the calibration error upwards: its percentiles may leave the value out
+        assert set(evaluation.intervals[task]) == set(metrics) - {"calibration_error"}
+        for metric, (low, high) in evaluation.intervals[task].items():
+            assert low <= metrics[metric] <= high, f"{task}/{metric}"
             assert low < high
 
 
