@@ -82,7 +82,7 @@ class Clean:
     """What is removed before anything else happens; every rule is counted in the report."""
 
     __pydantic_config__ = _STRICT
-    duplicates: Literal["drop", "keep"] = "drop"  # rows equal in every column
+    duplicates: Literal["drop", "keep"] = "drop"  # rows equal in every column; kind "rows": "keep"
     duplicate_columns: tuple[str, ...] = ()  # rows are equal in these; (): in every column
     values: dict[str, Values] = field(default_factory=dict)  # {name in the report: rule}
     earliest: str = ""  # times before it are removed: seconds or ISO 8601

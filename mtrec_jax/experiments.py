@@ -90,12 +90,24 @@ def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Ex
       ConfigError: as `load_experiment`; `where` opens the message.
     """
     try:
-        experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
+        experiment = pydantic.TypeAdapter(Experiment).validate_python(_of_kind(values))
     except pydantic.ValidationError as error:
         problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
         raise ConfigError(f"{where}:\n{problems}") from None
     check(experiment)
     return experiment
+
+
+def _of_kind(values: Any) -> Any:
+    """With the default that depends on the kind of data: equal rows of a table are different cases,
+    equal events of a log are one that was written twice."""
+    tables = [values.get(key, {}) for key in ("data", "clean")] if isinstance(values, dict) else []
+    if not tables or not all(isinstance(table, dict) for table in tables):
+        return values
+    data, clean = tables
+    if data.get("kind") != "rows" or clean.get("duplicate_columns"):
+        return values
+    return {**values, "clean": {"duplicates": "keep", **clean}}
 
 
 def check(experiment: Experiment) -> None:

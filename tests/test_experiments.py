@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from mtrec_jax.config import Experiment, Task, fusion_objective, select_metric, to_toml
+from mtrec_jax.config import (
+    Experiment,
+    Task,
+    fusion_objective,
+    select_metric,
+    to_dict,
+    to_toml,
+)
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import RESERVED, built_in_names, load_experiment, parse_experiment
 
@@ -154,6 +161,19 @@ def test_all_problems_are_told_at_once() -> None:
 
 RETRIEVAL, LIKE = {"kind": "retrieval"}, {"kind": "binary"}
 ROWS = {"kind": "rows", "user": "", "item": "", "time": ""}
+
+
+def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
+    rows: dict[str, Any] = {"name": "rows", "data": {"kind": "rows"}, "tasks": {"like": LIKE}}
+    rows |= {"model": {"encoder": "none"}, "split": {"kind": "random"}, "features": {"age": {}}}
+    rows |= {"train": {"epochs": 1}}
+    assert parse_experiment(rows).clean.duplicates == "keep"
+    assert parse_experiment({**rows, "clean": {"min_user_events": 0}}).clean.duplicates == "keep"
+    assert parse_experiment({**rows, "clean": {"duplicates": "drop"}}).clean.duplicates == "drop"
+    columns = {"duplicate_columns": ["age"]}
+    assert parse_experiment({**rows, "clean": columns}).clean.duplicates == "drop"
+    assert load_experiment("shop").clean.duplicates == "drop"
+    assert parse_experiment(to_dict(parse_experiment(rows))) == parse_experiment(rows)
 
 
 @pytest.mark.parametrize(
