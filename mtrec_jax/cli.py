@@ -68,7 +68,7 @@ def data(
         raise typer.BadParameter(f"--seed is for the generated shop, not for {name}: remove it")
     if name == "list":
         for known in public.PUBLIC.values():
-            typer.echo(f"{known.name:16} {known.title}. {known.terms}")
+            typer.echo(f"{known.name:16} {known.title}. Terms: {known.terms}.")
         return
     if name in SHOPS:
         _generate_shop(to, name, seed or 0)

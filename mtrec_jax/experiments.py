@@ -127,7 +127,10 @@ def check(experiment: Experiment) -> None:
         if any(t.kind == "retrieval" for t in e.tasks.values()):
             problems.append("tasks: retrieval needs data.kind = 'sequences'")
         if e.model.encoder == "transformer":
-            problems.append("model.encoder: 'none' is the one for data.kind = 'rows'")
+            problems.append(
+                "model.encoder: rows have no history that a transformer could read; set "
+                "encoder = 'none' under [model]"
+            )
         if not e.data.item and not any(f.on == "context" for f in e.features.values()):
             problems.append(
                 "features: rows need one with on = 'context'; without it all rows look the same"

@@ -78,8 +78,9 @@ class Recommender:
           on_unknown: "error" raises for a user who is not in the data.
 
         Returns:
-          A `Result`, a row an item: user, known, rank, item, title, score (of the final order),
-          every task's prediction, and the fusion's weight of each task.
+          A `Result`, a row an item: user, known, rank, item, title, score, every task's
+          prediction, and the fusion's weight of each task. The score is the one of the final
+          order: the fused one, or for a user without data and history the item's training events.
 
         Raises:
           ConfigError: the run has no retrieval task.
@@ -201,12 +202,13 @@ class Recommender:
         encoded = self._encoder.users(users, histories)
         candidates = self._candidates(encoded, k, subset, exclude_seen)
         outputs = self._rank(encoded, candidates)
-        n, count = candidates.shape
+        n = len(candidates)
         real = candidates >= FIRST
         fused = np.where(real, np.asarray(outputs.fused)[:n], -np.inf)
         # without any history the model has nothing to say: popularity keeps its order
         nothing = ~encoded.known & (encoded.batch.cutoff[:n, 0] == 0)
-        fused = np.where(nothing[:, None] & real, -np.arange(count, dtype=fused.dtype), fused)
+        popularity = self._popularity()[candidates].astype(fused.dtype)
+        fused = np.where(nothing[:, None] & real, popularity, fused)
         order = np.argsort(-fused, axis=1, kind="stable")[:, :k]
         row, rank = np.nonzero(np.take_along_axis(real, order, axis=1))
         place = order[row, rank]

@@ -100,6 +100,8 @@ def test_public_data_sets_are_listed_with_their_terms(mtrec: Mtrec) -> None:
     names = [line.split()[0] for line in out.splitlines()]
     assert names == ["ml-1m", "ml-100k", "census-income", "shop", "shop-social"]
     assert out.count("no commercial use") == 2
+    assert out.count(". Terms: ") == len(names)
+    assert out.rstrip().endswith("Terms: none, it is generated on this machine.")
 
 
 def test_the_shop_is_generated(mtrec: Mtrec, tmp_path: Path) -> None:

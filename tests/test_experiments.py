@@ -183,7 +183,7 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
         ({"data": {"time": ""}}, "data.time: needed when data.kind = 'sequences'"),
         ({"data": {"positions": 9, "history_length": 8}}, "data.positions: at most"),
         ({"data": {"kind": "rows"}}, "tasks: retrieval needs data.kind = 'sequences'"),
-        ({"data": ROWS, "tasks": {"like": LIKE}}, "model.encoder: 'none' is the one"),
+        ({"data": ROWS, "tasks": {"like": LIKE}}, "set encoder = 'none' under [model]"),
         ({"data": ROWS, "tasks": {"like": LIKE}}, "split.kind: 'leave_one_out' needs"),
         ({"data": ROWS, "tasks": {"like": LIKE}}, "features: rows need one with on = 'context'"),
         ({"model": {"encoder": "none"}}, "no feature on = 'context' every user would be the same"),

@@ -161,6 +161,15 @@ def test_unknown_users_get_popular_items_in_order(shop_recommender: Recommender)
     filtered = shop_recommender.recommend(["nobody"], 4, blocked=best[1:3], allowed=best[:9])
     assert filtered["item"] == [best[0], *best[3:6]]
     assert shop_recommender.recommend(["nobody"], 4, histories=[[]])["item"] == best[:4]
+    counts = dict(
+        zip(
+            shop_recommender.prepared.item_names,
+            shop_recommender.prepared.items["count"].to_pylist(),
+            strict=True,
+        )
+    )
+    scores = shop_recommender.recommend(["nobody"], 9)["score"]
+    assert scores == [counts[item] for item in best[:9]], "how often each was met in training"
 
 
 def test_an_unknown_user_with_a_history_gets_an_answer_of_their_own(

@@ -144,12 +144,12 @@ PUBLIC: dict[str, PublicData] = {
         PublicData(
             name="shop",
             title="A generated shop log with planted tastes and a known best possible score",
-            terms="none: generated on this machine",
+            terms="none, it is generated on this machine",
         ),
         PublicData(
             name="shop-social",
             title="The generated shop with search queries and friends, which carry signal",
-            terms="none: generated on this machine",
+            terms="none, it is generated on this machine",
         ),
     )
 }
