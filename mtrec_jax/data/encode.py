@@ -114,6 +114,7 @@ def sequence_streams(
     log: examples.Log,
     encoded: tuple[np.ndarray, np.ndarray],
     numbers: examples.Numbers | None = None,
+    check: examples.Check | None = None,
 ) -> tuple[dict[str, int], dict[str, Iterator[dict[str, np.ndarray]]]]:
     """P and the examples of each split, a chunk of a user's targets each, BLOCK at a time.
 
@@ -134,6 +135,7 @@ def sequence_streams(
             data.hide_ties,
             data.seed,
             numbers,
+            check,
         )
         for split, name in enumerate(SPLITS)
     }

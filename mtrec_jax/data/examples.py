@@ -61,6 +61,8 @@ class Log:
 
 # User indexes and moments [e], and the splits that may be seen -> context numbers [e, C].
 Numbers = Callable[[np.ndarray, np.ndarray, tuple[int, ...]], np.ndarray]
+# Places in the log of events [n, L] (-1: none), cutoffs [n, P], places of targets [n, P].
+Check = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
 def sequence_examples(
@@ -72,6 +74,7 @@ def sequence_examples(
     hide_ties: bool,
     seed: int,
     numbers: Numbers | None = None,
+    check: Check | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Examples of a split in seeded random order, BLOCK at a time, as columns `[n, ...]`.
 
@@ -89,6 +92,7 @@ def sequence_examples(
       hide_ties: a position does not see events of its own timestamp.
       seed: of the order.
       numbers: more context numbers, which depend on the time of an example's first target.
+      check: raises an error for examples that are not as they should be.
     """
     targets = np.flatnonzero(log.split == split)
     users = log.user[targets]
@@ -118,7 +122,9 @@ def sequence_examples(
         seen = token < end[:, None]
         token = kept[np.where(seen, token, 0)] if len(kept) else token
         before = earlier[seen_from[place]] if len(targets) else place
-        cutoff = np.maximum(before - base[:, None], 0)
+        cutoff = np.where(there, np.maximum(before - base[:, None], 0), 0)
+        if check is not None:
+            check(np.where(seen, token, -1), cutoff, np.where(there, target, -1))
         found = {name: array[user - FIRST] for name, array in context.items()}
         if numbers is not None:
             own = [found["context_numbers"], more[chosen]]
@@ -127,7 +133,7 @@ def sequence_examples(
             "user": user.astype(np.int32),
             **found,
             **{f"event_{f}": np.where(seen, ids[token], 0) for f, ids in log.events.items()},
-            "cutoff": np.where(there, cutoff, 0).astype(np.int32),
+            "cutoff": cutoff.astype(np.int32),
             "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),
             **{n: np.where(there, v[target], np.float32(np.nan)) for n, v in log.targets.items()},
             "row": np.where(there, log.row[target], -1),

@@ -178,21 +178,21 @@ def _pair_score(value: np.ndarray, cells: Cells, outcome: Outcome) -> float:
 
 def future_in_history(
     log: Log,
+    hide_ties: bool,
+    names: Any,
     event: np.ndarray,
     cutoff: np.ndarray,
     target: np.ndarray,
-    hide_ties: bool = False,
-    names: Sequence[str] | None = None,
 ) -> None:
     """Stop if a position of some examples sees an event that is not before its target.
 
     Args:
       log: all events.
+      hide_ties: events of the target's own time are not before it.
+      names: [U] raw ids of the users, for the message.
       event: [n, L] places in the log of the events that an example holds, -1 for none.
       cutoff: [n, P] a position sees the first so many of them.
       target: [n, P] places in the log of the targets, -1 for padding.
-      hide_ties: events of the target's own time are not before it.
-      names: raw ids of the users, for the message.
 
     Raises:
       DataError: naming the user and the source rows of the event and the target.
@@ -213,9 +213,8 @@ def future_in_history(
     later |= seen & np.take_along_axis(np.maximum.accumulate(broken, axis=1), last, 1)
     if later.any():
         n, p = np.argwhere(later)[0]
-        who = int(log.user[target[n, p]])
         raise DataError(
-            f"the history of user {names[who - FIRST] if names is not None else who} shows source "
+            f"the history of user {names[log.user[target[n, p]] - FIRST]} shows source "
             f"row {row[n, last[n, p]]} (time {at[n, p]:.15g}), which is not before its target, row "
             f"{log.row[target[n, p]]} (time {until[n, p]:.15g}). Please report it: the examples "
             "were put together wrongly"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import clean, describe, examples, features, past
+from mtrec_jax.data import clean, describe, examples, features, guards, past, report
 from mtrec_jax.data.dataset import (
     FORMAT,
     SPLITS,
@@ -91,6 +92,7 @@ def prepare(
             sources = read_sources(opened, experiment, data, tables or {}, say)
             manifest = _build(opened, experiment, sources, partial, say)
         shutil.rmtree(partial / "work", ignore_errors=True)
+        report.write_report(Prepared(partial, manifest), partial / "report.html")
         manifest.save(partial)
         if accept:
             accept(manifest)
@@ -125,12 +127,14 @@ def _build(
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)
     say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
+    summary = report.summarize(events, experiment)
     queries, query_rules = read_queries(engine, experiment, sources.get("queries"), events)
     tasks, task_rules = fit_tasks(events, experiment)
     users, user_rules = side_table(engine, experiment, events, "user", sources.get("users"))
     items, item_rules = side_table(engine, experiment, events, "item", sources.get("items"))
     friends, users, tie_rules = friend_lists(engine, experiment, sources.get("ties"), users)
     quarantined = _quarantine(engine, sources, removed, folder, events)
+    _guard(experiment, sources, events, {"user": users, "item": items})
     item, item_cells = fit_side(experiment, items, "item", "item")
     on_users: list[Encoding] = []
     user_cells: dict[str, pa.Array] = {}
@@ -157,8 +161,11 @@ def _build(
     _write_users(folder, experiment, users, (user_arrays[0], at_end), log)
     if data.kind == "sequences":
         assert log is not None
+        guards.next_event_known(log, experiment)
         numbers = tastes.numbers if tastes else None
-        positions, streams = sequence_streams(experiment, log, user_arrays, numbers)
+        ids = users["user"]
+        check = functools.partial(guards.future_in_history, log, data.hide_ties, ids)
+        positions, streams = sequence_streams(experiment, log, user_arrays, numbers, check)
     else:
         positions = dict.fromkeys(SPLITS, 1)
         streams = row_streams(engine, events, experiment, on_events, tasks)
@@ -194,6 +201,7 @@ def _build(
         history=_id_fields(history),
         tasks=tasks,
         report=tuple(rules),
+        summary=summary,
     )
 
 
@@ -203,6 +211,21 @@ def _id_fields(encodings: list[Encoding]) -> tuple[IdField, ...]:
 
 def _number_fields(encodings: list[Encoding]) -> tuple[NumberField, ...]:
     return tuple(e.field for e in encodings if isinstance(e.field, NumberField))
+
+
+def _guard(
+    experiment: Experiment, sources: dict[str, Source], events: Any, sides: dict[str, pa.Table]
+) -> None:
+    """Stop on what gives answers away before anything is fitted."""
+
+    def place(row: int) -> str:
+        return max(staged, key=lambda s: (s.places[0][0] <= row, s.places[0][0])).place(row)
+
+    staged = [sources[name].staged for name in EVENTS if name in sources]
+    raw = [sources[name].table for name in EVENTS if name in sources]
+    guards.row_in_two_splits(raw, events, experiment, place)
+    guards.determined_labels(events, sides, experiment)
+    guards.statistics_of_everything(sides, events, experiment)
 
 
 def _quarantine(

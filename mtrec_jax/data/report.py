@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -215,13 +216,13 @@ def _quarantine(prepared: Prepared) -> list[tuple[str, ...]]:
     first: dict[tuple[str, str], list[str]] = {}
     file = pq.ParquetFile(path) if path.is_file() else None
     for batch in file.iter_batches() if file else ():
-        pairs = batch.select(["source", "reason"]).to_struct_array()
-        for entry in pairs.value_counts().to_pylist():
-            pair = (entry["values"]["source"], entry["values"]["reason"])
-            counts[pair] = counts.get(pair, 0) + entry["counts"]
-            first.setdefault(pair, [])
-        wanted = {pair for pair, found in first.items() if len(found) < _EXAMPLES}
-        for row in batch.to_pylist() if wanted else ():
+        groups = pa.table(batch).group_by(["source", "reason"]).aggregate([([], "count_all")])
+        few = False
+        for group in groups.to_pylist():
+            pair = (group["source"], group["reason"])
+            counts[pair] = counts.get(pair, 0) + group["count_all"]
+            few |= len(first.setdefault(pair, [])) < _EXAMPLES
+        for row in batch.to_pylist() if few else ():
             found = first[row["source"], row["reason"]]
             if len(found) < _EXAMPLES:
                 place = f"{row['file']} line {row['line']}" if row["file"] else f"row {row['row']}"

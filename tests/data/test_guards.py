@@ -287,12 +287,13 @@ def small_log() -> Log:
     return Log(user, split, np.array([4, 0, 1, 2, 3, 5]), time, {}, {})
 
 
+USERS = ["anna", "ben"]
 EVENT = np.array([[0, 1, 2], [4, -1, -1]])
 
 
 def test_histories_of_the_past_pass() -> None:
     cutoff, target = np.array([[0, 2, 3], [1, 0, 0]]), np.array([[0, 2, 3], [5, -1, -1]])
-    guards.future_in_history(small_log(), EVENT, cutoff, target)
+    guards.future_in_history(small_log(), False, USERS, EVENT, cutoff, target)
 
 
 @pytest.mark.parametrize(
@@ -309,14 +310,14 @@ def test_an_event_that_is_not_before_its_target(
 ) -> None:
     arrays = (np.array(event), np.array(cutoff), np.array(target))
     with pytest.raises(DataError, match=shown):
-        guards.future_in_history(small_log(), *arrays, names=["anna", "ben"])
+        guards.future_in_history(small_log(), False, USERS, *arrays)
 
 
 def test_events_of_the_own_time_are_no_past_where_ties_are_hidden() -> None:
     cutoff, target = np.array([[0, 2], [1, 0]]), np.array([[0, 2], [5, -1]])
-    guards.future_in_history(small_log(), EVENT, cutoff, target)
+    guards.future_in_history(small_log(), False, USERS, EVENT, cutoff, target)
     with pytest.raises(DataError, match=r"row 0 .* target, row 1 "):
-        guards.future_in_history(small_log(), EVENT, cutoff, target, hide_ties=True)
+        guards.future_in_history(small_log(), True, USERS, EVENT, cutoff, target)
 
 
 # --- statistics_of_everything
