@@ -90,7 +90,9 @@ def check_names(names: list[str], place: str) -> None:
     taken = {ROW}
     for name in names:
         if not name or min(name) < " ":
-            raise DataError(f"{place}: {name!r} cannot name a column; rename it in the raw data")
+            raise DataError(
+                f"{place}: {name[:80]!r} cannot name a column; check the separator, or rename it"
+            )
         if name.lower() in taken:
             raise DataError(
                 f"{place}: the column name '{name}' is taken already (upper and lower case are "

@@ -121,7 +121,8 @@ def stage(
         raise DataError(f"{name}: no row of data in {source}")
     parts, (malformed,) = good.close(), wrong.close()
     if bad == rows:
-        shown = [text[:80] for text in pq.read_table(malformed)["text"][:EXAMPLES].to_pylist()]
+        first = pq.read_table(malformed).slice(0, EXAMPLES).to_pylist()
+        shown = ", ".join(f"{r['text'][:80]!r} ({r['reason']})" for r in first)
         raise DataError(
             f"{name}: every line of {source} is malformed, e.g. {shown}. Check format, separator "
             f"and header of data.{name}"

@@ -355,7 +355,7 @@ def test_files_of_one_table_have_the_same_columns(tmp_path: Path) -> None:
         ("x.csv.gz", gzip.compress(b"a,b\n1,2\n")[:-9], {}, "cannot be read as gzip"),
         ("x.csv.zst", b"a,b\n1,2\n", {}, "cannot be read as zstd"),
         ("x.csv", b"PAR1....", {}, "a Parquet file; declare format = 'parquet'"),
-        ("x.csv", b"a,b\n1\n2\n", {}, r"every line of .*x\.csv is malformed, e\.g\. \['1', '2'\]"),
+        ("x.csv", b"a,b\n1\n2\n", {}, r"every line of .*x\.csv is malformed, e\.g\. '1' \(too few"),
         ("x.parquet", b"a,b\n1,2\n", {"format": "parquet"}, "cannot be read as Parquet"),
         ("x.json", b'{"a": 1, "A": 2}\n', {"format": "jsonl"}, "the column name 'A' is taken"),
         ("x.csv", b"a,b\n1,2\n", {"rename": {"a": "b"}}, "the column name 'b' is taken already"),
