@@ -97,6 +97,11 @@ def prepare(
         if accept:
             accept(manifest)
         _put_in_place(partial, out)
+    except OSError as error:  # raw files that cannot be read have errors of their own
+        raise DataError(
+            f"{out} cannot be written: {error}. Free room on that disk, check its permissions, or "
+            "prepare to another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return open_prepared(out)
