@@ -47,7 +47,8 @@ th, td { padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap }
 code { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere; display: block }
-svg { display: block; width: 100%; height: auto } svg text { fill: var(--soft); font-size: 11px }
+svg { display: block; width: 100%; height: 11rem }
+.ends { display: flex; justify-content: space-between; font-size: .82rem; margin: .2rem 0 }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; font-size: .85rem; color: var(--soft) }
 .key span::before { content: ""; display: inline-block; width: .7rem; height: .7rem;
   margin-right: .4rem; border-radius: .15rem; background: var(--c) }
@@ -105,7 +106,7 @@ def summarize(events: Any, experiment: Experiment) -> Summary:
 def write_report(prepared: Prepared, path: Path) -> None:
     """Write one HTML page about a prepared folder: no scripts, and nothing to load."""
     m = prepared.manifest
-    judged = {name: n for name, n in m.split.sizes.items() if n}
+    splits = {name: n for name, n in m.split.sizes.items() if n}
     read = sum(rule.rows for rule in m.report if rule.rule.endswith(": rows read"))
     figures = {"rows read": read} if read else {}
     figures |= {"events kept": m.events, "rows in quarantine": m.quarantined}
@@ -118,10 +119,10 @@ def write_report(prepared: Prepared, path: Path) -> None:
         ("Events over time", _chart(m.summary, m.split.sizes) if m.summary else ""),
         ("Splits", _table(("split", "#events", "#share", "#examples", "#targets"), [
             (name, f"{n:,}", f"{n / max(m.events, 1):.1%}", _count(m.examples.get(name)),
-             _count(m.targets.get(name))) for name, n in judged.items()])),
+             _count(m.targets.get(name))) for name, n in splits.items()])),
         ("Rules", _table(("rule", "#rows", "examples"), removed)),
         ("Quarantine", _table(("source", "reason", "#rows", "examples"), _quarantine(prepared))),
-        ("Tasks", _table(("task", "kind", "split", "#labels", "#mean"), _tasks(m))),
+        ("Tasks", _table(("task", "kind", *(f"#{s}" for s in splits)), _tasks(m, list(splits)))),
         ("Features", _table(
             ("feature", "on", "kind", "#values", "#known", "most frequent in training"),
             _features(prepared))),
@@ -175,7 +176,7 @@ def _chart(summary: Summary, sizes: dict[str, int]) -> str:
     width, height, gap = 960 / bars, 180, min(2.0, 192 / bars)
     shapes = []
     for i in range(bars):
-        begin, base = summary.start + i * summary.width, 20.0 + height
+        begin, base = summary.start + i * summary.width, float(height)
         told = [
             f"{n:,} {name}" for name, n in zip(splits, heights[:, i].tolist(), strict=True) if n
         ]
@@ -195,10 +196,10 @@ def _chart(summary: Summary, sizes: dict[str, int]) -> str:
         f'<span style="--c: var(--{name})">{name} {sizes.get(name, 0):,}</span>' for name in splits
     )
     return (
-        f'<svg viewBox="0 0 960 222" role="img" aria-label="{what}, by split">'
-        f'<text x="0" y="12">most: {most:,} {what}</text>{"".join(shapes)}'
-        f'<text x="0" y="218">{_date(summary.start)}</text>'
-        f'<text x="960" y="218" text-anchor="end">{last}</text></svg><div class="key">{key}</div>'
+        f'<p class="ends"><span>most: {most:,} {what}</span></p><svg viewBox="0 0 960 {height}" '
+        f'preserveAspectRatio="none" role="img" aria-label="{what}, by split">{"".join(shapes)}'
+        f'</svg><p class="ends"><span>{_date(summary.start)}</span><span>{last}</span></p>'
+        f'<div class="key">{key}</div>'
     )
 
 
@@ -232,16 +233,19 @@ def _quarantine(prepared: Prepared) -> list[tuple[str, ...]]:
     return [(*pair, f"{counts[pair]:,}", _lines(first[pair])) for pair in order]
 
 
-def _tasks(m: Manifest) -> list[tuple[str, ...]]:
+def _tasks(m: Manifest, splits: Sequence[str]) -> list[tuple[str, ...]]:
+    """A row a task: how many labels each split has, and their mean or the number of classes."""
     rows: list[tuple[str, ...]] = []
     for name, by_split in (m.summary.labels if m.summary else {}).items():
         kind = m.config["tasks"][name]["kind"]
-        for split in (s for s in _CODES.values() if s in by_split):
-            n, mean = by_split[split]
-            figure = "" if mean is None else f"{mean:.1%}" if kind == "binary" else f"{mean:.4g}"
-            if kind == "multiclass":
-                figure = f"{len(m.tasks[name].classes)} classes"
-            rows.append((name, kind, split, f"{n:,}", "" if kind == "retrieval" else figure))
+        cells = []
+        for split in splits:
+            n, mean = by_split.get(split, (0, None))
+            figure = f" · {mean:.1%}" if kind == "binary" and mean is not None else ""
+            figure = f" · mean {mean:.4g}" if kind == "regression" and mean is not None else figure
+            cells.append(f"{n:,}{figure}")
+        classes = f", {len(m.tasks[name].classes)} classes" if kind == "multiclass" else ""
+        rows.append((name, kind + classes, *cells))
     return rows
 
 
