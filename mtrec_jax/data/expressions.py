@@ -99,21 +99,24 @@ def names(text: str, where: str = "expression") -> set[str]:
     return found
 
 
-def number(text: Any) -> Any:
-    """Ibis text as a finite number that a 32-bit float can hold, NULL where it is none."""
-    readable = ibis.ifelse(text.re_search(NUMBER), text, ibis.null("string"))
-    return _finite(readable.try_cast("float64"))
+def number(value: Any) -> Any:
+    """An Ibis column as a finite number that a 32-bit float can hold, NULL where it is none."""
+    if value.type().is_string():
+        value = ibis.ifelse(value.re_search(NUMBER), value, ibis.null("string"))
+        return _finite(value.try_cast("float64"))
+    return _finite(value.cast("float64"))
 
 
 def as_text(value: Any) -> Any:
-    """A compiled expression as a text column: "1" or "0" for a condition, numbers to 9 decimals.
+    """A value as the text that a file would hold: true is "1", numbers have up to 9 decimals.
 
-    The decimals are made by integers, as engines write floating-point numbers in different ways.
+    The decimals are made of integers, as engines write floating-point numbers in different ways.
     """
-    if value.type().is_boolean():
+    kind = value.type()
+    if kind.is_boolean():
         return ibis.cases((value, "1"), (~value, "0"), else_=ibis.null("string"))
-    if not value.type().is_numeric():
-        return value
+    if not kind.is_floating():
+        return value if kind.is_string() or kind.is_array() else value.cast("string")
     size = value.abs()
     small = ibis.ifelse(size < 9e18, size, 0.0)  # fits 64 bits; larger ones are whole
     whole = small.floor().cast("int64")
@@ -126,6 +129,7 @@ def as_text(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
+    """NULL for infinities and what is no number, which is larger than any in every engine."""
     return ibis.ifelse(value.abs() <= LARGEST, value, ibis.null("float64"))
 
 
@@ -238,7 +242,7 @@ def _number(found: _Value, node: ast.AST, place: _Place) -> Any:
 def _text(found: _Value, node: ast.AST, place: _Place) -> Any:
     if found.kind not in _TEXTS:
         place.fail(node, f"text is needed, not a {found.kind}")
-    return found.value
+    return as_text(found.value)
 
 
 def _comparisons(

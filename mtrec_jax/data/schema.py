@@ -13,36 +13,14 @@ import ibis
 
 from mtrec_jax.config import Experiment, Task
 from mtrec_jax.data import past
-from mtrec_jax.data.expressions import compile_expression
-from mtrec_jax.data.features import CLOCK, NUMBER
+from mtrec_jax.data.expressions import as_text, compile_expression, number
+from mtrec_jax.data.features import CLOCK
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import ConfigError
 
-LARGEST = 3.4e38  # of a 32-bit float
 _TIMESTAMP = (
     r"^(\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)(\.\d+)?(?:Z|([+-])(\d{2}):?(\d{2})?)?$"
 )
-
-
-def number(text: Any) -> Any:
-    """Text as a finite number that a 32-bit float can hold, NULL where it is none."""
-    if text.type().is_numeric() or text.type().is_boolean():
-        value = text.cast("float64")
-        value = ibis.ifelse(value.isnan(), ibis.null("float64"), value)
-    else:
-        value = ibis.ifelse(text.re_search(NUMBER), text, ibis.null("string")).try_cast("float64")
-    return ibis.ifelse(value.abs() <= LARGEST, value, ibis.null("float64"))
-
-
-def as_text(value: Any) -> Any:
-    """A derived value as the text that a file would hold: true is 1, whole numbers have no dot."""
-    kind = value.type()
-    if kind.is_boolean():
-        return ibis.cases((value, "1"), (~value, "0"), else_=ibis.null("string"))
-    if kind.is_floating():
-        whole = (value.abs() < 1e15) & (value == value.floor())
-        return ibis.ifelse(whole, value.try_cast("int64").cast("string"), value.cast("string"))
-    return value if kind.is_string() or kind.is_array() else value.cast("string")
 
 
 def seconds(text: Any, unit: str = "s") -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import read
 from mtrec_jax.data.engine import Engine
-from mtrec_jax.data.expressions import compile_expression
+from mtrec_jax.data.expressions import as_text, compile_expression
 from mtrec_jax.data.read import ROW, Staged, check_columns
-from mtrec_jax.data.schema import as_text, event_features
+from mtrec_jax.data.schema import event_features
 from mtrec_jax.errors import ConfigError, DataError, nearest
 
 EVENTS = ("events", "test", "validation")  # the sources of events; their rows are numbered through
