@@ -7,6 +7,7 @@ one of them, which is checked at the end.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,10 @@ def _bounds(
     rule: Values, values: np.ndarray, counts: np.ndarray, name: str
 ) -> tuple[float | None, float | None]:
     if not len(values):
-        raise DataError(f"clean.values.{name}: no training value of '{rule.column}' is a number")
+        raise DataError(
+            f"clean.values.{name}: no training value of '{rule.column}' is a number. Check the "
+            "column, or remove the rule"
+        )
     if rule.bounds == "quantiles":
         low, high = (
             None if share is None else _quantile(values, counts, share)
@@ -186,6 +190,11 @@ def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
     text = {k: raw[k].cast("string").fill_null("\x00") for k in keys}
     raw = raw.select(**{f"key_{i}": text[k] for i, k in enumerate(keys)}, row=raw[ROW])
     names = [f"key_{i}" for i in range(len(keys))]
+    # few rows have a hash that occurs again: only they need to be compared in full
+    hashed = raw.mutate(hash=ibis.literal("\x01").join([raw[name] for name in names]).hash())
+    often = hashed.group_by("hash").agg(n=hashed.count())
+    raw = hashed.semi_join(often.filter(often.n > 1), "hash").drop("hash")
+    raw = engine.keep("perhaps_repeated", raw)
     groups = raw.group_by(names).agg(first=raw.row.min(), n=raw.count())
     groups = engine.keep("repeated", groups.filter(groups.n > 1))
     again = raw.inner_join(groups, names)
@@ -266,28 +275,37 @@ def k_core(engine: Engine, events: Any, clean: Clean) -> tuple[Any, list[Rule], 
         return events, [], []
     keys = [key for key in ("user", "item") if key in events.columns]
     events = engine.keep("before_core", events)
-    core, rest, n, name = events.select("row", *keys), count(events), 0, ""
-    before, first = _sizes(events, keys), rest
-    while rest != n:
-        n, old = rest, name
+    before, first = _sizes(events, keys), engine.size("before_core")
+    left, last = dict(before), list(least)[-1]
+    kept: dict[str, Any] = {}  # {key: table of the users, or of the items, that stay}
+    for number in itertools.count():
+        old = left[last]
         for key, minimum in least.items():
-            sizes = core.group_by(key).agg(size=core.count())
-            core = core.semi_join(sizes.filter(sizes["size"] >= minimum), key)
-        name = f"core_{rest}"
-        core = engine.keep(name, core)
-        rest = count(core)
-        if old and old != name:
-            engine.forget(old)
-    if rest == first:
+            core = events
+            for other, table in kept.items():
+                core = core if other == key else core.semi_join(table, other)
+            found = core.group_by(key).agg(size=core.count())
+            name = f"core_{key}_{number}"
+            kept[key] = engine.keep(name, found.filter(found["size"] >= minimum).select(key))
+            left[key] = engine.size(name)
+        if left[last] == old or len(least) == 1:  # then the other rule has nothing new to remove
+            break
+    if all(left[key] == before[key] for key in least):
         return events, [], []
-    after = _sizes(core, keys)
+    core, parts = events, []
+    for key, table in kept.items():
+        parts.append(core.anti_join(table, key))
+        core = core.semi_join(table, key)
+    core = engine.keep("in_core", core)
     limits = ", ".join(f"clean.min_{key}_events = {minimum}" for key, minimum in least.items())
-    sizes = {f"{key}s": before[key] - after[key] for key in keys} | {"events": first - rest}
+    after = _sizes(core, keys)
+    sizes = {f"{key}s": before[key] - after[key] for key in keys}
+    sizes |= {"events": first - engine.size("in_core")}
     rules = [Rule(rule=f"{what} removed ({limits})", rows=n) for what, n in sizes.items() if n]
-    out = events.anti_join(core, "row")
+    out = parts[0].union(parts[1]) if len(parts) > 1 else parts[0]
     reason = ibis.literal(f"outside the core ({limits})")
     engine.keep("outside_core", out.select("row", reason=reason, evidence=ibis.null("string")))
-    return engine.keep("in_core", events.semi_join(core, "row")), rules, ["outside_core"]
+    return core, rules, ["outside_core"]
 
 
 def _sizes(events: Any, keys: list[str]) -> dict[str, int]:
