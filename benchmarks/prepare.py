@@ -1,6 +1,6 @@
 """How many events a second does preparation take, in how much memory, beside pandas?
 
-A generated log (user, item, behaviour, time; skewed; 1 % repeated lines) goes from CSV to histories
+A generated log (user, item, behaviour, time; 1 % repeated lines) goes from CSV to histories
 of 50 as Parquet: repeats out, 5-core, leave-one-out, ids. Both at 5 million events, ours at 50
 million too. Memory is the peak of the process and its children, in MiB: `rss` counts mapped files,
 which the system may drop at any time, `anonymous` does not.
@@ -50,18 +50,18 @@ def answer(
 
 
 def generate(path: Path, count: int) -> None:
-    """Write a log of `count` events: popularity and activity fall as powers of the rank."""
+    """Write a log of `count` events: how often users and items occur is log-normal."""
     rng = np.random.default_rng(0)
-    users = rng.permutation(max(count // 50, 1))
-    items = rng.permutation(min(max(count // 100, 1), 500_000))
+    users = _drawn(rng, max(count // 50, 1), count, spread=1.5)
+    items = _drawn(rng, min(max(count // 100, 1), 500_000), count, spread=2.0)
     texts = [(name, pa.string()) for name in ("user", "item", "behaviour")]
     schema = pa.schema([*texts, ("time", pa.int64())])
     with pyarrow.csv.CSVWriter(path, schema) as writer:
         for start in range(0, count, SLICE):
             n = min(SLICE, count - start)
             columns = [
-                _names("user", users[(len(users) * rng.random(n) ** 1.5).astype(int)]),
-                _names("item", items[(len(items) * rng.random(n) ** 3).astype(int)]),
+                _names("user", users[start : start + n]),
+                _names("item", items[start : start + n]),
                 pa.array(BEHAVIOURS).take(pa.array(np.minimum(rng.geometric(0.6, n) - 1, 3))),
                 pa.array(rng.integers(1_700_000_000, 1_731_536_000, n)),
             ]
@@ -69,6 +69,15 @@ def generate(path: Path, count: int) -> None:
             row[rng.random(n) < 0.01] -= 1
             table = pa.Table.from_arrays(columns, schema=schema)
             writer.write_table(table.take(pa.array(np.maximum(row, 0))))
+
+
+def _drawn(rng: np.random.Generator, kinds: int, count: int, spread: float) -> np.ndarray:
+    """`count` numbers below `kinds`, of very different frequency."""
+    weight = rng.lognormal(sigma=spread, size=kinds)
+    times = rng.poisson(count * weight / weight.sum())
+    drawn = np.repeat(np.arange(kinds, dtype=np.int32), times)
+    rng.shuffle(drawn)
+    return np.resize(drawn, count)
 
 
 def _names(prefix: str, numbers: np.ndarray) -> pa.Array:
