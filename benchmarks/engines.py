@@ -38,7 +38,7 @@ def answer(quick: bool) -> list[dict[str, Any]]:
             for engine in ("duckdb", "spark"):
                 start = time.perf_counter()
                 out[engine] = Path(folder) / f"{name}-{engine}"
-                prepare(experiment, raw, out[engine], engine_name=engine)
+                prepare(experiment, raw, out[engine], engine=engine)
                 seconds[engine] = time.perf_counter() - start
             tables, differ = differences(out["duckdb"], out["spark"])
             results.append(

@@ -49,6 +49,14 @@ MovedFolder = Annotated[
     Path | None,
     typer.Option("--prepared", help="Prepared folder, if it is not where the run was trained."),
 ]
+EngineOption = Annotated[
+    Literal["duckdb", "spark"],
+    typer.Option("--engine", help="Both give the same folder; spark needs mtrec_jax[spark]."),
+]
+Memory = Annotated[
+    str, typer.Option(help="Most memory of the engine, as 4GB; default a quarter of the machine's.")
+]
+Master = Annotated[str, typer.Option(help="Of Spark; a cluster must see data and out.")]
 SHOPS = ("shop", "shop-social")  # generated, from a seed
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 
@@ -82,13 +90,17 @@ def prepare(
     data: DataFolder = Path("data"),
     out: Annotated[Path | None, typer.Option(help="Default prepared/NAME.")] = None,
     overrides: Set = None,
+    engine: EngineOption = "duckdb",
+    memory: Memory = "",
+    master: Master = "local[*]",
 ) -> None:
     """Clean, split and index raw files into a prepared folder, with a report of every change."""
     from mtrec_jax.experiments import load_experiment
 
     experiment = load_experiment(config, overrides or [])
     out = out or Path("prepared") / experiment.name
-    _prepare(experiment, data, out, None, "Name another folder with --out")
+    remedy = "Name another folder with --out"
+    _prepare(experiment, data, out, None, remedy, engine, memory, master)
 
 
 @app.command()
@@ -202,6 +214,9 @@ def run(
     overrides: Set = None,
     data: DataFolder = Path("data"),
     prepared: PreparedFolder = None,
+    engine: EngineOption = "duckdb",
+    memory: Memory = "",
+    master: Master = "local[*]",
 ) -> None:
     """All at once: data, prepare, train, evaluate on validation."""
     from mtrec_jax.experiments import load_experiment
@@ -223,7 +238,7 @@ def run(
     elif public:
         _fetch(public, data)
     remedy = "Name other folders for the new data with --run and --prepared"
-    opened = _prepare(experiment, data, out, folder, remedy)
+    opened = _prepare(experiment, data, out, folder, remedy, engine, memory, master)
     _evaluate(_train(experiment, opened, folder), "validation")
 
 
@@ -286,7 +301,16 @@ def _download_bar() -> Any:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def _prepare(experiment: Any, data: Path, out: Path, run: Path | None, remedy: str) -> Any:
+def _prepare(
+    experiment: Any,
+    data: Path,
+    out: Path,
+    run: Path | None,
+    remedy: str,
+    engine: Literal["duckdb", "spark"],
+    memory: str,
+    master: str,
+) -> Any:
     from mtrec_jax.data.prepare import prepare as prepare_data
     from mtrec_jax.data.report import print_report
     from mtrec_jax.train.run import check_replacement
@@ -296,10 +320,23 @@ def _prepare(experiment: Any, data: Path, out: Path, run: Path | None, remedy: s
         check_replacement(out, new, run, (*Path("runs").glob("*"), *beside), remedy)
 
     folder = data / experiment.data.public if experiment.data.public else data
-    opened = prepare_data(experiment, folder, out, accept=accept)
+    opened = prepare_data(
+        experiment,
+        folder,
+        out,
+        progress=_say,
+        engine=engine,
+        memory=memory,
+        master=master,
+        accept=accept,
+    )
     print_report(opened.manifest)
     typer.echo(f"{opened!r} in {out}", err=True)
     return opened
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _train(experiment: Any, prepared: Any, folder: Path) -> Any:

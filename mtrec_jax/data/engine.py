@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtrec_jax.errors import DataError
+from mtrec_jax.errors import ConfigError, DataError
 
 Name = Literal["duckdb", "spark"]
 
@@ -80,7 +81,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(
+def open_engine(
     folder: Path, name: Name = "duckdb", memory: str = "", master: str = "local[*]"
 ) -> Iterator[Engine]:
     """An engine whose working files stay in `folder`.
@@ -92,8 +93,11 @@ def engine(
       master: of Spark: "local[*]", or the address of a cluster.
 
     Raises:
+      ConfigError: `memory` is no size.
       DataError: Spark is not installed, or cannot start.
     """
+    if memory and not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", memory, re.IGNORECASE):
+        raise ConfigError(f"memory = {memory!r}: give a size with its unit, such as 4GB or 500MB")
     folder.mkdir(parents=True, exist_ok=True)
     memory = memory or f"{max(1 << 10, _machine_memory() // 4 >> 20)}MB"
     with warnings.catch_warnings():
@@ -129,7 +133,7 @@ def _spark(folder: Path, memory: str, master: str) -> Any:
     _java(folder)
     local = master.startswith("local")
     options = {
-        "spark.driver.memory": memory.lower().removesuffix("b"),
+        "spark.driver.memory": re.sub(r"(?i)\s*i?b$", "", memory).lower(),
         "spark.local.dir": str(folder / "spill"),
         "spark.sql.warehouse.dir": str(folder / "warehouse"),
         "spark.sql.session.timeZone": "UTC",

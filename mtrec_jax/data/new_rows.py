@@ -19,7 +19,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data import features, past
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.encode import feature_cells
-from mtrec_jax.data.engine import Engine, engine
+from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.features import one_array
 from mtrec_jax.data.read import EXAMPLES, ROW, check_columns
 from mtrec_jax.data.schema import typed
@@ -49,7 +49,7 @@ def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
         )
     values = {"name": manifest.name, **manifest.config}
     experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
-    with tempfile.TemporaryDirectory() as work, engine(Path(work)) as opened:
+    with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, event_columns(experiment))
         rows = typed(experiment, source.table, labels=False).order_by("row").to_pyarrow()
     rows = past.look_up(rows, prepared, experiment)
@@ -75,7 +75,7 @@ def read_columns(experiment: Experiment, table: Any, columns: Sequence[str]) -> 
     Raises:
       DataError: a column is missing, or a line is malformed.
     """
-    with tempfile.TemporaryDirectory() as work, engine(Path(work)) as opened:
+    with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, dict.fromkeys(columns, "asked for"))
         return source.table.order_by(ROW).select(*columns).to_pyarrow()
 

@@ -26,7 +26,7 @@ from mtrec_jax.data.dataset import (
     open_prepared,
 )
 from mtrec_jax.data.encode import event_log, row_streams, sequence_streams
-from mtrec_jax.data.engine import Engine, Name, count, engine
+from mtrec_jax.data.engine import Engine, Name, count, open_engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, text_columns, values_report
 from mtrec_jax.data.index import side_table, with_ids
@@ -45,7 +45,7 @@ def prepare(
     out: str | Path,
     tables: dict[str, Any] | None = None,
     progress: Say | None = None,
-    engine_name: Name = "duckdb",
+    engine: Name = "duckdb",
     memory: str = "",
     master: str = "local[*]",
     accept: Callable[[Manifest], None] | None = None,
@@ -62,7 +62,7 @@ def prepare(
         {"events": ..., "items": ..., "users": ..., "test": ..., "validation": ...,
         "queries": ..., "ties": ...}; "test" and "validation" are the ones of split.kind = "files".
       progress: called with a line of text as the work goes on.
-      engine_name: "duckdb", or "spark" (the extra mtrec_jax[spark]); both give the same folder.
+      engine: "duckdb", or "spark" (the extra mtrec_jax[spark]); both give the same folder.
       memory: most memory of the engine, such as "4GB"; by default a quarter of the machine's.
       master: of Spark; a cluster must see the folders `data` and `out`.
       accept: called with the new manifest before `out` is replaced; if it raises, `out` stays.
@@ -87,7 +87,7 @@ def prepare(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "vocabularies").mkdir(parents=True)
-        with engine(partial / "work", engine_name, memory, master) as opened:
+        with open_engine(partial / "work", engine, memory, master) as opened:
             say = progress or (lambda text: None)
             sources = read_sources(opened, experiment, data, tables or {}, say)
             manifest = _build(opened, experiment, sources, partial, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import guards
-from mtrec_jax.data.engine import Engine, engine
-from mtrec_jax.data.examples import Log
+from mtrec_jax.data.engine import Engine, open_engine
+from mtrec_jax.data.examples import Log, sequence_examples
 from mtrec_jax.errors import DataError
-from tests.data.small import make, rows
+from tests.data.small import make, rows, run
 
 N = 2000
 BINARY = {"like": {"kind": "binary"}}
@@ -27,7 +28,7 @@ NAMES = (f"table{n}" for n in itertools.count())
 
 @pytest.fixture
 def duckdb(tmp_path: Path) -> Iterator[Engine]:
-    with engine(tmp_path) as opened:
+    with open_engine(tmp_path) as opened:
         yield opened
 
 
@@ -437,3 +438,95 @@ def test_people_who_give_the_same_answers(
     raw = [raw_rows(duckdb, 0, x=answers[:800]), raw_rows(duckdb, 800, x=answers[800:])]
     experiment = rows(split=FILES, features={"x": {}}, tasks=BINARY)
     guards.row_in_two_splits(raw, events, experiment)
+
+
+# --- The same through the whole preparation
+
+
+def csv(**columns: Any) -> str:
+    lines = zip(*(text(values) for values in columns.values()), strict=True)
+    return (
+        "\n".join([",".join(columns), *(",".join(cell or "" for cell in r) for r in lines)]) + "\n"
+    )
+
+
+def visits(random: np.random.Generator) -> dict[str, Any]:
+    """30 users with 8 events each, over 25 items."""
+    n = 240
+    like = (random.random(n) < 0.4) * 1
+    return {
+        "user": np.repeat(np.arange(30), 8),
+        "item": random.integers(0, 25, n),
+        "like": like,
+        "time": np.arange(n),
+    }
+
+
+def test_a_label_among_the_rows_stops_preparation(
+    tmp_path: Path, random: np.random.Generator
+) -> None:
+    like, x = random.integers(0, 2, 400), random.integers(0, 9, 400)
+    experiment = of_kind()
+    run(tmp_path, experiment, csv(x=x, like=like))
+    with pytest.raises(DataError, match="feature 'x' .* task 'like'"):
+        run(tmp_path, experiment, csv(x=x, like=x % 2))
+    report = run(tmp_path, experiment, csv(x=x, like=like)).folder / "report.html"
+    assert report.is_file()
+
+
+def test_a_popularity_over_everything_stops_preparation(
+    tmp_path: Path, random: np.random.Generator
+) -> None:
+    log = visits(random)
+    last = np.arange(240) % 8 >= 6
+    whole, before = (np.bincount(log["item"][keep], minlength=25) for keep in (last >= 0, ~last))
+    experiment = make(
+        data={"items": {"files": ["items.csv"]}},
+        features={"popularity": {"on": "item", "kind": "numeric"}},
+        tasks={"next": {"kind": "retrieval"}},
+    )
+    run(tmp_path, experiment, csv(**log), items_csv=csv(item=range(25), popularity=before))
+    with pytest.raises(DataError, match="'popularity' .* number of events over all events"):
+        run(tmp_path, experiment, csv(**log), items_csv=csv(item=range(25), popularity=whole))
+
+
+def test_a_column_with_the_next_item_stops_preparation(
+    tmp_path: Path, random: np.random.Generator
+) -> None:
+    log = visits(random)
+    last = np.arange(240) % 8 == 7
+    experiment = make(features={"near": {"on": "history"}}, **HISTORY)
+    before = np.where(np.arange(240) % 8 == 0, 99, np.roll(log["item"], 1))
+    run(tmp_path, experiment, csv(**log, near=before))
+    with pytest.raises(DataError, match="feature 'near' .* shows the future"):
+        run(tmp_path, experiment, csv(**log, near=np.where(last, 99, np.roll(log["item"], -1))))
+
+
+def test_an_event_that_is_logged_twice_stops_preparation(
+    tmp_path: Path, random: np.random.Generator
+) -> None:
+    log = visits(random)
+    log["item"][::8] = log["item"][1::8]  # seen twice, at two times
+    once = csv(**log)
+    keep = make(clean={"duplicates": "keep"})
+    run(tmp_path, keep, once)
+    twice = once + once.splitlines()[-1] + "\n"
+    with pytest.raises(DataError, match=r"equal in every column .* row 239 \(log.csv line 241\)"):
+        run(tmp_path, keep, twice)
+    run(tmp_path, make(), twice)  # the second one is dropped
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_examples_of_a_log_out_of_order_are_refused(
+    random: np.random.Generator, swapped: bool
+) -> None:
+    log = log_of(random)
+    if swapped:
+        log.time[[20, 40]] = log.time[[40, 20]]
+    check = functools.partial(guards.future_in_history, log, False, [f"u{n}" for n in range(40)])
+    stream = sequence_examples(log, {}, 0, 10, 10, False, 0, check=check)
+    if swapped:
+        with pytest.raises(DataError, match="the history of user u0 shows source row"):
+            list(stream)
+    else:
+        assert sum(len(block["row"]) for block in stream) == 200

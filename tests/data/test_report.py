@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from mtrec_jax.data.dataset import Prepared, Rule
-from mtrec_jax.data.engine import engine
+from mtrec_jax.data.engine import open_engine
 from mtrec_jax.data.report import summarize, write_report
 from tests.data.small import make, run
 
@@ -153,7 +153,7 @@ def test_long_logs_have_bars_of_several_days(tmp_path: Path) -> None:
             "time": 3 * DAY + 0.5 + days * DAY,
         }
     )
-    with engine(tmp_path) as duckdb:
+    with open_engine(tmp_path) as duckdb:
         summary = summarize(duckdb.load("events", table), make())
     assert (summary.start, summary.width) == (3 * DAY, 11 * DAY)  # 1,000 days in 91 bars
     assert len(summary.counts["train"]) == len(summary.counts["test"]) == 91
@@ -164,6 +164,6 @@ def test_long_logs_have_bars_of_several_days(tmp_path: Path) -> None:
 
 def test_data_without_times_has_no_chart(tmp_path: Path) -> None:
     table = pa.table({"split": pa.array([0], pa.int8()), "label_next": [1.0]})
-    with engine(tmp_path) as duckdb:
+    with open_engine(tmp_path) as duckdb:
         summary = summarize(duckdb.load("events", table), make())
     assert summary.counts == {}
