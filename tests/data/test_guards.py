@@ -468,7 +468,7 @@ def test_a_label_among_the_rows_stops_preparation(
     like, x = random.integers(0, 2, 400), random.integers(0, 9, 400)
     experiment = of_kind()
     run(tmp_path, experiment, csv(x=x, like=like))
-    with pytest.raises(DataError, match="feature 'x' .* task 'like'"):
+    with pytest.raises(DataError, match=r"feature 'x' .* task 'like'"):
         run(tmp_path, experiment, csv(x=x, like=x % 2))
     report = run(tmp_path, experiment, csv(x=x, like=like)).folder / "report.html"
     assert report.is_file()
@@ -486,7 +486,7 @@ def test_a_popularity_over_everything_stops_preparation(
         tasks={"next": {"kind": "retrieval"}},
     )
     run(tmp_path, experiment, csv(**log), items_csv=csv(item=range(25), popularity=before))
-    with pytest.raises(DataError, match="'popularity' .* number of events over all events"):
+    with pytest.raises(DataError, match=r"'popularity' .* number of events over all events"):
         run(tmp_path, experiment, csv(**log), items_csv=csv(item=range(25), popularity=whole))
 
 
@@ -498,7 +498,7 @@ def test_a_column_with_the_next_item_stops_preparation(
     experiment = make(features={"near": {"on": "history"}}, **HISTORY)
     before = np.where(np.arange(240) % 8 == 0, 99, np.roll(log["item"], 1))
     run(tmp_path, experiment, csv(**log, near=before))
-    with pytest.raises(DataError, match="feature 'near' .* shows the future"):
+    with pytest.raises(DataError, match=r"feature 'near' .* shows the future"):
         run(tmp_path, experiment, csv(**log, near=np.where(last, 99, np.roll(log["item"], -1))))
 
 
