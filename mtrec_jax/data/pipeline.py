@@ -52,7 +52,8 @@ class BatchSource:
         self._sizes = np.array([group.num_rows for group in groups], int)
         self.batches_per_epoch = max(1, -(-int(self._sizes.sum()) // batch_size))
         self._length = self.batches_per_epoch * epochs
-        self._fits = sum(group.total_byte_size for group in groups) < CACHE_BYTES / 2
+        small = sum(group.total_byte_size for group in groups) < CACHE_BYTES / 2
+        self._keep = small and epochs > 1
         self._decoded: dict[int, Batch] = {}
         self._order = (-1, np.empty(0, int), np.empty(0, int))  # epoch, blocks, their ends
         self._current = (-1, -1, self._decode(None))  # epoch, block, its examples as visited
@@ -95,7 +96,7 @@ class BatchSource:
             found = self._decoded.get(block)
             if found is None:
                 found = self._decode(block)
-                if self._fits:
+                if self._keep:
                     self._decoded[block] = found
             if self._seed is not None:
                 rows = self._permutation(int(self._sizes[block]), epoch, block)
