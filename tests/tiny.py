@@ -8,7 +8,14 @@ import jax
 import numpy as np
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import IdField, Manifest, NumberField, TaskField
+from mtrec_jax.data.dataset import (
+    FORMAT,
+    IdField,
+    Manifest,
+    NumberField,
+    SplitInfo,
+    TaskField,
+)
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.nn.model import Model, gather_rows, make_catalogue
 from mtrec_jax.types import FIRST, Batch, Catalogue, Outputs, PyTree, UserStates
@@ -61,7 +68,7 @@ def manifest(features: bool = True) -> Manifest:
             "history": (IdField(name="click", size=4, slots=1, placement="dense"),),
         }
     return Manifest(
-        format=1,
+        format=FORMAT,
         name="tiny",
         kind="sequences",
         protocol="made up",
@@ -71,6 +78,8 @@ def manifest(features: bool = True) -> Manifest:
         items=ITEMS,
         trained_items=TRAINED,
         events=100,
+        quarantined=0,
+        split=SplitInfo(kind="leave_one_out", seed=0, sizes={"train": 60}, fingerprint="0" * 16),
         history_length=HISTORY,
         examples={"train": 20},
         positions={"train": POSITIONS},
