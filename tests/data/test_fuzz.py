@@ -29,7 +29,7 @@ from mtrec_jax.data.read import stage
 from mtrec_jax.errors import DataError, Error
 from mtrec_jax.experiments import parse_experiment
 
-SAMPLES = int(os.environ.get("MTREC_FUZZ", "32"))
+SAMPLES = int(os.environ.get("MTREC_FUZZ", "30"))
 COLUMNS = ("user", "item", "rating", "kind", "price", "time")
 Random = np.random.Generator
 
@@ -43,7 +43,7 @@ def log(random: Random, rows: int = 60) -> str:
     return "\n".join(lines) + "\n"
 
 
-def experiment(random: Random, form: str, name: str) -> Experiment:
+def experiment(random: Random, form: str, name: str, items: str = "") -> Experiment:
     """One of the shapes an experiment may have, over the columns of the log."""
     kinds = ("leave_one_out", "time", "user_ratio", "random", "folds", "user_holdout")
     sections: dict[str, Any] = {
@@ -86,6 +86,12 @@ def experiment(random: Random, form: str, name: str) -> Experiment:
             "price": {"kind": "numeric", "scale": "log", "impute": "median"},
         }
         sections["tasks"]["cost"] = {"kind": "multiclass", "column": "item"}
+    if items and data.get("kind") != "rows":
+        data |= {"items": {"files": [items]}, "title": "title"}
+        sections["features"] |= {
+            "genre": {"on": "item", "kind": "multi_valued"},
+            "year": {"on": "item", "kind": "binned", "bins": 3},
+        }
     return parse_experiment({**sections, "data": data})
 
 
@@ -139,7 +145,7 @@ def delimiter(data: bytes, random: Random) -> bytes:
 def encodings(data: bytes, random: Random) -> bytes:
     if random.random() < 0.3:
         return data.decode(errors="replace").encode(
-            str(random.choice(["utf-16", "utf-32", "cp500"]))
+            str(random.choice(["utf-16", "utf-32", "cp500"])), "replace"
         )
     return replace_cells(data, random, 0.2, lambda: "é\udce9"[random.integers(2) :])
 
@@ -191,9 +197,9 @@ def constant(data: bytes, random: Random) -> bytes:
     """Everything in a column is the same; or the rows are."""
     lines = lines_of(data)
     if random.random() < 0.3:
-        return b"\n".join([lines[0], *[lines[1]] * len(lines), b""])
+        return b"\n".join([lines[0], *lines[1:2] * len(lines), b""])
     place = random.integers(len(COLUMNS))
-    first = lines[1].split(b",")[place]
+    first = [*lines[-1 if len(lines) < 2 else 1].split(b","), *[b""] * len(COLUMNS)][place]
     return b"\n".join(
         [lines[0], *(b",".join(first if p == place else c for p, c in enumerate(x.split(b",")))
         for x in lines[1:-1]), b""]
@@ -216,11 +222,10 @@ def line_ends(data: bytes, random: Random) -> bytes:
 
 
 def flipped(data: bytes, random: Random) -> bytes:
-    raw = np.frombuffer(data, np.uint8).copy()
-    places = random.integers(0, max(1, len(raw)), int(random.choice([1, 5, 100])))
-    if len(raw):
-        raw[places] = random.integers(0, 256, len(places))
-    return raw.tobytes()
+    raw = np.frombuffer(data + b"\n", np.uint8).copy()
+    places = random.integers(0, len(raw), int(random.choice([1, 5, 100])))
+    raw[places] = random.integers(0, 256, len(places))
+    return raw.tobytes()[:-1]
 
 
 def unharmed(data: bytes, random: Random) -> bytes:
@@ -249,6 +254,12 @@ def sample(seed: int, folder: Path) -> Experiment:
     random = np.random.default_rng(seed)
     data, form, name = log(random).encode(), "csv", "log.csv"
     damage = TEXT[seed % len(TEXT)]
+    if seed % 7 == 6:  # the items, and not the events
+        (folder / name).write_bytes(data)
+        lines = (f"i{n},film {n},a b{n % 3},{1990 + n},," for n in range(12))
+        items = "\n".join(["item,title,genre,year,x,y", *lines, ""]).encode()
+        (folder / "items_log.csv").write_bytes(damage(items, random))
+        return experiment(random, form, name, "items_log.csv")
     if random.random() < 0.7:
         data = damage(data, random)
         if random.random() < 0.3:
@@ -388,7 +399,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("size", ["8k", "64k", "192k", "512k", "4m"])
+@pytest.mark.parametrize("size", ["8k", "64k", "160k", "240k", "360k", "4m"])
 def test_a_full_disk_leaves_nothing_behind(size: str, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "log.csv").write_text(log(np.random.default_rng(0), rows=4000))
