@@ -137,7 +137,11 @@ def evaluate(
 def predict(
     run: RunFolder,
     rows: Annotated[
-        Path, typer.Option(help="Raw rows like the training files, or user, item pairs.")
+        Path,
+        typer.Option(
+            help="Raw rows like the training ones, or user, item pairs: .csv, .tsv, .jsonl (also "
+            ".gz, .zst) or .parquet; otherwise in the training files' format."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
     prepared: MovedFolder = None,

@@ -151,11 +151,13 @@ class Recommender:
         """Every task's prediction for raw rows of a run that was trained on rows.
 
         Args:
-          rows: a path in the format of the training files, or a pandas, Polars or Arrow table.
+          rows: a pandas, Polars or Arrow table, or the path of a file: .csv, .tsv, .jsonl or
+            .parquet, the first three also .gz or .zst; with another suffix it is of the training
+            files' format.
 
         Raises:
           ConfigError: the run was trained on sequences, use `predict`.
-          DataError: a missing file or column.
+          DataError: a missing file or column, or a cell that is no number where one is needed.
         """
         if self.prepared.manifest.kind != "rows":
             raise ConfigError("this run predicts (user, item) pairs, not rows: use predict")
@@ -320,6 +322,6 @@ def predict_file(recommender: Recommender, rows: str | Path) -> Result:
     if recommender.prepared.manifest.kind == "rows":
         return recommender.predict_rows(rows)
     config = recommender.experiment.data
-    table = read_columns(recommender.experiment, Path(rows), [config.user, config.item])
+    table = read_columns(recommender.experiment, rows, [config.user, config.item])
     users, items = (table.column(c).to_pylist() for c in (config.user, config.item))
     return recommender.predict(users, items)

@@ -140,7 +140,14 @@ class Encoder:
                     f"history: {len(values)} values of {field.name} for {len(shown)} items"
                 )
             cells = pa.array([None if v is None else raw_text(v) for v in values], pa.string())
-            ids = features.encode(self._feature(field.name), cells).astype(np.int32)
+            encoding = self._feature(field.name)
+            wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))
+            if len(wrong):
+                raise DataError(
+                    f"history: place {wrong[0]} of {field.name} holds "
+                    f"{cells[int(wrong[0])].as_py()!r}, which is no number; None is a missing one"
+                )
+            ids = features.encode(encoding, cells).astype(np.int32)
             past |= {column: ids[:, slot] for slot, column in enumerate(field.columns)}
         return past
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, open_prepared
 from mtrec_jax.recommender import Recommender
+from mtrec_jax.result import Result
 from mtrec_jax.train.run import Run
 
 COMMANDS = ("data", "prepare", "train", "evaluate", "predict", "recommend", "run")
@@ -296,8 +298,9 @@ def test_further_item_ids_are_not_taken_for_users(
 def test_pairs_are_predicted(
     mtrec: Mtrec, shop_run: Run, shop_recommender: Recommender, tmp_path: Path, suffix: str
 ) -> None:
-    rows, out = tmp_path / "pairs.csv", tmp_path / f"out{suffix}"
-    rows.write_text("item,user,note\ni0002,u00001,x\ni0005,martian,y\n", encoding="utf-8")
+    rows, out = tmp_path / f"pairs{suffix}", tmp_path / f"out{suffix}"
+    pairs = {"item": ["i0002", "i0005"], "user": ["u00001", "martian"], "note": ["x", "y"]}
+    Result(pa.table(pairs)).save(rows)
     status, _, err = mtrec("predict", shop_run.folder, "--rows", rows, "--out", out)
     assert status == 0, err
     assert "mtrec: 1 pair" in err

@@ -76,6 +76,8 @@ def test_the_history_shows_past_labels_by_default(recommender: Any) -> None:
     histories = [{"item": [1, 2], "rating": [5, 5]}, {"item": [1, 2], "rating": [1, 1]}]
     high, low = (recommender.recommend(["x"], 1, histories=[h])["score"] for h in histories)
     assert high != low
+    with pytest.raises(DataError, match="place 1 of rating holds 'five', which is no number"):
+        recommender.recommend(["x"], 1, histories=[{"item": [1, 2], "rating": [5, "five"]}])
     assert np.isfinite(liked["like"]).all()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mtrec_jax.config import Feature
 from mtrec_jax.data.dataset import IdField, NumberField, Prepared
@@ -20,6 +20,7 @@ from mtrec_jax.types import FIRST, UNKNOWN
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 PAST = ("past_count", "past_rate")
 NUMERIC = ("numeric", "binned", "piecewise", "gap", *PAST)  # kinds whose cells are numbers
+WRITTEN = ("numeric", "binned", "piecewise")  # of them: numbers that stand in the raw data
 CLOCK = {"hour": 24, "weekday": 7}  # kinds with a vocabulary that is known before, and its size
 
 
@@ -304,6 +305,17 @@ def _scaled(feature: Feature, numbers: Float[np.ndarray, " n"]) -> Float[np.ndar
     if feature.kind == "past_count" or (feature.kind == "numeric" and feature.scale == "log"):
         return np.sign(numbers) * np.log1p(np.abs(numbers))
     return numbers
+
+
+def unreadable(feature: Feature, cells: pa.Array) -> Bool[np.ndarray, " n"]:
+    """Which text cells are no finite number where the feature needs one.
+
+    >>> unreadable(Feature(kind="numeric"), pa.array(["1", "abc", None])).tolist()
+    [False, True, False]
+    """
+    if feature.kind not in WRITTEN:
+        return np.zeros(len(cells), bool)
+    return np.isnan(_numbers(cells)) & cells.is_valid().to_numpy(zero_copy_only=False)
 
 
 def encode_all(

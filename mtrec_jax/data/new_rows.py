@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydantic
 
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.encode import feature_cells
 from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.features import one_array
-from mtrec_jax.data.read import EXAMPLES, ROW, check_columns
+from mtrec_jax.data.read import EXAMPLES, ROW, Staged, check_columns
 from mtrec_jax.data.schema import typed
 from mtrec_jax.data.sources import Source, event_columns, open_source
 from mtrec_jax.errors import DataError
@@ -33,14 +34,16 @@ def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
 
     Args:
       prepared: a folder of kind "rows".
-      table: a file in the format of `data.events`, or an in-memory table; labels may be absent.
+      table: a file, or an in-memory table; labels may be absent. The suffix .csv, .tsv, .jsonl or
+        .parquet (before .gz or .zst) says the format, otherwise `data.events` does.
 
     Returns:
       In the order of the input: {"context_ids" [n, M], "context_numbers" [n, C], "candidate"
       [n, 1] (0: missing or no item column, 1: unknown), "user" [n] (likewise)}.
 
     Raises:
-      DataError: the folder holds sequences, a column is missing, or a line is malformed.
+      DataError: the folder holds sequences, a column is missing, a line is malformed, or a cell
+        is no number or time where one is needed.
     """
     manifest = prepared.manifest
     if manifest.kind != "rows":
@@ -52,6 +55,7 @@ def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, event_columns(experiment))
         rows = typed(experiment, source.table, labels=False).order_by("row").to_pyarrow()
+    _check_cells(experiment, source.staged, rows)
     rows = past.look_up(rows, prepared, experiment)
     context = [name for name, feature in experiment.features.items() if feature.on == "context"]
     encodings = [features.restore(prepared, name) for name in context]
@@ -68,15 +72,17 @@ def read_columns(experiment: Experiment, table: Any, columns: Sequence[str]) -> 
     """Columns of new raw rows as text, in the order of the input; missing cells are null.
 
     Args:
-      experiment: its `data.events` says the format.
-      table: a file in that format, or an in-memory table.
+      experiment: its `data.events` says the format, unless the file's suffix does.
+      table: a file, or an in-memory table.
       columns: which columns, by the names used in the experiment.
 
     Raises:
       DataError: a column is missing, or a line is malformed.
     """
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
-        source = _read_new(opened, experiment, table, dict.fromkeys(columns, "asked for"))
+        purposes = event_columns(experiment)
+        needed = {column: purposes.get(column, "asked for") for column in columns}
+        source = _read_new(opened, experiment, table, needed)
         return source.table.order_by(ROW).select(*columns).to_pyarrow()
 
 
@@ -84,9 +90,23 @@ def _read_new(
     opened: Engine, experiment: Experiment, table: Any, columns: dict[str, str]
 ) -> Source:
     """Raw rows of which none may be left out."""
-    path = Path(table) if isinstance(table, (str, os.PathLike)) else None
-    files = dataclasses.replace(experiment.data.events, files=(str(path),) if path else ())
-    source = open_source(opened, experiment, "rows", files, Path(), None if path else table, 0)
+    given = isinstance(table, (str, os.PathLike))
+    path = os.fspath(table) if given else "rows"
+    errors: list[tuple[int, DataError]] = []
+    for files in _formats(path if given else "", experiment.data.events):
+        shutil.rmtree(opened.folder / "raw_rows_0", ignore_errors=True)  # of the format before
+        have: list[str] = []
+        try:
+            source = open_source(
+                opened, experiment, "rows", files, Path(), None if given else table, 0
+            )
+            have = [c for c in source.table.columns if c != ROW]
+            check_columns(path, have, columns, source.staged.files())
+            break
+        except DataError as error:
+            errors.append((len(set(have) & set(columns)), error))
+    else:
+        raise max(reversed(errors), key=lambda found: found[0])[1]  # of the format that fits best
     staged = source.staged
     if staged.bad:
         bad = pq.read_table(staged.malformed).sort_by("row").slice(0, EXAMPLES).to_pylist()
@@ -95,8 +115,47 @@ def _read_new(
             f"{path}: {staged.bad:,} malformed lines, so that results could not be told apart: "
             f"{shown}"
         )
-    check_columns("rows", [c for c in source.table.columns if c != ROW], columns, staged.files())
     return source
+
+
+def _check_cells(experiment: Experiment, staged: Staged, rows: pa.Table) -> None:
+    """Raise `DataError` for the first cell that would silently count as missing."""
+    cells = feature_cells(rows)
+    for name, values in cells.items():
+        feature = experiment.features[name]
+        wrong = np.flatnonzero(features.unreadable(feature, values)).tolist()
+        if wrong:
+            place = staged.place(rows["row"][wrong[0]].as_py())
+            more = f", and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+            raise DataError(
+                f"{place}: column '{feature.column or name}' holds {values[wrong[0]].as_py()!r}"
+                f"{more}, but feature '{name}' needs a number. Mend the cell, or leave it empty "
+                "where the number is missing"
+            )
+    times = pc.equal(rows["problem"], "malformed time")
+    if pc.any(times).as_py():
+        first = rows.filter(times).slice(0, 1).to_pylist()[0]
+        raise DataError(
+            f"{staged.place(first['row'])}: column '{experiment.data.time}' holds "
+            f"{first['evidence']!r}, which is no time. Write Unix {experiment.data.time_unit} or "
+            "ISO 8601"
+        )
+
+
+def _formats(path: str, events: Files) -> Iterator[Files]:
+    """What a file of new rows may be: what its suffix says, with the names of the columns in it;
+    or of the training files' format, separator and header. In memory (""): only the renaming."""
+    as_events = dataclasses.replace(events, files=(path,) if path else ())
+    name = Path(path.lower().removesuffix(".gz").removesuffix(".zst"))
+    kind: Any = name.suffix.removeprefix(".")
+    if kind not in ("csv", "tsv", "jsonl", "parquet"):
+        yield as_events
+        return
+    plain = Files(files=(path,), format=kind, rename=events.rename)
+    yield plain
+    delimited = ("csv", "tsv", "atomic")
+    if kind in delimited and events.format in delimited and plain != as_events:
+        yield as_events
 
 
 def _stored_ids(rows: pa.Table, key: str, known: pa.Table) -> np.ndarray:

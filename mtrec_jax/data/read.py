@@ -125,7 +125,7 @@ def stage(
         shown = ", ".join(f"{r['text'][:80]!r} ({r['reason']})" for r in first)
         raise DataError(
             f"{name}: every line of {source} is malformed, e.g. {shown}. Check format, separator "
-            f"and header of data.{name}"
+            f"and header of data.{'events' if name in ('rows', 'test', 'validation') else name}"
         )
     lines.check_names(names, source)
     columns = tuple(names)

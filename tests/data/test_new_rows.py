@@ -1,0 +1,138 @@
+"""New raw rows: the suffix says the format, errors name the file, nothing unreadable passes."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.new_rows import encode_rows, read_columns
+from mtrec_jax.errors import DataError
+from tests.data.small import make, rows, run
+
+TEXT = "colour,size,age,at,sold\n" + "".join(
+    f"{('red', 'blue')[n % 2]},{n % 5 + 0.5},{n},{n},{n % 2}\n" for n in range(40)
+)
+
+
+def prepared_rows(folder: Path, text: str = TEXT, **events: Any) -> Prepared:
+    experiment = rows(
+        data={"time": "at", "events": {"files": ["log.csv"], **events}},
+        tasks={"sold": {"kind": "binary"}},
+        features={
+            "colour": {},
+            "size": {"kind": "numeric"},
+            "age": {"kind": "binned", "bins": 4},
+        },
+    )
+    return run(folder, experiment, text)
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """The table in the format of the file's suffix."""
+    frame = table.to_pandas()
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif ".jsonl" in path.name:
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if ".tsv" in path.name else ",")
+
+
+NEW = pa.table({"size": [1.5, None], "colour": ["blue", "red"], "age": [3, 9], "at": [1, 2]})
+NAMES = ["new.csv", "new.tsv", "new.jsonl", "new.parquet", "new.csv.gz", "new.jsonl.gz", "NEW.CSV"]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        {},
+        {"separator": ";"},
+        {"separator": ", ", "header": ["colour", "size", "age", "at", "sold"]},
+        {"format": "tsv"},
+    ],
+)
+def test_the_suffix_says_the_format(tmp_path: Path, events: dict[str, Any]) -> None:
+    mark = events.get("separator") or ("\t" if events else ",")
+    text = TEXT.replace(",", mark)
+    text = text.partition("\n")[2] if "header" in events else text
+    prepared = prepared_rows(tmp_path, text, **events)
+    expected = encode_rows(prepared, NEW)
+    for name in NAMES:
+        write(NEW, tmp_path / name)
+        for array, wanted in encode_rows(prepared, tmp_path / name).items():
+            np.testing.assert_array_equal(wanted, expected[array], err_msg=name)
+    # the training files' own separator and header are understood too
+    for name in ("again.csv", "again.txt"):
+        (tmp_path / name).write_text(text)
+        assert len(encode_rows(prepared, tmp_path / name)["user"]) == 40
+
+
+def test_pairs_have_the_format_of_their_suffix(tmp_path: Path) -> None:
+    experiment = make(data={"events": {"files": ["log"], "separator": "::"}})
+    pairs = pa.table({"item": ["x", "y"], "user": ["a", None]})
+    for name in ("pairs.csv", "pairs.tsv", "pairs.jsonl", "pairs.parquet"):
+        write(pairs, tmp_path / name)
+        found = read_columns(experiment, tmp_path / name, ["user", "item"])
+        assert found.to_pydict() == {"user": ["a", None], "item": ["x", "y"]}
+    (tmp_path / "bad.parquet").write_text("item,user\n1,2\n")
+    with pytest.raises(DataError, match=r"bad\.parquet cannot be read as Parquet"):
+        read_columns(experiment, tmp_path / "bad.parquet", ["user", "item"])
+
+
+def refused(prepared: Prepared, path: Path) -> str:
+    with pytest.raises(DataError) as error:
+        encode_rows(prepared, path)
+    assert "data.rows" not in str(error.value)
+    return str(error.value)
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    prepared = prepared_rows(tmp_path)
+    new = tmp_path / "new.csv"
+    assert refused(prepared, tmp_path / "absent.csv").endswith("absent.csv: there is no such file.")
+    new.write_text("color,size,age,at\nred,1,1,1\n")
+    message = f"{new}: no column 'colour' (features.colour) in new.csv. Did you mean 'color'?"
+    assert message in refused(prepared, new)
+    new.write_text("colour,size,age,at\nred,1\n")
+    assert re.search(r"every line of .*new\.csv is malformed", refused(prepared, new))
+    new.write_text("colour,size,age,at\nred,1,1,1\nred,1\n")
+    assert f"{new}: 1 malformed line" in refused(prepared, new)
+    with gzip.open(tmp_path / "new.csv.gz", "wt") as file:
+        file.write("colour,size\nred,1\n")
+    assert "new.csv.gz: no column 'at'" in refused(prepared, tmp_path / "new.csv.gz")
+
+
+@pytest.mark.parametrize("value", ["abc", "nan", "1e99", "1_0"])
+@pytest.mark.parametrize(("column", "rest"), [("size", "1,1"), ("age", "2,1")])
+def test_what_is_no_number_is_no_missing_number(
+    tmp_path: Path, column: str, rest: str, value: str
+) -> None:
+    prepared = prepared_rows(tmp_path)
+    other = "age" if column == "size" else "size"
+    path = tmp_path / "new.csv"
+    path.write_text(f"{column},{other},at,colour\n1,1,1,red\n,1,2,red\n{value},{rest},\n")
+    with pytest.raises(DataError) as error:
+        encode_rows(prepared, path)
+    assert str(error.value) == (
+        f"row 2 (new.csv line 4): column '{column}' holds '{value}', but feature '{column}' needs "
+        "a number. Mend the cell, or leave it empty where the number is missing"
+    )
+    table = pd.DataFrame({column: [value, value], other: 1, "at": 1, "colour": "red"})
+    with pytest.raises(DataError, match=f"row 0: column '{column}' holds '{value}', and 1 more"):
+        encode_rows(prepared, table)
+
+
+def test_what_is_no_time_is_refused(tmp_path: Path) -> None:
+    prepared = prepared_rows(tmp_path)
+    new = pd.DataFrame({"size": 1, "age": 1, "at": ["1", "soon"], "colour": "red"})
+    with pytest.raises(DataError, match=r"row 1: column 'at' holds 'soon', which is no time"):
+        encode_rows(prepared, new)
