@@ -183,6 +183,8 @@ def _so_far(events: Any, experiment: Experiment, name: str) -> Any:
     def seen(value: Any) -> Any:
         if not in_time:
             return known(value, (0,), split == 0)
+        if experiment.split.kind == "time":  # no later split has an earlier event
+            return known(value, (0, 1, 2, 3), True)
         train, judged, every = (known(value, s, True) for s in ((0,), (0, 1, 3), (0, 1, 2, 3)))
         return ibis.cases((split == 0, train), (split == 2, every), else_=judged)
 

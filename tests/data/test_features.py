@@ -41,6 +41,11 @@ def ids(encoding: Encoding, *cells: str | None) -> list[int]:
     return array[:, 0].tolist()
 
 
+def size(encoding: Encoding) -> int:
+    assert isinstance(encoding.field, IdField)
+    return encoding.field.size
+
+
 def test_categories_by_falling_count_then_by_bytes() -> None:
     cells = text("b", "é", "a", "rare", None, "Z")
     encoding = fitted(cells, [2, 2, 5, 1, 9, 2], min_count=2)
@@ -88,9 +93,9 @@ def test_hashed() -> None:
     hashed = [FIRST + zlib.crc32(v.encode()) % 10 for v in ("a", "é", "new")]
     assert ids(encoding, "a", None, "é", "new", "a") == [hashed[0], 0, *hashed[1:], hashed[0]]
     assert ids(encoding, "123456789") == [FIRST + 0xCBF43926 % 10]  # the check value of CRC-32
-    assert (encoding.field.size, len(encoding.values)) == (12, 0)
+    assert (size(encoding), len(encoding.values)) == (12, 0)
     own = fitted(text("a", None), kind="hashed", buckets=10, impute="own")
-    assert (ids(own, None), own.field.size, own.imputed) == ([12], 13, 1)
+    assert (ids(own, None), size(own), own.imputed) == ([12], 13, 1)
     mode = fitted(text("a", "b", None), [2, 3, 4], kind="hashed", buckets=10, impute="mode")
     assert ids(mode, None) == ids(mode, "b")
 
@@ -200,11 +205,11 @@ def test_piecewise_against_a_loop(train: list[float], bins: int, new: list[float
 
 def test_hours_and_weekdays_have_all_their_ids() -> None:
     encoding = fitted(text("9", "23", None), [2, 1, 1], kind="hour")
-    assert encoding.field.size == FIRST + 24
+    assert size(encoding) == FIRST + 24
     assert encoding.counts[[9, 23]].tolist() == [2, 1]
     assert ids(encoding, "0", "9", "23", None, "24") == [2, 11, 25, 0, 1]
     own = fitted(text("6", None), kind="weekday", impute="own")
-    assert (ids(own, "6", "0", None), own.field.size) == ([8, 2, 9], FIRST + 8)
+    assert (ids(own, "6", "0", None), size(own)) == ([8, 2, 9], FIRST + 8)
 
 
 def test_what_the_past_says_may_be_binned_or_scaled() -> None:
@@ -238,10 +243,10 @@ def test_dictionaries_give_the_same_codes(cells: Any, kind: Any, impute: Any) ->
 def test_all_features_side_by_side() -> None:
     city = fit("city", Feature(), text("a", "b"), np.array([2, 1]))
     age = fit("age", Feature(kind="piecewise", bins=2), text("0", "1", "2", "4"), np.ones(4, int))
-    size = fit("size", Feature(kind="numeric", scale="none"), text("1"), np.ones(1, int))
+    tall = fit("size", Feature(kind="numeric", scale="none"), text("1"), np.ones(1, int))
     tags = fit("tags", Feature(kind="multi_valued", max_values=2), text("x y"), np.ones(1, int))
     cells = {"city": text("b"), "age": text("3"), "size": text("7"), "tags": text("y x")}
-    found_ids, numbers = encode_all([city, age, size, tags], cells, 1)
+    found_ids, numbers = encode_all([city, age, tall, tags], cells, 1)
     assert found_ids.tolist() == [[3, 3, 2]]
     assert numbers.tolist() == [[1.0, 0.5, 7.0]]
     nothing = encode_all([], {}, 3)

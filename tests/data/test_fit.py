@@ -102,7 +102,8 @@ def test_features_are_fitted_on_training_rows_only(tmp_path: Path) -> None:
     header = "click,city,age,likes\n"
     text = header + "0,b,1,p|q\n1,b,2,q\n0,a,3,q | p | z\n1,a,,\n0,a,4,\n1,rare,x,p\n" * 40
     split = {"kind": "files", "test_files": ["more.csv"], "validation": 0.1}
-    experiment = rows(tasks={"click": {"kind": "binary"}}, features=features, split=split)
+    tasks, allow = {"click": {"kind": "binary"}}, ["age/click", "age_bin/click"]
+    experiment = rows(tasks=tasks, features=features, split=split, guard={"allow": allow})
     more = header + "1,new,100,z|p|new\n0,,,\n1, a ,-5,\n"
     text = text.replace("rare", "a", 39)
     prepared = run(tmp_path, experiment, text, more_csv=more)
@@ -182,3 +183,52 @@ def test_item_user_and_history_features_of_sequences(tmp_path: Path) -> None:
     assert found["items: row of an id already seen"] == 1
     assert found["items without a row in items"] == 1
     assert found["users without a row in users"] == 1
+
+
+def test_every_place_of_a_sequence_has_its_kinds(tmp_path: Path) -> None:
+    features = {
+        "price": {"on": "item", "kind": "piecewise", "bins": 2, "impute": "own"},
+        "about": {"on": "item", "kind": "text"},
+        "shop": {"on": "item", "impute": "mode"},
+        "age": {"on": "context", "kind": "numeric", "impute": "median"},
+        "bio": {"on": "context", "kind": "text"},
+        "hour": {"on": "history", "kind": "hour"},
+        "gap": {"on": "history", "kind": "gap", "impute": "own"},
+        "plays": {"on": "history", "kind": "past_count", "column": "item", "bins": 2},
+        "liked": {"on": "history", "kind": "past_rate", "column": "item", "label": "like"},
+    }
+    tasks = {
+        "next": {"kind": "retrieval"},
+        "like": {"kind": "binary", "column": "rating", "at_least": 4},
+    }
+    data = {"items": {"files": ["items.csv"]}, "users": {"files": ["users.csv"]}}
+    experiment = make(data=data, features=features, tasks=tasks)
+    items = "item,price,about,shop\nx,10,an x,s\ny,20,,t\nz,15,all z,\nw,,,\n"
+    users = "user,age,bio\na,20,likes x\nb,,\nc,40,\n"
+    text = "user,item,rating,time\na,x,5,3600\na,y,4,7200\nb,x,1,1\na,z,3,7200\nb,y,2,5\n"
+    text += "a,w,5,36000\nb,z,5,6\nc,x,4,7\n"
+    prepared = run(tmp_path, experiment, text, items_csv=items, users_csv=users)
+    m = prepared.manifest
+    assert [f.slots for f in m.item_numbers] == [3 - 1]  # x and y train: one bin, and the mark
+    names = prepared.item_names
+    numbers = prepared.catalogue()["numbers"][2:]
+    found = dict(zip(names, numbers.tolist(), strict=True))
+    assert found == {"x": [0, 0], "y": [1, 0], "z": [0.5, 0], "w": [0, 1]}
+    assert prepared.items["text_about"].to_pylist() == [
+        {"x": "an x", "z": "all z"}.get(name) for name in names
+    ]
+    assert prepared.users["text_bio"].to_pylist() == ["likes x", None, None]
+    context = prepared.users["context_numbers"].to_pylist()
+    assert context == [[-1], [0], [1]]  # b is taken for 30
+    [test] = example_of(prepared, "test", "a")
+    assert test["event_hour"] == [2 + 1, 2 + 2, 2 + 2]
+    # x had two plays before 3600; those of y and z by b are of validation and test, which neither
+    # a training nor a validation event of a may know
+    plays = prepared.vocabulary("plays")["value"].to_pylist()
+    assert [float(v) for v in plays] == [0.0, 1.0]
+    assert test["event_plays"] == [3, 2, 2]
+    assert test["event_gap"][0] == prepared.vocabulary("gap")["value"].to_pylist().index("") + 2
+    assert [f.name for f in m.history] == ["hour", "gap", "plays", "liked"]
+    found_rules = rules(prepared)
+    assert found_rules["missing training value of age imputed (median)"] == 1
+    assert found_rules["missing training value of gap imputed (own)"] == 3

@@ -243,10 +243,12 @@ def test_rows_and_what_new_rows_are_told(tmp_path: Path) -> None:
     m = prepared.manifest
     assert [f.name for f in m.context_numbers] == ["seen", "rate"]
     assert [(f.name, f.size) for f in m.context_ids] == [("gap", 4), ("hour", 26)]
-    seen = np.log1p([0, 1, 1, 0])  # of training events in order
     prior = 0.75
-    rate = [prior, (1 + prior) / 2, (1 + prior) / 2, prior]
-    for field, values in zip(m.context_numbers, (seen, rate), strict=True):
+    told = {  # training events in order
+        "seen": np.log1p([0, 1, 1, 0]),
+        "rate": np.array([prior, (1 + prior) / 2, (1 + prior) / 2, prior]),
+    }
+    for field, values in zip(m.context_numbers, told.values(), strict=True):
         assert field.mean == pytest.approx(np.mean(values), rel=1e-6)
         assert field.std == pytest.approx(np.std(values), rel=1e-6)
     assert prepared.vocabulary("gap")["value"].to_pylist() == ["10.0", "30.0"]
@@ -258,14 +260,14 @@ def test_rows_and_what_new_rows_are_told(tmp_path: Path) -> None:
 
     [test] = prepared.blocks("test")
     order = np.argsort(test["row"][:, 0])
-    wanted = [scaled(3, (2 + prior) / 4), [0, 0]]  # no shop: missing
+    wanted = np.array([scaled(3, (2 + prior) / 4), [0, 0]])  # no shop: missing
     np.testing.assert_allclose(test["context_numbers"][order], wanted, rtol=1e-5)
     assert test["context_ids"][order].tolist() == [[3, 2], [0, 2]]  # 40 s ago, or never before
     last = pq.read_table(prepared.folder / "past" / "gap.parquet").to_pydict()
     assert last == {"value": ["a", "b", None], "number": [20.0, 50.0, None]}
     new = pa.table({"user": ["b", "b", "z"], "shop": ["t", "new", None], "time": [95, 61, 9]})
     encoded = encode_rows(prepared, new)
-    wanted = [scaled(1, (1 + prior) / 2), scaled(0, prior), [0, 0]]
+    wanted = np.array([scaled(1, (1 + prior) / 2), scaled(0, prior), [0, 0]])
     np.testing.assert_allclose(encoded["context_numbers"], wanted, rtol=1e-5)
     assert encoded["context_ids"].tolist() == [[3, 2], [2, 2], [0, 2]]  # 34 s, 11 s, never
 

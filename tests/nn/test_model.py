@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtrec_jax.data.dataset import NumberField
 from mtrec_jax.nn.lookups import sample_negatives
 from mtrec_jax.nn.model import Model, gather_rows, make_catalogue, make_model
 from mtrec_jax.nn.network import make_plan
@@ -49,6 +51,21 @@ class Built:
 @pytest.fixture(scope="module")
 def sparse() -> Built:
     return Built("sparse")
+
+
+def test_numbers_may_take_several_places() -> None:
+    piecewise = NumberField(name="age", mean=0.0, std=1.0, slots=3)
+    manifest = dataclasses.replace(
+        tiny.manifest(), context_numbers=(piecewise,), item_numbers=(piecewise, piecewise)
+    )
+    model = make_model(tiny.experiment(), manifest)
+    params, _ = jax.eval_shape(model.init, KEY)
+    found = {"/".join(str(k.key) for k in path if hasattr(k, "key")): leaf.shape
+             for path, leaf in jax.tree_util.tree_leaves_with_path(params["network"])}  # fmt: skip
+    kernels = {name: shape for name, shape in found.items() if "kernel" in name}
+    inputs = {name.split("/")[0]: shape[0] for name, shape in kernels.items()}
+    assert inputs["user_context"] == 2 * 8 + 3
+    assert inputs["item_features"] == 8 + 6
 
 
 def _all_of(found: tuple[jax.Array, UserStates, Outputs]) -> dict[str, np.ndarray]:
