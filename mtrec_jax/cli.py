@@ -168,7 +168,9 @@ def recommend(
     run: RunFolder,
     users: Annotated[list[str] | None, typer.Option(help="Raw user ids.")] = None,
     more_users: Annotated[list[str] | None, typer.Argument(help="Further user ids.")] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Items a user.")] = 10,
+    k: Annotated[
+        int, typer.Option("--k", min=1, help="Items a user; fewer where the filters leave fewer.")
+    ] = 10,
     all_users: Annotated[bool, typer.Option("--all-users", help="Every user in the data.")] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv, .jsonl or .parquet file.")] = None,
     blocked: Annotated[
@@ -177,11 +179,15 @@ def recommend(
     allowed: Annotated[
         list[str] | None, typer.Option(help="Item id to choose from; repeat it.")
     ] = None,
+    exclude_seen: Annotated[
+        bool,
+        typer.Option("--exclude-seen/--include-seen", help="Leave out the items of the history."),
+    ] = True,
     prepared: MovedFolder = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
     from mtrec_jax.recommender import Recommender
-    from mtrec_jax.result import save_tables
+    from mtrec_jax.result import print_recommendations, save_tables
     from mtrec_jax.train.run import open_run
 
     if more_users and (not users or blocked or allowed):
@@ -189,26 +195,37 @@ def recommend(
             f"unexpected {' '.join(more_users)}: repeat the option for each id, as in "
             "--users u1 --users u2 --blocked i1 --blocked i2"
         )
-    chosen = [*(users or []), *(more_users or [])]
+    chosen = list(dict.fromkeys([*(users or []), *(more_users or [])]))
     if bool(chosen) == all_users:
         raise typer.BadParameter("name --users, or ask for --all-users (with --out FILE)")
     if all_users and out is None:
         raise typer.BadParameter("--all-users writes a file: add --out FILE")
     recommender = Recommender(open_run(run, prepared))
+    filters: dict[str, Any] = {"allowed": allowed, "blocked": blocked or ()}
+    filters["exclude_seen"] = exclude_seen
     if all_users:
         assert out is not None
-        tables = recommender.recommend_all(k, allowed=allowed, blocked=blocked or ())
+        tables = recommender.recommend_all(k, **filters)
         rows = save_tables(_progress(tables, recommender), out)
-        typer.echo(f"{rows:,} recommendations in {out}", err=True)
-        return
-    result = recommender.recommend(chosen, k, allowed=allowed, blocked=blocked or ())
-    known = recommender.prepared.user_ids
-    _warn_unknown([u for u in chosen if u not in known])
-    if out is not None:
-        result.save(out)
-        typer.echo(f"{len(result):,} recommendations in {out}", err=True)
+        wanted = k * recommender.prepared.manifest.users
     else:
-        _print_recommendations(result)
+        result = recommender.recommend(chosen, k, **filters)
+        rows, wanted = len(result), k * len(chosen)
+        known = recommender.prepared.user_ids
+        _warn_unknown([u for u in chosen if u not in known])
+        if out is not None:
+            result.save(out)
+        else:
+            print_recommendations(result)
+    if out is not None:
+        typer.echo(f"{rows:,} recommendations in {out}", err=True)
+    if rows < wanted:
+        hint = ", and items of the history are left out: --include-seen keeps them"
+        typer.echo(
+            f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
+            f"more{hint if exclude_seen else ''}",
+            err=True,
+        )
 
 
 @app.command()
@@ -370,22 +387,6 @@ def _progress(tables: Any, recommender: Any) -> Any:
 
     total = -(-recommender.prepared.manifest.users // BATCH)
     return track(tables, "recommending", total=total, console=Console(stderr=True))
-
-
-def _print_recommendations(result: Any) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    for user in dict.fromkeys(result["user"]):
-        places = [i for i, u in enumerate(result["user"]) if u == user]
-        table = result.table.take(places).drop_columns(["user", "known"])
-        if max(map(len, result["item"])) > 16:  # long ids crowd out the titles; files have them
-            table = table.drop_columns(["item"])
-        table = table.rename_columns([n.replace("weight ", "w. ") for n in table.column_names])
-        note = "" if result["known"][places[0]] else "  (unknown user: the most popular items)"
-        console.print(Text.assemble((user, "bold"), note))
-        console.print(type(result)(table).rich())
 
 
 def _warn_unknown(users: list[str]) -> None:

@@ -69,7 +69,8 @@ class Recommender:
 
         Args:
           users: raw user ids, length U.
-          k: items a user; fewer are returned only when filters leave fewer.
+          k: items a user. Fewer are returned, without an error, where `exclude_seen`, `allowed` and
+            `blocked` leave fewer: often so with a small catalogue.
           histories: instead of the stored ones, for each user the raw item ids, oldest first; or a
             mapping {"item": [...], "<history feature>": [...]}.
           allowed: raw item ids to choose from; None: the whole catalogue.
@@ -103,13 +104,19 @@ class Recommender:
         return Result(pa.concat_tables(tables))
 
     def recommend_all(
-        self, k: int = 10, *, allowed: Iterable[Any] | None = None, blocked: Iterable[Any] = ()
+        self,
+        k: int = 10,
+        *,
+        allowed: Iterable[Any] | None = None,
+        blocked: Iterable[Any] = (),
+        exclude_seen: bool = True,
     ) -> Iterator[pa.Table]:
         """`recommend` for every user in the data, a table per few hundred users."""
         users = self.prepared.user_names
         subset = self._admissible(k, allowed, blocked)
         for start in range(0, len(users), BATCH):
-            yield self._recommend_batch(users[start : start + BATCH], k, None, subset, True)
+            part = users[start : start + BATCH]
+            yield self._recommend_batch(part, k, None, subset, exclude_seen)
 
     def predict(self, users: Iterable[Any], items: Iterable[Any]) -> Result:
         """Every task's prediction for (user, item) pairs, given the users' stored histories.

@@ -6,6 +6,7 @@ import contextlib
 import html
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,20 @@ class Result:
         )
         more = f"<caption>{len(self) - SHOWN:,} more rows</caption>" if len(self) > SHOWN else ""
         return f"<table>{more}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def print_recommendations(result: Result) -> None:
+    """Print the answer of `recommend` to standard output, a table a user."""
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    for user in dict.fromkeys(result["user"]):
+        places = [i for i, u in enumerate(result["user"]) if u == user]
+        table = result.table.take(places).drop_columns(["user", "known"])
+        if max(map(len, result["item"])) > 16:  # long ids crowd out the titles; files have them
+            table = table.drop_columns(["item"])
+        table = table.rename_columns([n.replace("weight ", "w. ") for n in table.column_names])
+        note = "" if result["known"][places[0]] else "  (unknown user: the most popular items)"
+        console.print(Text.assemble((user, "bold"), note))
+        console.print(Result(table).rich())
 
 
 def save_tables(tables: Iterable[pa.Table], path: str | Path) -> int:

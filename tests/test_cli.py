@@ -207,6 +207,24 @@ def test_recommend_prints_a_table_for_each_user(mtrec: Mtrec, shop_run: Run) -> 
         assert title in line
 
 
+def test_seen_items_and_what_they_leave(mtrec: Mtrec, shop_run: Run, tmp_path: Path) -> None:
+    base = ("recommend", shop_run.folder, "--k", 60)
+    out = tmp_path / "out.csv"
+    status, _, err = mtrec(*base, "--users", "u00003", "u00003", "--out", out)
+    assert status == 0
+    items = [r["item"] for r in READERS[".csv"](out)]
+    assert 0 < len(items) == len(set(items)) < 60, "a user who is named twice is answered once"
+    assert "some users get fewer than 60 items" in flat(err)
+    assert "--include-seen keeps them" in flat(err)
+    status, _, err = mtrec(*base, "--users", "u00003", "--include-seen", "--out", out)
+    assert (status, err) == (0, f"60 recommendations in {out}\n")
+    assert {r["item"] for r in READERS[".csv"](out)} == set(shop_run.prepared.item_names)
+    status, _, err = mtrec(*base, "--all-users", "--include-seen", "--out", out)
+    assert f"{48 * 60:,} recommendations in {out}" in err
+    _, _, err = mtrec(*base, "--all-users", "--out", out)
+    assert "--include-seen keeps them" in flat(err)
+
+
 def test_unknown_users_are_warned_about_and_answered(
     mtrec: Mtrec, shop_run: Run, tmp_path: Path
 ) -> None:
