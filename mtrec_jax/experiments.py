@@ -136,6 +136,11 @@ def check(experiment: Experiment) -> None:
                 "features: rows need one with on = 'context'; without it all rows look the same"
             )
     problems += _check_split(e)
+    for pair in e.guard.allow:
+        name = pair.partition("/")[0]
+        if name not in e.features or "/" not in pair:
+            hint = "" if name in e.features else nearest(name, e.features)
+            problems.append(f"guard.allow: '{pair}' is not 'feature/task' of a feature here.{hint}")
     problems += _check_encoder(e) + _check_tasks(e) + _check_fusion(e) + _check_numbers(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))

@@ -244,6 +244,7 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             {"tasks": {"like": {**LIKE, "at_least": 4, "equals": "5"}}},
             "tasks.like: at_least or equals, not both",
         ),
+        ({"guard": {"allow": ["nothing/like"]}}, "guard.allow: 'nothing/like' is not"),
         ({"evaluate": {"ks": []}}, "evaluate.ks: at least one k"),
         ({"evaluate": {"ks": [0]}}, "evaluate.ks: at least one k"),
     ],

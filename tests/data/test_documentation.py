@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shlex
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from mtrec_jax import config
 from mtrec_jax.cli import app
 from mtrec_jax.data import describe
 from mtrec_jax.experiments import parse_experiment
@@ -92,3 +96,60 @@ def test_every_command_is_understood(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_every_further_piece_of_toml_fits_the_first(text: str) -> None:
     experiment = parse_experiment(merged(tomllib.loads(MAIN), tomllib.loads(text)))
     describe.check(experiment)
+
+
+CONFIGURATION = (PAGE.parent / "configuration.md").read_text("utf-8")
+SECTIONS = {
+    "`[data]`": config.Data,
+    "`[data.events]`": config.Files,
+    "`[clean]`": config.Clean,
+    "`[clean.values.NAME]`": config.Values,
+    "`[split]`": config.Split,
+    "`[features.NAME]`": config.Feature,
+    "`[guard]`": config.Guard,
+    "`[tasks.NAME]`": config.Task,
+    "`[model]`": config.Model,
+    "`[train]`": config.Train,
+    "`[select]`": config.Select,
+    "`[evaluate]`": config.Evaluate,
+    "`[[published]]`": config.Published,
+}
+
+
+def shown(field: dataclasses.Field[Any]) -> str:
+    """The default of a key as its table writes it."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if value is dataclasses.MISSING:
+        return "required"
+    if value is None:
+        return "none"
+    if dataclasses.is_dataclass(value):
+        return "no files"
+    plain = list(value) if isinstance(value, tuple) else value
+    return f"`{json.dumps(plain)}`"
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_every_key_is_listed_with_its_choices_and_default(heading: str) -> None:
+    part = re.split(r"\n#{2,3} ", CONFIGURATION)
+    (text,) = [p for p in part if p.startswith(heading)]
+    first = text[text.index("| key |") :].split("\n\n")[0]
+    rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| `")]
+    table = {row[0].strip("| `"): row for row in rows}
+    fields = {field.name: field for field in dataclasses.fields(SECTIONS[heading])}
+    assert list(table) == [name for name in fields if name in table]  # in the order of the source
+    assert set(table) == set(fields)
+    hints = typing.get_type_hints(SECTIONS[heading])
+    for name, (_, kind, default, *_) in table.items():
+        written = 0.001 if name == "learning_rate" else None
+        expected = f"`{written}`" if written else shown(fields[name])
+        assert default.startswith(expected), name
+        if typing.get_origin(hints[name]) is typing.Literal:
+            assert kind == ", ".join(f'`"{c}"`' for c in typing.get_args(hints[name])), name
+
+
+def test_the_toml_of_the_configuration_page_is_toml() -> None:
+    for text in re.findall(r"```toml\n(.*?)```", CONFIGURATION, re.S):
+        assert tomllib.loads(text)
