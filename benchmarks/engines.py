@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 NAMES = ("shop", "census-income", "ml-1m")
@@ -23,7 +24,7 @@ def answer(quick: bool) -> list[dict[str, Any]]:
     from mtrec_jax.data.shop import generate
     from mtrec_jax.experiments import load_experiment
 
-    results = []
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in NAMES[:1] if quick else NAMES:
             experiment = load_experiment(name)
@@ -71,8 +72,6 @@ def _equal(one: Any, other: Any) -> bool:
     """Equal columns of equal types and values; NaN is equal to NaN."""
     if one.schema != other.schema or len(one) != len(other):
         return False
-    import numpy as np
-
     for name in one.column_names:
         a, b = one[name].combine_chunks(), other[name].combine_chunks()
         if a.equals(b):

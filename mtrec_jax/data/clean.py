@@ -55,7 +55,6 @@ def clean_events(
     Raises:
       DataError: more rows are malformed than `clean.max_bad_fraction` allows, or none is left.
     """
-    rules, removed = [], []
     fitted = any(v.bounds != "given" for v in experiment.clean.values.values() if not v.valid)
     if fitted:
         events, *_ = _without_bad_rows(engine, experiment, sources)
@@ -123,7 +122,7 @@ def _without_bad_rows(
     engine: Engine, experiment: Experiment, sources: dict[str, Source]
 ) -> tuple[Any, list[Rule], list[str]]:
     """Events of all event sources after the rules that look at single rows, duplicates and bots."""
-    parts, rules, removed = [], [], []
+    parts, rules, removed = [], list[Rule](), list[str]()
     for part, name in enumerate(EVENTS):
         if name in sources:
             events, found, out = _clean_source(engine, experiment, sources[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,6 @@ def _build(
     rules += values_report([*on_users, *item, *on_events])
     _write_items(folder, experiment, items, features.encode_all(item, item_cells, len(items)))
     say(f"index: {len(users):,} users, {len(items):,} items")
-
     events = with_queries(engine, with_ids(engine, events), queries)
     user_arrays = features.encode_all(on_users, user_cells, len(users))
     history = on_events if data.kind == "sequences" else []
@@ -168,20 +167,16 @@ def _build(
         assert log is not None
         guards.next_event_known(log, experiment)
         numbers = tastes.numbers if tastes else None
-        ids = users["user"]
-        check = functools.partial(guards.future_in_history, log, data.hide_ties, ids)
+        check = functools.partial(guards.future_in_history, log, data.hide_ties, users["user"])
         positions, streams = sequence_streams(experiment, log, user_arrays, numbers, check)
     else:
         positions = dict.fromkeys(SPLITS, 1)
         streams = row_streams(engine, events, experiment, on_events, tasks)
-    written = {}
-    for name, stream in streams.items():
-        written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
-        say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
+    written = _write_examples(folder, streams, say)
+    digests = [digest for source in sources.values() for digest in source.staged.digests]
     context = on_users if data.kind == "sequences" else on_events
     context = [*context, *(tastes.encodings if tastes else [])]
     _write_vocabularies(folder, [*item, *context, *history])
-    digests = [digest for source in sources.values() for digest in source.staged.digests]
     return Manifest(
         format=FORMAT,
         name=experiment.name,
@@ -243,6 +238,17 @@ def _quarantine(
     gone = sum(engine.size(name) for name in removed) + sum(s.bad for s in staged)
     if kept + gone != read:
         raise AssertionError(f"{read:,} rows read, {kept:,} kept, {gone:,} removed")
+    return written
+
+
+def _write_examples(
+    folder: Path, streams: dict[str, Iterator[dict[str, np.ndarray]]], say: Say
+) -> dict[str, tuple[int, int]]:
+    """Write the examples of each split; returns how many there are, and how many targets."""
+    written = {}
+    for name, stream in streams.items():
+        written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
+        say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
     return written
 
 
