@@ -60,9 +60,10 @@ def check_columns(name: str, have: list[str], needed: dict[str, str], place: str
     """Raise `DataError` for the first of `needed` {column: what for} that a table lacks."""
     for column, purpose in needed.items():
         if column not in have:
+            hint = ". Check the separator" if len(have) == 1 else ""
             raise DataError(
                 f"{name}: no column '{column}' ({purpose}) in {place}.{nearest(column, have)} "
-                f"Columns: {', '.join(have)}"
+                f"Columns: {', '.join(have)}{hint}"
             )
 
 
@@ -112,13 +113,17 @@ def stage(
             good.write(block.rows.rename_columns(renamed))
             wrong.write(block.bad)
         if row == before:
-            raise DataError(f"{place} is empty: there is no row of data in it")
+            raise DataError(
+                f"{place} is empty: there is no row of data in it. Check that it was written to "
+                "the end, or leave it out"
+            )
         digests.append(hasher.hexdigest())
-        _same_columns(list(own), names or list(own), place, found[0].path, files.format)
+        if own:  # JSON lines that are all malformed have no columns
+            _same_columns(list(own), names or list(own), place, found[0].path, files.format)
         names += [n for n in own if n not in names]
     source = ", ".join(dict.fromkeys(file.path for file in found)) or f"table '{name}'"
     if not rows:
-        raise DataError(f"{name}: no row of data in {source}")
+        raise DataError(f"{name}: no row of data in {source}. Name files that hold some")
     parts, (malformed,) = good.close(), wrong.close()
     if bad == rows:
         first = pq.read_table(malformed).slice(0, EXAMPLES).to_pylist()
