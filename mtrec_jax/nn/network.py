@@ -13,9 +13,9 @@ from mtrec_jax.data.dataset import IdField, Manifest
 from mtrec_jax.nn.embedding import Field, Group, layout, pool
 from mtrec_jax.nn.fusion import AttentionFusion
 from mtrec_jax.nn.layers import MLP, dropout, unit_length
-from mtrec_jax.nn.sequence import TargetAttention, Transformer
+from mtrec_jax.nn.sequence import LastSearch, TargetAttention, Transformer
 from mtrec_jax.nn.towers import PLE, MMoE, SharedBottom
-from mtrec_jax.types import FIRST, Array, Batch, Outputs, UserStates
+from mtrec_jax.types import FIRST, UNKNOWN, Array, Batch, Outputs, UserStates
 
 
 class Plan(NamedTuple):
@@ -93,6 +93,10 @@ class Network(nnx.Module):
             return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
         self.item_features = linear(item, d) if item else None
+        numbers = sum(f.slots for f in manifest.context_numbers)
+        self.user_numbers = linear(numbers, d) if numbers and plan.has_events else None
+        searches = experiment.data.queries is not None and plan.has_events and plan.history.fields
+        self.search = LastSearch(d, dtype=dtype, rngs=rngs) if searches else None
         self.user_context = linear(context, d) if context and plan.has_items else None
         if plan.has_events:
             self.start = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d,), dtype))
@@ -165,7 +169,7 @@ class Network(nnx.Module):
             pooled = pool(self.plan.context, jnp.asarray(batch.context["ids"]), rows)
             parts.append(self.context_norm(pooled.reshape(pooled.shape[0], -1)))
         if "numbers" in batch.context:
-            parts.append(jnp.clip(jnp.asarray(batch.context["numbers"]), -5, 5))
+            parts.append(self._numbers(batch))
         return jnp.concatenate(parts, axis=-1) if parts else None
 
     def user_states(
@@ -195,6 +199,9 @@ class Network(nnx.Module):
         if self.plan.history.fields:
             ids = history_ids(self.plan, batch)
             behaviour = pool(self.plan.history, ids, rows["history"]).sum(axis=-2)
+            if self.search is not None:  # it is of no item, and stands where its words are
+                searched = jnp.asarray(batch.events["item"]) == UNKNOWN
+                tokens = events = jnp.where(searched[..., None], behaviour, events)
             # What happened must multiply what it happened to: a sum of "clicked" and "books" says
             # nothing of whether books were clicked.
             tokens = tokens * (1 + self.behaviour(behaviour * self.config.width**0.5)) + behaviour
@@ -209,7 +216,14 @@ class Network(nnx.Module):
             jnp.asarray(batch.cutoff) + hidden.shape[1] * jnp.arange(b, dtype=jnp.int32)[:, None]
         )
         states = jnp.take(hidden.reshape(-1, hidden.shape[2]), place, axis=0)
+        if self.search is not None:
+            states = states + self.search(behaviour, searched, jnp.asarray(batch.cutoff))
+        if self.user_numbers is not None:  # they belong to this example's time, not to the start
+            states = states + self.user_numbers(self._numbers(batch))[:, None]
         return UserStates(states, context, events, tokens, jnp.asarray(batch.cutoff))
+
+    def _numbers(self, batch: Batch) -> jax.Array:
+        return jnp.clip(jnp.asarray(batch.context["numbers"]), -5, 5)
 
     def outputs(
         self, states: UserStates, candidates: jax.Array | None, key: jax.Array | None

@@ -108,3 +108,25 @@ class TargetAttention(nnx.Module):
         weights = jnp.where(visible, jnp.exp(sharpness * (cosine - 1)), 0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         return jnp.einsum("bpl,bld->bpd", weights, outcomes) / jnp.maximum(total, 1e-12)
+
+
+class LastSearch(nnx.Module):
+    """What the user looked for last, as a part of the user's state.
+
+    Of the events' words [B, L, D], those of the last one that was `searched` [B, L] before each
+    `cutoff` [B, P], faded with the number of events since: [B, P, D], the projection of zero
+    without one.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.project = nnx.Linear(width, width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.fading = nnx.Param(jnp.full((), -4.0, dtype))
+
+    def __call__(self, words: jax.Array, searched: jax.Array, cutoff: jax.Array) -> jax.Array:
+        places = jnp.where(searched, jnp.arange(words.shape[1]) + 1, 0)
+        last = jnp.pad(jax.lax.cummax(places, axis=1), ((0, 0), (1, 0)))  # (B, 1 + L); 0: none
+        place = jnp.take_along_axis(last, cutoff, axis=1)
+        found = jnp.take_along_axis(words, jnp.maximum(place - 1, 0)[..., None], axis=1)
+        strength = jnp.exp(-jax.nn.softplus(self.fading[...]) * (cutoff - place))
+        strength = jnp.where(place > 0, strength, 0) * words.shape[2] ** 0.5
+        return self.project(found * strength[..., None].astype(words.dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mtrec_jax.nn.sequence import Block, TargetAttention, Transformer
+from mtrec_jax.nn.sequence import Block, LastSearch, TargetAttention, Transformer
 
 B, S, D = 2, 6, 12
 FLOAT = jnp.dtype("float32")
@@ -103,3 +103,17 @@ def test_target_attention_is_a_softmax_over_the_events_before_the_cutoff() -> No
         weights = np.exp(sharpness * cosine)
         expected = weights @ outcomes[b, seen] / max(weights.sum(), 1e-9)
         np.testing.assert_allclose(found[b, p], expected, atol=1e-5)
+
+
+def test_the_last_search_before_a_position_counts_and_fades() -> None:
+    search = LastSearch(D, dtype=FLOAT, rngs=nnx.Rngs(0))
+    _random_parameters(search)
+    words = np.random.default_rng(6).normal(size=(2, 5, D)).astype(np.float32)
+    searched = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]], bool)
+    cutoff = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]], np.int32)
+    found = jax.jit(search.__call__)(words, searched, cutoff)
+    fading = np.exp(-np.log1p(np.exp(float(search.fading[...]))))
+    last = [None, None, (1, 0), (1, 1), (3, 0), (3, 1)]  # place, and events since
+    for b, p in np.ndindex(cutoff.shape):
+        known = np.zeros(D) if b or last[p] is None else words[0, last[p][0]] * fading ** last[p][1]
+        np.testing.assert_allclose(found[b, p], _linear(search.project, D**0.5 * known), atol=1e-5)
