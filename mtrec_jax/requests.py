@@ -127,7 +127,8 @@ class Encoder:
             raise DataError(f"history: has {', '.join(columns)}; it may have {', '.join(fields)}")
         items = columns["item"]
         shown = np.ones(len(items), bool)
-        queries = "queries" in self.prepared.manifest.config["data"]
+        data = self.prepared.manifest.config["data"]
+        queries = "queries" in data
         if queries and not isinstance(items, str | bytes):
             shown = np.array([item is not None for item in items], bool)
             items = [item for item in items if item is not None]
@@ -148,6 +149,8 @@ class Encoder:
                     f"{cells[int(wrong[0])].as_py()!r}, which is no number; None is a missing one"
                 )
             ids = features.encode(encoding, cells).astype(np.int32)
+            searched = queries and (encoding.feature.column or field.name) == data["query"]
+            ids[shown == searched] = 0  # as in preparation
             past |= {column: ids[:, slot] for slot, column in enumerate(field.columns)}
         return past
 

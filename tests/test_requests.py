@@ -35,6 +35,7 @@ def test_a_given_history_may_hold_searches(prepared: Prepared) -> None:
     assert found.events["item"][0].tolist() == [x, UNKNOWN, y, 0]
     assert found.events["query.0"][0].tolist() == [0, words["red"], 0, 0]
     assert found.events["query.1"][0].tolist() == [0, UNKNOWN, 0, 0]
+    assert (found.events["rating"][0] > 0).tolist() == [True, False, True, False]
     assert found.cutoff[0].tolist() == [3]
 
 
