@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
+from mtrec_jax.arguments import a_list, shown
 from mtrec_jax.config import (
     Clean,
     Data,
@@ -30,6 +32,7 @@ from mtrec_jax.config import (
     select_metric,
 )
 from mtrec_jax.errors import ConfigError, nearest
+from mtrec_jax.overrides import cut, set_key
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
 RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion")
@@ -47,12 +50,15 @@ def built_in_names() -> list[str]:
     )
 
 
-def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(
+    config: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Experiment:
     """Read an experiment from a TOML file or a built-in name, then apply `key=value` overrides.
 
     Args:
       config: path of a TOML file, or one of `built_in_names()`.
-      overrides: strings such as `"model.towers=ple"`; values are TOML, bare words are text.
+      overrides: strings such as `"model.towers=ple"`; values are TOML, bare words are text. Or a
+        mapping such as `{"model.towers": "ple"}`.
 
     Raises:
       ConfigError: no such file or name, invalid TOML, unknown key, wrong type or a combination
@@ -61,6 +67,11 @@ def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> Experi
     >>> load_experiment("ml-1m", ["model.towers=ple"]).model.towers
     'ple'
     """
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError(
+            f"config: {shown(config)} is neither a path nor a name; name a TOML file or one of "
+            f"{', '.join(built_in_names())}"
+        )
     path = Path(config)
     if path.suffix == ".toml" or path.is_file():
         try:
@@ -78,8 +89,10 @@ def load_experiment(config: str | Path, overrides: Sequence[str] = ()) -> Experi
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{config} is not valid TOML: {error}") from error
-    for override in overrides:
-        _override(values, override)
+    if not isinstance(overrides, Mapping):
+        overrides = dict(map(cut, a_list("overrides", overrides, ConfigError)))
+    for key, value in overrides.items():
+        set_key(values, key, value)
     return parse_experiment(values, where=str(config))
 
 
@@ -89,6 +102,9 @@ def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Ex
     Raises:
       ConfigError: as `load_experiment`; `where` opens the message.
     """
+    if not isinstance(values, Mapping):
+        kind = type(values).__name__
+        raise ConfigError(f"{where}: {shown(values)} is a {kind}, not a mapping of sections")
     try:
         experiment = pydantic.TypeAdapter(Experiment).validate_python(_of_kind(values))
     except pydantic.ValidationError as error:
@@ -321,23 +337,6 @@ def _check_numbers(e: Experiment) -> list[str]:
     if not e.evaluate.ks or min(e.evaluate.ks) < 1:
         problems.append("evaluate.ks: at least one k of 1 or more")
     return problems
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {override}: write it as key=value, e.g. model.towers=ple")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is text
-    node: Any = values
-    for part in parts[:-1]:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: '{'.'.join(parts[:-1])}' is not a table")
-    node[parts[-1]] = value
 
 
 def _explain(error: Any) -> str:

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtrec_jax.arguments import a_mapping, a_path, shown
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.prepare import prepare
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.overrides import set_key
 from mtrec_jax.recommender import Recommender
 from mtrec_jax.train.loop import Stopped, check_start, train
 from mtrec_jax.train.run import check_replacement
@@ -28,7 +31,7 @@ def fit(
     title: str = "",
     users: Any = None,
     features: Mapping[str, Mapping[str, Any]] | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     show_progress: bool = True,
 ) -> Recommender:
@@ -43,7 +46,8 @@ def fit(
       users: table of the users with the same user column.
       features: further inputs, {name: {"on": …, "kind": …, "column": …}}. By default the history
         shows the tasks' label columns of past events.
-      settings: further sections of the configuration, e.g. `{"train": {"epochs": 5}}`.
+      settings: further keys of the configuration, e.g. `{"train.epochs": 5}`, or whole sections,
+        e.g. `{"train": {"epochs": 5, "patience": 2}}`.
       folder: where prepared data and the run are kept; by default a temporary folder that lives as
         long as the recommender.
       show_progress: print progress to standard error.
@@ -52,7 +56,11 @@ def fit(
       ConfigError, DataError: as `load_experiment`, `prepare` and `train`.
       Stopped: SIGINT or SIGTERM arrived; with `folder` the state is saved, otherwise nothing is.
     """
-    experiment = _experiment_of(user, item, time, tasks, title, features, settings)
+    experiment = experiment_of(user, item, time, tasks, title, features, settings)
+    if events is None:
+        raise DataError("events: None; pass a pandas, Polars or Arrow table")
+    if folder is not None:
+        folder = a_path("folder", folder)
     temporary = tempfile.TemporaryDirectory(prefix="mtrec-") if folder is None else None
     place = Path(temporary.name if temporary else str(folder))
     tables = {"events": events, "items": items, "users": users}
@@ -85,29 +93,46 @@ def fit(
     return recommender
 
 
-def _experiment_of(
+def experiment_of(
     user: str,
     item: str,
     time: str,
     tasks: Mapping[str, str | Mapping[str, Any]],
     title: str,
     features: Mapping[str, Mapping[str, Any]] | None,
-    settings: Mapping[str, Mapping[str, Any]] | None,
+    settings: Mapping[str, Any] | None,
 ) -> Experiment:
-    declared = {n: {"kind": t} if isinstance(t, str) else dict(t) for n, t in tasks.items()}
+    """The experiment that the arguments of `fit` describe; same names, same errors."""
+    example = "tasks={'next_item': 'retrieval'}"
+    declared = {}
+    for name, task in a_mapping("tasks", tasks, example).items():
+        if not isinstance(task, str | Mapping):
+            raise ConfigError(
+                f"tasks.{name}: {shown(task)} is neither a text nor a mapping; write {example}, "
+                "or {'like': {'kind': 'binary', 'column': 'stars', 'at_least': 4}}"
+            )
+        declared[name] = {"kind": task} if isinstance(task, str) else dict(task)
     if features is None:
         features = _past_labels(declared)
+    example = "features={'genre': {'on': 'item'}}"
+    for name, feature in a_mapping("features", features, example).items():
+        if not isinstance(feature, Mapping):
+            raise ConfigError(f"features.{name}: {shown(feature)} is no mapping; write {example}")
     values: dict[str, Any] = {
         "name": "fit",
         "data": {"user": user, "item": item, "time": time, "title": title},
         "features": {name: dict(feature) for name, feature in features.items()},
         "tasks": declared,
-        "train": {"epochs": 30, "patience": 4},
+        "train": {"patience": 4},
     }
-    for section, keys in (settings or {}).items():
-        values[section] = {**values.get(section, {}), **keys}
-        if "steps" in keys and section == "train" and "epochs" not in keys:
-            values[section]["epochs"] = 0
+    example = "settings={'train.steps': 300}"
+    for key, value in a_mapping("settings", settings or {}, example).items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            values[key] |= value
+        else:
+            set_key(values, key, dict(value) if isinstance(value, Mapping) else value)
+    if isinstance(values["train"], dict) and "steps" not in values["train"]:
+        values["train"].setdefault("epochs", 30)
     return parse_experiment(values, where="fit")
 
 

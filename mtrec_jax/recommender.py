@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
+from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of
 from mtrec_jax.data.new_rows import encode_rows, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.inference import pad_rows, predictions, prepared_inference
 from mtrec_jax.kernels import cosine_topk
-from mtrec_jax.requests import BATCH, Encoder, History, Requests, raw_texts
+from mtrec_jax.requests import BATCH, Encoder, History, Requests, check_id, raw_texts
 from mtrec_jax.result import Result
 from mtrec_jax.train.run import Run, load_best, open_run
 from mtrec_jax.types import FIRST, Outputs, UserStates
@@ -31,7 +32,7 @@ class Recommender:
     """
 
     def __init__(self, run: Run | str | Path):
-        self.run = run if isinstance(run, Run) else open_run(run)
+        self.run = run if isinstance(run, Run) else open_run(a_path("run", run))
         self.experiment, self.prepared = self.run.experiment, self.run.prepared
         self._params, self._tables, self.step = load_best(self.run)
         self._inference = prepared_inference(self.experiment, self.prepared)
@@ -84,14 +85,17 @@ class Recommender:
           order: the fused one, or for a user without data and history the item's training events.
 
         Raises:
-          ConfigError: the run has no retrieval task.
+          ConfigError: the run has no retrieval task, or `on_unknown` is neither of the two.
           DataError: k is below 1 or above the catalogue; unknown item ids in the filters or the
             histories; unknown users with on_unknown="error"; a text instead of a list of ids.
         """
         users = raw_texts("users", users)
-        subset = self._admissible(k, allowed, blocked)
-        if histories is not None and len(histories) != len(users):
-            raise DataError(f"histories: {len(histories)} given for {len(users)} users")
+        one_of("on_unknown", on_unknown, ("popular", "error"))
+        k, subset = self._admissible(k, allowed, blocked, exclude_seen)
+        if histories is not None:
+            histories = a_list("histories", histories)
+            if len(histories) != len(users):
+                raise DataError(f"histories: {len(histories)} given for {len(users)} users")
         if on_unknown == "error":
             self._refuse_unknown(users)
         tables = []
@@ -113,7 +117,7 @@ class Recommender:
     ) -> Iterator[pa.Table]:
         """`recommend` for every user in the data, a table per few hundred users."""
         users = self.prepared.user_names
-        subset = self._admissible(k, allowed, blocked)
+        k, subset = self._admissible(k, allowed, blocked, exclude_seen)
         for start in range(0, len(users), BATCH):
             part = users[start : start + BATCH]
             yield self._recommend_batch(part, k, None, subset, exclude_seen)
@@ -185,8 +189,9 @@ class Recommender:
         Raises:
           DataError: an unknown item, or k is below 1 or above the catalogue.
         """
-        self._admissible(k, None, ())
-        own = self._encoder.item_ids([item])
+        k, _ = self._admissible(k, None, ())
+        check_id("item", item)
+        own = self._encoder.item_ids([item], "item")
         query = self._vectors[own]
         scores, index = cosine_topk(query, self._vectors[FIRST:], k, (own - FIRST)[:, None])
         found = np.asarray(index[0])
@@ -294,21 +299,26 @@ class Recommender:
         return columns
 
     def _admissible(
-        self, k: int, allowed: Iterable[Any] | None, blocked: Iterable[Any]
-    ) -> np.ndarray:
-        """Item ids that may be recommended, sorted."""
+        self,
+        k: int,
+        allowed: Iterable[Any] | None,
+        blocked: Iterable[Any] | None,
+        exclude_seen: bool = True,
+    ) -> tuple[int, np.ndarray]:
+        """k, and the item ids that may be recommended, sorted."""
+        one_of("exclude_seen", exclude_seen, (True, False))
         if not any(t.kind == "retrieval" for t in self.experiment.tasks.values()):
             raise ConfigError("this run has no retrieval task, so it cannot recommend; use predict")
         n = self.prepared.manifest.items
-        if not 1 <= k <= n:
-            raise DataError(f"k = {k}: between 1 and the {n:,} items of the catalogue")
+        k = a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
         ids = np.arange(FIRST, n + FIRST, dtype=np.int64)
         if allowed is not None:
-            ids = np.unique(self._encoder.item_ids(allowed))
-        ids = np.setdiff1d(ids, self._encoder.item_ids(blocked))
+            ids = np.unique(self._encoder.item_ids(allowed, "allowed"))
+        if blocked is not None:
+            ids = np.setdiff1d(ids, self._encoder.item_ids(blocked, "blocked"))
         if not len(ids):
             raise DataError("the filters allowed and blocked leave no item")
-        return ids
+        return k, ids
 
     def _refuse_unknown(self, users: Sequence[str]) -> None:
         for user in users:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mtrec_jax.arguments import a_list, shown
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Lists, Prepared, to_arrays
 from mtrec_jax.data.features import Encoding
@@ -51,7 +52,7 @@ class Encoder:
         seen = []
         for i in range(n):
             if histories is not None:
-                past = self._encode_history(histories[i])
+                past = self._encode_history(histories[i], f"histories[{i}]")
             elif known[i]:
                 past = {name: self._list(f"event_{name}")[ids[i] - FIRST] for name in fields}
             else:
@@ -76,14 +77,14 @@ class Encoder:
         batch = self._batch(arrays, {}, np.zeros((n, 1), np.int32), arrays["user"])
         return Requests(batch, np.ones(n, bool), Lists(np.zeros(0, np.int32), np.zeros(n + 1, int)))
 
-    def item_ids(self, items: Iterable[Any]) -> np.ndarray:
+    def item_ids(self, items: Iterable[Any], name: str = "items") -> np.ndarray:
         """Ids [n] of raw item ids.
 
         Raises:
           DataError: an item is not in the catalogue, or `items` is a text.
         """
         found = []
-        for raw in raw_texts("items", items):
+        for raw in raw_texts(name, items):
             item = self.prepared.item_ids.get(raw)
             if item is None:
                 hint = nearest(raw, list(self.prepared.item_ids)[:20_000])
@@ -118,29 +119,31 @@ class Encoder:
             row=one,
         )
 
-    def _encode_history(self, history: History) -> dict[str, np.ndarray]:
+    def _encode_history(self, history: History, name: str) -> dict[str, np.ndarray]:
         """Ids of each column of a history; where data has queries, an item of None is a search."""
         columns = history if isinstance(history, Mapping) else {"item": history}
         fields = {"item": None, **{f.name: f for f in self.prepared.manifest.history}}
         unknown = sorted(set(columns) - set(fields))
         if unknown or "item" not in columns:
-            raise DataError(f"history: has {', '.join(columns)}; it may have {', '.join(fields)}")
-        items = columns["item"]
+            has = ", ".join(map(str, columns))
+            raise DataError(f"history: has {has}; it may have {', '.join(fields)}")
+        items = a_list(name, columns["item"])
         shown = np.ones(len(items), bool)
         data = self.prepared.manifest.config["data"]
         queries = "queries" in data
-        if queries and not isinstance(items, str | bytes):
+        if queries:
             shown = np.array([item is not None for item in items], bool)
             items = [item for item in items if item is not None]
         past = {"item": np.full(len(shown), UNKNOWN, np.int32)}
-        past["item"][shown] = self.item_ids(items)
+        past["item"][shown] = self.item_ids(items, name)
         for field in self.prepared.manifest.history:
             values = columns.get(field.name, [None] * len(shown))
+            values = a_list(f"{name}, {field.name}", values)
             if len(values) != len(shown):
                 raise DataError(
                     f"history: {len(values)} values of {field.name} for {len(shown)} items"
                 )
-            cells = pa.array([None if v is None else raw_text(v) for v in values], pa.string())
+            cells = pa.array([raw_text(v) or None for v in values], pa.string())
             encoding = self._feature(field.name)
             wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))
             if len(wrong):
@@ -180,6 +183,10 @@ def raw_text(value: Any) -> str:
     >>> [raw_text(value) for value in (7, 7.0, 7.5, True, " u7 ")]
     ['7', '7', '7.5', 'true', 'u7']
     """
+    if isinstance(value, pa.Scalar):
+        value = value.as_py()
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
     if value is None or value != value:  # None, nan
         return ""
     if isinstance(value, float | np.floating):
@@ -194,8 +201,16 @@ def raw_texts(name: str, values: Iterable[Any]) -> list[str]:
     """`raw_text` of each value.
 
     Raises:
-      DataError: `values` is itself a text, which would be taken letter by letter.
+      DataError: `values` is no list, or a text, which would be taken letter by letter; or one of
+        the values is itself a list.
     """
-    if isinstance(values, str | bytes):
-        raise DataError(f"{name}: {values!r} is one text; pass a list of ids")
-    return [raw_text(value) for value in values]
+    found = a_list(name, values)
+    for place, value in enumerate(found):
+        check_id(f"{name}[{place}]", value)
+    return [raw_text(value) for value in found]
+
+
+def check_id(name: str, value: Any) -> None:
+    """Raise `DataError` for a list, an array or a mapping in the place of an id."""
+    if isinstance(value, list | tuple | set | Mapping) or getattr(value, "ndim", 0) > 0:
+        raise DataError(f"{name}: {shown(value)} is no id; pass a text or a number")

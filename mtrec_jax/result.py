@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mtrec_jax.arguments import a_path
 from mtrec_jax.errors import DataError
 
 SHOWN = 20  # rows that a repr shows
@@ -118,7 +119,7 @@ def save_tables(tables: Iterable[pa.Table], path: str | Path) -> int:
     Raises:
       DataError: a suffix other than .csv, .jsonl and .parquet, or the file cannot be written.
     """
-    path = Path(path)
+    path = a_path("path", path)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: the file name must end in {', '.join(SUFFIXES)}")
     partial = path.with_name(path.name + ".partial")

@@ -18,8 +18,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 
 # Imports point to the same layer or to one further up.
 LAYERS = (
-    ("errors", "config", "types", "interrupts"),
-    ("experiments", "data", "kernels", "sharding"),
+    ("errors", "config", "types", "interrupts", "arguments"),
+    ("overrides", "experiments", "data", "kernels", "sharding"),
     ("nn", "baselines"),
     ("evaluation",),
     ("train",),

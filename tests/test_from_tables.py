@@ -78,6 +78,8 @@ def test_the_history_shows_past_labels_by_default(recommender: Any) -> None:
     assert high != low
     with pytest.raises(DataError, match="place 1 of rating holds 'five', which is no number"):
         recommender.recommend(["x"], 1, histories=[{"item": [1, 2], "rating": [5, "five"]}])
+    missing = ({"item": [1, 2], "rating": [5, none]} for none in (None, float("nan"), ""))
+    assert len({recommender.recommend(["x"], 1, histories=[h])["score"][0] for h in missing}) == 1
     assert np.isfinite(liked["like"]).all()
 
 

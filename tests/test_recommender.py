@@ -304,8 +304,11 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
         (lambda r: r.recommend("u12"), r"users: 'u12' is one text; pass a list of ids"),
         (lambda r: r.predict("u12", ["i0001"]), r"users: 'u12' is one text; pass a list of ids"),
         (lambda r: r.predict(["u12"], "i0001"), r"items: 'i0001' is one text; pass a list"),
-        (lambda r: r.recommend(["a"], blocked="i0001"), r"items: 'i0001' is one text; pass a"),
-        (lambda r: r.recommend(["a"], histories=["i0001"]), r"items: 'i0001' is one text; pass"),
+        (lambda r: r.recommend(["a"], blocked="i0001"), r"blocked: 'i0001' is one text; pass"),
+        (
+            lambda r: r.recommend(["a"], histories=["i0001"]),
+            r"histories.0.: 'i0001' is one text; pass",
+        ),
         (lambda r: r.predict(["u00001"], []), r"predict: 1 users and 0 items; give pairs"),
     ],
 )

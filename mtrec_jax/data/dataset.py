@@ -46,6 +46,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
+from mtrec_jax.arguments import a_path
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
@@ -275,7 +276,7 @@ def open_prepared(folder: str | Path) -> Prepared:
     Raises:
       DataError: the folder is missing, unfinished, or of another format.
     """
-    path = Path(folder) / "manifest.json"
+    path = a_path("folder", folder) / "manifest.json"
     if not path.is_file():
         raise DataError(
             f"{folder} is no prepared folder (no manifest.json). Run: mtrec prepare CONFIG"

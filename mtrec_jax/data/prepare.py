@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mtrec_jax.arguments import a_path, instance
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import clean, describe, examples, features, guards, past, report
 from mtrec_jax.data.dataset import (
@@ -75,7 +76,12 @@ def prepare(
         or `out` holds something else. The message names the place and the remedy.
       ConfigError: the experiment asks for something that cannot be prepared.
     """
-    out = Path(out)
+    instance("experiment", experiment, Experiment, "pass what load_experiment gives")
+    out = a_path("out", out)
+    data = None if data is None else a_path("data", data)
+    if not isinstance(tables, Mapping | None):
+        kind = type(tables).__name__
+        raise DataError(f"tables: a {kind}; pass a mapping such as {{'events': table}}")
     describe.check(experiment)
     foreign = out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()
     if out.is_file() or foreign:

@@ -96,7 +96,7 @@ def cosine_topk(
     if implementation != "xla":
         raise ConfigError(
             f"no implementation '{implementation}': use one of {', '.join(IMPLEMENTATIONS)}."
-            f"{nearest(implementation, IMPLEMENTATIONS)}"
+            f"{nearest(str(implementation), IMPLEMENTATIONS)}"
         )
     parts = [
         _topk(
@@ -175,6 +175,11 @@ def _matrices(queries: Array, items: Array) -> tuple[np.ndarray, Array]:
 
 
 def _check_concrete(array: Array, name: str) -> None:
+    if not isinstance(array, Array):
+        raise DataError(
+            f"{name} is a {type(array).__name__}; pass a NumPy or JAX array, e.g. "
+            f"np.asarray({name})"
+        )
     if isinstance(array, jax.core.Tracer):
         raise DataError(
             f"{name} is traced, and its values cannot be checked; inside jax.jit call "
@@ -224,6 +229,7 @@ def _excluded(exclude: Array | None, rows: int, count: int) -> Int[np.ndarray, "
     """Checked exclude lists with X padded to a power of two, or None where there are none."""
     if exclude is None:
         return None
+    _check_concrete(exclude, "exclude")
     width = exclude.shape[1] if exclude.ndim == 2 else -1
     ids = _indices(exclude, "exclude", (rows, width), -1, count)
     padding = (1 << (width - 1).bit_length()) - width if width else 0

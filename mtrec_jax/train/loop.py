@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from mtrec_jax.arguments import a_path, instance
 from mtrec_jax.config import Experiment, select_metric
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
@@ -68,7 +69,11 @@ def train(
       CheckpointError: a checkpoint is damaged.
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
-    folder = Path(run)
+    instance("experiment", experiment, Experiment, "pass what load_experiment gives")
+    instance("prepared", prepared, Prepared, "pass what prepare or open_prepared gives")
+    if optimizer is not None:
+        instance("optimizer", optimizer, optax.GradientTransformation, "pass an optax optimizer")
+    folder = a_path("run", run)
     check_start(experiment, folder)
     check_data(folder, experiment, prepared)
     with _stop_signals() as stopped:  # from here on: compilation takes seconds, and is stopped too

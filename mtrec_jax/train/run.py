@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+from mtrec_jax.arguments import a_path, one_of
 from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
-from mtrec_jax.data.dataset import Manifest, Prepared, open_prepared
+from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.data.describe import configuration
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
@@ -48,14 +49,14 @@ def open_run(folder: str | Path, prepared: str | Path | None = None) -> Run:
       CheckpointError: no run there.
       ConfigError: the prepared data is not what the run was trained on.
     """
-    folder = Path(folder)
+    folder = a_path("folder", folder)
     if not (folder / "config.toml").is_file():
         raise CheckpointError(
             f"{folder} is no run folder (no config.toml). Run: mtrec train CONFIG --run {folder}"
         )
     experiment = load_experiment(folder / "config.toml")
     notes = read_json(folder / "prepared.json")
-    opened = open_prepared(prepared or notes["folder"])
+    opened = open_prepared(a_path("prepared", prepared or notes["folder"]))
     if opened.manifest.fingerprint != notes["fingerprint"]:
         raise ConfigError(
             f"{opened.folder} holds other data ({opened.manifest.fingerprint}) than {folder} was "
@@ -91,8 +92,10 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
 
     Raises:
       CheckpointError: the run has no usable checkpoint.
+      ConfigError: there is no such split.
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    one_of("split", split, SPLITS)
+    run = run if isinstance(run, Run) else open_run(a_path("run", run))
     params, tables, _ = load_best(run)
     inference = prepared_inference(run.experiment, run.prepared)
     evaluation = evaluate(run.experiment, run.prepared, inference, params, tables, split)

@@ -1,0 +1,115 @@
+"""What callers hand over, checked where it comes in: an error names the argument and the remedy."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtrec_jax.errors import ConfigError, DataError, Error, nearest
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long.
+
+    >>> shown([1, 2]), shown(list(range(99)))
+    ('[1, 2]', '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 1 … (a list)')
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]} … (a {type(value).__name__})"
+
+
+def a_path(name: str, value: Any) -> Path:
+    """A path from a text or a path.
+
+    Raises:
+      DataError: it is neither.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise DataError(f"{name}: {shown(value)} is no path; pass a text or a pathlib.Path")
+    return Path(value)
+
+
+def a_whole_number(
+    name: str, value: Any, least: int, most: int, what: str, error: type[Error] = DataError
+) -> int:
+    """A whole number within bounds; `what` says in words what the upper one is.
+
+    Raises:
+      Error: it is none, or beyond a bound.
+
+    >>> a_whole_number("k", 3, 1, 9, "9 items")
+    3
+    """
+    whole = not isinstance(value, bool) and hasattr(value, "__index__")
+    if not whole or not least <= operator.index(value) <= most:
+        kind = "" if whole else "a whole number "
+        raise error(f"{name} = {shown(value)}: {kind}between {least} and {what}")
+    return operator.index(value)
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise `ConfigError` for a value that is not among the allowed ones.
+
+    >>> one_of("split", "test", ("validation", "test"))
+    """
+    allowed = tuple(allowed)
+    if not any(type(value) is type(known) and value == known for known in allowed):
+        texts = [known for known in allowed if isinstance(known, str)]
+        hint = nearest(value, texts) if isinstance(value, str) else ""
+        raise ConfigError(
+            f"{name}: {shown(value)} is not one of {', '.join(map(repr, allowed))}.{hint}"
+        )
+
+
+def a_list(name: str, values: Any, error: type[Error] = DataError) -> list[Any]:
+    """The values of any iterable but a text, a mapping or a table.
+
+    Raises:
+      Error: it is one of these, or no iterable.
+
+    >>> a_list("users", (7, 8))
+    [7, 8]
+    """
+    if isinstance(values, str | bytes):
+        what = " of ids" if error is DataError else ""
+        raise error(f"{name}: {shown(values)} is one text; pass a list{what}")
+    if isinstance(values, Mapping) or hasattr(values, "columns"):
+        raise error(
+            f"{name}: {shown(values)} is a {type(values).__name__}; pass a list, or one column"
+        )
+    try:
+        return list(values)
+    except TypeError:
+        raise error(f"{name}: {shown(values)} is no list; pass [{shown(values)}]") from None
+
+
+def a_mapping(name: str, value: Any, example: str) -> dict[str, Any]:
+    """A mapping with texts as keys.
+
+    Raises:
+      ConfigError: it is none; `example` says what to write.
+
+    >>> a_mapping("settings", {"train.steps": 3}, "settings={'train.steps': 300}")
+    {'train.steps': 3}
+    """
+    if not isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise ConfigError(f"{name}: {shown(value)} is a {kind}, not a mapping; write {example}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{name}: the key {shown(key)} is no text; write {example}")
+    return dict(value)
+
+
+def instance(name: str, value: Any, kind: type[Any], remedy: str) -> None:
+    """Raise `ConfigError` unless the value is of the kind; `remedy` says what gives one.
+
+    >>> instance("experiment", 7, int, "pass what load_experiment gives")
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"{name}: {shown(value)} is a {type(value).__name__}, not a {kind.__name__}; {remedy}"
+        )
