@@ -29,7 +29,7 @@ from mtrec_jax.data.read import stage
 from mtrec_jax.errors import DataError, Error
 from mtrec_jax.experiments import parse_experiment
 
-SAMPLES = int(os.environ.get("MTREC_FUZZ", "30"))
+SAMPLES = int(os.environ.get("MTREC_FUZZ", "15"))
 COLUMNS = ("user", "item", "rating", "kind", "price", "time")
 Random = np.random.Generator
 
@@ -338,7 +338,7 @@ VALUE = st.one_of(st.none(), st.sampled_from(ODD), st.text(max_size=5), st.float
 
 
 @settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.tuples(*[VALUE] * len(COLUMNS)), min_size=1, max_size=20), st.integers(0, 99))
 def test_any_values_in_memory(tmp_path: Path, rows: list[tuple[Any, ...]], seed: int) -> None:
