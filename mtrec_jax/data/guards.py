@@ -236,8 +236,8 @@ def statistics_of_everything(sides: dict[str, Any], events: Any, experiment: Exp
       experiment: `guard.allow` lets "feature/task" through ("feature/events" for counts).
 
     Raises:
-      DataError: a column equals such a statistic for 90 % of the keys, 20 at least (cleaning may have
-        removed events that a statistic of the raw log has counted).
+      DataError: a column equals such a statistic for 90 % of the keys, 20 at least (a statistic of
+        the raw log may have counted events that cleaning has removed).
     """
     for key, side in sides.items():
         table = _arrow(side)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,13 @@ from mtrec_jax.data.dataset import (
     FORMAT,
     SPLITS,
     IdField,
+    Lists,
     Manifest,
     NumberField,
     Prepared,
+    Rule,
+    SplitInfo,
+    TaskField,
     open_prepared,
 )
 from mtrec_jax.data.encode import event_log, row_streams, sequence_streams
@@ -128,87 +132,156 @@ def _put_in_place(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+class _Cleaned(NamedTuple):
+    """What the raw tables have become: clean, split, guarded, indexed."""
+
+    events: Any  # ibis table with its split
+    queries: Any  # ibis table of searches, or None
+    users: pa.Table  # in the order of their ids, with their columns and training events
+    items: pa.Table
+    friends: Lists | None
+    split: SplitInfo
+    tasks: dict[str, TaskField]
+    rules: list[Rule]
+    quarantined: int
+
+
+class _Fitted(NamedTuple):
+    """Features fitted on the training rows, and what is encoded already."""
+
+    users: list[Encoding]
+    items: list[Encoding]
+    events: list[Encoding]  # of the history, or of rows
+    user_arrays: tuple[np.ndarray, np.ndarray]  # ids [U, M], numbers [U, C]
+    item_arrays: tuple[np.ndarray, np.ndarray]
+
+
 def _build(
     engine: Engine, experiment: Experiment, sources: dict[str, Source], folder: Path, say: Say
 ) -> Manifest:
     """Everything between the raw tables and the manifest; writes all other files."""
     data = experiment.data
-    events, rules, removed = clean.clean_events(engine, experiment, sources)
-    events = engine.keep("split", split_events(events, experiment))
-    split = describe_split(events, experiment)
-    describe.check_splits(experiment, split.sizes)
-    say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
-    summary = report.summarize(events, experiment)
-    queries, query_rules = read_queries(engine, experiment, sources.get("queries"), events)
-    tasks, task_rules = fit_tasks(events, experiment)
-    users, user_rules = side_table(engine, experiment, events, "user", sources.get("users"))
-    items, item_rules = side_table(engine, experiment, events, "item", sources.get("items"))
-    friends, users, tie_rules = friend_lists(engine, experiment, sources.get("ties"), users)
-    quarantined = _quarantine(engine, sources, removed, folder, events)
-    _guard(experiment, sources, events, {"user": users, "item": items})
-    item, item_cells = fit_side(experiment, items, "item", "item")
-    on_users: list[Encoding] = []
-    user_cells: dict[str, pa.Array] = {}
+    cleaned = _clean(engine, experiment, sources, folder, say)
+    summary = report.summarize(cleaned.events, experiment)
+    events, fitted = _fit(engine, experiment, cleaned, folder)
+    say(f"index: {len(cleaned.users):,} users, {len(cleaned.items):,} items")
+    _write_items(folder, experiment, cleaned.items, fitted.item_arrays)
     if data.kind == "sequences":
-        on_users, user_cells = fit_side(experiment, users, "user", "context")
-    _write_past(folder, experiment, events)
-    events = past.add(engine, events, experiment)
-    on_events = fit_events(events, experiment)[0]
-    if queries is not None:
-        on_events += fit_events(queries, experiment)[0]
-    rules += [*task_rules, *user_rules, *item_rules, *query_rules, *tie_rules]
-    rules += values_report([*on_users, *item, *on_events])
-    _write_items(folder, experiment, items, features.encode_all(item, item_cells, len(items)))
-    say(f"index: {len(users):,} users, {len(items):,} items")
-    events = with_queries(engine, with_ids(engine, events), queries)
-    user_arrays = features.encode_all(on_users, user_cells, len(users))
-    history = on_events if data.kind == "sequences" else []
-    total = sum(split.sizes.values())
-    rows = total + (count(queries) if queries is not None else 0)
-    log = event_log(engine, events, rows, experiment, history, tasks) if data.user else None
-    tastes = fit_tastes(experiment, log, friends, items, tasks)
-    at_end = np.concatenate([user_arrays[1], tastes.of_users], axis=1) if tastes else user_arrays[1]
-    _write_users(folder, experiment, users, (user_arrays[0], at_end), log)
-    if data.kind == "sequences":
-        assert log is not None
-        guards.next_event_known(log, experiment)
-        numbers = tastes.numbers if tastes else None
-        check = functools.partial(guards.future_in_history, log, data.hide_ties, users["user"])
-        positions, streams = sequence_streams(experiment, log, user_arrays, numbers, check)
+        context, positions, streams = _sequences(
+            engine, experiment, cleaned, fitted, events, folder
+        )
     else:
-        positions = dict.fromkeys(SPLITS, 1)
-        streams = row_streams(engine, events, experiment, on_events, tasks)
+        context, positions = fitted.events, dict.fromkeys(SPLITS, 1)
+        log = _log(engine, experiment, cleaned, [], events) if data.user else None
+        _write_users(folder, experiment, cleaned.users, fitted.user_arrays, log)
+        streams = row_streams(engine, events, experiment, fitted.events, cleaned.tasks)
     written = _write_examples(folder, streams, say)
+    history = fitted.events if data.kind == "sequences" else []
+    _write_vocabularies(folder, [*fitted.items, *context, *history])
     digests = [digest for source in sources.values() for digest in source.staged.digests]
-    context = on_users if data.kind == "sequences" else on_events
-    context = [*context, *(tastes.encodings if tastes else [])]
-    _write_vocabularies(folder, [*item, *context, *history])
+    users, items, total = len(cleaned.users), len(cleaned.items), sum(cleaned.split.sizes.values())
     return Manifest(
         format=FORMAT,
         name=experiment.name,
         kind=data.kind,
-        protocol=describe.protocol(experiment, len(users), len(items), total),
+        protocol=describe.protocol(experiment, users, items, total),
         fingerprint=describe.fingerprint(experiment, digests),
         config=describe.configuration(experiment),
-        users=len(users),
-        items=len(items),
-        trained_items=pc.sum(pc.greater(items["count"], 0)).as_py() or 0,
+        users=users,
+        items=items,
+        trained_items=pc.sum(pc.greater(cleaned.items["count"], 0)).as_py() or 0,
         events=total,
-        quarantined=quarantined,
-        split=split,
+        quarantined=cleaned.quarantined,
+        split=cleaned.split,
         history_length=data.history_length if data.kind == "sequences" else 0,
         examples={name: n for name, (n, _) in written.items()},
         positions=positions,
         targets={name: n for name, (_, n) in written.items()},
         context_ids=_id_fields(context),
         context_numbers=_number_fields(context),
-        item_ids=_id_fields(item),
-        item_numbers=_number_fields(item),
+        item_ids=_id_fields(fitted.items),
+        item_numbers=_number_fields(fitted.items),
         history=_id_fields(history),
-        tasks=tasks,
-        report=tuple(rules),
+        tasks=cleaned.tasks,
+        report=(*cleaned.rules, *values_report([*context, *fitted.items, *history])),
         summary=summary,
     )
+
+
+def _clean(
+    engine: Engine, experiment: Experiment, sources: dict[str, Source], folder: Path, say: Say
+) -> _Cleaned:
+    """Clean and split the raw tables, give ids, and stop on leaks before anything is fitted."""
+    events, rules, removed = clean.clean_events(engine, experiment, sources)
+    events = engine.keep("split", split_events(events, experiment))
+    split = describe_split(events, experiment)
+    describe.check_splits(experiment, split.sizes)
+    say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
+    tasks, task_rules = fit_tasks(events, experiment)
+    users, user_rules = side_table(engine, experiment, events, "user", sources.get("users"))
+    items, item_rules = side_table(engine, experiment, events, "item", sources.get("items"))
+    queries, query_rules = read_queries(engine, experiment, sources.get("queries"), events)
+    friends, users, tie_rules = friend_lists(engine, experiment, sources.get("ties"), users)
+    quarantined = _quarantine(engine, sources, removed, folder, events)
+    _guard(experiment, sources, events, {"user": users, "item": items})
+    rules += [*task_rules, *user_rules, *item_rules, *query_rules, *tie_rules]
+    return _Cleaned(events, queries, users, items, friends, split, tasks, rules, quarantined)
+
+
+def _fit(
+    engine: Engine, experiment: Experiment, cleaned: _Cleaned, folder: Path
+) -> tuple[Any, _Fitted]:
+    """Learn the features, and give the events with ids, searches and counts of the past."""
+    users, user_cells = [], {}
+    if experiment.data.kind == "sequences":
+        users, user_cells = fit_side(experiment, cleaned.users, "user", "context")
+    items, item_cells = fit_side(experiment, cleaned.items, "item", "item")
+    for name, table in past.final(cleaned.events, experiment).items():  # for new rows
+        (folder / "past").mkdir(exist_ok=True)
+        pq.write_table(table, folder / "past" / f"{name}.parquet")
+    events = past.add(engine, cleaned.events, experiment)
+    on_events = fit_events(events, experiment)[0]
+    if cleaned.queries is not None:
+        on_events += fit_events(cleaned.queries, experiment)[0]
+    events = with_queries(engine, with_ids(engine, events), cleaned.queries)
+    return events, _Fitted(
+        users,
+        items,
+        on_events,
+        features.encode_all(users, user_cells, len(cleaned.users)),
+        features.encode_all(items, item_cells, len(cleaned.items)),
+    )
+
+
+def _log(
+    engine: Engine, experiment: Experiment, cleaned: _Cleaned, history: list[Encoding], events: Any
+) -> examples.Log:
+    """Events and searches, encoded, user by user in time order."""
+    total = sum(cleaned.split.sizes.values())
+    total += count(cleaned.queries) if cleaned.queries is not None else 0
+    return event_log(engine, events, total, experiment, history, cleaned.tasks)
+
+
+def _sequences(
+    engine: Engine,
+    experiment: Experiment,
+    cleaned: _Cleaned,
+    fitted: _Fitted,
+    events: Any,
+    folder: Path,
+) -> tuple[list[Encoding], dict[str, int], dict[str, Iterator[dict[str, np.ndarray]]]]:
+    """Context features, positions and examples of users' histories; writes the users."""
+    log = _log(engine, experiment, cleaned, fitted.events, events)
+    guards.next_event_known(log, experiment)
+    tastes = fit_tastes(experiment, log, cleaned.friends, cleaned.items, cleaned.tasks)
+    ids, numbers = fitted.user_arrays
+    at_end = np.concatenate([numbers, tastes.of_users], axis=1) if tastes else numbers
+    _write_users(folder, experiment, cleaned.users, (ids, at_end), log)
+    names, hide_ties = cleaned.users["user"], experiment.data.hide_ties
+    check = functools.partial(guards.future_in_history, log, hide_ties, names)
+    at_targets = tastes.numbers if tastes else None
+    streams = sequence_streams(experiment, log, fitted.user_arrays, at_targets, check)
+    return [*fitted.users, *(tastes.encodings if tastes else [])], *streams
 
 
 def _id_fields(encodings: list[Encoding]) -> tuple[IdField, ...]:
@@ -256,13 +329,6 @@ def _write_examples(
         written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
         say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
     return written
-
-
-def _write_past(folder: Path, experiment: Experiment, events: Any) -> None:
-    """Write what new rows will be told of the past."""
-    for name, table in past.final(events, experiment).items():
-        (folder / "past").mkdir(exist_ok=True)
-        pq.write_table(table, folder / "past" / f"{name}.parquet")
 
 
 def _write_vocabularies(folder: Path, encodings: list[Encoding]) -> None:
