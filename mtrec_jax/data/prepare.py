@@ -232,7 +232,8 @@ def _fit(
     engine: Engine, experiment: Experiment, cleaned: _Cleaned, folder: Path
 ) -> tuple[Any, _Fitted]:
     """Learn the features, and give the events with ids, searches and counts of the past."""
-    users, user_cells = [], {}
+    users: list[Encoding] = []
+    user_cells: dict[str, pa.Array] = {}
     if experiment.data.kind == "sequences":
         users, user_cells = fit_side(experiment, cleaned.users, "user", "context")
     items, item_cells = fit_side(experiment, cleaned.items, "item", "item")
