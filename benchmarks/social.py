@@ -46,15 +46,16 @@ def one_shop(folder: Path, seed: int, settings: tuple[str, ...] = ()) -> list[di
         "with": (experiment, {}),
         "shuffled": (experiment, shuffled(raw, np.random.default_rng(seed))),
     }
+    best = {"without": truth["social"]["without"]["both"], "with": truth["best"]["click"]["auc"]}
     results, base = [], None
     for name, (contestant, tables) in contestants.items():
         users, labels, scores = validation_clicks(contestant, folder, name, tables)
         base = scores if base is None else base
         gain, low, high = gained(users, labels, scores, base)
         row = {"seed": seed, "task": name, "click auc": auc(labels, scores)}
+        row |= {"best possible": best.get(name, float("nan"))}
         results.append(row | {"gain": gain, "low": low, "high": high})
-    best = {"without": truth["social"]["without"]["both"], "with": truth["best"]["click"]["auc"]}
-    return [row | {"best possible": best.get(row["task"], float("nan"))} for row in results]
+    return results
 
 
 def without(experiment: Experiment) -> Experiment:

@@ -61,6 +61,8 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
             problems.append(": every history has the item already; rename it")
         if data.kind == "rows":
             problems.append(".on: rows have no history; use 'context'")
+    if kind in ("ties", "friends_taste") and (on != "context" or data.kind == "rows"):
+        problems.append(": friends are context of the users of sequences; use on = 'context'")
     if on == "item" and not data.item:
         problems.append(".on: 'item' needs data.item")
     if kind == "text" and of_events:

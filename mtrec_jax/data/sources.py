@@ -167,19 +167,23 @@ def _declared(experiment: Experiment) -> dict[str, Files | None]:
 
 
 def _check_sides(experiment: Experiment, sources: dict[str, Source]) -> None:
-    """Raise `DataError` for a feature of users or items whose table is not there."""
+    """Raise `DataError` for a feature of users, items or friends whose table is not there."""
     data = experiment.data
     for name, feature in experiment.features.items():
-        side = {"item": "items", "context": "users"}.get(feature.on, "events")
+        column = feature.column or name
+        needed = []
         if feature.kind in ("ties", "friends_taste"):
-            side = "ties"
-        key = data.item if feature.on == "item" else data.user
-        own = side == "events" or (side == "users" and data.kind == "rows")
-        if not own and side not in sources and (feature.column or name) != key:
-            raise DataError(
-                f"feature '{name}' is a column of the {side} table, and there is none: declare "
-                f"data.{side}, or pass tables={{'{side}': ...}}"
-            )
+            needed = ["ties"]
+        elif feature.on == "context" and data.kind == "sequences" and column != data.user:
+            needed = ["users"]
+        if (feature.on == "item" or feature.kind == "friends_taste") and column != data.item:
+            needed.append("items")
+        for side in needed:
+            if side not in sources:
+                raise DataError(
+                    f"feature '{name}' needs the table of {side}, and there is none: declare "
+                    f"data.{side}, or pass tables={{'{side}': ...}}"
+                )
 
 
 def _needed_columns(experiment: Experiment) -> dict[str, dict[str, str]]:

@@ -11,7 +11,7 @@ import pytest
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.errors import DataError
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import UNKNOWN
 from tests.data import small
 
@@ -171,5 +171,15 @@ def test_tastes_of_friends_are_those_before_the_first_target(prepared: Prepared)
 
 
 def test_ties_without_a_table_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'friends'.*declare data.ties"):
-        small.run(tmp_path, small.make(features={"friends": {"kind": "ties"}}))
+    friends = {"kind": "ties"}
+    with pytest.raises(DataError, match=r"'friends' needs the table of ties.*declare data.ties"):
+        small.run(tmp_path, small.make(features={"friends": friends}))
+    taste = {"kind": "friends_taste", "column": "kind", "label": "good"}
+    given = {
+        "tasks": {"good": {"kind": "binary", "column": "rating", "at_least": 4}},
+        "data": {"ties": {"files": ["ties.csv"]}},
+    }
+    with pytest.raises(DataError, match="'taste' needs the table of items"):
+        small.run(tmp_path, small.make(features={"taste": taste}, **given), ties_csv=TIES)
+    with pytest.raises(ConfigError, match="friends are context of the users"):
+        small.run(tmp_path, small.make(features={"friends": friends | {"on": "item"}}))
