@@ -352,7 +352,7 @@ def _prepare(
         accept=accept,
     )
     print_report(opened.manifest)
-    typer.echo(f"{opened!r} in {out}", err=True)
+    typer.echo(f"{opened!r} in {out}; report: {out / 'report.html'}", err=True)
     return opened
 
 
