@@ -29,7 +29,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def test_a_given_history_may_hold_searches(prepared: Prepared) -> None:
     words = {w.as_py(): i + 2 for i, w in enumerate(prepared.vocabulary("query")["value"])}
-    history = {"item": ["x", None, "y"], "query": [None, "red hats", None], "rating": ["5"] * 3}
+    history: dict[str, list[str | None]] = {
+        "item": ["x", None, "y"],
+        "query": [None, "red hats", None],
+        "rating": ["5", "5", "5"],
+    }
     found = Encoder(prepared, "float32").users(["new"], [history]).batch
     x, y = prepared.item_ids["x"], prepared.item_ids["y"]
     assert found.events["item"][0].tolist() == [x, UNKNOWN, y, 0]

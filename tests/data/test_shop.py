@@ -15,7 +15,7 @@ from mtrec_jax.data import shop, shop_social
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import load_experiment
 
-SMALL = {"users": 60, "items": 80, "impressions": 24}
+SMALL: dict[str, Any] = {"users": 60, "items": 80, "impressions": 24}
 
 
 @pytest.fixture(scope="module", params=[0, 1])

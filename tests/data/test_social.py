@@ -99,4 +99,4 @@ def test_by_hand() -> None:
         [2 / 3 - 1 / 2, 0, 0],  # (1 + 1) / (1 + 2); the event at 2 is not earlier
         [2 / 3 - 1 / 2, 1 / 3 - 1 / 2, 0],
     ]
-    np.testing.assert_allclose(found, expected, atol=1e-7)
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-7)

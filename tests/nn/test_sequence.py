@@ -113,7 +113,8 @@ def test_the_last_search_before_a_position_counts_and_fades() -> None:
     cutoff = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]], np.int32)
     found = jax.jit(search.__call__)(words, searched, cutoff)
     fading = np.exp(-np.log1p(np.exp(float(search.fading[...]))))
-    last = [None, None, (1, 0), (1, 1), (3, 0), (3, 1)]  # place, and events since
+    last = {2: (1, 0), 3: (1, 1), 4: (3, 0), 5: (3, 1)}  # {cutoff: place, events since}
     for b, p in np.ndindex(cutoff.shape):
-        known = np.zeros(D) if b or last[p] is None else words[0, last[p][0]] * fading ** last[p][1]
+        place, since = last.get(p, (0, 0))
+        known = words[0, place] * fading**since if p in last and not b else np.zeros(D)
         np.testing.assert_allclose(found[b, p], _linear(search.project, D**0.5 * known), atol=1e-5)
