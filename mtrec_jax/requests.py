@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mtrec_jax.arguments import a_list, shown
 from mtrec_jax.data import features
+from mtrec_jax.data.cells import as_text
 from mtrec_jax.data.dataset import Lists, Prepared, to_arrays
 from mtrec_jax.data.features import Encoding
 from mtrec_jax.errors import DataError, nearest
@@ -190,9 +191,7 @@ def raw_text(value: Any) -> str:
     if value is None or value != value:  # None, nan
         return ""
     if isinstance(value, float | np.floating):
-        number = float(value)
-        if number.is_integer() and abs(number) < 1e15:
-            return str(int(number))
+        return str(as_text(pa.array([float(value)]))[0].as_py())
     text = str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
     return text.strip(" \t\n\r\v\f")
 

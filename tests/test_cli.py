@@ -355,7 +355,7 @@ def test_everything_at_once(
     """`mtrec run` in an empty folder, with the defaults for every folder; the data is there."""
     from mtrec_jax.data import shop
 
-    def small(to: Path, seed: int = 0) -> dict[str, Any]:
+    def small(to: Path, seed: int = 0, social: bool = False) -> dict[str, Any]:
         shutil.copytree(shop_data, to)
         return json.loads((shop_data / "truth.json").read_text())
 
