@@ -42,9 +42,11 @@ def refused(mtrec: Mtrec) -> Refused:
     def call(*arguments: object) -> str:
         status, out, err = mtrec(*arguments)
         assert (status, out) == (2, "")
-        assert err.startswith("mtrec: ")
         assert "Traceback" not in err
-        return err
+        progress, found, message = err.partition("mtrec: ")
+        assert found
+        assert not any(line.startswith(" ") for line in progress.splitlines())
+        return found + message
 
     return call
 

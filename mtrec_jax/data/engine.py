@@ -104,6 +104,7 @@ def open_engine(
         # Ibis 12 calls DuckDB 2 by names on their way out; PySpark warns of pandas 3, unused here
         warnings.filterwarnings("ignore", "fetch_arrow_table", DeprecationWarning)
         warnings.filterwarnings("ignore", "PySpark does not yet", FutureWarning)
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # it starts Java, at once
         warnings.filterwarnings("ignore", category=ResourceWarning, module="pyspark|py4j|socket")
         if name == "duckdb":
             backend = ibis.duckdb.connect(temp_directory=str(folder / "spill"))

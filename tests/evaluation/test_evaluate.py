@@ -299,7 +299,9 @@ def test_classes_that_are_no_numbers_have_no_order(shop_run: Run) -> None:
 
 
 def test_an_unknown_split_is_refused(shop_run: Run) -> None:
-    with pytest.raises(ConfigError, match="split 'valid': it must be one of train, validation, te"):
+    with pytest.raises(
+        ConfigError, match="split: 'valid' is not one of 'train', 'validation', 'test'"
+    ):
         evaluate_run(shop_run, "valid")
 
 
