@@ -165,7 +165,7 @@ def _clean_source(
     check_bad_fraction(experiment.clean, staged, rules)
     good = table.filter(table.problem.isnull()).drop("problem", "evidence")
     removed = [f"removed_{staged.name}"]
-    if duplicates_dropped(experiment):
+    if experiment.clean.duplicates == "drop":
         keys = experiment.clean.duplicate_columns or source.columns
         again = engine.keep(
             f"duplicates_{staged.name}", _repeated(engine, source.table, table, keys)
@@ -176,18 +176,11 @@ def _clean_source(
     return good, rules, removed
 
 
-def duplicates_dropped(experiment: Experiment) -> bool:
-    """Whether equal rows are removed: by default in logs, and not in tables of single rows."""
-    return experiment.clean.duplicates == "drop"
-
-
 def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
     """Good rows that are equal in `keys` to an earlier good row, as removed rows."""
     bad = typed.filter(typed.problem.notnull())
     raw = raw.anti_join(bad, raw[ROW] == bad["row"]).view()  # a table that can be joined anew
-    # NULL equals nothing, whereas two missing cells do
-    text = {k: raw[k].cast("string").fill_null("\x00") for k in keys}
-    raw = raw.select(**{f"key_{i}": text[k] for i, k in enumerate(keys)}, row=raw[ROW])
+    raw = raw.select(**{f"key_{i}": _key(raw[k]) for i, k in enumerate(keys)}, row=raw[ROW])
     names = [f"key_{i}" for i in range(len(keys))]
     # few rows have a hash that occurs again: only they need to be compared in full
     hashed = raw.mutate(hash=ibis.literal("\x01").join([raw[name] for name in names]).hash())
@@ -200,6 +193,13 @@ def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
     again = again.filter(again.row > again["first"])
     reason, evidence = ibis.literal("duplicate row"), ibis.null("string")
     return again.select("row", reason=reason, evidence=evidence)
+
+
+def _key(column: Any) -> Any:
+    """Text that is equal where cells are: NULL equals nothing, whereas two missing cells do."""
+    if column.type().is_array():
+        column = column.length().cast("string").concat("\x1f", column.join("\x1f"))
+    return column.fill_null("\x00")
 
 
 def _rule(staged: Staged, reason: str, removed: Any) -> list[Rule]:

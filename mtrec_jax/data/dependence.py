@@ -14,10 +14,9 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Feature
 from mtrec_jax.data.examples import mix
-from mtrec_jax.data.features import NUMBER
+from mtrec_jax.data.features import WRITTEN, as_numbers
 
 ROWS, OF_A_CLASS = 100, 10  # fewer labelled rows are not judged
-NUMBERS = ("numeric", "binned", "piecewise")  # kinds of features
 BETWEEN = "\x1f"  # the values of a list
 _BINS = 1000  # of numbers
 
@@ -169,7 +168,7 @@ def best_score(feature: Feature, text: pa.Array, cells: Cells, outcome: Outcome)
     """The highest score of a feature's cells [k]: as values, as numbers, as words, by its kind."""
     cells = cells._replace(value=codes(text))
     best = score(cells, outcome)
-    if feature.kind in NUMBERS:
+    if feature.kind in WRITTEN:
         best = max(best, number_score(cells, as_numbers(text), outcome))
     if feature.kind == "multi_valued" and outcome.kind == "binary":
         text = pc.replace_substring(text, BETWEEN, feature.separator)
@@ -188,13 +187,6 @@ def codes(values: pa.Array) -> np.ndarray:
     return np.asarray(coded.indices).astype(np.int64)
 
 
-def as_text(cells: pa.Array) -> pa.Array:
+def joined(cells: pa.Array) -> pa.Array:
     """Arrow cells of text, or of lists of text, as text."""
     return pc.binary_join(cells, BETWEEN) if pa.types.is_list(cells.type) else cells
-
-
-def as_numbers(text: pa.Array) -> np.ndarray:
-    """Text as float64, NaN where it is no number."""
-    number = pc.match_substring_regex(text, NUMBER)
-    cells = pc.if_else(pc.fill_null(number, False), text, pa.scalar(None, pa.string()))
-    return np.asarray(pc.fill_null(pc.cast(cells, pa.float64()), np.nan))

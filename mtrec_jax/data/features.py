@@ -136,7 +136,7 @@ def _fit_numbers(
     name: str, feature: Feature, cells: pa.Array, counts: Int[np.ndarray, " n"]
 ) -> Encoding:
     """Statistics of the numbers that are there; a missing one is imputed afterwards."""
-    numbers = _numbers(cells)
+    numbers = as_numbers(cells)
     known = ~np.isnan(numbers)
     if not known.any():
         hint = "" if feature.kind in ("gap", *PAST) else "Use kind = 'categorical', or "
@@ -244,9 +244,9 @@ def _encode(
 ) -> Int[np.ndarray, "n slots"] | Float[np.ndarray, "n slots"]:
     feature = encoding.feature
     if encoding.is_number:
-        return _encode_numbers(encoding, _numbers(cells))
+        return _encode_numbers(encoding, as_numbers(cells))
     if feature.kind in NUMERIC:
-        numbers = _numbers(cells)
+        numbers = as_numbers(cells)
         edges = np.array([float(v) for v in encoding.values.to_pylist() if v])
         bins = np.maximum(np.searchsorted(edges, numbers, side="right") - 1, 0) + FIRST
         return np.where(np.isnan(numbers), int(encoding.missing), bins).astype(np.int32)[:, None]
@@ -315,7 +315,7 @@ def unreadable(feature: Feature, cells: pa.Array) -> Bool[np.ndarray, " n"]:
     """
     if feature.kind not in WRITTEN:
         return np.zeros(len(cells), bool)
-    return np.isnan(_numbers(cells)) & cells.is_valid().to_numpy(zero_copy_only=False)
+    return np.isnan(as_numbers(cells)) & cells.is_valid().to_numpy(zero_copy_only=False)
 
 
 def encode_all(
@@ -349,7 +349,7 @@ def _values(
     return values.filter(pa.array(kept)), rows[kept], slots[kept]
 
 
-def _numbers(cells: pa.Array) -> Float[np.ndarray, " n"]:
+def as_numbers(cells: pa.Array) -> Float[np.ndarray, " n"]:
     """Cells as float64, NaN where they are missing or no finite number of 32 bits."""
     try:  # takes what NUMBER takes, and nan and inf, which are left out below
         cast = pc.cast(cells, pa.float64())

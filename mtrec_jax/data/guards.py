@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment, Feature
 from mtrec_jax.data import dependence
-from mtrec_jax.data.dependence import BETWEEN, NUMBERS, Cells, Outcome
+from mtrec_jax.data.dependence import BETWEEN, Cells, Outcome
 from mtrec_jax.data.examples import Log
-from mtrec_jax.data.features import one_array
+from mtrec_jax.data.features import WRITTEN, as_numbers, one_array
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
@@ -93,7 +93,7 @@ def _determined(
 ) -> list[str]:
     """A message for each feature {name: cells} of the rows that determines one of their labels."""
     problems, row = [], part["row"].to_numpy()
-    texts = {name: dependence.as_text(one_array(column)) for name, column in cells.items()}
+    texts = {name: dependence.joined(one_array(column)) for name, column in cells.items()}
     for task_name in tasks:
         task, label = experiment.tasks[task_name], one_array(part[f"label_{task_name}"])
         if task.kind == "multiclass":
@@ -159,7 +159,7 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
                 continue
             value = ids[here].astype(np.float64)
             step = value - np.where(first, 0, ids[before])
-            looks = (value, step) if shown[name].kind in NUMBERS else (value,)
+            looks = (value, step) if shown[name].kind in WRITTEN else (value,)
             found = max(_pair_score(look[known], cells, outcome) for look in looks)
             if found >= LEAK > max(_pair_score(v[known], cells, outcome) for v in own):
                 raise DataError(
@@ -248,8 +248,8 @@ def statistics_of_everything(sides: dict[str, Any], events: Any, experiment: Exp
                 feature.on == ("item" if key == "item" else "context")
                 and column in table.schema.names
             ):
-                columns[name] = dependence.as_text(one_array(table[column]))
-        numbers = {name: dependence.as_numbers(text) for name, text in columns.items()}
+                columns[name] = dependence.joined(one_array(table[column]))
+        numbers = {name: as_numbers(text) for name, text in columns.items()}
         numbers = {n: x for n, x in numbers.items() if (~np.isnan(x)).sum() >= _KEYS}
         if not numbers or key not in events.columns:
             continue

@@ -11,7 +11,7 @@ from typing import Any
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import read
 from mtrec_jax.data.engine import Engine
-from mtrec_jax.data.expressions import as_text, compile_expression
+from mtrec_jax.data.expressions import as_text, compile_expression, names
 from mtrec_jax.data.read import ROW, Staged, check_columns
 from mtrec_jax.data.schema import event_features
 from mtrec_jax.errors import ConfigError, DataError, nearest
@@ -143,6 +143,8 @@ def open_source(
     if name in EVENTS or name == "rows":
         for column, text in experiment.data.derive.items():
             where = f"data.derive.{column}"
+            if name == "rows" and not names(text, where) <= set(raw.columns):
+                continue  # new rows may lack what only labels are made of
             if column.lower() in (c.lower() for c in staged.columns):
                 raise ConfigError(f"{where}: {staged.files()} has a column '{column}'; rename one")
             known = {n: raw[n] for n in raw.columns if n != ROW}

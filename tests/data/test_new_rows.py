@@ -136,3 +136,18 @@ def test_what_is_no_time_is_refused(tmp_path: Path) -> None:
     new = pd.DataFrame({"size": 1, "age": 1, "at": ["1", "soon"], "colour": "red"})
     with pytest.raises(DataError, match=r"row 1: column 'at' holds 'soon', which is no time"):
         encode_rows(prepared, new)
+
+
+def test_new_rows_may_lack_what_only_derived_labels_are_made_of(tmp_path: Path) -> None:
+    experiment = rows(
+        data={"derive": {"large": "size >= 2", "bought": "sold == 1"}},
+        tasks={"bought": {"kind": "binary"}},
+        features={"colour": {}, "large": {}},
+    )
+    prepared = run(tmp_path, experiment, TEXT)
+    new = pa.table({"colour": ["red", "blue"], "size": [4.0, 1.0]})
+    local = encode_rows(prepared, new)["context_ids"]
+    large = {v.as_py(): i + 2 for i, v in enumerate(prepared.vocabulary("large")["value"])}
+    assert local[:, 1].tolist() == [large["1"], large["0"]]
+    with pytest.raises(DataError, match="no column 'large'"):
+        encode_rows(prepared, new.drop_columns("size"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from mtrec_jax.data.dataset import SPLITS
@@ -117,6 +118,18 @@ def test_duplicates_keep_the_first_source_row(tmp_path: Path) -> None:
     assert (rule.rows, rule.examples) == (1, ("row 8 (log.csv line 10)",))
     kept = run(tmp_path, make(clean={"duplicates": "keep"}), text)
     assert kept.manifest.events == 10
+
+
+def test_lists_are_repeated_only_when_their_values_are(tmp_path: Path) -> None:
+    rest = {"user": ["a"] * 4, "item": ["x"] * 4, "time": [1] * 4}
+    tags = [["b, c"], ["b", "c"], ["b", "c"], None]
+    more = {"user": list("aabb"), "item": list("yzxy"), "time": range(4), "tags": [[]] * 4}
+    events = pa.concat_tables(
+        [pa.table({**rest, "tags": tags}), pa.table(more)], promote_options="permissive"
+    )
+    prepared = prepare(make(), None, tmp_path / "out", {"events": events})
+    [rule] = [r for r in prepared.manifest.report if r.rule == "duplicate row"]
+    assert (rule.rows, rule.examples) == (1, ("row 2",))
 
 
 def test_rows_with_user_item_and_time(tmp_path: Path) -> None:
