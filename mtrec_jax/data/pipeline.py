@@ -4,14 +4,16 @@ An epoch visits the blocks (Parquet row groups) of a split in a seeded random or
 examples inside each; preparation has already written the examples in random order, so this is
 close to a global shuffle while only a few blocks are in memory at a time. Batch s is found without
 reading the batches before it, which makes the cursor of a run one number. What a block needs, it
-gets once for all of its batches: decoding, labels apart from masks, the permutation. A batch then
-is a slice of one block, or of a few.
+gets once for all of its batches, in a thread of its own while the block before is trained on:
+decoding, labels apart from masks, the permutation. A batch then is a slice of one block, or of a
+few, which is cheaper than handing batches from thread to thread.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import grain
 import jax
@@ -21,6 +23,7 @@ from mtrec_jax.data.dataset import Prepared, to_arrays
 from mtrec_jax.types import Batch
 
 CACHE_BYTES = 1 << 30  # a split that takes less, with its masks, stays in memory, decoded
+_READER = ThreadPoolExecutor(1, "mtrec-reader")  # one: files and caches are its alone
 
 
 class BatchSource:
@@ -56,7 +59,8 @@ class BatchSource:
         self._keep = small and epochs > 1
         self._decoded: dict[int, Batch] = {}
         self._order = (-1, np.empty(0, int), np.empty(0, int))  # epoch, blocks, their ends
-        self._current = (-1, -1, self._decode(None))  # epoch, block, its examples as visited
+        self._ahead: dict[tuple[int, int], Future[Batch]] = {}  # epoch, place in its order
+        self._empty = self._decode(None)
 
     def __len__(self) -> int:
         return self._length
@@ -67,42 +71,57 @@ class BatchSource:
 
     def _batch(self, s: int) -> Batch:
         epoch, index = divmod(s, self.batches_per_epoch)
-        if self._order[0] != epoch:
-            order = self._permutation(len(self._sizes), epoch)
-            self._order = (epoch, order, np.cumsum(self._sizes[order]))
-        _, order, ends = self._order
+        ends = self._blocks_of(epoch)[1]
         start, parts, missing = index * self._batch_size, [], self._batch_size
-        position = int(np.searchsorted(ends, start, side="right"))
-        while missing and position < len(order):
-            block = int(order[position])
-            begin = start + self._batch_size - missing - int(ends[position] - self._sizes[block])
-            parts.append(_slice(self._block(epoch, block), begin, begin + missing))
+        place = int(np.searchsorted(ends, start, side="right"))
+        while missing and place < len(ends):
+            examples = self._block(epoch, place)
+            begin = start + self._batch_size - missing - int(ends[place] - len(examples.user))
+            parts.append(_slice(examples, begin, begin + missing))
             missing -= len(parts[-1].user)
-            position += 1
+            place += 1
         if missing:
-            parts.append(_padding(self._current[2], missing))
+            parts.append(_padding(self._empty, missing))
         if len(parts) == 1:
             return parts[0]
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+    def _blocks_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks in the order in which an epoch visits them, and where each ends."""
+        if self._order[0] != epoch:
+            order = self._permutation(len(self._sizes), epoch)
+            self._order = (epoch, order, np.cumsum(self._sizes[order]))
+        return self._order[1:]
 
     def _permutation(self, size: int, *where: int) -> np.ndarray:
         if self._seed is None:
             return np.arange(size)
         return np.random.default_rng([self._seed, *where]).permutation(size)
 
-    def _block(self, epoch: int, block: int) -> Batch:
-        """All examples of a block in the order in which the epoch visits them."""
-        if self._current[:2] != (epoch, block):
-            found = self._decoded.get(block)
-            if found is None:
-                found = self._decode(block)
-                if self._keep:
-                    self._decoded[block] = found
-            if self._seed is not None:
-                rows = self._permutation(int(self._sizes[block]), epoch, block)
-                found = jax.tree.map(lambda array: array.take(rows, axis=0), found)
-            self._current = (epoch, block, found)
-        return self._current[2]
+    def _block(self, epoch: int, place: int) -> Batch:
+        """The examples of a block as an epoch visits them; the block after it is begun."""
+        last = place + 1 == len(self._sizes)
+        wanted = [(epoch, place), (epoch + 1, 0) if last else (epoch, place + 1)]
+        if last and (epoch + 1) * self.batches_per_epoch >= self._length:
+            wanted.pop()
+        self._ahead = {key: self._ahead.get(key) or self._begin(*key) for key in wanted}
+        return self._ahead[epoch, place].result()
+
+    def _begin(self, epoch: int, place: int) -> Future[Batch]:
+        same = epoch == self._order[0]
+        order = self._order[1] if same else self._permutation(len(self._sizes), epoch)
+        return _READER.submit(self._read, epoch, int(order[place]))
+
+    def _read(self, epoch: int, block: int) -> Batch:
+        found = self._decoded.get(block)
+        if found is None:
+            found = self._decode(block)
+            if self._keep:
+                self._decoded[block] = found
+        if self._seed is None:
+            return found
+        rows = self._permutation(int(self._sizes[block]), epoch, block)
+        return jax.tree.map(lambda array: array.take(rows, axis=0), found)
 
     def _decode(self, block: int | None) -> Batch:
         """A block as it is on disk; None: no examples, of the same shapes."""
@@ -112,8 +131,8 @@ class BatchSource:
 
 
 def training_batches(source: BatchSource) -> grain.DatasetIterator:
-    """Iterate over a source with prefetching; `get_state` / `set_state` hold the exact position."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    """Iterate over a source; `get_state` / `set_state` hold the exact position."""
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the source reads ahead
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
