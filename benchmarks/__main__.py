@@ -45,7 +45,10 @@ def main() -> None:
     if hasattr(question, "answer"):  # a question of quality: figures, not times
         given = {"events": chosen.events, "folder": chosen.folder, "seeds": chosen.seeds}
         given = {name: value for name, value in given.items() if value is not None}
-        results = question.answer(chosen.quick, **given)
+        try:
+            results = question.answer(chosen.quick, **given)
+        except ModuleNotFoundError as error:
+            parser.exit(2, f'{error.name} is not installed: pip install -e ".[bench]"\n')
         rich.print(_figures(results))
         _append(chosen.json, {"question": chosen.question, "quick": chosen.quick}, results)
         return
