@@ -98,6 +98,12 @@ CASES = {  # {call: (class of the error, what its message says)}
         "tables: a list; pass a mapping such as {'events': table}",
     ),
     "mtrec_jax.prepare(r.experiment, None, 'x', tables=events)": ("DataError", "tables: a Table; "),
+    "mtrec_jax.prepare(r.experiment, 'data', 'x', engine='polars')": (
+        "ConfigError",
+        "engine: 'polars' is not one of 'duckdb', 'spark'",
+    ),
+    "mtrec_jax.prepare(r.experiment, 'data', 'x', memory=4)": ("ConfigError", "memory: 4 is a int"),
+    "mtrec_jax.prepare(r.experiment, 'data', 'x', master=None)": ("ConfigError", "master: None"),
     # configurations
     "mtrec_jax.load_experiment(7)": ("ConfigError", "config: 7 is neither a path nor a name"),
     "mtrec_jax.load_experiment('shop', 'model.width=8')": (

@@ -6,7 +6,6 @@ one of them, which is checked at the end.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtrec_jax.config import Clean, Experiment, Values
+from mtrec_jax.config import Clean, Experiment
+from mtrec_jax.data.bounds import Bounds, bounds_rule, fitted_bounds, with_bounds
 from mtrec_jax.data.dataset import Rule
 from mtrec_jax.data.engine import Engine, count, rows
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged
 from mtrec_jax.data.schema import typed
 from mtrec_jax.data.sources import EVENTS, Source
-from mtrec_jax.data.split import split_events
 from mtrec_jax.errors import DataError
 
 DAY = 86_400  # seconds
@@ -42,7 +41,7 @@ QUARANTINE = pa.schema(
 
 def clean_events(
     engine: Engine, experiment: Experiment, sources: dict[str, Source]
-) -> tuple[Any, list[Rule], list[str]]:
+) -> tuple[Any, list[Rule], list[str], dict[str, Bounds]]:
     """All usable events, with `part` (0 events, 1 test, 2 validation files); and what was removed.
 
     Rules apply in this order: malformed lines, missing keys, unreadable or impossible values,
@@ -50,16 +49,17 @@ def clean_events(
 
     Returns:
       The events, labels restricted to their sample space; the report; the names of the engine's
-      tables of removed rows.
+      tables of removed rows; the bounds that were fitted, by the name of their rule.
 
     Raises:
       DataError: more rows are malformed than `clean.max_bad_fraction` allows, or none is left.
     """
-    fitted = any(v.bounds != "given" for v in experiment.clean.values.values() if not v.valid)
-    if fitted:
+    bounds: dict[str, Bounds] = {}
+    if any(v.bounds != "given" for v in experiment.clean.values.values() if not v.valid):
         events, *_ = _without_bad_rows(engine, experiment, sources)
         events = engine.keep("provisional", events)
-        experiment = _with_bounds(experiment, sources, events)
+        bounds = fitted_bounds(experiment, events)
+        experiment = with_bounds(experiment, bounds)
     events, rules, removed = _without_bad_rows(engine, experiment, sources)
     events, found, out = k_core(engine, events, experiment.clean)
     rules, removed = rules + found, removed + out
@@ -68,54 +68,8 @@ def clean_events(
         report = "\n".join(f"  {rule.rule}: {rule.rows:,}" for rule in rules)
         raise DataError(f"no event is left after cleaning:\n{report}\nLower the limits in [clean]")
     rules += missing_labels(events, experiment)
-    return sample_spaces(events, experiment), rules, removed
-
-
-def _with_bounds(experiment: Experiment, sources: dict[str, Source], events: Any) -> Experiment:
-    """The experiment with the bounds by quantiles or MAD of its training rows as given bounds.
-
-    The training rows are those of the split over the rows that pass all other rules.
-    """
-    train = split_events(events, experiment).filter(lambda t: t["split"] == 0)
-    given = {}
-    for name, rule in experiment.clean.values.items():
-        if rule.valid or rule.bounds == "given":
-            given[name] = rule
-            continue
-        found = train.group_by(value=train[f"value_{name}"]).agg(n=train.count()).to_pyarrow()
-        found = found.filter(found["value"].is_valid()).sort_by("value")
-        low, high = _bounds(rule, found["value"].to_numpy(), found["n"].to_numpy(), name)
-        given[name] = dataclasses.replace(rule, bounds="given", low=low, high=high)
-    return dataclasses.replace(
-        experiment, clean=dataclasses.replace(experiment.clean, values=given)
-    )
-
-
-def _bounds(
-    rule: Values, values: np.ndarray, counts: np.ndarray, name: str
-) -> tuple[float | None, float | None]:
-    if not len(values):
-        raise DataError(
-            f"clean.values.{name}: no training value of '{rule.column}' is a number. Check the "
-            "column, or remove the rule"
-        )
-    if rule.bounds == "quantiles":
-        low, high = (
-            None if share is None else _quantile(values, counts, share)
-            for share in (rule.low, rule.high)
-        )
-        return low, high
-    median = _quantile(values, counts, 0.5)
-    away = np.abs(values - median)
-    order = np.argsort(away, kind="stable")
-    spread = rule.deviations * 1.4826 * _quantile(away[order], counts[order], 0.5)
-    return median - spread, median + spread
-
-
-def _quantile(values: np.ndarray, counts: np.ndarray, share: float) -> float:
-    """The smallest of the sorted values that at least `share` of all rows do not exceed."""
-    below = np.cumsum(counts)
-    return float(values[np.searchsorted(below, share * below[-1] - 1e-9)])
+    rules += [bounds_rule(experiment, name, *found) for name, found in bounds.items()]
+    return sample_spaces(events, experiment), rules, removed, bounds
 
 
 def _without_bad_rows(

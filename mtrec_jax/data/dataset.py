@@ -148,6 +148,7 @@ class Manifest:
     history: tuple[IdField, ...] = ()
     tasks: dict[str, TaskField] = dataclasses.field(default_factory=dict)
     report: tuple[Rule, ...] = ()
+    bounds: dict[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)
     summary: Summary | None = None
 
     def save(self, folder: Path) -> None:

@@ -42,8 +42,41 @@ def check(experiment: Experiment) -> None:
     for key, least in (("user", e.clean.min_user_events), ("item", e.clean.min_item_events)):
         if least > 1 and not getattr(data, key):
             problems.append(f"clean.min_{key}_events: needs data.{key}")
+    problems += _check_clean(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _check_clean(e: Experiment) -> list[str]:
+    """Rules that say too little, or two things at once."""
+    clean, data, problems = e.clean, e.data, []
+    if clean.max_user_events_a_day and not (data.user and data.time):
+        problems.append("clean.max_user_events_a_day: needs data.user and data.time")
+    for key in ("earliest", "latest"):
+        if getattr(clean, key) and not data.time:
+            problems.append(f"clean.{key}: needs data.time")
+    lower = [name.lower() for name in clean.values]
+    for name, rule in clean.values.items():
+        key, limits = f"clean.values.{name}", [b for b in (rule.low, rule.high) if b is not None]
+        if lower.count(name.lower()) > 1:
+            problems.append(f"{key}: occurs twice (upper and lower case are the same)")
+        if rule.valid and (limits or rule.bounds != "given"):
+            problems.append(f"{key}: valid, or low, high and bounds, not both; make two rules")
+        if not rule.column and (not rule.valid or rule.action == "missing"):
+            problems.append(f"{key}.column: needed, the column whose values are judged")
+        if rule.valid:
+            continue
+        if rule.bounds != "mad" and not limits:
+            problems.append(f"{key}: give low, high or both")
+        if rule.bounds == "mad" and limits:
+            problems.append(f"{key}: bounds = 'mad' takes deviations, neither low nor high")
+        if rule.bounds == "quantiles" and not all(0 <= b <= 1 for b in limits):
+            problems.append(f"{key}: low and high are shares between 0 and 1, such as 0.01")
+        if len(limits) == 2 and limits[0] > limits[1]:
+            problems.append(f"{key}: low is above high")
+        if not rule.deviations > 0:
+            problems.append(f"{key}.deviations: must be above 0, not {rule.deviations}")
+    return problems
 
 
 def _check_feature(e: Experiment, name: str) -> list[str]:

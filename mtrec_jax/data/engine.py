@@ -7,6 +7,7 @@ memory, does no work twice, and both engines run the same expressions over the s
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.errors import ConfigError, DataError, Error
 
 Name = Literal["duckdb", "spark"]
 
@@ -36,8 +37,8 @@ class Engine:
     def read(self, folder: Path) -> Any:
         """The Ibis table over the Parquet files of a folder."""
         if self.name == "duckdb":
-            return self.backend.read_parquet(str(folder / "*.parquet"))
-        return self.backend.read_parquet(str(folder))
+            return self.backend.read_parquet(f"{glob.escape(str(folder))}/*.parquet")
+        return self.backend.read_parquet(re.sub(r"([{}\[\]*?])", r"\\\1", str(folder)))
 
     def keep(self, name: str, table: Any) -> Any:
         """Compute a table expression now: written as the working table `name`, then read back.
@@ -47,12 +48,11 @@ class Engine:
         """
         to = self.folder / name
         shutil.rmtree(to, ignore_errors=True)
-        with _engine_errors(self.folder):
-            if self.name == "duckdb":
-                to.mkdir(parents=True)
-                self.backend.to_parquet(table, str(to / "part.parquet"))
-            else:
-                self.backend.to_parquet(table, str(to))
+        if self.name == "duckdb":
+            to.mkdir(parents=True)
+            self.backend.to_parquet(table, str(to / "part.parquet"))
+        else:
+            self.backend.to_parquet(table, str(to))
         # engines have types of their own in files, such as DuckDB for the sum of integers
         return self.read(to).cast(dict(table.schema().items()))
 
@@ -113,28 +113,35 @@ def open_engine(
                 backend.raw_sql(f"SET {option} = false")
             backend.raw_sql(f"SET memory_limit = '{memory}'")
             try:
-                yield Engine(backend, folder, name)
+                with _engine_errors(folder):
+                    yield Engine(backend, folder, name)
             finally:
                 backend.disconnect()
         else:
-            session = _spark(folder, memory, master)
-            try:
+            with _spark(folder, memory, master) as session, _engine_errors(folder):
                 yield Engine(ibis.pyspark.connect(session), folder, name)
-            finally:
-                session.stop()
 
 
-def _spark(folder: Path, memory: str, master: str) -> Any:
+@contextlib.contextmanager
+def _spark(folder: Path, memory: str, master: str) -> Iterator[Any]:
+    """A session of our own, stopped afterwards; or a branch of the one that this process has."""
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:
         raise DataError(
             "engine 'spark': PySpark is not installed. Run: pip install 'mtrec_jax[spark]'"
         ) from error
+    if (active := SparkSession.getActiveSession()) is not None:
+        session = active.newSession()  # with settings of its own over the same context
+        session.conf.set("spark.sql.session.timeZone", "UTC")
+        session.conf.set("spark.sql.ansi.enabled", "false")
+        yield session
+        return
+    before = os.environ.get("JAVA_HOME")
     _java(folder)
     local = master.startswith("local")
     options = {
-        "spark.driver.memory": re.sub(r"(?i)\s*i?b$", "", memory).lower(),
+        "spark.driver.memory": f"{_megabytes(memory)}m",
         "spark.local.dir": str(folder / "spill"),
         "spark.sql.warehouse.dir": str(folder / "warehouse"),
         "spark.sql.session.timeZone": "UTC",
@@ -151,12 +158,24 @@ def _spark(folder: Path, memory: str, master: str) -> Any:
     for key, value in options.items():
         builder = builder.config(key, value)
     try:
-        return builder.getOrCreate()
+        session = builder.getOrCreate()
     except Exception as error:
         raise DataError(
             f"engine 'spark': no session at master '{master}': {str(error).strip()[:300]}. Check "
             "the master's address and JAVA_HOME (Java 17 or 21)"
         ) from error
+    try:
+        yield session
+    finally:
+        session.stop()
+        if before is None:
+            os.environ.pop("JAVA_HOME", None)
+
+
+def _megabytes(memory: str) -> int:
+    """A checked size such as "1.5GB" in whole megabytes, the unit that Java takes."""
+    text = memory.upper().rstrip("IB")
+    return max(1, int(float(text[:-1]) * 1024.0 ** ("KMGT".index(text[-1]) - 1)))
 
 
 def _java(folder: Path) -> None:
@@ -191,6 +210,8 @@ def _engine_errors(folder: Path) -> Iterator[None]:
     """Failures for want of room, in our own words; other ones are defects and stay as they are."""
     try:
         yield
+    except (Error, OSError):
+        raise
     except Exception as error:
         text = str(error)
         if "No space left" in text or "not enough space" in text.lower():

@@ -18,13 +18,14 @@ import pydantic
 
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
+from mtrec_jax.data.bounds import with_bounds
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.encode import feature_cells
 from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.features import one_array
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged, check_columns
 from mtrec_jax.data.schema import typed
-from mtrec_jax.data.sources import Source, event_columns, open_source
+from mtrec_jax.data.sources import Source, check_single, event_columns, open_source
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST, UNKNOWN
 
@@ -54,7 +55,8 @@ def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
     experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, event_columns(experiment))
-        rows = typed(experiment, source.table, labels=False).order_by("row").to_pyarrow()
+        cleaned = with_bounds(experiment, manifest.bounds)
+        rows = typed(cleaned, source.table, labels=False).order_by("row").to_pyarrow()
     _check_cells(experiment, source.staged, rows)
     rows = past.look_up(rows, prepared, experiment)
     context = [name for name, feature in experiment.features.items() if feature.on == "context"]
@@ -102,6 +104,7 @@ def _read_new(
             )
             have = [c for c in source.table.columns if c != ROW]
             check_columns(path, have, columns, source.staged.files())
+            check_single(experiment, "rows", source)
             break
         except DataError as error:
             errors.append((len(set(have) & set(columns)), error))

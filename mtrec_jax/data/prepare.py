@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mtrec_jax.arguments import a_path, instance
+from mtrec_jax.arguments import a_path, instance, one_of
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import clean, describe, examples, features, guards, past, report
+from mtrec_jax.data.bounds import Bounds
 from mtrec_jax.data.dataset import (
     FORMAT,
     SPLITS,
@@ -87,6 +88,9 @@ def prepare(
         kind = type(tables).__name__
         raise DataError(f"tables: a {kind}; pass a mapping such as {{'events': table}}")
     describe.check(experiment)
+    for name, text in (("memory", memory), ("master", master)):
+        instance(name, text, str, "such as memory='4GB', master='local[*]'")
+    one_of("engine", engine, ("duckdb", "spark"))
     foreign = out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()
     if out.is_file() or foreign:
         raise DataError(
@@ -143,6 +147,7 @@ class _Cleaned(NamedTuple):
     split: SplitInfo
     tasks: dict[str, TaskField]
     rules: list[Rule]
+    bounds: dict[str, Bounds]  # fitted, of clean.values
     quarantined: int
 
 
@@ -204,6 +209,7 @@ def _build(
         history=_id_fields(history),
         tasks=cleaned.tasks,
         report=(*cleaned.rules, *values_report([*context, *fitted.items, *history])),
+        bounds=cleaned.bounds,
         summary=summary,
     )
 
@@ -212,7 +218,7 @@ def _clean(
     engine: Engine, experiment: Experiment, sources: dict[str, Source], folder: Path, say: Say
 ) -> _Cleaned:
     """Clean and split the raw tables, give ids, and stop on leaks before anything is fitted."""
-    events, rules, removed = clean.clean_events(engine, experiment, sources)
+    events, rules, removed, bounds = clean.clean_events(engine, experiment, sources)
     events = engine.keep("split", split_events(events, experiment))
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)
@@ -225,7 +231,9 @@ def _clean(
     quarantined = _quarantine(engine, sources, removed, folder, events)
     _guard(experiment, sources, events, {"user": users, "item": items})
     rules += [*task_rules, *user_rules, *item_rules, *query_rules, *tie_rules]
-    return _Cleaned(events, queries, users, items, friends, split, tasks, rules, quarantined)
+    return _Cleaned(
+        events, queries, users, items, friends, split, tasks, rules, bounds, quarantined
+    )
 
 
 def _fit(

@@ -13,7 +13,7 @@ import ibis
 
 from mtrec_jax.config import Experiment, Task
 from mtrec_jax.data import past
-from mtrec_jax.data.expressions import as_text, compile_expression, number
+from mtrec_jax.data.expressions import as_text, compile_expression, names, number
 from mtrec_jax.data.features import CLOCK
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import ConfigError
@@ -87,7 +87,7 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     "given" are left out here.
     """
     data = experiment.data
-    table, problems = _value_rules(experiment, table) if labels else (table, [])
+    table, problems = _value_rules(experiment, table, labels)
     taken = {name: table[name] for name in table.columns if name.startswith("broken_")}
     columns: dict[str, Any] = {"row": table[ROW]}
     keyed: list[tuple[Any, str, Any]] = []
@@ -128,13 +128,30 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     return table.select(**columns, **taken)
 
 
-def _value_rules(experiment: Experiment, table: Any) -> tuple[Any, list[tuple[Any, str, Any]]]:
-    """The table with `broken_<rule>` columns and values taken away, and what removes rows."""
+def _value_rules(
+    experiment: Experiment, table: Any, removes: bool
+) -> tuple[Any, list[tuple[Any, str, Any]]]:
+    """The table with `broken_<rule>` columns and values taken away, and what removes rows.
+
+    New rows (`removes` false) stay, and may lack the column of a rule: what it takes away is then
+    not there.
+    """
     columns = {name: table[name] for name in table.columns if name != ROW}
     broken, missing = {}, dict[str, Any]()
     for name, rule in experiment.clean.values.items():
+        key = f"clean.values.{name}.valid"
+        if not removes and (rule.action == "remove" or rule.column not in columns):
+            continue
+        if not removes and rule.valid and not names(rule.valid, key) <= set(columns):
+            continue
         if rule.valid:
-            where = ~compile_expression(rule.valid, columns, f"clean.values.{name}.valid")
+            good = compile_expression(rule.valid, columns, key)
+            if not good.type().is_boolean():
+                raise ConfigError(
+                    f"{key}: {rule.valid}: a condition is needed, that good rows fulfil, such as "
+                    "price > 0"
+                )
+            where = ~good
         elif rule.bounds == "given":
             value, where = number(table[rule.column]), ibis.literal(False)
             if rule.low is not None:

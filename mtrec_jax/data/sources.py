@@ -17,6 +17,7 @@ from mtrec_jax.data.schema import event_features
 from mtrec_jax.errors import ConfigError, DataError, nearest
 
 EVENTS = ("events", "test", "validation")  # the sources of events; their rows are numbered through
+LISTS = ("categorical", "multi_valued", "hashed", "text", "ties")  # kinds that take lists
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,38 @@ def read_sources(
             next_row = source.staged.next_row
         have = [c for c in source.table.columns if c != ROW]
         check_columns(name, have, columns[name], source.staged.files())
+        check_single(experiment, name, source)
         say(f"read {name}: {source.staged.rows:,} rows")
         sources[name] = source
     _check_sides(experiment, sources)
     return sources
+
+
+def check_single(experiment: Experiment, name: str, source: Source) -> None:
+    """Raise `DataError` for a column of lists where a row has one value.
+
+    Features of ids take lists; keys, times, labels, numbers and titles do not.
+    """
+    data, uses = experiment.data, dict[str, str]()
+    if name not in ("queries", "ties"):
+        uses = {data.title: "data.title"} if name == "items" and data.title else {}
+        for feature, declared in experiment.features.items():
+            of_events = declared.on == "history" or data.kind == "rows"
+            side = "items" if declared.on == "item" else "events" if of_events else "users"
+            if (side == name or (side, name) == ("events", "rows")) and declared.kind not in LISTS:
+                uses[declared.column or feature] = f"features.{feature} (kind = '{declared.kind}')"
+    if name in EVENTS:
+        several = ("clean.duplicate_columns",)
+        uses |= {c: u for c, u in label_columns(experiment).items() if u not in several}
+    keys = (data.user, data.item, data.time, data.friend, data.query)
+    uses |= {column: "a key, a time or a text" for column in keys if column}
+    for column, use in uses.items():
+        if column in source.table.columns and source.table[column].type().is_array():
+            raise DataError(
+                f"{name} ({source.staged.files()}): column '{column}' holds lists, but is used as "
+                f"one value: {use}. Take one value out of each list before, or declare a feature "
+                "of kind = 'multi_valued'"
+            )
 
 
 def open_source(

@@ -1,0 +1,99 @@
+"""Rules of `clean.values`, columns of lists, and places with odd names: refused or understood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mtrec_jax.data.new_rows import encode_rows
+from mtrec_jax.data.prepare import prepare
+from mtrec_jax.errors import ConfigError, DataError
+from tests.data.small import LOG, make, rows, run
+
+SIZES = "size,sold\n" + "".join(f"{n % 7 + 1},{n % 2}\n" for n in range(60)) + "999,1\n"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"valid": "rating + 1"}, "a condition is needed"),
+        ({"low": 1}, "odd.column: needed"),
+        ({"valid": "rating > 0", "action": "missing"}, "odd.column: needed"),
+        ({"valid": "rating > 0", "low": 1}, "not both"),
+        ({"column": "rating"}, "give low, high or both"),
+        ({"column": "rating", "bounds": "quantiles", "high": 95}, "shares between 0 and 1"),
+        ({"column": "rating", "bounds": "mad", "high": 5}, "takes deviations"),
+        ({"column": "rating", "bounds": "mad", "deviations": 0}, "deviations: must be above 0"),
+        ({"column": "rating", "low": 5, "high": 1}, "low is above high"),
+    ],
+)
+def test_a_rule_that_says_too_little_or_too_much(
+    tmp_path: Path, rule: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, make(clean={"values": {"odd": rule}}))
+
+
+@pytest.mark.parametrize(
+    ("clean", "message"),
+    [
+        ({"max_user_events_a_day": 5}, "needs data.user and data.time"),
+        ({"earliest": "2020-01-01"}, "clean.earliest: needs data.time"),
+        ({"values": {"a": {"valid": "size > 0"}, "A": {"valid": "size > 1"}}}, "occurs twice"),
+    ],
+)
+def test_a_rule_without_what_it_needs(tmp_path: Path, clean: Any, message: str) -> None:
+    experiment = rows(tasks={"sold": {"kind": "binary"}}, features={"size": {}}, clean=clean)
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, experiment, SIZES)
+
+
+@pytest.mark.parametrize("bounds", [{"high": 9}, {"bounds": "quantiles", "high": 0.9}])
+def test_new_rows_lose_the_values_that_training_rows_lost(
+    tmp_path: Path, bounds: dict[str, Any]
+) -> None:
+    experiment = rows(
+        tasks={"sold": {"kind": "binary"}},
+        features={"size": {"kind": "numeric"}},
+        clean={"values": {"odd": {"column": "size", "action": "missing", **bounds}}},
+    )
+    prepared = run(tmp_path, experiment, SIZES)
+    fitted = [r.rule for r in prepared.manifest.report if "fitted" in r.rule]
+    assert fitted == (["values: odd: fitted size <= 7"] if "bounds" in bounds else [])
+    found = encode_rows(prepared, pa.table({"size": ["3", "999", None]}))["context_numbers"]
+    np.testing.assert_array_equal(found[1], found[2])
+    assert not np.array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("column", ["user", "rating", "weight"])
+def test_lists_where_one_value_is_needed(tmp_path: Path, column: str) -> None:
+    records = [{"user": f"u{n % 3}", "item": f"i{n}", "rating": 1, "time": n} for n in range(9)]
+    records = [{**record, "weight": 2} for record in records]
+    records[4] = {**records[4], column: [5, 6]}
+    log = "\n".join(json.dumps(record) for record in records)
+    experiment = make(
+        data={"events": {"files": ["log.jsonl"], "format": "jsonl"}},
+        tasks={"next": {"kind": "retrieval"}, "rating": {"kind": "regression"}},
+        features={"weight": {"kind": "binned", "on": "history"}},
+    )
+    with pytest.raises(DataError, match=f"column '{column}' holds lists"):
+        run(tmp_path, experiment, LOG, log_jsonl=log)
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    odd = tmp_path / "a[1]{b}*"
+    odd.mkdir()
+    (odd / "log.csv").write_text(LOG)
+    assert prepare(make(), odd, odd / "out[2]").manifest.events == 8
+
+
+@pytest.mark.parametrize("memory", ["4", "GB", "4 apples"])
+def test_memory_that_is_no_size(tmp_path: Path, memory: str) -> None:
+    (tmp_path / "log.csv").write_text(LOG)
+    with pytest.raises(ConfigError, match="give a size with its unit"):
+        prepare(make(), tmp_path, tmp_path / "out", memory=memory)
