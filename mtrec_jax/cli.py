@@ -26,16 +26,16 @@ app = typer.Typer(
     help="""From raw behaviour logs to a trained multi-task recommender, its honest evaluation and
 its recommendations.
 
-CONFIG is a TOML file or a built-in experiment: **shop** (generated), **ml-1m**, **census-income**.
+CONFIG is a TOML file or a built-in one: **shop**, **shop-social**, **ml-1m**, **census-income**.
 
 Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u00007 --k 5`.
 
-Exit status: 0 done · 2 wrong usage or input · 3 no network · 130 / 143 stopped by Ctrl-C /
+Exit status: 0 done · 1 a bug · 2 wrong usage or input · 3 no network · 130, 143 stopped by Ctrl-C,
 SIGTERM: training is saved, other commands leave nothing partial.
 """,
 )
 
-Config = Annotated[str, typer.Argument(help="A TOML file, or shop, ml-1m, census-income.")]
+Config = Annotated[str, typer.Argument(help="A TOML file, or a built-in name such as shop.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/shop.")]
 Set = Annotated[
     list[str] | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -129,6 +130,8 @@ def _of_kind(values: Any) -> Any:
 def check(experiment: Experiment) -> None:
     """Raise `ConfigError` for combinations that types alone cannot forbid."""
     e, problems = experiment, []
+    if not re.fullmatch(r"[\w-][\w. -]*", e.name):
+        problems.append(f"name: '{e.name}' names folders; use letters, digits, '_', '-' and '.'")
     if not e.tasks:
         problems.append("tasks: at least one is needed, e.g. [tasks.next_item] kind = 'retrieval'")
     if e.data.kind == "sequences":

@@ -17,7 +17,7 @@ LARGEST = 1 << 17  # bytes of a cell
 NOT_UTF8, NUL, LARGE = "not UTF-8", "NUL byte", "cell too large"
 MALFORMED = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("text", pa.string())])
 SHOWN = 200  # characters of a malformed line that are kept
-_WHOLE = 1e15  # floats below it are written as integers where they are whole
+_WHOLE = 2.0**53  # floats below it are written as integers where they are whole
 
 
 def tidy(text: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

@@ -115,6 +115,8 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
     if kind in ("past_rate", "friends_taste") and feature.label not in numbers:
         hint = nearest(feature.label, numbers)
         problems.append(f".label: '{feature.label}' is no binary or regression task.{hint}")
+    if not feature.separator:
+        problems.append(".separator: at least one character, between the values of a cell")
     limits = {"bins": 1, "max_values": 1, "buckets": 1, "smoothing": 0}
     problems += [
         f".{key}: must be {least} or more, not {getattr(feature, key)}"

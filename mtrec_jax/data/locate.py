@@ -57,7 +57,7 @@ def _match(pattern: str, base: Path, public: str) -> list[tuple[str, Any]]:
     if not any(letter in pattern for letter in "*?["):
         raise DataError(f"{path}: there is no such file.{hint}")
     paths = sorted(base / file for file in glob.glob(pattern, root_dir=base, recursive=True))
-    paths = [path for path in paths if path.is_file()]
+    paths = [p for p in paths if p.is_file() and not _is_mark(p.name, pattern)]
     if not paths:
         raise DataError(f"no file in {base} matches '{pattern}'.{hint}")
     return [(str(path), None) for path in paths]
@@ -69,6 +69,7 @@ def _match_url(url: str) -> list[tuple[str, Any]]:
     system, path = fsspec.url_to_fs(url)
     if any(letter in url for letter in "*?["):
         paths = sorted(p for p in system.glob(path) if system.isfile(p))
+        paths = [p for p in paths if not _is_mark(p.rpartition("/")[2], url)]
         if not paths:
             raise DataError(f"no file matches '{url}'")
     elif system.isfile(path):
@@ -78,6 +79,11 @@ def _match_url(url: str) -> list[tuple[str, Any]]:
     else:
         raise DataError(f"{url}: there is no such file")
     return [(system.unstrip_protocol(path), system) for path in paths]
+
+
+def _is_mark(name: str, pattern: str) -> bool:
+    """Files such as _SUCCESS, which a pattern means only if it begins so."""
+    return name[0] == "_" and pattern.rpartition("/")[2][0] != "_"
 
 
 def open_file(file: File) -> Any:

@@ -100,7 +100,7 @@ def _read_new(
         have: list[str] = []
         try:
             source = open_source(
-                opened, experiment, "rows", files, Path(), None if given else table, 0
+                opened, experiment, "rows", files, Path(), None if given else table, 0, columns
             )
             have = [c for c in source.table.columns if c != ROW]
             check_columns(path, have, columns, source.staged.files())

@@ -36,6 +36,7 @@ from mtrec_jax.data.engine import Engine, Name, count, open_engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, text_columns, values_report
 from mtrec_jax.data.index import side_table, with_ids
+from mtrec_jax.data.schema import check_times
 from mtrec_jax.data.social import fit_tastes
 from mtrec_jax.data.social_tables import friend_lists, read_queries, with_queries
 from mtrec_jax.data.sources import EVENTS, Source, read_sources
@@ -219,6 +220,8 @@ def _clean(
 ) -> _Cleaned:
     """Clean and split the raw tables, give ids, and stop on leaks before anything is fitted."""
     events, rules, removed, bounds = clean.clean_events(engine, experiment, sources)
+    if experiment.data.time:
+        rules += check_times(events, experiment.data.time_unit)
     events = engine.keep("split", split_events(events, experiment))
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)

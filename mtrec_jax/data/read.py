@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,14 @@ def check_columns(name: str, have: list[str], needed: dict[str, str], place: str
 
 
 def stage(
-    name: str, files: Files, base: Path, table: Any, first_row: int, to: Path, public: str
+    name: str,
+    files: Files,
+    base: Path,
+    table: Any,
+    first_row: int,
+    to: Path,
+    public: str,
+    needed: Collection[str],
 ) -> Staged:
     """Write files, or the in-memory `table` when there is one, as Parquet of text to folder `to`.
 
@@ -80,10 +87,11 @@ def stage(
       first_row: number of the first row.
       to: a folder, made where it is missing.
       public: the name by which `mtrec data` fetches the files, or "".
+      needed: columns that each file must have if another one has them; a file may lack others.
 
     Raises:
-      DataError: a file is missing, empty, unreadable, or its columns differ from the first file's;
-        every line is malformed; or `to` cannot be written.
+      DataError: a file is missing, empty, unreadable, or lacks a needed column that another file
+        has; every line is malformed; or `to` cannot be written.
     """
     mark = delimited.separator(files)
     if any(letter in mark for letter in '\n\r"'):
@@ -115,13 +123,15 @@ def stage(
         if row == before:
             raise DataError(
                 f"{place} is empty: there is no row of data in it. Check that it was written to "
-                "the end, or leave it out"
+                "the end, or leave it out: in the list of files, or by a pattern such as [!_]*.csv"
             )
         digests.append(hasher.hexdigest())
-        if own:  # JSON lines that are all malformed have no columns
-            _same_columns(list(own), names or list(own), place, found[0].path, files.format)
+        jsonl = files.format == "jsonl" and bool(set(own) & set(names))
+        if own and not jsonl:  # JSON lines leave out what is missing, and may all be malformed
+            _check_drift(set(own), set(names or own), needed, place, found[0].path)
         names += [n for n in own if n not in names]
     source = ", ".join(dict.fromkeys(file.path for file in found)) or f"table '{name}'"
+    _check_rename(name, files, names, source)
     if not rows:
         raise DataError(f"{name}: no row of data in {source}. Name files that hold some")
     parts, (malformed,) = good.close(), wrong.close()
@@ -138,16 +148,29 @@ def stage(
     return Staged(name, parts, columns, tuple(places), rows, row, bad, malformed, digest)
 
 
-def _same_columns(own: list[str], first: list[str], place: str, other: str, kind: str) -> None:
-    """Files of one table have the same columns; JSON lines leave out what is missing."""
-    missing, more = sorted(set(first) - set(own)), sorted(set(own) - set(first))
-    if (missing or more) and (kind != "jsonl" or not set(first) & set(own)):
-        differ = [f"it lacks {', '.join(missing)}"] * bool(missing)
-        differ += [f"it has {', '.join(more)} besides"] * bool(more)
-        raise DataError(
-            f"{place} has other columns than {other}: {' and '.join(differ)}. The files of one "
-            "table need the same columns; stage other files as another table, or mend the header"
-        )
+def _check_rename(name: str, files: Files, names: list[str], source: str) -> None:
+    for old, new in files.rename.items():
+        if names and new not in names:
+            raise DataError(
+                f"data.{name}.rename: there is no column '{old}' in {source}.{nearest(old, names)} "
+                f"Columns: {', '.join(names)}"
+            )
+
+
+def _check_drift(
+    own: set[str], before: set[str], needed: Collection[str], place: str, other: str
+) -> None:
+    """Stop where a file lacks what another one has, if that matters or if they have nothing in
+    common; what is only here or only there and nobody asks for is missing in the other one."""
+    missing, more = sorted(before - own), sorted(own - before)
+    if own & before and not {*missing, *more} & set(needed):
+        return
+    differ = [f"it lacks {', '.join(missing)}"] * bool(missing)
+    differ += [f"it has {', '.join(more)} besides"] * bool(more)
+    raise DataError(
+        f"{place} has other columns than {other}: {' and '.join(differ)}. All files of a table "
+        "need the columns that the configuration names; mend the header, or `rename` them"
+    )
 
 
 class _Parts:
@@ -277,6 +300,8 @@ def _table_blocks(table: Any, name: str, first_row: int, hasher: Any) -> Iterato
         if isinstance(table, pa.Table):
             arrow = table
         elif hasattr(table, "iloc"):  # pandas, whose index is no column
+            if any(label is not None for label in table.index.names):
+                table = table.reset_index()  # unless it has a name
             arrow = pa.Table.from_pandas(table, preserve_index=False)
         else:
             arrow = pa.table(table)

@@ -13,11 +13,14 @@ import ibis
 
 from mtrec_jax.config import Experiment, Task
 from mtrec_jax.data import past
+from mtrec_jax.data.dataset import Rule
+from mtrec_jax.data.engine import rows
 from mtrec_jax.data.expressions import as_text, compile_expression, names, number
 from mtrec_jax.data.features import CLOCK
 from mtrec_jax.data.read import ROW
-from mtrec_jax.errors import ConfigError
+from mtrec_jax.errors import ConfigError, DataError
 
+_YEAR_2200 = 7_258_118_400  # seconds
 _TIMESTAMP = (
     r"^(\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)(\.\d+)?(?:Z|([+-])(\d{2}):?(\d{2})?)?$"
 )
@@ -126,6 +129,32 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     columns["problem"] = ibis.cases(*((c, rule) for c, rule, _ in problems), else_=null)
     columns["evidence"] = ibis.cases(*((c, text) for c, _, text in problems), else_=null)
     return table.select(**columns, **taken)
+
+
+def check_times(events: Any, unit: str) -> list[Rule]:
+    """Stop if times are in another unit, or dates written as numbers; report a few late ones.
+
+    Raises:
+      DataError: most events are after the year 2199, or all times are such as 20240131.
+    """
+    time = events.time
+    month, day = (time / 100).floor() % 100, time % 100
+    is_date = time.between(19000101, 21001231) & month.between(1, 12) & day.between(1, 31)
+    counts = {"n": events.count(), "dates": is_date.sum(), "late": (time > _YEAR_2200).sum()}
+    (found,) = rows(events.agg(**counts, last=time.max()))
+    late, last = found["late"], found["last"] * {"s": 1, "ms": 1e3, "us": 1e6}[unit]
+    if found["dates"] == found["n"]:
+        raise DataError(
+            f"data.time: every time is a number such as {last:.0f}, which looks like a date and "
+            "would be read as seconds since 1970. Write dates as 2024-01-31"
+        )
+    if late * 2 > found["n"]:
+        raise DataError(
+            f"data.time: {late:,} of {found['n']:,} events are after the year 2199, such as "
+            f"{last:.0f} as Unix time in '{unit}'. Set data.time_unit to 's', 'ms' or 'us'"
+        )
+    rule = "time after the year 2199 (is data.time_unit right for all rows?)"
+    return [Rule(rule=rule, rows=late)] if late else []
 
 
 def _value_rules(

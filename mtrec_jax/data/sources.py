@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def read_sources(
             base,
             table,
             first_row=next_row if name in (*EVENTS, "queries") else 0,
+            needed=_all_names(experiment, columns[name]),
         )
         if name in (*EVENTS, "queries"):
             next_row = source.staged.next_row
@@ -159,6 +160,7 @@ def open_source(
     base: Path,
     table: Any,
     first_row: int,
+    needed: Collection[str],
 ) -> Source:
     """Stage one raw table, and open it in the engine with the columns derived from it.
 
@@ -167,7 +169,7 @@ def open_source(
       ConfigError: an expression of `data.derive` is wrong, or its name is taken.
     """
     to = engine.folder / f"raw_{name}_{first_row}"
-    staged = read.stage(name, files, base, table, first_row, to, experiment.data.public)
+    staged = read.stage(name, files, base, table, first_row, to, experiment.data.public, needed)
     raw = engine.read(to)
     if name in EVENTS or name == "rows":
         for column, text in experiment.data.derive.items():
@@ -179,6 +181,16 @@ def open_source(
             known = {n: raw[n] for n in raw.columns if n != ROW}
             raw = raw.mutate(**{column: as_text(compile_expression(text, known, where))})
     return Source(staged, raw, staged.columns)
+
+
+def _all_names(experiment: Experiment, columns: Collection[str]) -> set[str]:
+    """The columns of a table that anything reads, also by way of an expression."""
+    found = set(columns)
+    for column, text in experiment.data.derive.items():
+        found |= names(text, f"data.derive.{column}") if column in found else set()
+    for name, rule in experiment.clean.values.items():
+        found |= names(rule.valid, f"clean.values.{name}.valid") if rule.valid else set()
+    return found
 
 
 def _declared(experiment: Experiment) -> dict[str, Files | None]:

@@ -372,7 +372,7 @@ def test_any_bytes_are_staged_or_refused(
     (tmp_path / "log").write_bytes(data)
     files = Files(files=("log",), format=form, separator=mark if form == "csv" else "")
     try:
-        staged = stage("events", files, tmp_path, None, 0, tmp_path / "work", "")
+        staged = stage("events", files, tmp_path, None, 0, tmp_path / "work", "", ())
     except DataError:
         return
     rows = [r for part in staged.parts for r in pq.read_table(part)["_row"].to_pylist()]

@@ -92,6 +92,31 @@ def test_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
     assert prepare(make(), odd, odd / "out[2]").manifest.events == 8
 
 
+@pytest.mark.parametrize(
+    ("times", "unit", "message"),
+    [
+        (lambda n: 1_700_000_000_000 + n, "s", r"9 of 9 events are after the year 2199.*'ms' or"),
+        (lambda n: 20240101 + n, "s", "looks like a date"),
+        (lambda n: (1_700_000_000 + n) * (1000 if n == 4 else 1), "s", ""),
+        (lambda n: 1_700_000_000_000 + n, "ms", ""),
+    ],
+)
+def test_times_in_another_unit(tmp_path: Path, times: Any, unit: str, message: str) -> None:
+    log = "user,item,time\n" + "".join(f"u{n % 3},i{n},{times(n)}\n" for n in range(9))
+    experiment = make(data={"time_unit": unit})
+    if message:
+        with pytest.raises(DataError, match=message):
+            run(tmp_path, experiment, log)
+    else:
+        late = [r.rows for r in run(tmp_path, experiment, log).manifest.report if "2199" in r.rule]
+        assert late == ([1] if unit == "s" else [])
+
+
+def test_a_name_that_leaves_its_folder() -> None:
+    with pytest.raises(ConfigError, match=r"name: '\.\./evil' names folders"):
+        make(name="../evil")
+
+
 @pytest.mark.parametrize("memory", ["4", "GB", "4 apples"])
 def test_memory_that_is_no_size(tmp_path: Path, memory: str) -> None:
     (tmp_path / "log.csv").write_text(LOG)

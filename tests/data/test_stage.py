@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def staged(base: Path, table: Any = None, first_row: int = 0, **files: Any) -> Staged:
-    return stage("events", Files(**files), base, table, first_row, base / "work", "")
+    return stage("events", Files(**files), base, table, first_row, base / "work", "", ("i", "j"))
 
 
 def good(result: Staged) -> list[Row]:
@@ -225,7 +225,7 @@ def test_types_become_text(tmp_path: Path) -> None:
     }
     table = pa.table(columns)
     expected = {
-        "float": ["2", "0.1", None, "0", "inf", "1e+15"],
+        "float": ["2", "0.1", None, "0", "inf", "1000000000000000"],
         "half": ["1", "0.5", "2", "3", "4", "5"],
         "integer": ["1", None, "3", "4", "5", str(2**62)],
         "bool": ["true", "false", None, "true", "true", "true"],
@@ -279,17 +279,37 @@ def test_pandas_and_its_index_and_column_names(tmp_path: Path) -> None:
         {"a": "x", "b": "1", "_row": 0},
         {"a": None, "b": None, "_row": 1},
     ]
+    named = frame.set_index(pd.Index([7, 8], name="item"))
+    assert good(staged(tmp_path / "named", named))[0] == {
+        "item": "7",
+        "a": "x",
+        "b": "1",
+        "_row": 0,
+    }
     for table, message in (
         (pd.DataFrame({"a": ["x", 1]}), r"table 'events' \(DataFrame\) cannot be read"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "cannot be read|taken already"),
         (pa.table([[1], [2]], names=["a", "A"]), "the column name 'A' is taken already"),
         (pa.table({"_row": [1]}), "the column name '_row' is taken already"),
+        (frame.set_index(pd.Index([1, 2], name="a")), "cannot be read"),
         (pa.table({"": [1]}), "'' cannot name a column"),
         (pa.table({"a": pa.array([], pa.int64())}), "table 'events' is empty"),
         ([1, 2], "cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
             staged(tmp_path, table)
+
+
+def test_large_whole_floats_are_integers_like_the_ids_they_were(tmp_path: Path) -> None:
+    found = good(staged(tmp_path, pa.table({"a": [1e15 + 16, 2.0**53 - 1, 0.5]})))
+    assert [row["a"] for row in found] == ["1000000000000016", "9007199254740991", "0.5"]
+
+
+def test_patterns_leave_out_marks_such_as_spark_writes(tmp_path: Path) -> None:
+    for name in ("day/_SUCCESS", "day/part.csv"):
+        (tmp_path / "day").mkdir(exist_ok=True)
+        write(tmp_path / "day", name[4:], "u\n1\n" if "part" in name else "")
+    assert len(good(staged(tmp_path, files=("day/*",)))) == 1
 
 
 def test_globs_urls_and_packed_files(tmp_path: Path) -> None:
@@ -332,6 +352,18 @@ def test_files_of_one_table_have_the_same_columns(tmp_path: Path) -> None:
     write(tmp_path, "b.csv", "u,j\n1,2\n")
     with pytest.raises(DataError, match=r"b\.csv has other columns than .*a\.csv: it lacks i and"):
         staged(tmp_path, files=("a.csv", "b.csv"))
+    write(tmp_path, "a.csv", "u\n1\n")
+    write(tmp_path, "b.csv", "u,other\n2,3\n")
+    both = staged(tmp_path / "drift", files=(f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"))
+    assert good(both) == [
+        {"u": "1", "other": None, "_row": 0},
+        {"u": "2", "other": "3", "_row": 1},
+    ]
+    write(tmp_path, "b.csv", "x,y\n2,3\n")
+    with pytest.raises(DataError, match="has other columns"):
+        staged(tmp_path / "apart", files=(f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"))
+    with pytest.raises(DataError, match=r"rename: there is no column 'U' in"):
+        staged(tmp_path / "typo", files=(f"{tmp_path}/a.csv",), rename={"U": "user"})
     write(tmp_path, "a.json", '{"u": 1}\n')
     write(tmp_path, "b.json", '{"u": 2, "i": 3}\n')
     joined = staged(tmp_path, files=("a.json", "b.json"), format="jsonl")
