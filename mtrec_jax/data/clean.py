@@ -21,7 +21,7 @@ from mtrec_jax.data.bounds import Bounds, bounds_rule, fitted_bounds, with_bound
 from mtrec_jax.data.dataset import Rule
 from mtrec_jax.data.engine import Engine, count, rows
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged
-from mtrec_jax.data.schema import typed
+from mtrec_jax.data.schema import odd_values, typed
 from mtrec_jax.data.sources import EVENTS, Source
 from mtrec_jax.errors import DataError
 
@@ -106,18 +106,16 @@ def _clean_source(
     bad = table.filter(table.problem.notnull())
     bad = bad.select("row", reason=bad.problem, evidence=bad.evidence)
     bad = engine.keep(f"removed_{staged.name}", bad)
-    found = rows(bad.group_by("reason").agg(n=bad.count()))
-    sizes = {r["reason"]: r["n"] for r in found}
     rules = [Rule(rule=f"{staged.name}: rows read", rows=staged.rows), *bad_lines(staged)]
-    for reason in sorted(sizes, reverse=True):  # "missing" before "malformed"
-        first = bad.filter(bad.reason == reason).order_by("row").limit(EXAMPLES)
-        shown = []
-        for r in rows(first):
-            text = "" if r["evidence"] is None else f": {r['evidence'][:80]!r}"
-            shown.append(staged.place(r["row"]) + text)
-        rules.append(Rule(rule=reason, rows=sizes[reason], examples=tuple(shown)))
+    rules += counted(bad, staged)
     check_bad_fraction(experiment.clean, staged, rules)
     good = table.filter(table.problem.isnull()).drop("problem", "evidence")
+    odd = [name for name in good.columns if name.startswith("odd_")]
+    for name, rule in zip(odd, odd_values(experiment), strict=True):
+        found = good.filter(good[name].notnull())
+        found = found.select("row", reason=ibis.literal(rule), evidence=found[name])
+        rules += counted(found, staged)
+    good = good.drop(*odd)
     removed = [f"removed_{staged.name}"]
     if experiment.clean.duplicates == "drop":
         keys = experiment.clean.duplicate_columns or source.columns
@@ -128,6 +126,20 @@ def _clean_source(
         rules += _rule(staged, "duplicate row", again)
         good = good.anti_join(again, "row")
     return good, rules, removed
+
+
+def counted(found: Any, staged: Staged, prefix: str = "") -> list[Rule]:
+    """A rule with its first rows for each reason; rows as in the tables of removed rows."""
+    sizes = {r["reason"]: r["n"] for r in rows(found.group_by("reason").agg(n=found.count()))}
+    rules = []
+    for reason in sorted(sizes, reverse=True):  # "missing" before "malformed"
+        first = found.filter(found.reason == reason).order_by("row").limit(EXAMPLES)
+        shown = []
+        for r in rows(first):
+            text = "" if r["evidence"] is None else f": {r['evidence'][:80]!r}"
+            shown.append(staged.place(r["row"]) + text)
+        rules.append(Rule(rule=prefix + reason, rows=sizes[reason], examples=tuple(shown)))
+    return rules
 
 
 def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
@@ -152,7 +164,8 @@ def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
 def _key(column: Any) -> Any:
     """Text that is equal where cells are: NULL equals nothing, whereas two missing cells do."""
     if column.type().is_array():
-        column = column.length().cast("string").concat("\x1f", column.join("\x1f"))
+        cells = column.map(lambda cell: cell.fill_null("\x00"))
+        column = column.length().cast("string").concat("\x1f", cells.join("\x1f"))
     return column.fill_null("\x00")
 
 
@@ -204,14 +217,17 @@ def check_bad_fraction(clean: Clean, staged: Staged, rules: Sequence[Rule] = ())
     Raises:
       DataError: the malformed part of its rows is above `clean.max_bad_fraction`.
     """
-    bad = [r for r in (rules or bad_lines(staged)) if "malformed" in r.rule]
+    rules = [r for r in (rules or bad_lines(staged)) if not r.rule.startswith("values: ")]
+    bad = [r for r in rules if "malformed" in r.rule]
     total = sum(r.rows for r in bad)
     if total > clean.max_bad_fraction * staged.rows:
         lines = "\n".join(f"  {r.rule}: {r.rows:,}; {'; '.join(r.examples)}" for r in bad)
         raise DataError(
             f"{staged.name} ({staged.files()}): {total:,} of {staged.rows:,} rows are malformed, "
             f"more than clean.max_bad_fraction = {clean.max_bad_fraction}:\n{lines}\n"
-            "Fix these rows, or raise clean.max_bad_fraction to leave them out"
+            "Fix these rows, or raise clean.max_bad_fraction to leave them out. Times are ISO 8601 "
+            "(2024-01-31T12:00:00+01:00) or Unix time in data.time_unit; numbers have a decimal "
+            "point; labels are 0 and 1, or tasks.NAME.equals says which text is a 1"
         )
     return bad
 
@@ -309,7 +325,7 @@ def _with_places(table: pa.Table, staged: Staged) -> pa.Table:
     which = np.searchsorted(first, row, side="right") - 1
     line = row - first[which] + np.array([p[2] for p in staged.places])[which]
     columns = {
-        "row": row,
+        "row": row - (0 if staged.name in EVENTS else first[0]),
         "source": pa.array([staged.name] * len(row), pa.string()),
         "file": pa.array([p[1] for p in staged.places], pa.string()).take(pa.array(which)),
         "line": line,

@@ -37,6 +37,7 @@ class Encoding:
     missing: float | int = 0.0  # id of a missing value, or the number it is taken for (nan: none)
     imputed: int = 0  # training cells without a value that were given one
     unreadable: int = 0  # training cells whose text is no number where one is needed
+    unread: tuple[str, ...] = ()  # some of these texts
 
     @property
     def is_number(self) -> bool:
@@ -146,13 +147,20 @@ def _fit_numbers(
         )
     values, inverse = np.unique(numbers[known], return_inverse=True)
     sizes = np.bincount(inverse, counts[known]).astype(np.int64)
-    unreadable = int(counts[~known & np.asarray(cells.is_valid())].sum())
+    is_text = ~known & np.asarray(cells.is_valid())
+    unreadable, unread = int(counts[is_text].sum()), _unread(cells.filter(pa.array(is_text)))
+    if unreadable > (readable := int(sizes.sum())):
+        raise DataError(
+            f"feature '{name}': {unreadable:,} of {unreadable + readable:,} training values of "
+            f"column '{feature.column or name}' are no numbers, e.g. {', '.join(unread)}. Mend "
+            "them (a decimal point, no unit), or use kind = 'categorical'"
+        )
     missing = int(counts[~known].sum())
     imputed = 0 if feature.impute == "none" else missing
     fill = _fill(feature, values, sizes)
     encoding = Encoding(
         name, feature, pa.array([], pa.string()), sizes[:0], missing=fill, imputed=imputed,
-        unreadable=unreadable,
+        unreadable=unreadable, unread=unread,
     )  # fmt: skip
     if encoding.is_number and feature.kind != "piecewise":
         if feature.kind == "numeric" and feature.scale == "none":
@@ -179,6 +187,11 @@ def _fit_numbers(
             inner[nearest] += missing
         encoding = dataclasses.replace(encoding, missing=place)
     return dataclasses.replace(encoding, values=pa.array(texts, pa.string()), counts=inner)
+
+
+def _unread(cells: pa.Array) -> tuple[str, ...]:
+    """The first few of these texts, for a message."""
+    return tuple(repr(text) for text in sorted({str(t)[:40] for t in cells.to_pylist()})[:3])
 
 
 def _fill(feature: Feature, values: Float[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]) -> float:

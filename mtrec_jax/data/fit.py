@@ -92,13 +92,12 @@ def values_report(encodings: list[Encoding]) -> list[Rule]:
     rules = []
     for encoding in encodings:
         by, name = encoding.feature.impute, encoding.name
-        for rule, rows in (
-            (f"training value of {name} is no number (used as missing)", encoding.unreadable),
-            (f"missing training value of {name} imputed ({by})", encoding.imputed),
-        ):
-            if rows:
-                rules.append(Rule(rule=rule, rows=rows))
-    return rules
+        rule = f"training value of {name} is no number (used as missing)"
+        rules.append(Rule(rule=rule, rows=encoding.unreadable, examples=encoding.unread))
+        rules.append(
+            Rule(rule=f"missing training value of {name} imputed ({by})", rows=encoding.imputed)
+        )
+    return [rule for rule in rules if rule.rows]
 
 
 def _class_order(text: str) -> tuple[bool, float, str]:

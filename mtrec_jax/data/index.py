@@ -8,12 +8,13 @@ import ibis
 import pyarrow as pa
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.clean import check_bad_fraction
+from mtrec_jax.data.clean import check_bad_fraction, counted
 from mtrec_jax.data.dataset import Rule
 from mtrec_jax.data.engine import Engine, count
 from mtrec_jax.data.engine import rows as rows_of
-from mtrec_jax.data.read import ROW
+from mtrec_jax.data.read import EXAMPLES, ROW
 from mtrec_jax.data.sources import Source, side_columns
+from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
 
@@ -53,13 +54,22 @@ def side_table(
         reason = ibis.ifelse(keyless, f"missing {key}", "row of an id already seen")
         unused = unused.select(row=unused[ROW], reason=reason, evidence=unused[raw_key])
         unused = engine.keep(f"removed_{source.staged.name}", unused)
-        for r in sorted(rows_of(unused.group_by("reason").agg(n=unused.count())), key=str):
-            rules.append(Rule(rule=f"{source.staged.name}: {r['reason']}", rows=r["n"]))
+        rules += counted(unused, source.staged, f"{source.staged.name}: ")
         rows = raw.semi_join(first, raw[ROW] == first["first"])
         rows = rows.select(**{"raw": rows[raw_key]}, **{f"column_{c}": rows[c] for c in columns})
-        absent = count(index.anti_join(rows, index[key] == rows["raw"]))
-        if absent:
-            rules.append(Rule(rule=f"{key}s without a row in {source.staged.name}", rows=absent))
+        absent = index.anti_join(rows, index[key] == rows["raw"])
+        if n := count(absent):
+            name, first = source.staged.name, rows_of(absent.order_by("id").limit(EXAMPLES))
+            shown = tuple(repr(r[key]) for r in first)
+            if n == engine.size(f"{key}_index"):
+                there = rows_of(rows.order_by("raw").select("raw").limit(EXAMPLES))
+                raise DataError(
+                    f"none of the {n:,} {key}s of the events has a row in the table of {name} "
+                    f"({source.staged.files()}): {', '.join(shown)} are not among "
+                    f"{', '.join(repr(r['raw']) for r in there) or 'no ids'} … Ids are compared "
+                    "as text, with case and leading zeros; write them alike"
+                )
+            rules.append(Rule(rule=f"{key}s without a row in {name}", rows=n, examples=shown))
         table = index.left_join(rows, index[key] == rows["raw"]).drop("raw")
     return table.order_by("id").drop("id").to_pyarrow(), rules
 

@@ -7,6 +7,7 @@ every row and decides every tie.
 from __future__ import annotations
 
 import datetime
+import functools
 from typing import Any
 
 import ibis
@@ -85,9 +86,9 @@ def bound(text: str, key: str) -> float | None:
 def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     """Events as row, user, item, time, label_*, reference_*, feature_*: one name a meaning.
 
-    `problem` names the first rule that removes a row, `evidence` is the text that breaks it, and
-    `broken_<rule>` says where a rule of `clean.values` takes a value away. Bounds that are not
-    "given" are left out here.
+    `problem` names the first rule that removes a row, `evidence` is the text that breaks it,
+    `broken_<rule>` says where a rule of `clean.values` takes a value away, and `odd_<n>` is text
+    that counts as missing (`odd_values`). Bounds that are not "given" are left out here.
     """
     data = experiment.data
     table, problems = _value_rules(experiment, table, labels)
@@ -128,7 +129,42 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     problems = [*keyed, *problems, never]
     columns["problem"] = ibis.cases(*((c, rule) for c, rule, _ in problems), else_=null)
     columns["evidence"] = ibis.cases(*((c, text) for c, _, text in problems), else_=null)
-    return table.select(**columns, **taken)
+    odd = _odd_cells(experiment, table) if labels else {}
+    return table.select(**columns, **taken, **odd)
+
+
+def odd_values(experiment: Experiment) -> dict[str, tuple[str, str]]:
+    """{rule of the report: (column, how it is read)} of text that silently counts as missing."""
+    found = {}
+    for name, rule in experiment.clean.values.items():
+        if not rule.valid:
+            text = f"values: {name}: {rule.column} is no number (left as it is)"
+            found[text] = (rule.column, "number")
+    for column, expression in experiment.data.derive.items():
+        found[f"derive: {column} = {expression} has no value, its columns have"] = (
+            column,
+            "derive",
+        )
+    return found
+
+
+def _odd_cells(experiment: Experiment, table: Any) -> dict[str, Any]:
+    """`odd_<n>`: the text that `odd_values` are about, NULL where there is nothing odd."""
+    found = {}
+    for number_of, (column, how) in enumerate(odd_values(experiment).values()):
+        value = table[column]
+        if how == "number":
+            odd, text = number(value).isnull() & value.notnull(), as_text(value)
+        else:
+            read = [table[n] for n in sorted(names(experiment.data.derive[column], column))]
+            odd = functools.reduce(lambda a, b: a & b, [c.notnull() for c in read], value.isnull())
+            text = ibis.literal(", ").join([_shown(c) for c in read]) if read else value
+        found[f"odd_{number_of}"] = ibis.ifelse(odd, text, ibis.null("string"))
+    return found
+
+
+def _shown(value: Any) -> Any:
+    return value.join(" ") if value.type().is_array() else value.fill_null("")
 
 
 def check_times(events: Any, unit: str) -> list[Rule]:

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.clean import check_bad_fraction
+from mtrec_jax.data.clean import bad_lines, check_bad_fraction, counted
 from mtrec_jax.data.dataset import Lists, Rule
-from mtrec_jax.data.engine import Engine, rows
+from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.examples import QUERY
 from mtrec_jax.data.features import one_array
 from mtrec_jax.data.read import ROW
@@ -80,10 +80,9 @@ def _without(
     typed = engine.keep(f"typed_{name}", typed)
     bad = typed.filter(typed.reason.notnull()).select("row", "reason", "evidence")
     bad = engine.keep(f"removed_{name}", bad)
-    rules = [Rule(rule=f"{name}: rows read", rows=source.staged.rows)]
-    rules += check_bad_fraction(experiment.clean, source.staged)
-    found = rows(bad.group_by("reason").agg(n=bad.count()).order_by("reason"))
-    rules += [Rule(rule=r["reason"], rows=r["n"]) for r in found]
+    rules = [Rule(rule=f"{name}: rows read", rows=source.staged.rows), *bad_lines(source.staged)]
+    rules += counted(bad, source.staged)
+    check_bad_fraction(experiment.clean, source.staged, rules)
     return typed.filter(typed.reason.isnull()).drop("reason", "evidence"), rules
 
 

@@ -116,10 +116,10 @@ def test_several_values_in_a_cell() -> None:
 
 
 def test_numbers_on_three_scales() -> None:
-    cells, counts = text("1", "3", None, "x", "1e99"), [1, 3, 4, 5, 6]  # mean 2.5, variance .75
+    cells, counts = text("1", "3", None, "x", "1e99"), [2, 6, 4, 3, 5]  # mean 2.5, variance .75
     standard = fitted(cells, counts, kind="numeric")
     assert (standard.mean, standard.std) == (2.5, pytest.approx(0.75**0.5))
-    assert standard.unreadable == 11
+    assert (standard.unreadable, standard.unread) == (8, ("'1e99'", "'x'"))
     assert standard.imputed == 0
     expected = [[0], [0.5 / 0.75**0.5], [0], [0]]
     np.testing.assert_allclose(codes(standard, "2.5", "3", None, "nan"), expected, rtol=1e-6)
@@ -134,6 +134,8 @@ def test_numbers_on_three_scales() -> None:
     assert fitted(text("4", "4"), kind="numeric").std == 1.0
     with pytest.raises(DataError, match=r"no training value of column 'f' is a number.*categorica"):
         fitted(text("x", None), kind="numeric")
+    with pytest.raises(DataError, match=r"2 of 3 training values .* are no numbers.*'4,5'"):
+        fitted(text("4", "4,5", "7 €"), kind="numeric")
 
 
 @pytest.mark.parametrize(

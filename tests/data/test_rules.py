@@ -112,6 +112,48 @@ def test_times_in_another_unit(tmp_path: Path, times: Any, unit: str, message: s
         assert late == ([1] if unit == "s" else [])
 
 
+STARS = "user,item,time,stars\n" + "".join(
+    f'u{k % 20},i{k % 13},{k},"{["4,5", "3", "n/a", "5"][k % 4]}"\n' for k in range(400)
+)
+
+
+def test_text_that_is_read_as_a_number_and_is_none_is_reported(tmp_path: Path) -> None:
+    experiment = make(
+        data={"derive": {"liked": "stars >= 4"}},
+        tasks={"next": {"kind": "retrieval"}, "liked": {"kind": "binary"}},
+        clean={"values": {"stars": {"column": "stars", "low": 1, "high": 9}}},
+    )
+    report = {r.rule: r for r in run(tmp_path, experiment, STARS).manifest.report}
+    for rule in (
+        "values: stars: stars is no number (left as it is)",
+        "derive: liked = stars >= 4 has no value, its columns have",
+    ):
+        assert report[rule].rows == 200
+        assert report[rule].examples[:2] == (
+            "row 0 (log.csv line 2): '4,5'",
+            "row 2 (log.csv line 4): 'n/a'",
+        )
+
+
+def test_ids_that_are_written_in_another_way(tmp_path: Path) -> None:
+    items = "item,genre\n" + "".join(f"I{k},g\n" for k in range(13))
+    experiment = make(data={"items": {"files": ["items.csv"]}}, features={"genre": {"on": "item"}})
+    with pytest.raises(DataError, match=r"none of the 13 items .*'i\d+'.* are not among 'I0'"):
+        run(tmp_path, experiment, STARS, items_csv=items)
+
+
+def test_searches_whose_times_cannot_be_read(tmp_path: Path) -> None:
+    queries = "user,time,query\n" + "".join(
+        f"u{k % 20},{k if k % 2 else '01.02.2024'},q{k % 5}\n" for k in range(100)
+    )
+    experiment = make(
+        data={"queries": {"files": ["q.csv"]}},
+        features={"query": {"on": "history", "kind": "multi_valued"}},
+    )
+    with pytest.raises(DataError, match=r"query: malformed time: 50; .*q\.csv line 2.: '01\.02"):
+        run(tmp_path, experiment, STARS, q_csv=queries)
+
+
 def test_a_name_that_leaves_its_folder() -> None:
     with pytest.raises(ConfigError, match=r"name: '\.\./evil' names folders"):
         make(name="../evil")
