@@ -85,9 +85,12 @@ def summarize(events: Any, experiment: Experiment) -> Summary:
     by_split = (
         events.group_by("split").agg(**columns) if columns else events.select("split").limit(0)
     )
-    for row in by_split.to_pyarrow().to_pylist():
+    for row in sorted(by_split.to_pyarrow().to_pylist(), key=lambda row: row["split"]):
         for i, name in enumerate(tasks):
-            labels[name][_CODES[row["split"]]] = (int(row[f"n{i}"]), row.get(f"mean{i}"))
+            mean = row.get(f"mean{i}")
+            if mean is not None:  # engines add floats in any order, which shows in the last bits
+                mean = float(f"{mean:.6g}")
+            labels[name][_CODES[row["split"]]] = (int(row[f"n{i}"]), mean)
     start, width = 0.0, 0.0
     counts: dict[str, list[int]] = {}
     if "time" in events.columns:
@@ -98,7 +101,7 @@ def summarize(events: Any, experiment: Experiment) -> Summary:
         bar = ((events.time - start) / width).floor().cast("int64")
         found = events.group_by("split", bar=bar).agg(n=events.count()).to_pyarrow().to_pylist()
         bars = int(-(-days * _DAY // width))
-        for row in found:
+        for row in sorted(found, key=lambda row: row["split"]):
             counts.setdefault(_CODES[row["split"]], [0] * bars)[row["bar"]] = int(row["n"])
     return Summary(labels=labels, start=start, width=width, counts=counts)
 
