@@ -87,7 +87,7 @@ def test_built_in_experiments_load_and_survive_the_way_through_toml(name: str) -
 
 def test_nothing_in_a_configuration_is_evaluated() -> None:
     text = "__import__('os').system('touch /tmp/evaluated')"
-    assert load_experiment("shop", [f"name={text}"]).name == text
+    assert load_experiment("shop", [f"data.user={text}"]).data.user == text
     message = refusal(train={"batch_size": "2 ** 3"})
     assert "train.batch_size" in message
     assert "'2 ** 3'" in message
