@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from mtrec_jax.data.dataset import BLOCK, fixed_size
 from mtrec_jax.types import FIRST
@@ -56,7 +56,8 @@ class Log:
 
     def offsets(self, users: int) -> Int[np.ndarray, " n"]:
         """Where each user's events begin, and the end: user id u owns `offsets[u - FIRST:][:2]`."""
-        return np.searchsorted(self.user, np.arange(users + 1) + FIRST)
+        # ids of the log's own type, or all of it would be copied
+        return np.searchsorted(self.user, np.arange(users + 1, dtype=self.user.dtype) + FIRST)
 
 
 # User indexes and moments [e], and the splits that may be seen -> context numbers [e, C].
@@ -94,22 +95,16 @@ def sequence_examples(
       numbers: more context numbers, which depend on the time of an example's first target.
       check: raises an error for examples that are not as they should be.
     """
-    targets = np.flatnonzero(log.split == split)
-    users = log.user[targets]
-    after = np.searchsorted(users, users, side="right") - 1 - np.arange(len(users))
-    chunk = after // positions  # counted from the user's end
-    new = np.flatnonzero((np.diff(users, prepend=-1) != 0) | (np.diff(chunk, prepend=-1) != 0))
-    sizes = np.diff(new, append=len(targets))
+    targets = _places(log.split == split)
+    new, sizes = _chunks(log.user[targets], positions)
     order = np.argsort(mix(np.arange(len(new)), seed), kind="stable")
     begins = log.offsets(int(log.user.max(initial=FIRST)) - FIRST + 1)
     if numbers is not None:
-        more = numbers(users[new] - FIRST, log.time[targets[new]], VISIBLE[split])
+        of_chunks = targets[new]
+        more = numbers(log.user[of_chunks] - FIRST, log.time[of_chunks], VISIBLE[split])
     kept, earlier = visible_events(log.split, split)
-    seen_from = targets  # a target looks back on what is before this event
-    if hide_ties:  # its timestamp begins where user or time changes
-        changes = (np.diff(log.user, prepend=-1) != 0) | (np.diff(log.time, prepend=-np.inf) != 0)
-        first = np.flatnonzero(changes)
-        seen_from = first[np.searchsorted(first, targets, side="right") - 1]
+    # a target looks back on what is before this event
+    seen_from = _first_of_ties(log)[targets] if hide_ties else targets
     for start in range(0, max(len(order), 1), BLOCK):
         chosen = order[start : start + BLOCK]
         there = np.arange(positions) < sizes[chosen, None]  # [n, P]
@@ -145,11 +140,51 @@ def visible_events(
 ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n+1"]]:
     """The events that targets of a split may see, and how many of them come before each event.
 
-    >>> visible_events(np.array([0, 1, 0, 2]), 0)
-    (array([0, 2]), array([0, 1, 1, 2, 2]))
+    >>> kept, earlier = visible_events(np.array([0, 1, 0, 2]), 0)
+    >>> kept.tolist(), earlier.tolist()
+    ([0, 2], [0, 1, 1, 2, 2])
     """
     visible = np.isin(splits, VISIBLE[split])
-    return np.flatnonzero(visible), np.concatenate([[0], np.cumsum(visible)])
+    earlier = np.zeros(len(visible) + 1, _place_type(len(visible)))
+    np.cumsum(visible, dtype=earlier.dtype, out=earlier[1:])
+    return _places(visible), earlier
+
+
+def _place_type(n: int) -> type[np.signedinteger[Any]]:
+    """The smallest type for places among n events, since there is one for each event."""
+    return np.int32 if n < MODULUS else np.int64
+
+
+def _places(chosen: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    return np.flatnonzero(chosen).astype(_place_type(len(chosen)))
+
+
+def _chunks(
+    users: Int[np.ndarray, " n"], positions: int
+) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
+    """Where the chunks of each user's targets begin, and their sizes: cut from the user's end.
+
+    >>> begins, sizes = _chunks(np.array([2, 2, 2, 2, 2, 5]), 2)
+    >>> begins.tolist(), sizes.tolist()
+    ([0, 1, 3, 5], [1, 2, 2, 1])
+    """
+    first = np.flatnonzero(np.append(True, users[1:] != users[:-1])[: len(users)])
+    targets = np.diff(first, append=len(users))
+    chunks = -(-targets // positions)
+    last = np.cumsum(chunks)
+    after = np.repeat(last, chunks) - np.arange(chunks.sum())  # chunks of the user from here on
+    begins = np.repeat(first + targets, chunks) - after * positions
+    begins = np.maximum(begins, np.repeat(first, chunks))
+    return begins, np.diff(begins, append=len(users))
+
+
+def _first_of_ties(log: Log) -> Int[np.ndarray, " n"]:
+    """For each event the place of the first event of its user and time."""
+    n = len(log.user)
+    first = np.arange(n, dtype=_place_type(n))
+    changes = (log.user[1:] != log.user[:-1]) | (log.time[1:] != log.time[:-1])
+    first[1:][~changes] = 0
+    return np.maximum.accumulate(first, out=first)
 
 
 def write_examples(path: Path, blocks: Iterable[dict[str, np.ndarray]]) -> tuple[int, int]:

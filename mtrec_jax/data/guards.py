@@ -26,6 +26,7 @@ from mtrec_jax.types import FIRST
 LEAK = 0.999  # AUC, accuracy or R² on rows that the rates were not taken from
 _EVENTS = 500_000  # training events that are looked at
 _AT_ONCE = 16  # features to a query
+_SLICE = 1 << 20  # events that are compared at a time
 _KEYS, _EQUAL = 20, 0.9  # so many keys, and this part of them equal, prove a statistic
 _COMPUTED = ("hour", "weekday", "gap", "past_count", "past_rate", "ties", "friends_taste")
 
@@ -176,6 +177,31 @@ def _pair_score(value: np.ndarray, cells: Cells, outcome: Outcome) -> float:
     return dependence.score(cells._replace(value=codes), outcome)
 
 
+def log_out_of_order(log: Log, names: Any) -> None:
+    """Stop if an event of the log does not come after the one before, by user, time and row.
+
+    Then an event's place says whether it is before another, which `future_in_history` relies on.
+
+    Args:
+      log: all events.
+      names: [U] raw ids of the users, for the message.
+
+    Raises:
+      DataError: naming the user and the source rows of the two events.
+    """
+    for start in range(1, len(log.user), _SLICE):
+        here, before = slice(start, start + _SLICE), slice(start - 1, start - 1 + _SLICE)
+        user, time, row = (array[here] for array in (log.user, log.time, log.row))
+        before_user, before_time, before_row = (
+            array[before][: len(user)] for array in (log.user, log.time, log.row)
+        )
+        after = (time > before_time) | ((time == before_time) & (row > before_row))
+        after = (user > before_user) | ((user == before_user) & after)
+        if not after.all():
+            first = start + int(np.argmin(after))
+            raise _future(log, names, first - 1, first)
+
+
 def future_in_history(
     log: Log,
     hide_ties: bool,
@@ -187,38 +213,42 @@ def future_in_history(
     """Stop if a position of some examples sees an event that is not before its target.
 
     Args:
-      log: all events.
+      log: all events, in the order that `log_out_of_order` checks.
       hide_ties: events of the target's own time are not before it.
       names: [U] raw ids of the users, for the message.
-      event: [n, L] places in the log of the events that an example holds, -1 for none.
+      event: [n, L] places in the log of the events that an example holds, then -1 for none.
       cutoff: [n, P] a position sees the first so many of them.
       target: [n, P] places in the log of the targets, -1 for padding.
 
     Raises:
       DataError: naming the user and the source rows of the event and the target.
     """
-    user, time, row = (array[np.maximum(event, 0)] for array in (log.user, log.time, log.row))
-    there = event >= 0
-    back = time[:, 1:] < time[:, :-1]
-    back |= (time[:, 1:] == time[:, :-1]) & (row[:, 1:] <= row[:, :-1])
-    broken = back & there[:, 1:] & there[:, :-1]  # in order, the last visible event is the latest
-    broken = np.pad(broken, ((0, 0), (1, 0)))
-    broken |= there & (user != log.user[target.max(1)][:, None])
-    last = np.maximum(cutoff - 1, 0)
-    seen = np.take_along_axis(there, last, 1) & (cutoff > 0) & (target >= 0)
-    at, until = np.take_along_axis(time, last, 1), log.time[np.maximum(target, 0)]
-    later = (at > until) | ((at == until) & hide_ties)
-    later |= (at == until) & (np.take_along_axis(row, last, 1) >= log.row[np.maximum(target, 0)])
+    final, begin = target.max(axis=1), event[:, 0]
+    # ascending events from one of the user's up to one before the target are the user's past
+    wrong = (event[:, 1:] >= 0) & ((event[:, 1:] <= event[:, :-1]) | (event[:, :-1] < 0))
+    wrong = np.pad(wrong, ((0, 0), (1, 0)))
+    wrong[:, 0] |= (begin >= 0) & (log.user[begin] != log.user[final])
+    if wrong.any():
+        n, place = np.argwhere(wrong)[0]
+        raise _future(log, names, event[n, place], final[n])
+    last = np.take_along_axis(event, np.maximum(cutoff - 1, 0), 1)
+    seen = (cutoff > 0) & (target >= 0) & (last >= 0)
+    later = last >= target
+    if hide_ties:
+        later |= log.time[last] >= log.time[target]
     later &= seen
-    later |= seen & np.take_along_axis(np.maximum.accumulate(broken, axis=1), last, 1)
     if later.any():
         n, p = np.argwhere(later)[0]
-        raise DataError(
-            f"the history of user {names[log.user[target[n, p]] - FIRST]} shows source "
-            f"row {row[n, last[n, p]]} (time {at[n, p]:.15g}), which is not before its target, row "
-            f"{log.row[target[n, p]]} (time {until[n, p]:.15g}). Please report it: the examples "
-            "were put together wrongly"
-        )
+        raise _future(log, names, last[n, p], target[n, p])
+
+
+def _future(log: Log, names: Any, event: int | np.integer, target: int | np.integer) -> DataError:
+    return DataError(
+        f"the history of user {names[log.user[target] - FIRST]} shows source row "
+        f"{log.row[event]} (time {log.time[event]:.15g}), which is not before its target, row "
+        f"{log.row[target]} (time {log.time[target]:.15g}). Please report it: the examples were "
+        "put together wrongly"
+    )
 
 
 # --- Rows that are in two splits, and statistics over all of them

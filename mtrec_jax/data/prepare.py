@@ -290,6 +290,7 @@ def _sequences(
     at_end = np.concatenate([numbers, tastes.of_users], axis=1) if tastes else numbers
     _write_users(folder, experiment, cleaned.users, (ids, at_end), log)
     names, hide_ties = cleaned.users["user"], experiment.data.hide_ties
+    guards.log_out_of_order(log, names)
     check = functools.partial(guards.future_in_history, log, hide_ties, names)
     at_targets = tastes.numbers if tastes else None
     streams = sequence_streams(experiment, log, fitted.user_arrays, at_targets, check)

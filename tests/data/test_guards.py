@@ -278,7 +278,7 @@ def test_what_the_own_event_explains_is_no_future(random: np.random.Generator) -
     guards.next_event_known(log, make(features={"lesson": {"on": "history"}}, **HISTORY))
 
 
-# --- future_in_history
+# --- log_out_of_order, future_in_history
 
 
 def small_log() -> Log:
@@ -304,6 +304,9 @@ def test_histories_of_the_past_pass() -> None:
         (EVENT, [[0, 3], [0, 0]], [[0, 1], [5, -1]], "user anna .* row 1 .* row 0 "),  # a tie
         ([[0, 2, 1], [4, -1, -1]], [[0, 3], [0, 0]], [[0, 3], [5, -1]], "target, row 2"),  # order
         ([[0, 1, 4], [4, -1, -1]], [[0, 3], [0, 0]], [[0, 3], [5, -1]], "target, row 2"),  # user
+        ([[0, 1, 2], [3, -1, -1]], [[0, 3], [1, 0]], [[0, 3], [5, -1]], "user ben .* row 2 "),
+        ([[0, 1, 2], [-1, 4, -1]], [[0, 3], [2, 0]], [[0, 3], [5, -1]], "user ben .* row 3 "),
+        ([[0, 0, 2], [4, -1, -1]], [[0, 3], [1, 0]], [[0, 3], [5, -1]], "row 4 .*target, row 2"),
     ],
 )
 def test_an_event_that_is_not_before_its_target(
@@ -516,17 +519,51 @@ def test_an_event_that_is_logged_twice_stops_preparation(
     run(tmp_path, make(), twice)  # the second one is dropped
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_examples_of_a_log_out_of_order_are_refused(
-    random: np.random.Generator, swapped: bool
+@pytest.mark.parametrize("array", ["user", "time", "row"])
+@pytest.mark.parametrize("place", [1, 20, 70, 1999])
+def test_a_log_out_of_order_is_refused(
+    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, array: str, place: int
 ) -> None:
-    log = log_of(random)
-    if swapped:
-        log.time[[20, 40]] = log.time[[40, 20]]
-    check = functools.partial(guards.future_in_history, log, False, [f"u{n}" for n in range(40)])
-    stream = sequence_examples(log, {}, 0, 10, 10, False, 0, check=check)
-    if swapped:
-        with pytest.raises(DataError, match="the history of user u0 shows source row"):
-            list(stream)
+    """Also where one slice of the log ends and the next begins, and by a single event."""
+    monkeypatch.setattr(guards, "_SLICE", 70)
+    log, names = log_of(random), [f"u{n}" for n in range(40)]
+    log.time[:] = np.arange(len(log.time)) // 2
+    guards.log_out_of_order(log, names)
+    if array == "user":
+        log.user[place:] = 2  # ends before it begins
+        log.user[:place] = 3
+    elif array == "time":
+        log.time[place - 1] = log.time[place] + 1
     else:
-        assert sum(len(block["row"]) for block in stream) == 200
+        log.time[place - 1] = log.time[place]
+        log.row[place] = log.row[place - 1]
+    with pytest.raises(DataError, match=r"the history of user u.* shows source row"):
+        guards.log_out_of_order(log, names)
+
+
+def test_a_time_that_is_no_number_is_out_of_order(random: np.random.Generator) -> None:
+    log = log_of(random)
+    log.time[7] = np.nan
+    with pytest.raises(DataError, match="shows source row 6"):
+        guards.log_out_of_order(log, [f"u{n}" for n in range(40)])
+
+
+@pytest.mark.parametrize("hide_ties", [False, True])
+def test_every_block_of_examples_is_checked(random: np.random.Generator, hide_ties: bool) -> None:
+    """Examples of an honest log pass; those that were put together with another log do not."""
+    log, names = log_of(random), [f"u{n}" for n in range(40)]
+    log.time[:] = np.arange(len(log.time)) // 2
+    guards.log_out_of_order(log, names)
+    check = functools.partial(guards.future_in_history, log, hide_ties, names)
+    stream = sequence_examples(log, {}, 0, 10, 10, hide_ties, 0, check=check)
+    assert sum(len(block["row"]) for block in stream) == 200
+
+    def one_more(event: np.ndarray, cutoff: np.ndarray, target: np.ndarray) -> None:
+        check(event, np.minimum(cutoff + 1, (event >= 0).sum(1)[:, None]), target)
+
+    def of_another(event: np.ndarray, cutoff: np.ndarray, target: np.ndarray) -> None:
+        check(np.roll(event, 1, axis=0), np.roll(cutoff, 1, axis=0), target)
+
+    for wrong in (one_more, of_another):
+        with pytest.raises(DataError, match="which is not before its target"):
+            list(sequence_examples(log, {}, 0, 10, 10, hide_ties, 0, check=wrong))
