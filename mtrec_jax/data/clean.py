@@ -23,6 +23,7 @@ from mtrec_jax.data.engine import Engine, count, rows
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged
 from mtrec_jax.data.schema import odd_values, typed
 from mtrec_jax.data.sources import EVENTS, Source
+from mtrec_jax.data.split import split_events
 from mtrec_jax.errors import DataError
 
 DAY = 86_400  # seconds
@@ -42,7 +43,7 @@ QUARANTINE = pa.schema(
 def clean_events(
     engine: Engine, experiment: Experiment, sources: dict[str, Source]
 ) -> tuple[Any, list[Rule], list[str], dict[str, Bounds]]:
-    """All usable events, with `part` (0 events, 1 test, 2 validation files); and what was removed.
+    """All usable events, with their split, as the engine's table "split"; and what was removed.
 
     Rules apply in this order: malformed lines, missing keys, unreadable or impossible values,
     duplicates, bots, outliers by fitted bounds, k-core.
@@ -59,17 +60,26 @@ def clean_events(
         events, *_ = _without_bad_rows(engine, experiment, sources)
         events = engine.keep("provisional", events)
         bounds = fitted_bounds(experiment, events)
+        engine.forget("provisional")
         experiment = with_bounds(experiment, bounds)
     events, rules, removed = _without_bad_rows(engine, experiment, sources)
     events, found, out = k_core(engine, events, experiment.clean)
     rules, removed = rules + found, removed + out
-    left = count(events)
-    if not left:
+    events = engine.keep("split", split_events(events, experiment))
+    _forget(engine)
+    if not engine.size("split"):
         report = "\n".join(f"  {rule.rule}: {rule.rows:,}" for rule in rules)
         raise DataError(f"no event is left after cleaning:\n{report}\nLower the limits in [clean]")
     rules += missing_labels(events, experiment)
     rules += [bounds_rule(experiment, name, *found) for name, found in bounds.items()]
     return sample_spaces(events, experiment), rules, removed, bounds
+
+
+def _forget(engine: Engine) -> None:
+    """Remove the tables that led to the split events: each is about as large as the log."""
+    passing = ("hashed", "hashed_alike", "perhaps_repeated", "repeated")
+    for name in (*passing, "before_bots", "before_core", *(f"typed_{source}" for source in EVENTS)):
+        engine.forget(name)
 
 
 def _without_bad_rows(
@@ -145,14 +155,15 @@ def counted(found: Any, staged: Staged, prefix: str = "") -> list[Rule]:
 def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
     """Good rows that are equal in `keys` to an earlier good row, as removed rows."""
     bad = typed.filter(typed.problem.notnull())
-    raw = raw.anti_join(bad, raw[ROW] == bad["row"]).view()  # a table that can be joined anew
     raw = raw.select(**{f"key_{i}": _key(raw[k]) for i, k in enumerate(keys)}, row=raw[ROW])
     names = [f"key_{i}" for i in range(len(keys))]
     # few rows have a hash that occurs again: only they need to be compared in full
-    hashed = raw.mutate(hash=ibis.literal("\x01").join([raw[name] for name in names]).hash())
+    text = ibis.literal("\x01").join([raw[name] for name in names])
+    hashed = engine.keep("hashed", raw.select("row", hash=text.hash()).anti_join(bad, "row"))
     often = hashed.group_by("hash").agg(n=hashed.count())
-    raw = hashed.semi_join(often.filter(often.n > 1), "hash").drop("hash")
-    raw = engine.keep("perhaps_repeated", raw)
+    often = hashed.semi_join(often.filter(often.n > 1), "hash")
+    often = engine.keep("hashed_alike", often.select("row"))
+    raw = engine.keep("perhaps_repeated", raw.semi_join(often, "row"))
     groups = raw.group_by(names).agg(first=raw.row.min(), n=raw.count())
     groups = engine.keep("repeated", groups.filter(groups.n > 1))
     again = raw.inner_join(groups, names)
@@ -178,10 +189,11 @@ def _rule(staged: Staged, reason: str, removed: Any) -> list[Rule]:
 
 def _bots(engine: Engine, events: Any, most: int) -> tuple[Any, list[Rule], list[str]]:
     """Events without those of users who have more than `most` on any day."""
-    days = events.group_by("user", day=(events.time / DAY).floor()).agg(n=events.count())
+    slim = engine.keep("before_bots", events.select("row", "user", "time"))
+    days = slim.group_by("user", day=(slim.time / DAY).floor()).agg(n=slim.count())
     bots = days.filter(days.n > most).select("user").distinct()
     reason = f"bot: more than {most:,} events a day"
-    out = events.semi_join(bots, "user")
+    out = slim.semi_join(bots, "user")
     out = engine.keep("bots", out.select("row", reason=ibis.literal(reason), evidence=out.user))
     names = [r["evidence"] for r in rows(out.select("evidence").distinct().order_by("evidence"))]
     rules = []
@@ -243,14 +255,14 @@ def k_core(engine: Engine, events: Any, clean: Clean) -> tuple[Any, list[Rule], 
     if not least:
         return events, [], []
     keys = [key for key in ("user", "item") if key in events.columns]
-    events = engine.keep("before_core", events)
-    before, first = _sizes(events, keys), engine.size("before_core")
-    left, last = dict(before), list(least)[-1]
+    slim = engine.keep("before_core", events.select("row", *keys))
+    before, last = _sizes(slim, keys), list(least)[-1]
+    left = dict(before)
     kept: dict[str, Any] = {}  # {key: table of the users, or of the items, that stay}
     for number in itertools.count():
         old = left[last]
         for key, minimum in least.items():
-            core = events
+            core = slim
             for other, table in kept.items():
                 core = core if other == key else core.semi_join(table, other)
             found = core.group_by(key).agg(size=core.count())
@@ -261,20 +273,19 @@ def k_core(engine: Engine, events: Any, clean: Clean) -> tuple[Any, list[Rule], 
             break
     if all(left[key] == before[key] for key in least):
         return events, [], []
-    core, parts = events, []
+    core, parts = slim, []
     for key, table in kept.items():
-        parts.append(core.anti_join(table, key))
-        core = core.semi_join(table, key)
-    core = engine.keep("in_core", core)
+        parts.append(core.anti_join(table, key).select("row"))
+        core, events = core.semi_join(table, key), events.semi_join(table, key)
     limits = ", ".join(f"clean.min_{key}_events = {minimum}" for key, minimum in least.items())
-    after = _sizes(core, keys)
-    sizes = {f"{key}s": before[key] - after[key] for key in keys}
-    sizes |= {"events": first - engine.size("in_core")}
-    rules = [Rule(rule=f"{what} removed ({limits})", rows=n) for what, n in sizes.items() if n]
     out = parts[0].union(parts[1]) if len(parts) > 1 else parts[0]
     reason = ibis.literal(f"outside the core ({limits})")
     engine.keep("outside_core", out.select("row", reason=reason, evidence=ibis.null("string")))
-    return core, rules, ["outside_core"]
+    after = left if len(kept) == len(keys) else _sizes(core, keys)
+    sizes = {f"{key}s": before[key] - after[key] for key in keys}
+    sizes |= {"events": engine.size("outside_core")}
+    rules = [Rule(rule=f"{what} removed ({limits})", rows=n) for what, n in sizes.items() if n]
+    return events, rules, ["outside_core"]
 
 
 def _sizes(events: Any, keys: list[str]) -> dict[str, int]:
@@ -296,27 +307,27 @@ def write_quarantine(
     Returns:
       The number of rows.
     """
-    written = 0
+    written, removed = 0, list(removed)
     with pq.ParquetWriter(path, QUARANTINE) as writer:
         for name, source in sources.items():
             staged = source.staged
-            parts = [_malformed(staged)] if staged.bad else []
-            for table in removed if name in EVENTS else [f"removed_{name}"]:
-                for batch in engine.batches(table):
-                    row = batch["row"].to_numpy()
-                    inside = (row >= staged.places[0][0]) & (row < staged.next_row)
-                    parts.append(batch.filter(pa.array(inside)).select(_REMOVED))
-            if parts:
-                found = pa.concat_tables(parts, promote_options="permissive").sort_by("row")
-                writer.write_table(_with_places(found, staged))
-                written += len(found)
+            tables = removed if name in EVENTS else [f"removed_{name}"]
+            parts = [engine.read(engine.folder / table) for table in tables if engine.size(table)]
+            parts = [part.select(_REMOVED) for part in parts]
+            if staged.bad:
+                lines = engine.read(staged.malformed.parent)
+                reason = ibis.literal("malformed line (").concat(lines.reason, ")")
+                parts.append(lines.select("row", reason=reason, evidence=lines.text))
+            if not parts:
+                continue
+            found = ibis.union(*parts) if len(parts) > 1 else parts[0]
+            found = found.filter(found.row.between(staged.places[0][0], staged.next_row - 1))
+            engine.keep("quarantined", found.order_by("row"))
+            for batch in engine.batches("quarantined"):
+                writer.write_table(_with_places(batch, staged))
+                written += len(batch)
+    engine.forget("quarantined")
     return written
-
-
-def _malformed(staged: Staged) -> pa.Table:
-    table = pq.read_table(staged.malformed)
-    reason = pa.compute.binary_join_element_wise("malformed line (", table["reason"], ")", "")
-    return pa.table({"row": table["row"], "reason": reason, "evidence": table["text"]})
 
 
 def _with_places(table: pa.Table, staged: Staged) -> pa.Table:

@@ -40,7 +40,7 @@ from mtrec_jax.data.schema import check_times
 from mtrec_jax.data.social import fit_tastes
 from mtrec_jax.data.social_tables import friend_lists, read_queries, with_queries
 from mtrec_jax.data.sources import EVENTS, Source, read_sources
-from mtrec_jax.data.split import describe_split, split_events
+from mtrec_jax.data.split import describe_split
 from mtrec_jax.errors import DataError
 
 Say = Callable[[str], None]
@@ -222,7 +222,6 @@ def _clean(
     events, rules, removed, bounds = clean.clean_events(engine, experiment, sources)
     if experiment.data.time:
         rules += check_times(events, experiment.data.time_unit)
-    events = engine.keep("split", split_events(events, experiment))
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)
     say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")

@@ -115,15 +115,22 @@ def _borders(events: Any, split: Split) -> list[float | None]:
     """The first timestamps of validation and of test: as close to the fractions as ties allow."""
     times = events.group_by("time").agg(n=lambda t: t.count())
     until = ibis.window(order_by="time", preceding=None, following=0)
-    times = times.mutate(before=times.n.sum().over(until) - times.n)
-    total = sum(r["n"] for r in rows(events.agg(n=events.count())))
+    times = times.mutate(
+        before=times.n.sum().over(until) - times.n, total=times.n.sum().over(ibis.window())
+    )
+    shares = (1 - split.validation - split.test, 1 - split.test)
+    away = [(times.before - share * times.total.cast("float64")).abs() for share in shares]
+    times = times.mutate(**{f"away_{i}": distance for i, distance in enumerate(away)})
+    least = [times[f"away_{i}"].min().over(ibis.window()) for i in range(len(shares))]
+    near = [times[f"away_{i}"] == distance for i, distance in enumerate(least)]
+    found = rows(times.mutate(near_0=near[0], near_1=near[1]).filter(lambda t: t.near_0 | t.near_1))
     borders: list[float | None] = []
-    for share in (1 - split.validation - split.test, 1 - split.test):
-        distance = (times.before - share * total).abs()
-        nearest = rows(times.mutate(distance=distance).order_by("distance", "time").limit(1))
-        # the end of the log is a border as well
-        inside = nearest and nearest[0]["distance"] <= abs(total - share * total)
-        borders.append(nearest[0]["time"] if inside else None)
+    for i, share in enumerate(shares):
+        nearest = min((r for r in found if r[f"near_{i}"]), key=lambda r: r["time"], default=None)
+        if nearest:  # the end of the log is a border as well
+            total = int(nearest["total"])
+            inside = nearest[f"away_{i}"] <= abs(total - share * total)
+        borders.append(nearest["time"] if nearest and inside else None)
     return borders
 
 
