@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import examples, features
@@ -36,7 +37,14 @@ def event_log(
     data = experiment.data
     if not data.time:
         events = events.mutate(time=events.row.cast("float64"))
-    engine.keep("ordered", events.order_by("user_id", "time", "row"))
+    needed = [
+        *("user_id", "item_id", "time", "row", "split"),
+        *(f"feature_{e.name}" for e in history),
+    ]
+    needed += _target_columns(experiment) if data.kind == "sequences" else []
+    engine.keep("ordered", events.select(needed).order_by("user_id", "time", "row"))
+    if data.kind == "sequences":  # otherwise the events are read once more, as rows
+        _forget(engine)
     searched = query_features(experiment)
 
     def encoded(part: pa.Table) -> dict[str, np.ndarray]:
@@ -91,6 +99,18 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
             "Free some, or prepare to a folder on another disk"
         ) from error
     return np.memmap(path, dtype, "r+", shape=shape)
+
+
+def _forget(engine: Engine) -> None:
+    """Remove the tables of events that have been sorted, and so copied."""
+    for name in ("split", "past"):
+        engine.forget(name)
+
+
+def _target_columns(experiment: Experiment) -> list[str]:
+    """The columns that `_targets` reads."""
+    references = [f"reference_{name}" for name, task in experiment.tasks.items() if task.reference]
+    return [*(f"label_{name}" for name in experiment.tasks), *references]
 
 
 def _targets(
@@ -150,8 +170,11 @@ def row_streams(
     tasks: dict[str, TaskField],
 ) -> dict[str, Iterator[dict[str, np.ndarray]]]:
     """Examples of each split, of one row each, in seeded random order, many at a time."""
-    mixed = events.mutate(mixed=examples.mix(events.row, experiment.data.seed))
-    engine.keep("mixed", mixed.order_by("mixed", "row").drop("mixed"))
+    needed = ["user_id", "item_id", "row", "split", *(f"feature_{e.name}" for e in context)]
+    mixed = events.select(*needed, *_target_columns(experiment))
+    mixed = mixed.mutate(mixed=examples.mix(mixed.row, experiment.data.seed))
+    engine.keep("mixed", mixed.order_by("split", "mixed", "row").drop("mixed"))
+    _forget(engine)
 
     def encoded(part: pa.Table) -> dict[str, np.ndarray]:
         ids, numbers = features.encode_all(context, feature_cells(part), len(part))
@@ -166,10 +189,20 @@ def row_streams(
         }
 
     def stream(split: int) -> Iterator[dict[str, np.ndarray]]:
-        for part in engine.batches("mixed"):
-            yield encoded(part.filter(pc.equal(part["split"], split)))
+        for part in _of_split(engine.folder / "mixed", split):
+            yield encoded(part)
 
     return {name: stream(split) for split, name in enumerate(SPLITS)}
+
+
+def _of_split(folder: Path, split: int) -> Iterator[pa.Table]:
+    """The rows of a split of a table that is sorted by split, so that few groups have two."""
+    for path in sorted(folder.glob("*.parquet")):
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            inside = pc.equal(file.read_row_group(group, columns=["split"])["split"], split)
+            if pc.any(inside).as_py():
+                yield file.read_row_group(group).replace_schema_metadata(None).filter(inside)
 
 
 def feature_cells(table: pa.Table) -> dict[str, pa.Array]:

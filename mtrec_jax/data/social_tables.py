@@ -136,9 +136,10 @@ def friend_lists(
     owner = table["user_id"].to_numpy() - FIRST
     offsets = np.searchsorted(owner, np.arange(len(users) + 1))
     friends = Lists((table["friend_id"].to_numpy() - FIRST).astype(np.int32), offsets)
-    names = one_array(users["user"]).take(pa.array(friends.values))
-    lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), names)
-    for name, feature in experiment.features.items():
-        if feature.kind == "ties":
-            users = users.append_column(f"column_{feature.column or name}", lists)
+    columns = [f.column or name for name, f in experiment.features.items() if f.kind == "ties"]
+    if columns:
+        names = one_array(users["user"]).take(pa.array(friends.values))
+        lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), names)
+        for column in columns:
+            users = users.append_column(f"column_{column}", lists)
     return friends, users, rules
