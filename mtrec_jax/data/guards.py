@@ -6,7 +6,6 @@ the figure and the remedy; `guard.allow` lets a "feature/task" through that is m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import ibis
@@ -16,10 +15,9 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment, Feature
 from mtrec_jax.data import dependence
-from mtrec_jax.data.dependence import BETWEEN, Cells, Outcome
+from mtrec_jax.data.dependence import Cells, Outcome
 from mtrec_jax.data.examples import Log
 from mtrec_jax.data.features import WRITTEN, as_numbers, one_array
-from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
@@ -31,7 +29,7 @@ _KEYS, _EQUAL = 20, 0.9  # so many keys, and this part of them equal, prove a st
 _COMPUTED = ("hour", "weekday", "gap", "past_count", "past_rate", "ties", "friends_taste")
 
 
-def determined_labels(events: Any, sides: dict[str, Any], experiment: Experiment) -> None:
+def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Experiment) -> None:
     """Stop if a feature of the target itself determines a label (history features show the past).
 
     The rows of a value in one half of the training rows are judged by its mean label in the other
@@ -39,7 +37,7 @@ def determined_labels(events: Any, sides: dict[str, Any], experiment: Experiment
 
     Args:
       events: Ibis table with row, split (0: training), label_*, feature_* (text), user and item.
-      sides: {"user" or "item": Arrow or Ibis table with that key and column_* as text}.
+      sides: {"user" or "item": Arrow table with that key and column_* as text}.
       experiment: its features and tasks; `guard.allow` lets "feature/task" pairs through.
 
     Raises:
@@ -64,11 +62,11 @@ def determined_labels(events: Any, sides: dict[str, Any], experiment: Experiment
         part = train.select(*always, *(f"feature_{name}" for name in some)).to_pyarrow()
         cells = {name: part[f"feature_{name}"] for name in some}
         problems += _determined(part, cells, tasks, experiment)
-    for key, side in sides.items() if tasks else ():
+    for key, table in sides.items() if tasks else ():
         on = "item" if key == "item" else "context"
         own = [n for n, feature in seen.items() if feature.on == on and n not in of_rows]
         if own and key in train.columns:
-            part, table = train.select(*always).to_pyarrow(), _arrow(side)
+            part = train.select(*always).to_pyarrow()
             place = pc.index_in(one_array(part[key]), value_set=one_array(table[key]))
             cells = dict.fromkeys(own, part[key])  # the id itself is a feature
             for name in own:
@@ -83,10 +81,6 @@ def determined_labels(events: Any, sides: dict[str, Any], experiment: Experiment
 def _beside_labels(events: Any, features: dict[str, Feature]) -> list[str]:
     wanted = ("user", "item", *(f"feature_{name}" for name in features))
     return [name for name in wanted if name in events.columns]
-
-
-def _arrow(table: Any) -> pa.Table:
-    return table if isinstance(table, pa.Table) else table.to_pyarrow()
 
 
 def _determined(
@@ -251,17 +245,19 @@ def _future(log: Log, names: Any, event: int | np.integer, target: int | np.inte
     )
 
 
-# --- Rows that are in two splits, and statistics over all of them
+# --- Statistics over all splits
 
 
-def statistics_of_everything(sides: dict[str, Any], events: Any, experiment: Experiment) -> None:
+def statistics_of_everything(
+    sides: dict[str, pa.Table], events: Any, experiment: Experiment
+) -> None:
     """Stop if a column of the items or users is a statistic that saw validation or test events.
 
     Counts, sums and means of labels by key, over all events and over training events, are compared
     with the column where the two differ, so that a statistic of the training events passes.
 
     Args:
-      sides: {"user" or "item": Arrow or Ibis table with that key and column_* as text}.
+      sides: {"user" or "item": Arrow table with that key and column_* as text}.
       events: Ibis table with split, label_* and the keys.
       experiment: `guard.allow` lets "feature/task" through ("feature/events" for counts).
 
@@ -269,8 +265,7 @@ def statistics_of_everything(sides: dict[str, Any], events: Any, experiment: Exp
       DataError: a column equals such a statistic for 90 % of the keys, 20 at least (a statistic of
         the raw log may have counted events that cleaning has removed).
     """
-    for key, side in sides.items():
-        table = _arrow(side)
+    for key, table in sides.items():
         columns: dict[str, pa.Array] = {}
         for name, feature in experiment.features.items():
             column = f"column_{feature.column or name}"
@@ -342,83 +337,3 @@ def _check_statistic(
                 f"kind = 'past_count' or 'past_rate'; if it is meant: guard.allow = "
                 f"['{name}/{task}']"
             )
-
-
-def row_in_two_splits(
-    raw: Sequence[Any],
-    events: Any,
-    experiment: Experiment,
-    place: Callable[[int], str] = "row {}".format,
-) -> None:
-    """Stop if equal raw rows are in different splits.
-
-    With user, item and time a row equal to another is the same event, and one is too many. Other
-    rows may be equal by chance: then judged rows with a twin in training are compared with the
-    training rows that have one themselves.
-
-    Args:
-      raw: Ibis tables of raw text columns and `_row`, one a source of events.
-      events: Ibis table with row and split.
-      experiment: where duplicates are dropped within one source nothing can be left.
-      place: says where a source row is.
-
-    Raises:
-      DataError: with the number of rows and the first pair.
-    """
-    data, kept = experiment.data, events.select("row", "split")
-    if len(raw) == 1 and experiment.clean.duplicates == "drop":
-        return
-    names = [n for n in raw[0].columns if n != ROW and all(n in t.columns for t in raw)]
-    cells = [
-        t.select(ROW, main=ibis.literal(i == 0), **{n: _text(t[n]) for n in names})
-        for i, t in enumerate(raw)
-    ]
-    rows = (ibis.union(*cells) if len(cells) > 1 else cells[0]).left_join(kept, [(ROW, "row")])
-    dropped = rows.split.isnull() & rows.main  # as a duplicate, before: a twin of what is left
-    trains = rows.split.isin((0, 3)).fill_null(False) | dropped
-    validates, tests = ((rows.split == n).fill_null(False) for n in (1, 2))
-    null = ibis.null("int64")
-    groups = rows.group_by(names).agg(
-        train=trains.sum(),
-        validation=validates.sum(),
-        test=tests.sum(),
-        first=ibis.ifelse(trains | validates, rows[ROW], null).min(),
-        twin=ibis.ifelse(validates | tests, rows[ROW], null).max(),
-    )
-    judged = groups.validation + groups.test
-    shared = (groups.train > 0) & (judged > 0)
-    keyed = bool(data.user and data.item and data.time)
-    if keyed:
-        shared |= (groups.validation > 0) & (groups.test > 0)
-    (found,) = (
-        groups.agg(
-            train=groups.train.sum(),
-            judged=judged.sum(),
-            twins=ibis.ifelse(groups.train > 1, groups.train, 0).sum(),
-            shared=ibis.ifelse(shared, judged, 0).sum(),
-        )
-        .to_pyarrow()
-        .to_pylist()
-    )
-    limit = 0.0
-    if not keyed:
-        limit = 5 * (found["twins"] or 0) / max(found["train"] or 0, 1) + 0.01
-    share = (found["shared"] or 0) / max(found["judged"] or 0, 1)
-    if share <= limit:
-        return
-    pair = groups.filter(shared).order_by("first").limit(1).to_pyarrow().to_pylist()[0]
-    remedy = (
-        "take these rows out of the training files"
-        if experiment.split.kind == "files"
-        else "set clean.duplicates = 'drop'"
-    )
-    raise DataError(
-        f"{found['shared']:,} of {found['judged']:,} validation and test rows are equal in every "
-        f"column to a row of another split, e.g. {place(pair['first'])} and {place(pair['twin'])}"
-        + (f" (training rows among themselves: {found['twins'] or 0:,})" if not keyed else "")
-        + f": they would be judged by what was learned by heart. To judge on new rows, {remedy}"
-    )
-
-
-def _text(cells: Any) -> Any:
-    return cells.join(BETWEEN) if cells.type().is_array() else cells

@@ -41,6 +41,7 @@ from mtrec_jax.data.social import fit_tastes
 from mtrec_jax.data.social_tables import friend_lists, read_queries, with_queries
 from mtrec_jax.data.sources import EVENTS, Source, read_sources
 from mtrec_jax.data.split import describe_split
+from mtrec_jax.data.twins import row_in_two_splits
 from mtrec_jax.errors import DataError
 
 Say = Callable[[str], None]
@@ -314,7 +315,7 @@ def _guard(
 
     staged = [sources[name].staged for name in EVENTS if name in sources]
     raw = [sources[name].table for name in EVENTS if name in sources]
-    guards.row_in_two_splits(raw, events, experiment, place)
+    row_in_two_splits(raw, events, experiment, place)
     guards.determined_labels(events, sides, experiment)
     guards.statistics_of_everything(sides, events, experiment)
 

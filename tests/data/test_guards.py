@@ -16,6 +16,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data import guards
 from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.examples import Log, sequence_examples
+from mtrec_jax.data.twins import row_in_two_splits
 from mtrec_jax.errors import DataError
 from tests.data.small import make, rows, run
 
@@ -388,9 +389,24 @@ FILES = {"kind": "files", "test_files": ["test.csv"]}
 def raw_rows(duckdb: Engine, first: int, **columns: Any) -> Any:
     n = len(next(iter(columns.values())))
     table = pa.table(
-        {"_row": np.arange(first, first + n), **{k: text(v) for k, v in columns.items()}}
+        {
+            "_row": np.arange(first, first + n),
+            **{k: pa.array(text(v), pa.string()) for k, v in columns.items()},
+        }
     )
     return duckdb.load(next(NAMES), table)
+
+
+def test_equal_hashes_of_unequal_rows_stop_nothing(
+    duckdb: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 4])
+    keep, split = make(clean={"duplicates": "keep"}), with_split(duckdb, [0, 0, 1, 2])
+    monkeypatch.setattr("ibis.expr.types.Value.hash", lambda value: value.length())
+    row_in_two_splits([raw], split, keep)
+    raw = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 3])
+    with pytest.raises(DataError, match="2 of 2 validation"):
+        row_in_two_splits([raw], split, keep)
 
 
 def with_split(duckdb: Engine, split: Any) -> Any:
@@ -404,10 +420,10 @@ def test_an_event_in_two_splits(duckdb: Engine) -> None:
     with pytest.raises(
         DataError, match=r"2 of 2 validation .* row 2 and row 3.*duplicates = 'drop'"
     ):
-        guards.row_in_two_splits([raw], with_split(duckdb, [0, 0, 1, 2]), keep)
-    guards.row_in_two_splits([raw], with_split(duckdb, [1, 2, 0, 0]), keep)  # twins that train
+        row_in_two_splits([raw], with_split(duckdb, [0, 0, 1, 2]), keep)
+    row_in_two_splits([raw], with_split(duckdb, [1, 2, 0, 0]), keep)  # twins that train
     again = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 4])
-    guards.row_in_two_splits([again], with_split(duckdb, [0, 0, 1, 2]), keep)  # seen twice
+    row_in_two_splits([again], with_split(duckdb, [0, 0, 1, 2]), keep)  # seen twice
 
 
 def test_rows_of_the_training_file_in_the_test_file(
@@ -418,13 +434,9 @@ def test_rows_of_the_training_file_in_the_test_file(
     fresh, copied = random.normal(size=100), np.concatenate([random.normal(size=90), train[:10]])
     split = with_split(duckdb, [0] * 400 + [2] * 100)
     raw = raw_rows(duckdb, 0, x=train, y=[None] * 400)
-    guards.row_in_two_splits(
-        [raw, raw_rows(duckdb, 400, x=fresh, y=[None] * 100)], split, experiment
-    )
+    row_in_two_splits([raw, raw_rows(duckdb, 400, x=fresh, y=[None] * 100)], split, experiment)
     with pytest.raises(DataError, match=r"10 of 100 validation .* the training files"):
-        guards.row_in_two_splits(
-            [raw, raw_rows(duckdb, 400, x=copied, y=[None] * 100)], split, experiment
-        )
+        row_in_two_splits([raw, raw_rows(duckdb, 400, x=copied, y=[None] * 100)], split, experiment)
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -440,7 +452,7 @@ def test_people_who_give_the_same_answers(
         events = events.filter((events.split == 2) | events.row.isin(first.tolist()))
     raw = [raw_rows(duckdb, 0, x=answers[:800]), raw_rows(duckdb, 800, x=answers[800:])]
     experiment = rows(split=FILES, features={"x": {}}, tasks=BINARY)
-    guards.row_in_two_splits(raw, events, experiment)
+    row_in_two_splits(raw, events, experiment)
 
 
 # --- The same through the whole preparation
