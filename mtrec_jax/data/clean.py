@@ -66,20 +66,14 @@ def clean_events(
     events, found, out = k_core(engine, events, experiment.clean)
     rules, removed = rules + found, removed + out
     events = engine.keep("split", split_events(events, experiment))
-    _forget(engine)
+    for name in EVENTS:
+        engine.forget(f"typed_{name}")
     if not engine.size("split"):
         report = "\n".join(f"  {rule.rule}: {rule.rows:,}" for rule in rules)
         raise DataError(f"no event is left after cleaning:\n{report}\nLower the limits in [clean]")
     rules += missing_labels(events, experiment)
     rules += [bounds_rule(experiment, name, *found) for name, found in bounds.items()]
     return sample_spaces(events, experiment), rules, removed, bounds
-
-
-def _forget(engine: Engine) -> None:
-    """Remove the tables that led to the split events: each is about as large as the log."""
-    passing = ("hashed", "hashed_alike", "perhaps_repeated", "repeated")
-    for name in (*passing, "before_bots", "before_core", *(f"typed_{source}" for source in EVENTS)):
-        engine.forget(name)
 
 
 def _without_bad_rows(
@@ -164,6 +158,7 @@ def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
     often = hashed.semi_join(often.filter(often.n > 1), "hash")
     often = engine.keep("hashed_alike", often.select("row"))
     raw = engine.keep("perhaps_repeated", raw.semi_join(often, "row"))
+    engine.forget("hashed")
     groups = raw.group_by(names).agg(first=raw.row.min(), n=raw.count())
     groups = engine.keep("repeated", groups.filter(groups.n > 1))
     again = raw.inner_join(groups, names)
@@ -195,6 +190,7 @@ def _bots(engine: Engine, events: Any, most: int) -> tuple[Any, list[Rule], list
     reason = f"bot: more than {most:,} events a day"
     out = slim.semi_join(bots, "user")
     out = engine.keep("bots", out.select("row", reason=ibis.literal(reason), evidence=out.user))
+    engine.forget("before_bots")
     names = [r["evidence"] for r in rows(out.select("evidence").distinct().order_by("evidence"))]
     rules = []
     if names:
@@ -272,6 +268,7 @@ def k_core(engine: Engine, events: Any, clean: Clean) -> tuple[Any, list[Rule], 
         if left[last] == old or len(least) == 1:  # then the other rule has nothing new to remove
             break
     if all(left[key] == before[key] for key in least):
+        engine.forget("before_core")
         return events, [], []
     core, parts = slim, []
     for key, table in kept.items():
@@ -282,6 +279,7 @@ def k_core(engine: Engine, events: Any, clean: Clean) -> tuple[Any, list[Rule], 
     reason = ibis.literal(f"outside the core ({limits})")
     engine.keep("outside_core", out.select("row", reason=reason, evidence=ibis.null("string")))
     after = left if len(kept) == len(keys) else _sizes(core, keys)
+    engine.forget("before_core")
     sizes = {f"{key}s": before[key] - after[key] for key in keys}
     sizes |= {"events": engine.size("outside_core")}
     rules = [Rule(rule=f"{what} removed ({limits})", rows=n) for what, n in sizes.items() if n]

@@ -13,33 +13,49 @@ from mtrec_jax.data import describe, features
 from mtrec_jax.data.dataset import Rule, TaskField
 from mtrec_jax.data.features import Encoding, one_array
 
+# {task: {split: (its labels, their mean if they are numbers)}}
+Labels = dict[str, dict[int, tuple[int, float | None]]]
 
-def fit_tasks(events: Any, experiment: Experiment) -> tuple[dict[str, TaskField], list[Rule]]:
-    """Classes, means and scales of the training labels."""
-    tasks, rules = {}, []
+
+def fit_tasks(
+    events: Any, experiment: Experiment
+) -> tuple[dict[str, TaskField], list[Rule], Labels]:
+    """Classes, means and scales of the training labels, a report, and how many labels there are.
+
+    Every figure is made of exact counts, so that it is the same on every engine.
+    """
+    tasks, rules, labels = {}, [], Labels()
     for name, task in experiment.tasks.items():
+        known = events.filter(events[f"label_{name}"].notnull())
+        known = known.select("split", label=known[f"label_{name}"])
+        found = known.group_by("label", "split").agg(n=known.count()).to_pyarrow().sort_by("label")
+        by_split = {
+            code: found.filter(pc.equal(found["split"], code))
+            for code in sorted(found["split"].unique().to_pylist())
+        }
+        numbers = task.kind != "multiclass"
+        labels[name] = {
+            code: (pc.sum(table["n"]).as_py(), _moments(table)[0] if numbers else None)
+            for code, table in by_split.items()
+        }
+        train = by_split.get(0, found.slice(0, 0))
         if task.kind == "retrieval":
             tasks[name] = TaskField()
             continue
-        known = events.filter(events[f"label_{name}"].notnull())
-        known = known.mutate(label=known[f"label_{name}"], train=known["split"] == 0)
-        found = known.group_by("label", "train").agg(n=known.count()).to_pyarrow().to_pylist()
-        counts = {r["label"]: r["n"] for r in found if r["train"]}
+        counts = dict(zip(train["label"].to_pylist(), train["n"].to_pylist(), strict=True))
         describe.check_labels(experiment, name, counts)
         if task.kind == "multiclass":
             tasks[name] = TaskField(classes=tuple(sorted(counts, key=_class_order)))
-            unseen = [r for r in found if r["label"] not in counts]
-            if unseen:
-                shown = tuple(sorted(repr(r["label"]) for r in unseen)[:3])
+            learned = pc.is_in(found["label"], value_set=one_array(train["label"]))
+            unseen = found.filter(pc.invert(learned))
+            if len(unseen):
+                shown = tuple(sorted(map(repr, unseen["label"].unique().to_pylist()))[:3])
                 rule = f"class of {name} without training rows (masked)"
-                rules.append(Rule(rule=rule, rows=sum(r["n"] for r in unseen), examples=shown))
+                rules.append(Rule(rule=rule, rows=pc.sum(unseen["n"]).as_py(), examples=shown))
             continue
-        labels = np.array(sorted(counts))
-        sizes = np.array([counts[label] for label in labels])
-        mean = float((labels * sizes).sum() / sizes.sum())
-        std = float(np.sqrt((np.square(labels - mean) * sizes).sum() / sizes.sum()))
+        mean, std = _moments(train)
         tasks[name] = TaskField(mean=mean, std=std or 1.0)
-    return tasks, rules
+    return tasks, rules, labels
 
 
 def fit_side(
@@ -75,8 +91,8 @@ def text_columns(experiment: Experiment, table: pa.Table, on: str) -> dict[str, 
     }
 
 
-def fit_events(events: Any, experiment: Experiment) -> tuple[list[Encoding], list[Rule]]:
-    """Features that stand in the events: of the history, or the context of rows; and a report."""
+def fit_events(events: Any, experiment: Experiment) -> list[Encoding]:
+    """Features that stand in the events: of the history, or the context of rows."""
     encodings = []
     train = events.filter(events["split"] == 0)
     for name, feature in experiment.features.items():
@@ -84,7 +100,7 @@ def fit_events(events: Any, experiment: Experiment) -> tuple[list[Encoding], lis
             cells = train.group_by(cell=train[f"feature_{name}"]).agg(n=train.count()).to_pyarrow()
             column, sizes = one_array(cells["cell"]), cells["n"].to_numpy()
             encodings.append(features.fit(name, feature, column, sizes))
-    return encodings, values_report(encodings)
+    return encodings
 
 
 def values_report(encodings: list[Encoding]) -> list[Rule]:
@@ -98,6 +114,13 @@ def values_report(encodings: list[Encoding]) -> list[Rule]:
             Rule(rule=f"missing training value of {name} imputed ({by})", rows=encoding.imputed)
         )
     return [rule for rule in rules if rule.rows]
+
+
+def _moments(counts: pa.Table) -> tuple[float, float]:
+    """Mean and standard deviation of labels, each of which occurs n times."""
+    labels, sizes = counts["label"].to_numpy(), counts["n"].to_numpy()
+    mean = float((labels * sizes).sum() / sizes.sum())
+    return mean, float(np.sqrt((np.square(labels - mean) * sizes).sum() / sizes.sum()))
 
 
 def _class_order(text: str) -> tuple[bool, float, str]:

@@ -28,6 +28,7 @@ from mtrec_jax.data.dataset import (
     Prepared,
     Rule,
     SplitInfo,
+    Summary,
     TaskField,
     open_prepared,
 )
@@ -148,6 +149,7 @@ class _Cleaned(NamedTuple):
     friends: Lists | None
     split: SplitInfo
     tasks: dict[str, TaskField]
+    summary: Summary
     rules: list[Rule]
     bounds: dict[str, Bounds]  # fitted, of clean.values
     quarantined: int
@@ -169,7 +171,6 @@ def _build(
     """Everything between the raw tables and the manifest; writes all other files."""
     data = experiment.data
     cleaned = _clean(engine, experiment, sources, folder, say)
-    summary = report.summarize(cleaned.events, experiment)
     events, fitted = _fit(engine, experiment, cleaned, folder)
     say(f"index: {len(cleaned.users):,} users, {len(cleaned.items):,} items")
     _write_items(folder, experiment, cleaned.items, fitted.item_arrays)
@@ -212,7 +213,7 @@ def _build(
         tasks=cleaned.tasks,
         report=(*cleaned.rules, *values_report([*context, *fitted.items, *history])),
         bounds=cleaned.bounds,
-        summary=summary,
+        summary=cleaned.summary,
     )
 
 
@@ -226,16 +227,19 @@ def _clean(
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)
     say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
-    tasks, task_rules = fit_tasks(events, experiment)
+    tasks, task_rules, labels = fit_tasks(events, experiment)
     users, user_rules = side_table(engine, experiment, events, "user", sources.get("users"))
     items, item_rules = side_table(engine, experiment, events, "item", sources.get("items"))
     queries, query_rules = read_queries(engine, experiment, sources.get("queries"), events)
     friends, users, tie_rules = friend_lists(engine, experiment, sources.get("ties"), users)
     quarantined = _quarantine(engine, sources, removed, folder, events)
     _guard(experiment, sources, events, {"user": users, "item": items})
+    for name in sources.keys() & set(EVENTS):  # nothing reads them from here
+        engine.forget(f"raw_{name}_{sources[name].staged.places[0][0]}")
     rules += [*task_rules, *user_rules, *item_rules, *query_rules, *tie_rules]
+    summary = report.summarize(events, labels)
     return _Cleaned(
-        events, queries, users, items, friends, split, tasks, rules, bounds, quarantined
+        events, queries, users, items, friends, split, tasks, summary, rules, bounds, quarantined
     )
 
 
@@ -252,9 +256,9 @@ def _fit(
         (folder / "past").mkdir(exist_ok=True)
         pq.write_table(table, folder / "past" / f"{name}.parquet")
     events = past.add(engine, cleaned.events, experiment)
-    on_events = fit_events(events, experiment)[0]
+    on_events = fit_events(events, experiment)
     if cleaned.queries is not None:
-        on_events += fit_events(cleaned.queries, experiment)[0]
+        on_events += fit_events(cleaned.queries, experiment)
     events = with_queries(engine, with_ids(engine, events), cleaned.queries)
     return events, _Fitted(
         users,

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField, Prepared, Summary
+from mtrec_jax.data.fit import Labels
 from mtrec_jax.types import FIRST
 
 _BARS = 96  # of the chart at most
@@ -67,30 +67,20 @@ def print_report(manifest: Manifest) -> None:
     Console(stderr=True).print(table)
 
 
-def summarize(events: Any, experiment: Experiment) -> Summary:
+def summarize(events: Any, labels: Labels) -> Summary:
     """Labels by split, and events over time, counted by the engine.
 
     Args:
-      events: Ibis table with split, label_* and, if the data has a time, time in seconds.
-      experiment: whose tasks they are.
+      events: Ibis table with split and, if the data has a time, time in seconds.
+      labels: of each task and split, as `fit_tasks` counts them; means are shown with six digits.
     """
-    tasks = {n: t.kind for n, t in experiment.tasks.items()}
-    columns: dict[str, Any] = {}
-    for i, (name, kind) in enumerate(tasks.items()):
-        label = events[f"label_{name}"]
-        columns[f"n{i}"] = label.count()
-        if kind != "multiclass":
-            columns[f"mean{i}"] = label.mean()
-    labels: dict[str, dict[str, tuple[int, float | None]]] = {name: {} for name in tasks}
-    by_split = (
-        events.group_by("split").agg(**columns) if columns else events.select("split").limit(0)
-    )
-    for row in sorted(by_split.to_pyarrow().to_pylist(), key=lambda row: row["split"]):
-        for i, name in enumerate(tasks):
-            mean = row.get(f"mean{i}")
-            if mean is not None:  # engines add floats in any order, which shows in the last bits
-                mean = float(f"{mean:.6g}")
-            labels[name][_CODES[row["split"]]] = (int(row[f"n{i}"]), mean)
+    shown = {
+        name: {
+            _CODES[code]: (n, None if mean is None else float(f"{mean:.6g}"))
+            for code, (n, mean) in by_split.items()
+        }
+        for name, by_split in labels.items()
+    }
     start, width = 0.0, 0.0
     counts: dict[str, list[int]] = {}
     if "time" in events.columns:
@@ -103,7 +93,7 @@ def summarize(events: Any, experiment: Experiment) -> Summary:
         bars = int(-(-days * _DAY // width))
         for row in sorted(found, key=lambda row: row["split"]):
             counts.setdefault(_CODES[row["split"]], [0] * bars)[row["bar"]] = int(row["n"])
-    return Summary(labels=labels, start=start, width=width, counts=counts)
+    return Summary(labels=shown, start=start, width=width, counts=counts)
 
 
 def write_report(prepared: Prepared, path: Path) -> None:

@@ -64,8 +64,12 @@ def row_in_two_splits(
 
 
 def _texts(table: Any, names: list[str]) -> dict[str, Any]:
+    """Columns as text; missing elements of lists keep their places."""
     cells = {name: table[name] for name in names}
-    return {n: c.join(BETWEEN) if c.type().is_array() else c for n, c in cells.items()}
+    for name, cell in cells.items():
+        if cell.type().is_array():
+            cells[name] = cell.map(lambda element: element.fill_null("\x00")).join(BETWEEN)
+    return cells
 
 
 def _in_two_splits(

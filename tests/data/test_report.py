@@ -149,21 +149,24 @@ def test_long_logs_have_bars_of_several_days(tmp_path: Path) -> None:
     table = pa.table(
         {
             "split": pa.array([0, 0, 0, 2], pa.int8()),
-            "label_next": np.ones(4),
             "time": 3 * DAY + 0.5 + days * DAY,
         }
     )
     with open_engine(tmp_path) as duckdb:
-        summary = summarize(duckdb.load("events", table), make())
+        labels = {"next": {0: (3, 1.0), 2: (1, 2 / 3)}, "class": {0: (2, None)}}
+        summary = summarize(duckdb.load("events", table), labels)
     assert (summary.start, summary.width) == (3 * DAY, 11 * DAY)  # 1,000 days in 91 bars
     assert len(summary.counts["train"]) == len(summary.counts["test"]) == 91
     assert summary.counts["train"][0] == 3
     assert summary.counts["test"][90] == 1
-    assert summary.labels == {"next": {"train": (3, 1.0), "test": (1, 1.0)}}
+    assert summary.labels == {
+        "next": {"train": (3, 1.0), "test": (1, 0.666667)},
+        "class": {"train": (2, None)},
+    }
 
 
 def test_data_without_times_has_no_chart(tmp_path: Path) -> None:
-    table = pa.table({"split": pa.array([0], pa.int8()), "label_next": [1.0]})
+    table = pa.table({"split": pa.array([0], pa.int8())})
     with open_engine(tmp_path) as duckdb:
-        summary = summarize(duckdb.load("events", table), make())
+        summary = summarize(duckdb.load("events", table), {})
     assert summary.counts == {}

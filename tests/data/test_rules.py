@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.data.new_rows import encode_rows
@@ -83,6 +84,51 @@ def test_lists_where_one_value_is_needed(tmp_path: Path, column: str) -> None:
     )
     with pytest.raises(DataError, match=f"column '{column}' holds lists"):
         run(tmp_path, experiment, LOG, log_jsonl=log)
+
+
+def test_lists_are_duplicates_if_they_have_the_same_elements_in_the_same_places(
+    tmp_path: Path,
+) -> None:
+    tags = [["a", None], [None, "a"], ["a"], ["a", None], None, [], [], [None], None, [""]]
+    record = {"user": "u", "item": "i", "time": 5}
+    log = "\n".join(json.dumps(record | {"tags": cell}) for cell in tags)
+    log += "".join(f'\n{{"user": "{u}", "item": "x", "time": {n}}}' for n, u in enumerate("vvvw"))
+    experiment = make(data={"events": {"files": ["log.jsonl"], "format": "jsonl"}})
+    prepared = run(tmp_path, experiment, LOG, log_jsonl=log)
+    again = [rule for rule in prepared.manifest.report if rule.rule == "duplicate row"]
+    table = pq.read_table(prepared.folder / "quarantine.parquet")
+    assert table["row"].to_pylist() == [3, 6, 8, 9]  # "" is missing, as in every other cell
+    assert [rule.rows for rule in again] == [4]
+
+
+def test_a_rule_named_malformed_does_not_count_as_malformed(tmp_path: Path) -> None:
+    rule = {"column": "rating", "low": 3}
+    clean = {"values": {"malformed price": rule}, "max_bad_fraction": 0.0, "duplicates": "keep"}
+    report = {r.rule: r.rows for r in run(tmp_path, make(clean=clean)).manifest.report}
+    assert report["values: malformed price"] == 2
+
+
+def test_quarantine_has_the_order_of_the_rows_over_all_reasons(tmp_path: Path) -> None:
+    """Malformed lines, bad cells, repeated rows and rare users, in two files of events."""
+    test = "user,item,rating,time\nb,y,2,8\n,x,1,1\nb\nb,y,2,8\nrare,x,1,1\n"
+    log = "user,item,rating,time\nb\nrare,y,1,1\n,x,1,1\n" + LOG.partition("\n")[2]
+    experiment = make(
+        split={"kind": "files", "test_files": ["test.csv"], "validation": 0.3},
+        clean={"min_user_events": 3, "max_bad_fraction": 0.5},
+    )
+    prepared = run(tmp_path, experiment, log, test_csv=test)
+    table = pq.read_table(prepared.folder / "quarantine.parquet").drop_columns("evidence")
+    few, core = "malformed line (too few cells)", "outside the core (clean.min_user_events = 3)"
+    assert [tuple(r.values()) for r in table.to_pylist()] == [
+        (0, "events", "log.csv", 2, few),
+        (1, "events", "log.csv", 3, core),
+        (2, "events", "log.csv", 4, "missing user"),
+        (10, "events", "log.csv", 12, core),
+        (12, "test", "test.csv", 3, "missing user"),
+        (13, "test", "test.csv", 4, few),
+        (14, "test", "test.csv", 5, "duplicate row"),
+        (15, "test", "test.csv", 6, core),
+    ]
 
 
 def test_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
