@@ -24,6 +24,8 @@ _HOME = {
     "Recommender": "mtrec_jax.recommender",
     "cosine_scores": "mtrec_jax.kernels",
     "cosine_topk": "mtrec_jax.kernels",
+    "dot_topk": "mtrec_jax.kernels",
+    "ItemIndex": "mtrec_jax.kernels",
     "target_rank": "mtrec_jax.kernels",
 }
 

@@ -14,11 +14,11 @@ from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of
 from mtrec_jax.data.new_rows import encode_rows, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.inference import pad_rows, predictions, prepared_inference
-from mtrec_jax.kernels import cosine_topk
+from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.requests import BATCH, Encoder, History, Requests, check_id, raw_texts
 from mtrec_jax.result import Result
 from mtrec_jax.train.run import Run, load_best, open_run
-from mtrec_jax.types import FIRST, Outputs, UserStates
+from mtrec_jax.types import FIRST, UNKNOWN, Outputs, UserStates
 
 
 class Recommender:
@@ -43,6 +43,7 @@ class Recommender:
             if has_items
             else jnp.zeros((0, width))
         )
+        self._index = ItemIndex(self._vectors[FIRST:])
         self._encoder = Encoder(self.prepared, self.experiment.train.precision)
 
     def __repr__(self) -> str:
@@ -193,7 +194,7 @@ class Recommender:
         check_id("item", item)
         own = self._encoder.item_ids([item], "item")
         query = self._vectors[own]
-        scores, index = cosine_topk(query, self._vectors[FIRST:], k, (own - FIRST)[:, None])
+        scores, index = self._index.search(query, k, (own - FIRST)[:, None])
         found = np.asarray(index[0])
         found = found[found >= 0]
         raw = self.prepared.item_names
@@ -247,24 +248,22 @@ class Recommender:
         """Item ids [n, K] to put in order, unknown (1) where there are fewer."""
         n = len(encoded.known)
         count = min(max(self.experiment.evaluate.candidates, k), len(subset))
-        place = np.full(self.prepared.manifest.items + FIRST, -1, np.int32)
-        place[subset] = np.arange(len(subset))
+        allowed = np.zeros(len(self._index), bool)
+        allowed[subset - FIRST] = True
         width = max(int(np.diff(encoded.seen.offsets).max(initial=0)), 1)
         width = 1 << (width - 1).bit_length()  # few compiled shapes
         exclude = np.full((BATCH, width), -1, np.int32)
         if exclude_seen:
             for i in range(n):
-                seen = place[encoded.seen[i]]
-                exclude[i, : len(seen)] = seen
+                seen = encoded.seen[i]
+                exclude[i, : len(seen)] = np.maximum(seen - FIRST, -1)
         states = self._states(encoded)
-        vectors = self._vectors[subset]
-        found = np.asarray(cosine_topk(states.vectors[:, 0], vectors, count, exclude)[1])[:n]
+        found = self._index.search(states.vectors[:, 0], count, exclude, allowed)[1][:n]
         nothing = np.flatnonzero(~encoded.known & (encoded.batch.cutoff[:n, 0] == 0))
         if len(nothing):
             popular = np.argsort(-self._popularity()[subset], kind="stable")
-            found = found.copy()
-            found[nothing] = popular[:count]
-        return np.where(found >= 0, subset[found], 1).astype(np.int32)
+            found[nothing] = subset[popular[:count]] - FIRST
+        return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
 
     def _popularity(self) -> np.ndarray:
         counts = self.prepared.items.column("count").to_numpy()

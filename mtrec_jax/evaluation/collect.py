@@ -13,7 +13,7 @@ from mtrec_jax.data.dataset import SPLITS, Lists, Prepared, to_arrays
 from mtrec_jax.data.examples import SHOWN, mix, visible_events
 from mtrec_jax.data.pipeline import evaluation_batches
 from mtrec_jax.evaluation.inference import Inference, pad_rows, to_index
-from mtrec_jax.kernels import cosine_topk, target_rank
+from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.types import FIRST, Batch, PyTree, UserStates
 
 ABSENT = np.iinfo(np.int32).max  # rank of a target that is not among the candidates
@@ -47,6 +47,7 @@ def collect(
     vectors: jax.Array | np.ndarray = np.zeros((0, experiment.model.width), np.float32)
     if prepared.manifest.items:
         vectors = inference.item_vectors(params, tables)
+    index = ItemIndex(vectors[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
     everyone = np.arange(prepared.manifest.users) + FIRST
@@ -80,10 +81,13 @@ def collect(
                 chosen = rows[start : start + QUERIES]
                 queries = _queries(states, r[chosen], p[chosen])
                 exclude = _exclude(seen, widest, part, chosen)
-                _rank_targets(part, chosen, queries, vectors, exclude)
+                targets = pad_rows(to_index(part.candidate[chosen]), QUERIES).astype(np.int32)
+                ranks = index.rank(queries.vectors[:, 0], targets, exclude)
+                part.ranks[chosen] = ranks[: len(chosen)]
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
-                    _rerank(inference, params, part, chosen, queries, vectors, exclude, k)
+                    found = index.search(queries.vectors[:, 0], k, exclude)[1]
+                    _rerank(inference, params, part, chosen, queries, vectors, found)
         parts.append(part)
     joined = jax.tree.map(lambda *a: np.concatenate(a), *(vars(part) for part in parts))
     return Collected(**joined)
@@ -174,19 +178,6 @@ def _exclude(
     return found
 
 
-def _rank_targets(
-    part: Collected,
-    chosen: np.ndarray,
-    queries: UserStates,
-    vectors: jax.Array | np.ndarray,
-    exclude: np.ndarray | None,
-) -> None:
-    """Fill in the rank of each chosen target among all items by cosine."""
-    targets = pad_rows(to_index(part.candidate[chosen]), QUERIES).astype(np.int32)
-    found = target_rank(queries.vectors[:, 0], vectors[FIRST:], targets, exclude)
-    part.ranks[chosen] = np.asarray(found)[: len(chosen)]
-
-
 def _rerank(
     inference: Inference,
     params: PyTree,
@@ -194,12 +185,10 @@ def _rerank(
     chosen: np.ndarray,
     queries: UserStates,
     vectors: jax.Array | np.ndarray,
-    exclude: np.ndarray | None,
-    k: int,
+    found: np.ndarray,
 ) -> None:
-    """Fill in the rank of each chosen target among its k retrieved candidates, in each order."""
-    users = jnp.asarray(queries.vectors)
-    found = np.asarray(cosine_topk(users[:, 0], vectors[FIRST:], k, exclude)[1])
+    """Fill in the rank of each chosen target among its retrieved candidates, in each order."""
+    users, k = jnp.asarray(queries.vectors), found.shape[1]
     ids = (found + FIRST).astype(np.int32)  # the filling -1 becomes unknown
     shape = (QUERIES, k)
     states = queries._replace(

@@ -1,5 +1,6 @@
-"""Exact cosine scoring, top-k and target ranks; needs JAX and NumPy only."""
+"""Exact scoring by cosine or dot product, top-k and target ranks; needs JAX and NumPy only."""
 
-from mtrec_jax.kernels.scoring import cosine_scores, cosine_topk, target_rank
+from mtrec_jax.kernels.index import ItemIndex
+from mtrec_jax.kernels.scoring import cosine_scores, cosine_topk, dot_topk, target_rank
 
-__all__ = ["cosine_scores", "cosine_topk", "target_rank"]
+__all__ = ["ItemIndex", "cosine_scores", "cosine_topk", "dot_topk", "target_rank"]

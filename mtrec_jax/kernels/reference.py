@@ -1,69 +1,97 @@
-"""The specification of the scoring kernels: plain NumPy in float64, for reading, not for speed.
+"""The specification of the scoring kernels in plain NumPy: for reading and tests, not for speed.
 
-All of [Q, N] is held in memory. `mtrec_jax.kernels.scoring` gives the same answers up to
-rounding.
+All of [Q, N] is held in memory. `mtrec_jax.kernels` gives the same ids, ranks and bits of scores.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
+
+LOWER_BITS = {"float32": 12, "float64": 27}  # of the mantissa: the lower half of a number's digits
 
 
-def normalise(vectors: Num[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-    """Rows [n, D] in float64 divided by their L2 norm; a zero row stays zero."""
-    tiny = np.finfo(np.float64 if vectors.dtype == np.float64 else np.float32).tiny
-    rows = np.asarray(vectors, np.float64)
-    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
-    is_zero = largest < tiny
-    scaled = np.where(is_zero, 0, rows) / np.where(is_zero, 1, largest)  # squares cannot overflow
-    norm = np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
+def dot(a: Float[np.ndarray, "... D"], b: Float[np.ndarray, "... D"]) -> Float[np.ndarray, " ..."]:
+    """Dot products over the last axis in the one order of summation that scores have.
+
+    Each factor is the sum of an upper and a lower half, whose products are exact; the products are
+    added as a balanced tree, the second half of them to the first, and so on.
+
+    >>> float(dot(np.float32([1, 2]), np.float32([3, 4])))
+    11.0
+    """
+    (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+    middle = _tree(a_high * b_low) + _tree(a_low * b_high)
+    return _tree(a_high * b_high) + (middle + _tree(a_low * b_low))
+
+
+def _halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    bits = LOWER_BITS[x.dtype.name]
+    whole = x.view(np.dtype(f"int{8 * x.dtype.itemsize}"))
+    high = (whole & whole.dtype.type(-1 << bits)).view(x.dtype)
+    return high, x - high
+
+
+def _tree(x: np.ndarray) -> np.ndarray:
+    width = x.shape[-1]
+    full = 1 << max(width - 1, 0).bit_length()
+    x = np.concatenate([x, np.zeros((*x.shape[:-1], full - width), x.dtype)], axis=-1)
+    while full > 1:
+        full //= 2
+        x = x[..., :full] + x[..., full:]
+    return x[..., 0]
+
+
+def normalise(vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
+    """Rows divided by their largest magnitude, and then by their L2 norm; a zero row stays zero.
+
+    A row whose largest magnitude is below the smallest normal number counts as zero.
+    """
+    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)
+    is_zero = largest < np.finfo(vectors.dtype).tiny
+    scaled = np.where(is_zero, 0, vectors) / np.where(is_zero, 1, largest)
+    norm = np.sqrt(dot(scaled, scaled))[:, None]
     return scaled / np.where(is_zero, 1, norm)
 
 
-def cosine_scores(
-    queries: Num[np.ndarray, "Q D"], items: Num[np.ndarray, "N D"]
+def scores(
+    queries: Num[np.ndarray, "Q D"], items: Num[np.ndarray, "N D"], metric: str = "cosine"
 ) -> Float[np.ndarray, "Q N"]:
-    """Cosine of every query with every item, 0 where a vector is zero.
+    """The score of every query with every item: float64 if an input is, else float32.
 
-    >>> cosine_scores(np.array([[1, 2, 3]]), np.array([[4, 5, 6]])).round(6).tolist()
-    [[0.974632]]
+    >>> scores(np.array([[1, 2, 3]], "f4"), np.array([[4, 5, 6]], "f4")).round(6).tolist()
+    [[0.97463...]]
     """
-    unit = normalise(items)
-    # Not a matrix product: this adds up in one order for every pair, so equal vectors tie.
-    rows = [(unit * query).sum(axis=1) for query in normalise(queries)]
-    return np.array(rows).reshape(len(queries), len(items))
+    wide = np.float64 if np.float64 in (queries.dtype, items.dtype) else np.float32
+    queries, items = queries.astype(wide), items.astype(wide)
+    if metric == "cosine":
+        queries, items = normalise(queries), normalise(items)
+    found = [dot(items, query[None, :]) for query in queries]
+    return np.array(found, wide).reshape(len(queries), len(items))
 
 
-def cosine_topk(
-    queries: Num[np.ndarray, "Q D"],
-    items: Num[np.ndarray, "N D"],
-    k: int,
-    exclude: Int[np.ndarray, "Q X"] | None = None,
+def topk(
+    all_scores: Float[np.ndarray, "Q N"], k: int, admissible: Bool[np.ndarray, "Q N"] | None = None
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """Sort everything by (score descending, id ascending) and keep the first k admissible items."""
-    all_scores = cosine_scores(queries, items)
-    scores = np.full((len(queries), k), -np.inf)
-    ids = np.full((len(queries), k), -1, np.int32)
+    found = np.full((len(all_scores), k), -np.inf, all_scores.dtype)
+    ids = np.full((len(all_scores), k), -1, np.int32)
     for row, order in enumerate(np.argsort(-all_scores, axis=1, kind="stable")):
-        excluded = [] if exclude is None else exclude[row]
-        best = order[~np.isin(order, excluded)][:k]
+        best = order if admissible is None else order[admissible[row][order]]
+        best = best[:k]
         ids[row, : len(best)] = best
-        scores[row, : len(best)] = all_scores[row, best]
-    return scores, ids
+        found[row, : len(best)] = all_scores[row, best]
+    return found, ids
 
 
-def target_rank(
-    queries: Num[np.ndarray, "Q D"],
-    items: Num[np.ndarray, "N D"],
+def rank(
+    all_scores: Float[np.ndarray, "Q N"],
     targets: Int[np.ndarray, " Q"],
-    exclude: Int[np.ndarray, "Q X"] | None = None,
+    admissible: Bool[np.ndarray, "Q N"] | None = None,
 ) -> Int[np.ndarray, " Q"]:
-    """Place of the target among the admissible items and itself, sorted as in `cosine_topk`."""
-    all_scores = cosine_scores(queries, items)
-    ranks = np.zeros(len(queries), np.int32)
+    """Place of the target among the admissible items and itself, sorted as in `topk`."""
+    ranks = np.zeros(len(all_scores), np.int32)
     for row, order in enumerate(np.argsort(-all_scores, axis=1, kind="stable")):
-        excluded = [] if exclude is None else exclude[row]
-        admissible = ~np.isin(order, excluded) | (order == targets[row])
-        ranks[row] = np.flatnonzero(order[admissible] == targets[row])[0]
+        good = np.ones(len(order), bool) if admissible is None else admissible[row][order]
+        ranks[row] = np.flatnonzero(order[good | (order == targets[row])] == targets[row])[0]
     return ranks

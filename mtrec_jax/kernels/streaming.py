@@ -1,207 +1,311 @@
 """Exact top-k and target ranks over a stream of item blocks: plain JAX, to be used in `jax.jit`.
 
-A block of items is multiplied with all queries, reduced while it is still in cache, and forgotten:
-nothing of shape [Q, N] ever exists. Scores are dot products; give vectors from `normalise` for
-cosines. Shapes are static and values are not checked (`mtrec_jax.kernels.scoring` does that).
-Memory is O(Q * block), so callers with many queries send them in chunks.
+A block of items is multiplied with all queries, reduced to the maxima of small groups of items
+while it is still in cache, and forgotten: nothing of shape [Q, N] exists beyond one block. These
+products are approximate, as their rounding depends on shapes and devices. They choose groups, with
+more of them than are needed; the members are scored anew by `arithmetic.dot`, whose bits depend on
+nothing but the two vectors, and these scores alone decide. Where the products leave it open
+whether an item outside the chosen groups could belong to the answer, because more scores than usual
+lie within the rounding error of each other, that query is computed by `arithmetic.dot` throughout.
+So scores, ids and ranks do not depend on blocks, on other queries or on the number of devices.
 
-What is promised about rounding. The score of a pair is whatever the one product of shape
-[Q, D] x [block, D] gives it; ordering, ties and ranks are those of exactly these numbers. `topk`
-and `rank` called with equal shapes use equal products and agree to the last bit; equal item
-vectors tie. Another Q, block or device may round a score differently by a few units in the last
-place and so swap items whose true scores are that close; nothing else can change.
+Shapes are static and values are not checked (`mtrec_jax.kernels.scoring` does that).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 4096  # items per product: [256, 4096] scores and [4096, 64] items stay in the L2/L3 cache
-GROUP = 16  # neighbouring items of which only the maximum takes part in the selection
-_SMALLEST_BLOCK = 128  # below this, matrix products take other code paths and round differently
+from mtrec_jax.kernels import arithmetic
+from mtrec_jax.kernels.blocks import ALL, Admissible, Items, Plan, make_plan, starts, stream
 
-
-def normalise(vectors: Float[Array, "n D"]) -> Float[Array, "n D"]:
-    """Rows [n, D] divided by their L2 norm; a zero row stays zero and has zero gradient.
-
-    Rows are first divided by their largest magnitude, so that squares neither overflow nor vanish
-    and parallel rows such as [1, 2] and [3, 6] become equal to the last bit. A row whose largest
-    magnitude is below the smallest normal number counts as zero.
-
-    >>> jax.jit(normalise)(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
-    [[0.6..., 0.8...], [0.0, 0.0]]
-    """
-    largest = jnp.max(jnp.abs(vectors), axis=1, keepdims=True, initial=0)
-    is_zero = largest < jnp.finfo(vectors.dtype).tiny
-    # Ones keep the unused branch finite: its gradient would be 0 * inf otherwise.
-    safe = jnp.where(is_zero, 1, vectors)
-    # This maximum is `largest`, but XLA would multiply with the reciprocal of a broadcast divisor,
-    # which overflows and rounds parallel rows apart; the barrier stops (a / b) / c = a / (b * c).
-    divisor = lax.stop_gradient(jnp.maximum(jnp.abs(safe), largest))
-    scaled = lax.optimization_barrier(safe / divisor)
-    unit = scaled / jnp.sqrt(jnp.sum(scaled * scaled, axis=1, keepdims=True))
-    return jnp.where(is_zero, 0, unit)
-
-
-def dot_scores(queries: Float[Array, "Q D"], items: Float[Array, "N D"]) -> Float[Array, "Q N"]:
-    """Dot products [Q, N] in full precision on every platform (TPUs would multiply in bfloat16).
-
-    >>> dot_scores(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0]])).tolist()
-    [[11.0, 17.0]]
-    """
-    return lax.dot_general(
-        queries, items, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
-    )
+SPARE = 8  # candidates beyond k, so that close scores seldom need the slow way
+NEAR = 6  # groups in which a rank may depend on rounding, before the slow way is taken
+_EXACT = 1024  # items of a block that is scored by `arithmetic.dot`
 
 
 def topk(
     queries: Float[Array, "Q D"],
-    items: Float[Array, "N D"],
+    items: Items,
     k: int,
-    exclude: Int[Array, "Q X"] | None = None,
-    block: int = BLOCK,
+    admissible: Admissible = ALL,
+    block: int | None = None,
 ) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
-    """The k largest dot products per query: scores and int32 ids [Q, K], best first.
+    """The k largest scores per query, and their ids, best first: [Q, K] both.
 
-    Equal scores come in the order of ids. Ids in `exclude` (-1: none) are left out; places that no
-    item can fill hold score -inf and id -1. The k best items always lie in the k groups of
-    neighbours with the largest maxima, in the order (maximum descending, group ascending): an item
-    of another group would have k items before it. So each block only offers its group maxima,
-    the k best groups travel on with their scores, and one small selection at the end orders them.
+    Equal scores come in the order of ids. Places that no item can fill hold -inf and -1.
 
-    >>> items = jnp.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]])
+    >>> items = Items(jnp.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]]))
     >>> scores, ids = jax.jit(topk, static_argnames="k")(jnp.eye(2), items, k=2)
     >>> ids.tolist()
     [[1, 0], [0, 1]]
     """
-    count = items.shape[0]
+    rows, count = queries.shape[0], items.vectors.shape[0]
     kept = min(k, count)
-    if queries.shape[0] == 0 or kept == 0:
-        return _fill(jnp.zeros((queries.shape[0], 0), queries.dtype), None, k)
-    items, block = _fit(items, block)
-    groups = block // GROUP
+    if rows == 0 or kept == 0:
+        return _filled(jnp.zeros((rows, 0), queries.dtype), jnp.zeros((rows, 0), jnp.int32), k)
+    scores, ids, complete = _topk_fast(queries, items, kept, admissible, block)
 
-    def merge(
-        number: Int[Array, ""], best: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        maxima, members, first = best  # (Q, kept), (Q, kept, GROUP), (Q, kept)
-        scores, start = _score_block(queries, items, count, number, block, exclude)
-        fresh = scores.reshape(-1, groups, GROUP)
-        # What is kept has lower ids and stands first: `top_k` gives ties to the lowest position.
-        maxima, chosen = lax.top_k(jnp.concatenate([maxima, fresh.max(axis=2)], axis=1), kept)
-        old = jnp.minimum(chosen, kept - 1)
-        new = jnp.maximum(chosen - kept, 0)
-        is_new = chosen >= kept
-        members = jnp.where(
-            is_new[:, :, None],
-            jnp.take_along_axis(fresh, new[:, :, None], axis=1),
-            jnp.take_along_axis(members, old[:, :, None], axis=1),
+    def one(row: Any) -> tuple[Array, Array]:
+        number, found = row
+        return lax.cond(
+            complete[number],
+            lambda: found,
+            lambda: _topk_exact(queries[number], items, kept, _of_one(admissible, number)),
         )
-        first = jnp.where(is_new, start + new * GROUP, jnp.take_along_axis(first, old, axis=1))
-        return maxima, members, first
 
-    rows = queries.shape[0]
-    nothing = -jnp.inf
-    none = (
-        jnp.full((rows, kept), nothing, queries.dtype),
-        jnp.full((rows, kept, GROUP), nothing, queries.dtype),
-        jnp.zeros((rows, kept), jnp.int32),
+    scores, ids = lax.cond(
+        jnp.all(complete),
+        lambda: (scores, ids),
+        lambda: lax.map(one, (jnp.arange(rows), (scores, ids))),
     )
-    _, members, first = lax.fori_loop(0, -(-count // block), merge, none)
-    # By id again: groups stand in the order of their maxima, which says nothing of other members.
-    order = jnp.argsort(first, axis=1)
-    first = jnp.take_along_axis(first, order, axis=1)
-    members = jnp.take_along_axis(members, order[:, :, None], axis=1)
-    scores, place = lax.top_k(members.reshape(rows, kept * GROUP), kept)
-    ids = jnp.take_along_axis(first, place // GROUP, axis=1) + place % GROUP
-    return _fill(scores, ids, k)
+    return _filled(scores, ids, k)
+
+
+def _topk_fast(
+    queries: Array, items: Items, kept: int, admissible: Admissible, block: int | None
+) -> tuple[Array, Array, Array]:
+    """Scores, ids, and for which queries they are certainly right."""
+    plan = make_plan(queries.shape[0], items.vectors.shape[0], 16 if kept <= 32 else 8, block)
+
+    def reduce(number: Array, scores: Array, maxima: Array) -> Array:
+        grouped = scores.reshape(-1, plan.group, queries.shape[0]).max(axis=1)
+        return lax.dynamic_update_slice_in_dim(maxima, grouped, number * plan.each, 0)
+
+    empty = jnp.full((plan.groups, queries.shape[0]), -jnp.inf, queries.dtype)
+    maxima = stream(queries, items, admissible, plan, reduce, empty)
+    highest, chosen = _largest(maxima, min(kept + SPARE, plan.groups))
+    # The minimum, as XLA no longer knows a sort for a `top_k` once one of its places is sliced out.
+    floor = jnp.min(highest, axis=1)  # no product outside of the chosen groups is higher
+    if chosen.shape[1] == plan.groups:
+        floor = jnp.full_like(floor, -jnp.inf)
+    # Barriers keep XLA from computing a step anew in each place that uses it.
+    ids, real = _members(lax.optimization_barrier(chosen), plan)
+    real &= _is_admissible(ids, admissible)
+    rough = jnp.where(real, _rough(queries, items, ids), -jnp.inf)
+    ids, rough = lax.optimization_barrier((ids, rough))
+    best, place = lax.top_k(rough, min(kept + SPARE, ids.shape[1]))
+    if place.shape[1] < ids.shape[1]:
+        floor = jnp.maximum(floor, jnp.min(best, axis=1))
+    ids = lax.optimization_barrier(jnp.take_along_axis(ids, place, axis=1))
+    scores = jnp.where(best == -jnp.inf, -jnp.inf, exact_scores(queries, items, ids))
+    scores, ids = ordered(scores, ids, kept)
+    certain = (floor == -jnp.inf) | (floor < scores[:, -1] - _error(queries, items))
+    return scores, ids, certain
+
+
+def _topk_exact(
+    query: Array, items: Items, kept: int, admissible: Admissible
+) -> tuple[Array, Array]:
+    def merge(number: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        scores, ids = _exact_block(query, items, admissible, number)
+        # What is kept has lower ids and stands first: `top_k` gives ties to the lowest position.
+        scores, place = lax.top_k(jnp.concatenate([best[0], scores]), kept)
+        return scores, jnp.concatenate([best[1], ids])[place]
+
+    none = (jnp.full(kept, -jnp.inf, query.dtype), jnp.full(kept, -1, jnp.int32))
+    return lax.fori_loop(0, -(-items.vectors.shape[0] // _EXACT), merge, none)
 
 
 def rank(
     queries: Float[Array, "Q D"],
-    items: Float[Array, "N D"],
+    items: Items,
     targets: Int[Array, " Q"],
-    exclude: Int[Array, "Q X"] | None = None,
-    block: int = BLOCK,
+    admissible: Admissible = ALL,
+    block: int | None = None,
+    own: Float[Array, " Q"] | None = None,
 ) -> Int[Array, " Q"]:
     """How many items stand before each query's target in the order of `topk`: int32 [Q], 0 = first.
 
-    An item stands before the target if its score is higher, or equal with a lower id. Ids in
-    `exclude` are not counted; the target keeps its place even if it is among them. The first pass
-    reads the target's score out of its own block's product, so that its bits are those of `topk`.
+    An item stands before the target if its score is higher, or equal with a lower id. Items that
+    are not admissible do not count; the target keeps its place even if it is one of them. Where
+    `own` gives the targets' scores, they need not be among these items: ids below 0, or of N and
+    more, stand for items of other shards.
 
-    >>> items = jnp.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]])
+    >>> items = Items(jnp.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]]))
     >>> jax.jit(rank)(jnp.eye(2), items, jnp.array([0, 2])).tolist()
     [1, 2]
     """
-    count = items.shape[0]
-    if queries.shape[0] == 0 or count == 0:
-        return jnp.zeros(queries.shape[0], jnp.int32)
-    items, block = _fit(items, block)
+    rows, count = queries.shape[0], items.vectors.shape[0]
+    if rows == 0 or count == 0:
+        return jnp.zeros(rows, jnp.int32)
     targets = targets.astype(jnp.int32)
+    own = exact_scores(queries, items, targets[:, None])[:, 0] if own is None else own
+    error, plan = _error(queries, items), make_plan(rows, count, 8, block)
 
-    def read(number: Int[Array, ""], own: Float[Array, " Q"]) -> Float[Array, " Q"]:
-        scores, start = _score_block(queries, items, count, number, block, None)
-        column = jnp.clip(targets - start, 0, block - 1)
-        here = jnp.take_along_axis(scores, column[:, None], axis=1)[:, 0]
-        return jnp.where(targets // block == number, here, own)
+    def reduce(number: Array, scores: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        before, near = found
+        scores = scores.reshape(-1, plan.group, rows)
+        close = jnp.any(jnp.abs(scores - own[None, None, :]) <= error, axis=1)
+        higher = jnp.sum(scores > own[None, None, :], axis=1, dtype=jnp.int32)
+        before += jnp.sum(jnp.where(close, 0, higher), axis=0, dtype=jnp.int32)
+        close = close.astype(queries.dtype)
+        return before, lax.dynamic_update_slice_in_dim(near, close, number * plan.each, 0)
 
-    blocks = -(-count // block)
-    own = lax.fori_loop(0, blocks, read, jnp.full(queries.shape[0], -jnp.inf, queries.dtype))
+    zeros = jnp.zeros(rows, jnp.int32), jnp.zeros((plan.groups, rows), queries.dtype)
+    before, near = stream(queries, items, admissible, plan, reduce, zeros)
+    flags, chosen = _largest(near, min(NEAR, plan.groups))
+    ids, real = _members(chosen, plan)
+    real &= jnp.repeat(flags > 0, plan.group, axis=1) & _is_admissible(ids, admissible)
+    before += _count_before(exact_scores(queries, items, ids), ids, real, own, targets)
+    certain = jnp.sum(near, axis=0) <= NEAR
 
-    def add(number: Int[Array, ""], before: Int[Array, " Q"]) -> Int[Array, " Q"]:
-        scores, start = _score_block(queries, items, count, number, block, exclude)
-        ids = start + jnp.arange(block, dtype=jnp.int32)
-        is_lower_id = ids[None, :] < targets[:, None]
-        is_before = (scores > own[:, None]) | ((scores == own[:, None]) & is_lower_id)
-        return before + jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    def one(row: Any) -> Array:
+        number, found = row
+        return lax.cond(
+            certain[number],
+            lambda: found,
+            lambda: _rank_exact(
+                queries[number], items, own[number], targets[number], _of_one(admissible, number)
+            ),
+        )
 
-    return lax.fori_loop(0, blocks, add, jnp.zeros(queries.shape[0], jnp.int32))
+    return lax.cond(
+        jnp.all(certain),
+        lambda: before,
+        lambda: lax.map(one, (jnp.arange(rows), before)),
+    )
 
 
-def _fit(items: Float[Array, "N D"], block: int) -> tuple[Float[Array, "M D"], int]:
-    """Items padded to one block at least, and the block rounded up to whole groups."""
-    block = -(-min(block, items.shape[0]) // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
-    missing = max(0, block - items.shape[0])
-    return jnp.pad(items, ((0, missing), (0, 0))), block
+def _rank_exact(
+    query: Array, items: Items, own: Array, target: Array, admissible: Admissible
+) -> Array:
+    def add(number: Array, before: Array) -> Array:
+        scores, ids = _exact_block(query, items, admissible, number)
+        real = scores > -jnp.inf
+        return before + _count_before(
+            scores[None], ids[None], real[None], own[None], target[None]
+        ).squeeze(0)
+
+    start = jnp.zeros((), jnp.int32)
+    return lax.fori_loop(0, -(-items.vectors.shape[0] // _EXACT), add, start)
 
 
-def _score_block(
-    queries: Float[Array, "Q D"],
-    items: Float[Array, "M D"],
-    count: int,
-    number: Int[Array, ""],
-    block: int,
-    exclude: Int[Array, "Q X"] | None,
-) -> tuple[Float[Array, "Q block"], Int[Array, ""]]:
-    """Scores [Q, block] of block `number` and the id of its first item.
+def _count_before(
+    scores: Array, ids: Array, real: Array, own: Array, targets: Array
+) -> Int[Array, " Q"]:
+    higher = scores > own[:, None]
+    tied = (scores == own[:, None]) & (ids < targets[:, None])
+    return jnp.sum(real & (higher | tied), axis=1, dtype=jnp.int32)
 
-    The last block is moved back to end with the items, so that it needs no padded copy; items that
-    it shares with the block before, padding and excluded items score -inf.
+
+# --- Candidates
+
+
+def _largest(values: Float[Array, "n Q"], kept: int) -> tuple[Array, Array]:
+    """The `kept` largest of each column, [Q, kept], and their places, found from coarse to fine.
+
+    A place beyond `values` stands for nothing.
     """
-    begin = (number * block).astype(jnp.int32)
-    start = jnp.minimum(begin, items.shape[0] - block)
-    scores = dot_scores(queries, lax.dynamic_slice_in_dim(items, start, block))
-    ids = start + jnp.arange(block, dtype=jnp.int32)
-    admissible = (ids >= begin) & (ids < count)
-    scores = jnp.where(admissible[None, :], scores, -jnp.inf)
-    if exclude is not None:
-        column = exclude.astype(jnp.int32) - start
-        column = jnp.where(column >= 0, column, block)  # negative columns would count from the end
-        row = jnp.arange(queries.shape[0], dtype=jnp.int32)[:, None]
-        scores = scores.at[row, column].set(-jnp.inf, mode="drop")
-    return scores, start
+    levels, fold = [values], 16
+    while levels[-1].shape[0] > max(4 * kept, 64) * 4:
+        last = levels[-1]
+        missing = -last.shape[0] % fold
+        last = jnp.pad(last, ((0, missing), (0, 0)), constant_values=-jnp.inf)
+        levels.append(last.reshape(-1, fold, last.shape[1]).max(axis=1))
+    top, chosen = lax.top_k(levels[-1].T, min(kept, levels[-1].shape[0]))
+    column = jnp.arange(values.shape[1])[:, None]
+    for level in reversed(levels[:-1]):
+        place = chosen[:, :, None] * fold + jnp.arange(fold)[None, None, :]
+        place = place.reshape(len(chosen), -1)
+        inside = level.at[place, column].get(mode="fill", fill_value=-jnp.inf)
+        top, where = lax.top_k(inside, min(kept, place.shape[1]))
+        chosen = jnp.take_along_axis(place, where, axis=1)
+    return top, chosen
 
 
-def _fill(
-    scores: Float[Array, "Q kept"], ids: Int[Array, "Q kept"] | None, k: int
-) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
+def _members(chosen: Int[Array, "Q C"], plan: Plan) -> tuple[Array, Array]:
+    """Ids [Q, C * group] of the items of groups, and which of them are real."""
+    number, local = chosen // plan.each, chosen % plan.each
+    ids = (starts(number, plan) + local * plan.group)[:, :, None]
+    ids = ids + jnp.arange(plan.group)[None, None, :]
+    real = (ids >= (number * plan.block)[:, :, None]) & (ids < plan.items)
+    real &= (chosen < plan.groups)[:, :, None]
+    ids = jnp.minimum(ids, plan.items - 1)
+    return ids.reshape(len(ids), -1).astype(jnp.int32), real.reshape(len(ids), -1)
+
+
+def _is_admissible(ids: Int[Array, "Q C"], admissible: Admissible) -> Bool[Array, "Q C"]:
+    good = jnp.ones(ids.shape, bool)
+    if admissible.allowed is not None:
+        group = jnp.zeros(len(ids), jnp.int32) if admissible.group is None else admissible.group
+        good &= admissible.allowed[group[:, None], ids]
+    if admissible.exclude is not None:
+        place = jax.vmap(jnp.searchsorted)(admissible.exclude, ids)
+        found = admissible.exclude.at[jnp.arange(len(ids))[:, None], place].get(
+            mode="fill", fill_value=-1
+        )
+        good &= found != ids
+    return good
+
+
+def _of_one(admissible: Admissible, row: Array) -> Admissible:
+    """What one query may get, as lists and masks of a single row."""
+    exclude, _, allowed, group = admissible
+    return Admissible(
+        None if exclude is None else exclude[row][None],
+        None,
+        None if allowed is None else (allowed[:1] if group is None else allowed[group[row]][None]),
+    )
+
+
+# --- Scores
+
+
+def _vectors(items: Items, ids: Array, dtype: Any) -> Array:
+    """The vectors of ids, of length 1 where scores are cosines."""
+    vectors = items.vectors
+    if (
+        len(vectors) == 1
+    ):  # with a single choice, XLA would see one row, and divide it in its own way
+        vectors = jnp.pad(vectors, ((0, 1), (0, 0)))
+    rows = vectors.at[ids].get(mode="promise_in_bounds").astype(dtype)
+    return rows if items.scale is None else arithmetic.normalise(rows)
+
+
+def exact_scores(queries: Array, items: Items, ids: Int[Array, "Q C"]) -> Float[Array, "Q C"]:
+    """The scores that are returned and compared."""
+    return arithmetic.dot(_vectors(items, ids, queries.dtype), queries[:, None, :])
+
+
+def _rough(queries: Array, items: Items, ids: Int[Array, "Q C"]) -> Float[Array, "Q C"]:
+    rows = items.vectors.at[ids].get(mode="promise_in_bounds").astype(queries.dtype)
+    found = arithmetic.tree(rows * queries[:, None, :])
+    return found if items.scale is None else found * items.scale[ids]
+
+
+def _exact_block(
+    query: Array, items: Items, admissible: Admissible, number: Array
+) -> tuple[Array, Array]:
+    """Scores of a block of items with one query, -inf where they are not admissible; and ids."""
+    count = items.vectors.shape[0]
+    size = min(_EXACT, count)
+    first = jnp.minimum(number * size, count - size)
+    ids = first + jnp.arange(size, dtype=jnp.int32)
+    scores = arithmetic.dot(_vectors(items, ids, query.dtype), query[None, :])
+    good = (ids >= number * size) & _is_admissible(ids[None], admissible)[0]
+    return jnp.where(good, scores, -jnp.inf), ids
+
+
+def _error(queries: Array, items: Items) -> Float[Array, ""]:
+    """How far a rough score may be from the score: a bound for any order of summation."""
+    unit = float(jnp.finfo(queries.dtype).eps) / 2
+    return jnp.asarray(2 * (queries.shape[1] + 16) * unit * items.largest, queries.dtype)
+
+
+def ordered(scores: Array, ids: Array, kept: int) -> tuple[Array, Array]:
+    """The first `kept` by (score descending, id ascending)."""
+    negative, ids = lax.sort((-scores, ids), dimension=1, num_keys=2)
+    return -negative[:, :kept], ids[:, :kept]
+
+
+def _filled(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
     """Widen to k places; a place with score -inf holds no item and gets the id -1."""
-    if ids is None:
-        ids = jnp.zeros(scores.shape, jnp.int32)
     missing = ((0, 0), (0, k - scores.shape[1]))
     scores = jnp.pad(scores, missing, constant_values=-jnp.inf)
     ids = jnp.pad(ids.astype(jnp.int32), missing, constant_values=-1)

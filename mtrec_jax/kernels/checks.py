@@ -1,0 +1,144 @@
+"""What callers of the kernels hand over, checked on the host: an error names place and remedy."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from mtrec_jax.errors import ConfigError, DataError, nearest
+from mtrec_jax.types import Array
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise `ConfigError` for a value that is not among the allowed ones."""
+    if value not in allowed:
+        raise ConfigError(
+            f"no {name} '{value}': use one of {', '.join(allowed)}.{nearest(str(value), allowed)}"
+        )
+
+
+def concrete(name: str, array: Any) -> None:
+    """Raise `DataError` for what is no array, or has no values yet."""
+    if not isinstance(array, Array):
+        raise DataError(
+            f"{name} is a {type(array).__name__}; pass a NumPy or JAX array, e.g. "
+            f"np.asarray({name})"
+        )
+    if isinstance(array, jax.core.Tracer):
+        raise DataError(
+            f"{name} is traced, and its values cannot be checked; inside jax.jit call "
+            "mtrec_jax.kernels.streaming"
+        )
+
+
+def matrix(name: str, vectors: Any, axes: str) -> None:
+    """Raise `DataError` unless the array has two axes and holds numbers."""
+    concrete(name, vectors)
+    if vectors.ndim != 2:
+        raise DataError(
+            f"{name} must have two axes {axes}, but its shape is {vectors.shape}; "
+            "a single vector is vector[None, :]"
+        )
+    if not any(jnp.issubdtype(vectors.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise DataError(
+            f"{name} has dtype {vectors.dtype}; convert it to a floating or integer one"
+        )
+
+
+def queries(vectors: Any, items: tuple[int, ...]) -> None:
+    """Raise `DataError` unless the queries are a matrix as wide as the items of that shape."""
+    matrix("queries", vectors, "[Q, D]")
+    if vectors.shape[1] != items[1]:
+        raise DataError(
+            f"queries {vectors.shape} and items {items} differ in width: both need the same "
+            "second axis D"
+        )
+
+
+def positive(k: Any) -> int:
+    """k as an integer of at least 1."""
+    if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
+        raise ConfigError(f"k is {k!r}; it must be an integer of at least 1")
+    return operator.index(k)
+
+
+def score_dtype(*dtypes: Any) -> np.dtype:
+    """float32, or float64 if one of them is and 64-bit JAX is on."""
+    wide: Any = jnp.float32
+    for dtype in dtypes:
+        wide = jnp.promote_types(wide, dtype)
+    return np.dtype(jax.dtypes.canonicalize_dtype(wide))
+
+
+def not_finite(name: str, row: int, dtype: np.dtype) -> DataError:
+    """The error for the first row with NaN or infinity."""
+    return DataError(
+        f"{name} row {row} holds NaN or a number that is infinite in {dtype}; "
+        "remove the row or replace it by zeros (cosine 0 with everything)"
+    )
+
+
+def indices(
+    name: str, values: Any, shape: tuple[int, ...], lowest: int, count: int
+) -> Int[np.ndarray, " ..."]:
+    """Item indices on the host as int32, of the given shape, in lowest .. count-1."""
+    concrete(name, values)
+    found = np.asarray(values)
+    if found.shape != shape or not np.issubdtype(found.dtype, np.integer):
+        wanted = "[Q, X]" if len(shape) == 2 else "[Q]"
+        raise DataError(
+            f"{name} must hold integers {wanted} with Q={shape[0]}, one per query, but has shape "
+            f"{found.shape} and dtype {found.dtype}"
+        )
+    is_bad = (found < lowest) | (found >= count)
+    if is_bad.any():
+        place = tuple(int(i) for i in np.argwhere(is_bad)[0])
+        padding = ", or -1 for padding" if lowest < 0 else ""
+        raise DataError(
+            f"{name}{list(place)} is {found[place]}, but there are {count} items: use indices "
+            f"0 .. {count - 1}{padding}"
+        )
+    return found.astype(np.int32)
+
+
+def item_ids(values: Any, count: int) -> np.ndarray:
+    """Raw ids of the items, one each: integers or texts."""
+    found = np.asarray(values)
+    if found.shape != (count,) or found.dtype.kind not in "iuUS":
+        raise DataError(
+            f"ids: shape {found.shape} and dtype {found.dtype}; one integer or text for each of "
+            f"the {count} items is needed"
+        )
+    different, first = np.unique(found, return_index=True)
+    if len(different) < count:
+        again = np.setdiff1d(np.arange(count), first)[0]
+        raise DataError(f"ids[{again}] is {found[again]!r}, which another item has already")
+    return found
+
+
+def masks(
+    allowed: Any, group: Any, queries: int, count: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`allowed` as [G, N], and which of its rows is whose; raises `DataError`."""
+    if allowed is None:
+        if group is not None:
+            raise DataError("group: which row of `allowed` is whose; pass allowed=[G, N] too")
+        return None, None
+    concrete("allowed", allowed)
+    mask = np.asarray(allowed)
+    wanted = (count,) if group is None else (len(mask), count)
+    if mask.dtype != bool or mask.shape != wanted or not mask.size >= 0:
+        shape = "[N], or [G, N] with group=[Q]," if group is None else "[G, N]"
+        raise DataError(
+            f"allowed must hold booleans {shape} with N={count}, but has shape {mask.shape} and "
+            f"dtype {mask.dtype}"
+        )
+    if group is None:
+        return mask[None], None
+    return mask, indices("group", group, (queries,), 0, len(mask))

@@ -1,0 +1,333 @@
+"""A catalogue prepared for search: what can be paid once is paid once."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from mtrec_jax.errors import DataError
+from mtrec_jax.kernels import arithmetic, checks, streaming
+from mtrec_jax.kernels.blocks import Admissible, Items
+from mtrec_jax.kernels.placing import all_axes, placed, put, survey, unit_rows, widened
+from mtrec_jax.types import Array
+
+METRICS = ("cosine", "dot")
+_CHUNK, _SMALLEST_CHUNK = 256, 8  # queries of one program; a power of two in between
+_MAXIMA = 1 << 25  # of groups in one program, 128 MB: fewer queries for more than a million items
+_NEVER = np.iinfo(np.int32).max  # the id of no item
+
+
+class ItemIndex:
+    """Items that are searched by exact cosine, or dot product, as often as one likes.
+
+    Norms, the check for NaN, padding and the place on the devices are paid once, here. Vectors stay
+    in their own dtype and as long as they are; a copy of length 1 is made only where squares of
+    float32 would overflow or vanish.
+
+    Args:
+      items: [N, D], floating or integer; N may be 0.
+      ids: what search returns for each item, [N] different integers or texts; None: 0 .. N-1.
+      metric: "cosine", 0 where a vector is zero; or "dot".
+      mesh: rows are split over all devices of this mesh; None: one device.
+      nan: "error"; or "drop": items with NaN or infinity are never found.
+
+    Raises:
+      DataError: wrong axes or dtype; ids that are repeated, or not one an item; NaN.
+      ConfigError: an unknown metric or `nan`.
+
+    >>> index = ItemIndex(np.array([[1, 0], [1, 1], [2, 2], [0, 1]]), ids=["a", "b", "c", "d"])
+    >>> scores, ids = index.search(np.array([[2, 2]]), k=3, exclude=np.array([["c"]]))
+    >>> ids.tolist(), scores.round(3).tolist()
+    ([['b', 'a', 'd']], [[1.0, 0.707..., 0.707...]])
+    """
+
+    def __init__(
+        self,
+        items: Array,
+        ids: Any = None,
+        metric: str = "cosine",
+        mesh: Mesh | None = None,
+        nan: str = "error",
+    ):
+        checks.one_of("metric", metric, METRICS)
+        checks.one_of("nan", nan, ("error", "drop"))
+        checks.matrix("items", items, "[N, D]")
+        self.metric, self.mesh, self.shape = metric, mesh, (int(items.shape[0]), items.shape[1])
+        self.ids = None if ids is None else checks.item_ids(ids, len(self))
+        vectors = placed(items, mesh)
+        self._dtype = checks.score_dtype(vectors.dtype)
+        scale, self._longest, bad = survey(vectors, self._dtype, metric)
+        if len(bad) and nan == "error":
+            raise checks.not_finite("items", int(bad[0]), self._dtype)
+        if metric == "cosine" and scale is None:
+            vectors = unit_rows(vectors, self._dtype)
+        self._items = Items(vectors, scale, 1.0)
+        self._real: np.ndarray | None = None  # [M], the rows that are items, if not all are
+        if len(bad) or len(vectors) != len(self):
+            self._real = np.arange(len(vectors)) < len(self)
+            self._real[bad] = False
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        kind = f"{len(self):,} items of width {self.shape[1]}, {self._items.vectors.dtype}"
+        where = f", over {self.mesh.size} devices" if self.mesh else ""
+        return f"ItemIndex({kind}, metric={self.metric!r}{where})"
+
+    def search(
+        self,
+        queries: Array,
+        k: int,
+        exclude: Array | None = None,
+        allowed: Array | None = None,
+        group: Array | None = None,
+    ) -> tuple[Float[np.ndarray, "Q K"], np.ndarray]:
+        """The k items with the highest score per query: scores [Q, K], and ids [Q, K].
+
+        Args:
+          queries: [Q, D], floating or integer; Q may be 0.
+          k: results per query. Places that no admissible item can fill, as with k > N, hold the
+            score -inf and the id -1 ("" where ids are texts).
+          exclude: [Q, X] ids that a query must not get, filled up with -1 ("" for texts).
+          allowed: [N] booleans, which items may be found; or [G, N], one row a group of queries.
+          group: [Q], which row of `allowed` holds for a query.
+
+        Raises:
+          DataError: wrong axes, widths that differ, NaN in a query, an id that is not there.
+          ConfigError: k below 1.
+        """
+        checks.queries(queries, self.shape)
+        k = checks.positive(k)
+        found = self._run("topk", queries, exclude, allowed, group, k)
+        dtype = self._score_dtype(queries)
+        scores = np.concatenate([np.zeros((0, k), dtype), *(scores for scores, _ in found)])
+        ids = np.concatenate([np.zeros((0, k), np.int32), *(ids for _, ids in found)])
+        return scores, self._raw(ids)
+
+    def rank(
+        self,
+        queries: Array,
+        targets: Array,
+        exclude: Array | None = None,
+        allowed: Array | None = None,
+        group: Array | None = None,
+    ) -> Int[np.ndarray, " Q"]:
+        """How many items stand before each query's target in the order of `search`: 0 = first.
+
+        An item that is excluded or not allowed does not count; the target keeps its place even if
+        it is one of them.
+
+        Args:
+          queries, exclude, allowed, group: as in `search`.
+          targets: [Q] ids.
+
+        Raises:
+          DataError: as `search`, or a target that is no item.
+        """
+        checks.queries(queries, self.shape)
+        wanted = self._places("targets", targets, (len(queries),), may_lack=False)
+        found = self._run("rank", queries, exclude, allowed, group, wanted)
+        return np.concatenate([np.zeros(0, np.int32), *found])
+
+    def save(self, path: str | Path) -> None:
+        """Write vectors, ids and metric as one .npz file, which holds arrays and no code."""
+        vectors = np.asarray(self._items.vectors)[: len(self)]
+        if (kind := vectors.dtype.name) not in np.sctypeDict:  # NumPy's format has no bfloat16
+            vectors = vectors.view(np.uint16)
+        ids = np.zeros(0) if self.ids is None else self.ids
+        with open(path, "wb") as file:
+            np.savez(file, vectors=vectors, dtype=kind, ids=ids, metric=self.metric)
+
+    @classmethod
+    def load(cls, path: str | Path, mesh: Mesh | None = None) -> ItemIndex:
+        """Read what `save` has written.
+
+        Raises:
+          DataError: the file is not there, or is no such file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                vectors, ids = file["vectors"], file["ids"]
+                kind, metric = str(file["dtype"]), str(file["metric"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is no saved ItemIndex ({error}); write one by save") from error
+        vectors = vectors if vectors.dtype.name == kind else vectors.view(jnp.dtype(kind))
+        named = None if not len(ids) and len(vectors) else ids
+        return cls(vectors, named, metric, mesh, nan="drop")
+
+    def _score_dtype(self, queries: Array) -> np.dtype:
+        return checks.score_dtype(queries.dtype, self._dtype)
+
+    def _run(
+        self, what: str, queries: Array, exclude: Any, allowed: Any, group: Any, goal: Any
+    ) -> list[Any]:
+        """The answer for each chunk of queries, on the host."""
+        host = np.asarray(queries)
+        if exclude is not None:
+            checks.concrete("exclude", exclude)
+            width = exclude.shape[1] if exclude.ndim == 2 else -1
+            exclude = self._places("exclude", exclude, (len(host), width), may_lack=True)
+        masks, group = checks.masks(allowed, group, len(host), len(self))
+        if self._real is not None:
+            masks = self._real[None] & (
+                True if masks is None else widened(masks, len(self._real), axis=1)
+            )
+        shown: Any = None if masks is None else put(masks, self.mesh, P(None, all_axes(self.mesh)))
+        dtype, answers = self._score_dtype(queries), []
+        program = _program(self.mesh, what)
+        for chunk in _chunks(len(host), len(self._items.vectors)):
+            rows, first_bad = _queries(_padded(host, chunk, 0), dtype, self.metric)
+            if (bad := int(first_bad)) >= 0:
+                raise checks.not_finite("queries", chunk.start + bad, dtype)
+            largest = 1.0 if self.metric == "cosine" else _longest(rows) * self._longest
+            admissible = _lists(None if exclude is None else _padded(exclude, chunk, _NEVER))
+            its: Any = None if group is None else _padded(group, chunk, 0)
+            admissible = admissible._replace(allowed=shown, group=its)
+            one = goal if what == "topk" else _padded(goal, chunk, 0)
+            items = self._items._replace(largest=largest)
+            answers.append((program(rows, items, one, admissible), chunk))
+        return [
+            jax.tree.map(lambda a, n=c.stop - c.start: np.asarray(a)[:n], a) for a, c in answers
+        ]
+
+    def _places(self, name: str, ids: Any, shape: tuple[int, ...], may_lack: bool) -> np.ndarray:
+        """Row numbers of raw ids; what stands for no item is `_NEVER`."""
+        if self.ids is None:
+            found = checks.indices(name, ids, shape, -1 if may_lack else 0, len(self))
+            return np.where(found < 0, _NEVER, found)
+        checks.concrete(name, ids)
+        raw = np.asarray(ids)
+        if raw.shape != shape or raw.dtype.kind != self.ids.dtype.kind:
+            raise DataError(
+                f"{name}: shape {raw.shape} and dtype {raw.dtype}; ids of the kind of "
+                f"{self.ids.dtype}, {list(shape)}, are needed"
+            )
+        order = np.argsort(self.ids)
+        place = np.searchsorted(self.ids, raw, sorter=order)
+        found = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(shape, int)
+        same = self.ids[found] == raw if len(order) else np.zeros(shape, bool)
+        empty = (raw == ("" if raw.dtype.kind == "U" else -1)) & may_lack
+        if not (same | empty).all():
+            wrong = raw[~(same | empty)][0]
+            raise DataError(f"{name}: {wrong!r} is no id of this index")
+        return np.where(same, found, _NEVER).astype(np.int32)
+
+    def _raw(self, places: np.ndarray) -> np.ndarray:
+        if self.ids is None:
+            return places
+        nothing = np.array("" if self.ids.dtype.kind == "U" else -1, self.ids.dtype)
+        if not len(self):
+            return np.full(places.shape, nothing)
+        return np.where(places < 0, nothing, self.ids[places])
+
+
+# --- Programs
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "metric"))
+def _queries(vectors: jax.Array, dtype: np.dtype, metric: str) -> tuple[jax.Array, jax.Array]:
+    """Queries as they are multiplied, and the first row with a number that is not finite or -1."""
+    rows = vectors.astype(dtype)
+    is_bad = ~jnp.all(jnp.isfinite(rows), axis=1)  # a maximum may lose NaN
+    first = jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), -1)
+    return (arithmetic.normalise(rows) if metric == "cosine" else rows), first
+
+
+@jax.jit
+def _longest(rows: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=1))) * 1.001
+
+
+@functools.cache
+def _program(mesh: Mesh | None, what: str) -> Callable[..., Any]:
+    """Compiled `topk` or `rank` of (queries, items, k or targets, admissible)."""
+    if mesh is None:
+        if what == "topk":
+            return jax.jit(streaming.topk, static_argnums=2)
+        return jax.jit(streaming.rank)
+    axes = all_axes(mesh)
+    items = Items(P(axes), P(axes), P())  # type: ignore[arg-type]
+    admissible = Admissible(P(), P(), P(None, axes), P())  # type: ignore[arg-type]
+    shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=P(), check_vma=False)
+    if what == "rank":
+        specs = (P(), items, P(), admissible)
+        return jax.jit(shard(functools.partial(_shard_rank, axes), in_specs=specs))
+
+    def topk(rows: jax.Array, given: Items, k: int, may: Admissible) -> Any:
+        part = functools.partial(_shard_topk, axes, k)
+        return shard(part, in_specs=(P(), items, admissible))(rows, given, may)
+
+    return jax.jit(topk, static_argnums=2)
+
+
+def _shard_topk(axes: Any, k: int, rows: Any, items: Items, admissible: Admissible) -> Any:
+    """The best of this shard's items, exchanged and merged."""
+    first = lax.axis_index(axes) * items.vectors.shape[0]
+    scores, ids = streaming.topk(rows, items, k, _shifted(admissible, first))
+    ids = jnp.where(ids < 0, _NEVER, ids + first)
+    scores, ids = (lax.all_gather(a, axes, axis=1, tiled=True) for a in (scores, ids))
+    scores, ids = streaming.ordered(scores, ids, k)
+    return scores, jnp.where(scores == -jnp.inf, -1, ids)
+
+
+def _shard_rank(
+    axes: Any, rows: Any, items: Items, targets: jax.Array, admissible: Admissible
+) -> jax.Array:
+    size = items.vectors.shape[0]
+    first = lax.axis_index(axes) * size
+    local = targets - first
+    here = (local >= 0) & (local < size)
+    own = streaming.exact_scores(rows, items, jnp.clip(local, 0, size - 1)[:, None])[:, 0]
+    own = lax.psum(jnp.where(here, own, 0), axes)
+    return lax.psum(streaming.rank(rows, items, local, _shifted(admissible, first), own=own), axes)
+
+
+def _shifted(admissible: Admissible, first: jax.Array) -> Admissible:
+    """Lists of ids as seen from the shard that begins with the item `first`."""
+    exclude, entries = admissible.exclude, admissible.entries
+    return admissible._replace(
+        exclude=None if exclude is None else exclude - first,
+        entries=None if entries is None else entries - jnp.stack([first, 0])[:, None],
+    )
+
+
+def _lists(exclude: np.ndarray | None) -> Admissible:
+    """Exclude lists [Q, X] in the two orders in which they are needed, in few sizes."""
+    if exclude is None or not exclude.size:
+        return Admissible()
+    width = 1 << (exclude.shape[1] - 1).bit_length()
+    by_query = np.full((len(exclude), width), _NEVER, np.int32)
+    by_query[:, : exclude.shape[1]] = np.sort(exclude, axis=1)
+    query, place = np.nonzero(exclude != _NEVER)
+    item = exclude[query, place]
+    order = np.argsort(item, kind="stable")
+    entries = np.full((2, 1 << max(len(item) - 1, 7).bit_length()), _NEVER, np.int32)
+    entries[:, : len(item)] = item[order], query[order]
+    return Admissible(by_query, entries)  # type: ignore[arg-type]
+
+
+def _chunks(rows: int, items: int) -> Iterator[slice]:
+    most = _MAXIMA * 8 // max(items, 1)
+    size = min(_CHUNK, max(_SMALLEST_CHUNK, 1 << max(most.bit_length() - 1, 0)))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _padded(rows: np.ndarray, chunk: slice, value: int) -> np.ndarray:
+    """Rows of the chunk, filled up to a power of two, so that few programs are compiled."""
+    part = rows[chunk]
+    size = max(_SMALLEST_CHUNK, 1 << (len(part) - 1).bit_length())
+    full = np.full((size, *rows.shape[1:]), value, rows.dtype)
+    full[: len(part)] = part
+    return full
