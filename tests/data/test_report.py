@@ -153,7 +153,10 @@ def test_long_logs_have_bars_of_several_days(tmp_path: Path) -> None:
         }
     )
     with open_engine(tmp_path) as duckdb:
-        labels = {"next": {0: (3, 1.0), 2: (1, 2 / 3)}, "class": {0: (2, None)}}
+        labels: dict[str, dict[int, tuple[int, float | None]]] = {
+            "next": {0: (3, 1.0), 2: (1, 2 / 3)},
+            "class": {0: (2, None)},
+        }
         summary = summarize(duckdb.load("events", table), labels)
     assert (summary.start, summary.width) == (3 * DAY, 11 * DAY)  # 1,000 days in 91 bars
     assert len(summary.counts["train"]) == len(summary.counts["test"]) == 91
