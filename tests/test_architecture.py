@@ -37,7 +37,7 @@ OWNERS = {  # a third-party library, and the only files that may know it
         f"data/{n}.py"
         for n in (
             *("prepare", "schema", "expressions", "clean", "split", "index"),
-            *("past", "guards", "engine", "social_tables"),
+            *("past", "guards", "twins", "engine", "social_tables"),
         )
     ),
     "duckdb": (),

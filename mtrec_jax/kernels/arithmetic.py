@@ -63,7 +63,7 @@ def normalise(vectors: Float[Array, "... D"]) -> Float[Array, "... D"]:
     and parallel rows such as [1, 2] and [3, 6] become equal to the last bit. A row whose largest
     magnitude is below the smallest normal number counts as zero.
 
-    >>> jax.jit(normalise)(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    >>> normalise(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
     [[0.6..., 0.8...], [0.0, 0.0]]
     """
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True, initial=0)

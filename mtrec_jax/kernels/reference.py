@@ -17,8 +17,8 @@ def dot(a: Float[np.ndarray, "... D"], b: Float[np.ndarray, "... D"]) -> Float[n
     Each factor is the sum of an upper and a lower half, whose products are exact; the products are
     added as a balanced tree, the second half of them to the first, and so on.
 
-    >>> float(dot(np.float32([1, 2]), np.float32([3, 4])))
-    11.0
+    >>> dot(np.float32([[1, 2]]), np.float32([[3, 4]])).tolist()
+    [11.0]
     """
     (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
     middle = _tree(a_high * b_low) + _tree(a_low * b_high)
