@@ -83,7 +83,7 @@ def _match_url(url: str) -> list[tuple[str, Any]]:
 
 def _is_mark(name: str, pattern: str) -> bool:
     """Files such as _SUCCESS, which a pattern means only if it begins so."""
-    return name[0] == "_" and pattern.rpartition("/")[2][0] != "_"
+    return name[0] == "_" and not pattern.rpartition("/")[2].startswith("_")
 
 
 def open_file(file: File) -> Any:

@@ -84,6 +84,15 @@ def not_finite(name: str, row: int, dtype: np.dtype) -> DataError:
     )
 
 
+def finite(name: str, vectors: Array, dtype: np.dtype) -> np.ndarray:
+    """Vectors on the host in the dtype of scores; raises `DataError` for NaN and infinity."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
+        rows = np.asarray(vectors).astype(dtype)
+    if (bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))).size:
+        raise not_finite(name, int(bad[0]), dtype)
+    return rows
+
+
 def indices(
     name: str, values: Any, shape: tuple[int, ...], lowest: int, count: int
 ) -> Int[np.ndarray, " ..."]:

@@ -42,14 +42,8 @@ def cosine_scores(queries: Array, items: Array) -> Float[jax.Array, "Q N"]:
     checks.matrix("items", items, "[N, D]")
     checks.queries(queries, items.shape)
     dtype = checks.score_dtype(queries.dtype, items.dtype)
-    units = []
-    for name, vectors in (("queries", queries), ("items", items)):
-        with np.errstate(over="ignore"):
-            rows = np.asarray(vectors).astype(dtype)
-        if (bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))).size:
-            raise checks.not_finite(name, int(bad[0]), dtype)
-        units.append(_normalise(rows))
-    return _products(*units)
+    rows = checks.finite("queries", queries, dtype), checks.finite("items", items, dtype)
+    return _products(_normalise(rows[0]), _normalise(rows[1]))
 
 
 _normalise = jax.jit(arithmetic.normalise)
@@ -137,24 +131,17 @@ def _topk(
     checks.matrix("items", items, "[N, D]")
     checks.queries(queries, items.shape)
     k, dtype = checks.positive(k), checks.score_dtype(queries.dtype, items.dtype)
-    sides: list[np.ndarray] = []
-    for name, vectors in (("queries", queries), ("items", items)):
-        with np.errstate(over="ignore"):
-            rows = np.asarray(vectors).astype(dtype)
-        if (bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))).size:
-            raise checks.not_finite(name, int(bad[0]), dtype)
-        sides.append(rows)
+    rows = checks.finite("queries", queries, dtype), checks.finite("items", items, dtype)
     admissible = np.ones((len(queries), len(items)), bool)
     if exclude is not None:
         checks.concrete("exclude", exclude)
         width = exclude.shape[1] if exclude.ndim == 2 else -1
         ids = checks.indices("exclude", exclude, (len(queries), width), -1, len(items))
-        row = np.nonzero(ids >= 0)[0]
-        admissible[row, ids[ids >= 0]] = False
+        admissible[np.nonzero(ids >= 0)[0], ids[ids >= 0]] = False
     masks, which = checks.masks(allowed, group, len(queries), len(items))
     if masks is not None:
         admissible &= masks[0] if which is None else masks[which]
-    return reference.topk(reference.scores(sides[0], sides[1], metric), k, admissible)
+    return reference.topk(reference.scores(rows[0], rows[1], metric), k, admissible)
 
 
 def target_rank(
