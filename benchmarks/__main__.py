@@ -6,43 +6,49 @@ import argparse
 import importlib
 import json
 import os
-import pkgutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import rich
+from rich.progress import track
 from rich.table import Table
 
 import benchmarks
+from benchmarks import contest, report
 
 
 def main() -> None:
     """Parse the command line and run it."""
-    questions = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name[0] != "_"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("question", nargs="?", choices=questions)
+    parser.add_argument("question", nargs="?", choices=[*benchmarks.QUESTIONS, "report"])
     parser.add_argument("--quick", action="store_true", help="a small problem")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append JSON lines to FILE")
-    parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--set", nargs="+", metavar="SET", help="topk: which cases; all of them")
+    parser.add_argument("--rounds", type=int, default=7, help="topk, softmax, rank: turns of each")
     parser.add_argument("--events", type=int, help="prepare: events of the log (50,000,000)")
     parser.add_argument("--folder", type=Path, help="prepare: where its files go for a while")
     parser.add_argument("--seeds", type=int, nargs="+", help="social: other shops than (505, 606)")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the child's side of run_alone
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the contestant's side
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.question is None:
-        for name in questions:
+        for name in benchmarks.QUESTIONS:
             docstring = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
             print(f"{name}: {docstring.splitlines()[0]}")
+        print("report: make docs/benchmarks/README.md and its plots of the results kept there")
+        return
+    if chosen.question == "report":
+        report.write()
         return
     if hasattr(os, "sched_setaffinity"):  # XLA sizes its thread pool by the cores it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])
     question = importlib.import_module(f"benchmarks.{chosen.question}")
     if chosen.contestant:
-        result = benchmarks.measure(question, chosen.contestant, chosen.quick, chosen.repetitions)
-        print(json.dumps(result))
-        return
-    if hasattr(question, "answer"):  # a question of quality: figures, not times
+        contest.serve(question, chosen.set[0], chosen.case, chosen.contestant)
+    elif hasattr(question, "answer"):  # a question of quality or throughput: figures
         given = {"events": chosen.events, "folder": chosen.folder, "seeds": chosen.seeds}
         given = {name: value for name, value in given.items() if value is not None}
         try:
@@ -51,22 +57,28 @@ def main() -> None:
             parser.exit(2, f'{error.name} is not installed: pip install -e ".[bench]"\n')
         rich.print(_figures(results))
         _append(chosen.json, {"question": chosen.question, "quick": chosen.quick}, results)
-        return
-    options = [f"--repetitions={chosen.repetitions}", f"--threads={chosen.threads}"]
-    options += ["--quick"] if chosen.quick else []
-    results = [
-        benchmarks.run_alone(chosen.question, name, options, chosen.threads)
-        for name in question.CONTESTANTS
-    ]
-    for result in results:
-        if "median_ms" in result and "median_ms" in results[0]:
-            result["ratio"] = result["median_ms"] / results[0]["median_ms"]
-    where = benchmarks.environment()
-    rich.print(_table(str(question.SHAPES[chosen.quick]), results))
-    kernels = sorted({kernel for result in results for kernel in result.get("blas", [])})
-    print(f"{where['cpu']}, {chosen.threads} threads; BLAS: {', '.join(kernels) or 'unknown'}")
-    shared = {"question": chosen.question, "quick": chosen.quick, "threads": chosen.threads}
-    _append(chosen.json, shared, results)
+    else:
+        every = [name for name in question.CASES if name != "quick"]
+        sets = ["quick"] if chosen.quick else chosen.set or every
+        if unknown := set(sets) - set(question.CASES):
+            parser.error(f"--set: {', '.join(unknown)}; there are {', '.join(every)}")
+        _run_contest(question, sets, chosen.rounds, chosen.threads, chosen.json)
+
+
+def _run_contest(
+    question: ModuleType, sets: list[str], rounds: int, threads: int, file: Path | None
+) -> None:
+    name = question.__name__.rpartition(".")[2]
+    cases = [(group, number) for group in sets for number in range(len(question.CASES[group]))]
+    kernels = contest.best_kernels(question, *cases[0])
+    for group, number in track(cases, "cases", disable=not sys.stderr.isatty()):
+        case = question.CASES[group][number]
+        results, failed = contest.compare(question, group, number, rounds, kernels)
+        rich.print(_table(str(case), results, failed, question.BOUNDS))
+        shared = {"question": name, "set": group, "case": case._asdict(), "threads": threads}
+        _append(file, shared, [result._asdict() for result in results])
+    libraries = sorted({library for result in results for library in result.blas})
+    print(f"{benchmarks.environment()['cpu']}, {threads} threads; {', '.join(libraries)}")
 
 
 def _append(path: Path | None, shared: dict[str, Any], results: list[dict[str, Any]]) -> None:
@@ -86,21 +98,24 @@ def _figures(results: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _table(title: str, results: list[dict[str, Any]]) -> Table:
-    columns = ("contestant", "ms", "spread", "compile ms", "peak MiB", "/ ours")
-    table = Table(*columns, title=title)
+def _table(
+    title: str, results: list[contest.Result], failed: dict[str, str], bounds: tuple[str, ...]
+) -> Table:
+    table = Table(title=title, box=None)
+    for name in ("contestant", "ms", "spread", "compile ms", "peak MiB", "/ ours", "notes"):
+        table.add_column(name, justify="left" if name in ("contestant", "notes") else "right")
     for result in results:
-        if "error" in result:
-            table.add_row(result["contestant"], result["error"])
-            continue
         table.add_row(
-            result["contestant"],
-            f"{result['median_ms']:.1f}",
-            f"{result['fastest_ms']:.1f}-{result['slowest_ms']:.1f}",
-            f"{result['compile_ms']:.0f}",
-            f"{result['peak_mib']:.0f} (+{result['peak_mib'] - result['before_mib']:.0f})",
-            f"{result.get('ratio', float('nan')):.2f}",
+            f"[dim]{result.contestant}" if result.contestant in bounds else result.contestant,
+            f"{result.median_ms:.1f}",
+            f"{result.fastest_ms:.1f}-{result.slowest_ms:.1f}",
+            f"{result.compile_ms:.0f}",
+            f"{result.peak_mib:.0f} (+{result.peak_mib - result.before_mib:.0f})",
+            f"{result.median_ms / results[0].median_ms:.2f}",
+            result.notes or result.kernel,
         )
+    for name, error in failed.items():
+        table.add_row(name, "", "", "", "", "", error)
     return table
 
 

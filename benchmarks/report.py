@@ -1,0 +1,4 @@
+"""One page of the results that are kept in docs/benchmarks."""
+
+
+def write() -> None: ...
