@@ -219,7 +219,7 @@ def _bound_xla(problem: Problem) -> Call:
         return products
 
     queries, items = jax.device_put(problem[:2])
-    programs = {"whole": whole}
+    programs: dict[str, Any] = {"whole": whole}
     programs |= {f"blocks of {n}": blocked(n) for n in _BLOCKS if n <= len(problem.items)}
     return _fastest(
         {

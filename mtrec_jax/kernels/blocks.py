@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-_WHOLE = 1 << 24  # scores [N, Q] up to this many are made at once: a loop would copy the items
 _SCORES = 1 << 21  # scores of one block in a loop, 8 MB
+_FEW = 16  # queries for which scores are made at once: a loop would copy the items, which are more
+_WHOLE = 1 << 25  # as long as there are no more scores than this, 128 MB
 PIECE = 2048  # entries that are taken out at a time
 
 
@@ -52,7 +53,8 @@ class Plan(NamedTuple):
 def make_plan(rows: int, count: int, group: int, block: int | None) -> Plan:
     """Blocks of items, by default as large as fits the cache with so many queries."""
     if block is None:
-        block = count if rows * count <= _WHOLE else max(1, _SCORES // rows)
+        most = _WHOLE if rows <= _FEW else _SCORES
+        block = count if rows * count <= most else max(1, _SCORES // rows)
     block = -(-min(block, count) // group) * group
     blocks = -(-count // block)
     return Plan(count, block, blocks, group, blocks * block // group)

@@ -23,7 +23,7 @@ from mtrec_jax.kernels.placing import all_axes, placed, put, survey, unit_rows, 
 from mtrec_jax.types import Array
 
 METRICS = ("cosine", "dot")
-_CHUNK, _SMALLEST_CHUNK = 256, 8  # queries of one program; a power of two in between
+_CHUNK = 256  # queries of one program at most; a power of two
 _MAXIMA = 1 << 25  # of groups in one program, 128 MB: fewer queries for more than a million items
 _NEVER = np.iinfo(np.int32).max  # the id of no item
 
@@ -70,8 +70,11 @@ class ItemIndex:
         scale, self._longest, bad = survey(vectors, self._dtype, metric)
         if len(bad) and nan == "error":
             raise checks.not_finite("items", int(bad[0]), self._dtype)
-        if metric == "cosine" and scale is None:
-            vectors = unit_rows(vectors, self._dtype)
+        # Rows of length 1 are multiplied a little faster. They take the place of our own copy of
+        # NumPy's, but do not double what is on the device already, or is stored in fewer bits.
+        is_own = isinstance(items, np.ndarray) and vectors.dtype == self._dtype
+        if metric == "cosine" and (scale is None or is_own):
+            vectors, scale = unit_rows(vectors, self._dtype), None
         self._items = Items(vectors, scale, 1.0)
         self._real: np.ndarray | None = None  # [M], the rows that are items, if not all are
         if len(bad) or len(vectors) != len(self):
@@ -143,12 +146,17 @@ class ItemIndex:
 
     def save(self, path: str | Path) -> None:
         """Write vectors, ids and metric as one .npz file, which holds arrays and no code."""
-        vectors = np.asarray(self._items.vectors)[: len(self)]
+        vectors, is_unit = np.asarray(self._items.vectors), self._is_unit
+        if is_unit and self._real is not None:
+            vectors = np.where(self._real[:, None], vectors, np.nan)  # what was dropped
+        vectors = vectors[: len(self)]
         if (kind := vectors.dtype.name) not in np.sctypeDict:  # NumPy's format has no bfloat16
             vectors = vectors.view(np.uint16)
         ids = np.zeros(0) if self.ids is None else self.ids
         with open(path, "wb") as file:
-            np.savez(file, vectors=vectors, dtype=kind, ids=ids, metric=self.metric)
+            np.savez(
+                file, vectors=vectors, dtype=kind, ids=ids, metric=self.metric, is_unit=is_unit
+            )
 
     @classmethod
     def load(cls, path: str | Path, mesh: Mesh | None = None) -> ItemIndex:
@@ -161,11 +169,18 @@ class ItemIndex:
             with np.load(path, allow_pickle=False) as file:
                 vectors, ids = file["vectors"], file["ids"]
                 kind, metric = str(file["dtype"]), str(file["metric"])
+                is_unit = bool(file["is_unit"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is no saved ItemIndex ({error}); write one by save") from error
         vectors = vectors if vectors.dtype.name == kind else vectors.view(jnp.dtype(kind))
         named = None if not len(ids) and len(vectors) else ids
-        return cls(vectors, named, metric, mesh, nan="drop")
+        index = cls(vectors, named, "dot" if is_unit else metric, mesh, nan="drop")
+        index.metric = metric  # unit rows: their dot products are the cosines, to the last bit
+        return index
+
+    @property
+    def _is_unit(self) -> bool:
+        return self.metric == "cosine" and self._items.scale is None
 
     def _score_dtype(self, queries: Array) -> np.dtype:
         return checks.score_dtype(queries.dtype, self._dtype)
@@ -187,8 +202,9 @@ class ItemIndex:
         shown: Any = None if masks is None else put(masks, self.mesh, P(None, all_axes(self.mesh)))
         dtype, answers = self._score_dtype(queries), []
         program = _program(self.mesh, what)
-        for chunk in _chunks(len(host), len(self._items.vectors)):
-            rows, first_bad = _queries(_padded(host, chunk, 0), dtype, self.metric)
+        size = streaming.group_size(goal) if what == "topk" else streaming.RANK_GROUP
+        for chunk in _chunks(len(host), len(self._items.vectors), size):
+            rows, first_bad = _queries(_padded(host, chunk), dtype, self.metric)
             if (bad := int(first_bad)) >= 0:
                 raise checks.not_finite("queries", chunk.start + bad, dtype)
             largest = 1.0 if self.metric == "cosine" else _longest(rows) * self._longest
@@ -250,13 +266,23 @@ def _longest(rows: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=1))) * 1.001
 
 
+_candidates = jax.jit(streaming.candidates, static_argnums=2)
+_settled = jax.jit(streaming.settled, static_argnums=2)
+
+
+def _topk(rows: jax.Array, items: Items, k: int, may: Admissible) -> tuple[jax.Array, jax.Array]:
+    if not len(items.vectors):
+        return streaming.topk(rows, items, k)
+    return _settled(rows, items, k, _candidates(rows, items, k, may), may)
+
+
 @functools.cache
 def _program(mesh: Mesh | None, what: str) -> Callable[..., Any]:
     """Compiled `topk` or `rank` of (queries, items, k or targets, admissible)."""
     if mesh is None:
-        if what == "topk":
-            return jax.jit(streaming.topk, static_argnums=2)
-        return jax.jit(streaming.rank)
+        if what == "rank":
+            return jax.jit(streaming.rank)
+        return _topk
     axes = all_axes(mesh)
     items = Items(P(axes), P(axes), P())  # type: ignore[arg-type]
     admissible = Admissible(P(), P(), P(None, axes), P())  # type: ignore[arg-type]
@@ -318,16 +344,19 @@ def _lists(exclude: np.ndarray | None) -> Admissible:
     return Admissible(by_query, entries)  # type: ignore[arg-type]
 
 
-def _chunks(rows: int, items: int) -> Iterator[slice]:
-    most = _MAXIMA * 8 // max(items, 1)
-    size = min(_CHUNK, max(_SMALLEST_CHUNK, 1 << max(most.bit_length() - 1, 0)))
+def _chunks(rows: int, items: int, group: int) -> Iterator[slice]:
+    most = _MAXIMA * group // max(items, 1)
+    size = min(_CHUNK, 1 << max(most.bit_length() - 1, 3))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _padded(rows: np.ndarray, chunk: slice, value: int) -> np.ndarray:
-    """Rows of the chunk, filled up to a power of two, so that few programs are compiled."""
+def _padded(rows: np.ndarray, chunk: slice, value: int | None = None) -> np.ndarray:
+    """Rows of the chunk, filled up to a power of two, so that few programs are compiled.
+
+    The last row is repeated if no `value` is given.
+    """
     part = rows[chunk]
-    size = max(_SMALLEST_CHUNK, 1 << (len(part) - 1).bit_length())
-    full = np.full((size, *rows.shape[1:]), value, rows.dtype)
+    size = 1 << (len(part) - 1).bit_length()
+    full = np.full((size, *rows.shape[1:]), part[-1] if value is None else value, rows.dtype)
     full[: len(part)] = part
     return full

@@ -14,7 +14,7 @@ Shapes are static and values are not checked (`mtrec_jax.kernels.scoring` does t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from mtrec_jax.kernels.blocks import ALL, Admissible, Items, Plan, make_plan, st
 
 SPARE = 8  # candidates beyond k, so that close scores seldom need the slow way
 NEAR = 6  # groups in which a rank may depend on rounding, before the slow way is taken
+RANK_GROUP = 8  # items of a group in `rank`
 _EXACT = 1024  # items of a block that is scored by `arithmetic.dot`
 
 
@@ -49,47 +50,96 @@ def topk(
     kept = min(k, count)
     if rows == 0 or kept == 0:
         return _filled(jnp.zeros((rows, 0), queries.dtype), jnp.zeros((rows, 0), jnp.int32), k)
-    scores, ids, complete = _topk_fast(queries, items, kept, admissible, block)
+    found = candidates(queries, items, k, admissible, block)
+    return settled(queries, items, k, found, admissible, block)
+
+
+class Candidates(NamedTuple):
+    """Groups of items that can hold the answer."""
+
+    chosen: Int[Array, "Q C"]  # the groups with the highest products
+    floor: Float[Array, " Q"]  # no product outside of them is higher
+
+
+def candidates(
+    queries: Float[Array, "Q D"],
+    items: Items,
+    k: int,
+    admissible: Admissible = ALL,
+    block: int | None = None,
+) -> Candidates:
+    """The first half of `topk`, for Q and N above 0: the stream.
+
+    A program of its own is faster: within one, XLA computes the groups anew for each use of them.
+    """
+    kept, rows = min(k, items.vectors.shape[0]), queries.shape[0]
+    plan = make_plan(rows, items.vectors.shape[0], group_size(kept), block)
+
+    def reduce(number: Array, scores: Array, maxima: Array) -> Array:
+        grouped = scores.reshape(-1, plan.group, rows).max(axis=1)
+        return lax.dynamic_update_slice_in_dim(maxima, grouped, number * plan.each, 0)
+
+    empty = jnp.full((plan.groups, rows), -jnp.inf, queries.dtype)
+    maxima = stream(queries, items, admissible, plan, reduce, empty)
+    highest, chosen = _largest(maxima, min(kept + SPARE, plan.groups))
+    # The minimum, as XLA no longer knows a sort for a `top_k` once one of its places is sliced out.
+    floor = jnp.min(highest, axis=1)
+    if chosen.shape[1] == plan.groups:
+        floor = jnp.full_like(floor, -jnp.inf)
+    return Candidates(chosen, floor)
+
+
+def settled(
+    queries: Float[Array, "Q D"],
+    items: Items,
+    k: int,
+    found: Candidates,
+    admissible: Admissible = ALL,
+    block: int | None = None,
+) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
+    """The second half of `topk`: exact scores of the candidates decide."""
+    rows, kept = queries.shape[0], min(k, items.vectors.shape[0])
+    scores, ids, certain = _rescored(queries, items, kept, found, admissible, block)
 
     def one(row: Any) -> tuple[Array, Array]:
         number, found = row
         return lax.cond(
-            complete[number],
+            certain[number],
             lambda: found,
             lambda: _topk_exact(queries[number], items, kept, _of_one(admissible, number)),
         )
 
     scores, ids = lax.cond(
-        jnp.all(complete),
+        jnp.all(certain),
         lambda: (scores, ids),
         lambda: lax.map(one, (jnp.arange(rows), (scores, ids))),
     )
     return _filled(scores, ids, k)
 
 
-def _topk_fast(
-    queries: Array, items: Items, kept: int, admissible: Admissible, block: int | None
+def group_size(kept: int) -> int:
+    """Items of a group: larger groups make the stream cheaper, and more items to be scored anew."""
+    return 16 if kept <= 128 else 4
+
+
+def _rescored(
+    queries: Array,
+    items: Items,
+    kept: int,
+    found: Candidates,
+    admissible: Admissible,
+    block: int | None,
 ) -> tuple[Array, Array, Array]:
     """Scores, ids, and for which queries they are certainly right."""
-    plan = make_plan(queries.shape[0], items.vectors.shape[0], 16 if kept <= 32 else 8, block)
-
-    def reduce(number: Array, scores: Array, maxima: Array) -> Array:
-        grouped = scores.reshape(-1, plan.group, queries.shape[0]).max(axis=1)
-        return lax.dynamic_update_slice_in_dim(maxima, grouped, number * plan.each, 0)
-
-    empty = jnp.full((plan.groups, queries.shape[0]), -jnp.inf, queries.dtype)
-    maxima = stream(queries, items, admissible, plan, reduce, empty)
-    highest, chosen = _largest(maxima, min(kept + SPARE, plan.groups))
-    # The minimum, as XLA no longer knows a sort for a `top_k` once one of its places is sliced out.
-    floor = jnp.min(highest, axis=1)  # no product outside of the chosen groups is higher
-    if chosen.shape[1] == plan.groups:
-        floor = jnp.full_like(floor, -jnp.inf)
+    plan = make_plan(queries.shape[0], items.vectors.shape[0], group_size(kept), block)
+    floor = found.floor
     # Barriers keep XLA from computing a step anew in each place that uses it.
-    ids, real = _members(lax.optimization_barrier(chosen), plan)
+    ids, real = _members(lax.optimization_barrier(found.chosen), plan)
     real &= _is_admissible(ids, admissible)
     rough = jnp.where(real, _rough(queries, items, ids), -jnp.inf)
     ids, rough = lax.optimization_barrier((ids, rough))
-    best, place = lax.top_k(rough, min(kept + SPARE, ids.shape[1]))
+    groups = rough.reshape(len(rough), -1, plan.group)
+    best, place = _top_of_groups(groups, min(kept + SPARE, ids.shape[1]))
     if place.shape[1] < ids.shape[1]:
         floor = jnp.maximum(floor, jnp.min(best, axis=1))
     ids = lax.optimization_barrier(jnp.take_along_axis(ids, place, axis=1))
@@ -136,7 +186,7 @@ def rank(
         return jnp.zeros(rows, jnp.int32)
     targets = targets.astype(jnp.int32)
     own = exact_scores(queries, items, targets[:, None])[:, 0] if own is None else own
-    error, plan = _error(queries, items), make_plan(rows, count, 8, block)
+    error, plan = _error(queries, items), make_plan(rows, count, RANK_GROUP, block)
 
     def reduce(number: Array, scores: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         before, near = found
@@ -202,21 +252,43 @@ def _largest(values: Float[Array, "n Q"], kept: int) -> tuple[Array, Array]:
 
     A place beyond `values` stands for nothing.
     """
-    levels, fold = [values], 16
-    while levels[-1].shape[0] > max(4 * kept, 64) * 4:
+    levels, folds = [values], []
+    while levels[-1].shape[0] > max(4 * kept, 64) * 2:
         last = levels[-1]
+        fold = 16 if last.shape[0] > max(4 * kept, 64) * 16 else 4
         missing = -last.shape[0] % fold
         last = jnp.pad(last, ((0, missing), (0, 0)), constant_values=-jnp.inf)
         levels.append(last.reshape(-1, fold, last.shape[1]).max(axis=1))
+        folds.append(fold)
     top, chosen = lax.top_k(levels[-1].T, min(kept, levels[-1].shape[0]))
     column = jnp.arange(values.shape[1])[:, None]
-    for level in reversed(levels[:-1]):
+    for level, fold in zip(reversed(levels[:-1]), reversed(folds), strict=True):
         place = chosen[:, :, None] * fold + jnp.arange(fold)[None, None, :]
-        place = place.reshape(len(chosen), -1)
-        inside = level.at[place, column].get(mode="fill", fill_value=-jnp.inf)
-        top, where = lax.top_k(inside, min(kept, place.shape[1]))
-        chosen = jnp.take_along_axis(place, where, axis=1)
+        flat = place.reshape(len(chosen), -1)
+        inside = level.at[flat, column].get(mode="fill", fill_value=-jnp.inf)
+        top, where = _top_of_groups(inside.reshape(place.shape), kept)
+        # The place of a maximum stands in its group as well, as -inf.
+        nothing = level.shape[0]
+        chosen = jnp.where(top == -jnp.inf, nothing, jnp.take_along_axis(flat, where, axis=1))
     return top, chosen
+
+
+def _top_of_groups(values: Float[Array, "Q C G"], kept: int) -> tuple[Array, Array]:
+    """`lax.top_k` of the flattened groups.
+
+    It keeps a heap, and what it costs is what enters the heap; so the maxima of the groups come
+    first, and there is little left that exceeds them.
+    """
+    rows, groups, size = values.shape
+    first = jnp.argmax(values, axis=2)
+    is_first = jnp.arange(size)[None, None, :] == first[:, :, None]
+    rest = jnp.where(is_first, -jnp.inf, values).reshape(rows, -1)
+    top, where = lax.top_k(
+        jnp.concatenate([jnp.max(values, axis=2), rest], axis=1), min(kept, groups * size)
+    )
+    firsts = first + jnp.arange(groups)[None, :] * size
+    among = jnp.take_along_axis(firsts, jnp.minimum(where, groups - 1), axis=1)
+    return top, jnp.where(where < groups, among, where - groups)
 
 
 def _members(chosen: Int[Array, "Q C"], plan: Plan) -> tuple[Array, Array]:

@@ -99,11 +99,11 @@ def test_few_programs_are_compiled() -> None:
     items = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32)
     cosine_topk(items[:9], items, 2)
     cosine_topk(items[:300], items, 2)  # two chunks: 256 and 44, filled up to 64
-    compiled: Any = index._program(None, "topk")
-    before = compiled._cache_size()
+    compiled: Any = (index._candidates, index._settled)
+    before = [program._cache_size() for program in compiled]
     for queries, count in ((10, 2990), (16, 3000), (256, 2985), (560, 3000), (60, 2999)):
         cosine_topk(np.resize(items, (queries, 6)), items[:count], 2)
-    assert compiled._cache_size() == before
+    assert [program._cache_size() for program in compiled] == before
 
 
 def test_fewer_admissible_items_than_k() -> None:

@@ -111,7 +111,9 @@ def test_the_slow_way_is_taken_where_rounding_could_decide() -> None:
         Items(jnp.asarray(items), None, jnp.asarray(9.0)),
         np.ones((8, 8), np.float32),
     )
-    _, _, certain = streaming._topk_fast(jnp.asarray(queries), catalogue, 5, Admissible(), None)
+    found = streaming.candidates(jnp.asarray(queries), catalogue, 5)
+    none = Admissible()
+    _, _, certain = streaming._rescored(jnp.asarray(queries), catalogue, 5, found, none, None)
     assert not certain.any()
     assert _topk(queries, catalogue, 5)[1][0].tolist() == [2000, 2001, 2002, 2003, 2004]
     assert _rank(queries, catalogue, np.full(8, 1999)).tolist() == [2999] * 8
