@@ -8,13 +8,14 @@ blocks, whichever is faster, and one pass over the catalogue.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import contest
 from tests.specs import QUICK_SCORING, Scoring
 
 _TABLE = (
@@ -160,27 +161,6 @@ def _implicit(problem: Problem) -> Call:
 # --- Bounds
 
 
-def _fastest(ways: dict[str, Callable[[], Any]]) -> Call:
-    """Of several ways to do the same, the one that takes the least time here."""
-
-    def seconds(way: Callable[[], Any]) -> float:
-        way()
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    name = min(ways, key=lambda name: seconds(ways[name]))
-
-    def call() -> Any:
-        ways[name]()
-
-    call.notes = name  # type: ignore[attr-defined]
-    return call
-
-
 def _bound_numpy(problem: Problem) -> Call:
     queries, items, _ = problem
     whole = np.zeros((len(queries), len(items)), np.float32)
@@ -190,13 +170,8 @@ def _bound_numpy(problem: Problem) -> Call:
         for start in range(0, len(items) - size + 1, size):
             np.matmul(queries, items[start : start + size].T, out=part)
 
-    ways: dict[str, Callable[[], Any]] = {"whole": lambda: np.matmul(queries, items.T, out=whole)}
-    ways |= {
-        f"blocks of {n}": lambda n=n: blocked(n)  # type: ignore[misc]
-        for n in _BLOCKS
-        if n <= len(items)
-    }
-    return _fastest(ways)
+    sizes = [size for size in _BLOCKS if size < len(items)] + [len(items)]
+    return contest.fastest({f"blocks of {n}": functools.partial(blocked, n) for n in sizes})
 
 
 def _bound_xla(problem: Problem) -> Call:
@@ -220,13 +195,12 @@ def _bound_xla(problem: Problem) -> Call:
 
     queries, items = jax.device_put(problem[:2])
     programs: dict[str, Any] = {"whole": whole}
-    programs |= {f"blocks of {n}": blocked(n) for n in _BLOCKS if n <= len(problem.items)}
-    return _fastest(
-        {
-            name: lambda program=program: program(queries, items).block_until_ready()  # type: ignore[misc]
-            for name, program in programs.items()
-        }
-    )
+    programs |= {f"blocks of {n}": blocked(n) for n in _BLOCKS if n < len(problem.items)}
+
+    def run(name: str) -> None:
+        programs[name](queries, items).block_until_ready()
+
+    return contest.fastest({name: functools.partial(run, name) for name in programs})
 
 
 def _bound_reading(problem: Problem) -> Call:

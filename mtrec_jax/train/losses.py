@@ -1,4 +1,4 @@
-"""Losses per example and position; the step divides their global sum by the global weight."""
+"""Losses of the tasks; the step divides their global sum by the global weight."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from mtrec_jax.config import Task
 from mtrec_jax.data.dataset import TaskField
+from mtrec_jax.kernels.softmax import softmax_loss
 from mtrec_jax.nn.layers import unit_length
 from mtrec_jax.types import Catalogue
+
+LOGITS = 1 << 22  # of the retrieval softmax that exist at once on a device, 16 MB
 
 
 def task_loss(
@@ -38,25 +41,36 @@ def sampled_softmax(
     negative_ids: Int[Array, " n"],
     catalogue: Catalogue,
     temperature: float,
-) -> Float[Array, "B P"]:
+    weights: Float[Array, "B P"],
+) -> Float[Array, ""]:
     """Softmax cross-entropy of the cosine with shared sampled negatives and logQ correction.
 
     The partition function is estimated by importance sampling: with n negatives drawn with
     probability q, Z = exp(s+) + sum_j exp(s_j - log(n q_j)) over the negatives that are not the
-    positive itself (Bengio & Senecal 2008; Yi et al., RecSys 2019). Memory is B·P·n, never (B·P)².
-    Returns the loss of each position.
+    positive itself (Bengio & Senecal 2008; Yi et al., RecSys 2019). Logits exist for a few
+    positions at a time, never as B·P·n. Returns the weighted sum of the positions' losses.
     """
     u, v = unit_length(users) / temperature, unit_length(negatives)
     positive = jnp.sum(u * unit_length(positives), axis=-1)
     log_expected = jnp.asarray(catalogue.log_probability)[negative_ids]
     log_expected = log_expected + jnp.log(jnp.asarray(len(negative_ids), u.dtype))
-    scores = jnp.einsum("bpd,nd->bpn", u, v) - log_expected[None, None]
-    hit = positive_ids[..., None] == negative_ids[None, None]
-    scores = jnp.where(hit, -jnp.inf, scores)
-    # the positive bounds the maximum from below, so the sums never see only -inf
-    largest = jax.lax.stop_gradient(jnp.maximum(positive, jnp.max(scores, axis=-1)))
-    others = jnp.sum(jnp.exp(scores - largest[..., None]), axis=-1)
-    return jnp.log(jnp.exp(positive - largest) + others) + largest - positive
+    # Tiles are of positions, as examples may be split over devices.
+    batch, length = positive.shape
+    most = LOGITS * jax.device_count() // (batch * len(negative_ids))
+    some = max(n for n in range(1, length + 1) if length % n == 0 and n <= max(1, most))
+
+    def tiled(array: Array) -> Array:
+        return jnp.moveaxis(array, 1, 0).reshape(-1, some, batch, *array.shape[2:])
+
+    return softmax_loss(
+        tiled(u),
+        v,
+        negative_ids,
+        tiled(positive_ids),
+        tiled(positive),
+        -log_expected,
+        tiled(weights),
+    )
 
 
 def utility(

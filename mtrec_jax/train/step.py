@@ -137,7 +137,7 @@ def batch_losses(
         weight = batch.weight * batch.mask[name]
         if task.kind == "retrieval":
             assert candidates is not None
-            losses = sampled_softmax(
+            total = sampled_softmax(
                 jnp.asarray(states.vectors),
                 candidates,
                 jnp.asarray(batch.candidate),
@@ -145,11 +145,12 @@ def batch_losses(
                 looked.negatives,
                 catalogue,
                 experiment.model.temperature,
+                jnp.asarray(weight),
             )
         else:
             logits, labels = outputs.logits[name], jnp.asarray(batch.labels[name])
-            losses = task_loss(task, manifest.tasks[name], logits, labels)
-        sums[name] = (jnp.sum(losses * weight), jnp.sum(weight))
+            total = jnp.sum(task_loss(task, manifest.tasks[name], logits, labels) * weight)
+        sums[name] = (total, jnp.sum(weight))
     if "fusion" in loss_names(experiment):
         sums["fusion"] = _fusion_loss(
             experiment, model, params, states, outputs, vectors, looked, batch, key_fusion

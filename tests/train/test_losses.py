@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +40,18 @@ def _scores() -> np.ndarray:
     return users @ items.T / TEMPERATURE
 
 
+ONES = jnp.ones((B, P))
+
+
+def _losses(*given: Any) -> jax.Array:
+    """The loss of each position: by how much its weight changes the sum."""
+    found: jax.Array = jax.grad(sampled_softmax, argnums=7)(*given, ONES)
+    return found
+
+
 def _loss(negatives: jax.Array, catalogue: Catalogue) -> jax.Array:
     found = VECTORS[negatives], negatives, catalogue, TEMPERATURE
-    return sampled_softmax(USERS, VECTORS[POSITIVES], POSITIVES, *found)
+    return _losses(USERS, VECTORS[POSITIVES], POSITIVES, *found)
 
 
 def test_every_item_once_is_the_full_softmax() -> None:
@@ -89,8 +100,8 @@ def test_a_negative_that_is_the_positive_does_not_count() -> None:
     double = UNIFORM._replace(log_probability=UNIFORM.log_probability + np.float32(np.log(2)))
     ids = jnp.full((B, P), 5, jnp.int32)
     shape = (USERS, VECTORS[ids], ids)
-    with_hits = sampled_softmax(*shape, VECTORS[negatives], negatives, UNIFORM, TEMPERATURE)
-    without = sampled_softmax(*shape, VECTORS[negatives[:2]], negatives[:2], double, TEMPERATURE)
+    with_hits = _losses(*shape, VECTORS[negatives], negatives, UNIFORM, TEMPERATURE)
+    without = _losses(*shape, VECTORS[negatives[:2]], negatives[:2], double, TEMPERATURE)
     np.testing.assert_allclose(with_hits, without, rtol=1e-6)
 
 
@@ -100,7 +111,7 @@ def test_nothing_but_hits_is_a_loss_of_zero_without_gradient() -> None:
 
     def total(users: jax.Array, vectors: jax.Array) -> jax.Array:
         taken = vectors[ids], ids, vectors[negatives], negatives
-        return jnp.sum(sampled_softmax(users, *taken, POPULAR, TEMPERATURE))
+        return sampled_softmax(users, *taken, POPULAR, TEMPERATURE, ONES)
 
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(USERS, VECTORS)
     np.testing.assert_allclose(value, 0, atol=1e-6)
@@ -114,7 +125,7 @@ def test_padding_and_extreme_scores_stay_finite() -> None:
 
     def total(users: jax.Array, vectors: jax.Array) -> jax.Array:
         taken = vectors[POSITIVES] * 0, POSITIVES, vectors[negatives], negatives
-        return jnp.sum(sampled_softmax(users, *taken, POPULAR, 1e-3))
+        return sampled_softmax(users, *taken, POPULAR, 1e-3, ONES)
 
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(USERS, VECTORS)
     assert np.isfinite(value)
