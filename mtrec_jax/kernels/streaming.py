@@ -25,7 +25,9 @@ from mtrec_jax.kernels import arithmetic
 from mtrec_jax.kernels.blocks import ALL, Admissible, Items, Plan, make_plan, starts, stream
 
 SPARE = 8  # candidates beyond k, so that close scores seldom need the slow way
-NEAR = 6  # groups in which a rank may depend on rounding, before the slow way is taken
+# Groups in which a rank may depend on rounding, before the slow way is taken: at least 8, and one in
+# 4096 items, as scores are the closer to each other the more there are.
+NEAR, NEAR_SHARE = 8, 4096
 RANK_GROUP = 8  # items of a group in `rank`
 _EXACT = 1024  # items of a block that is scored by `arithmetic.dot`
 
@@ -199,11 +201,12 @@ def rank(
 
     zeros = jnp.zeros(rows, jnp.int32), jnp.zeros((plan.groups, rows), queries.dtype)
     before, near = stream(queries, items, admissible, plan, reduce, zeros)
-    flags, chosen = _largest(near, min(NEAR, plan.groups))
+    most = min(max(NEAR, count // NEAR_SHARE), plan.groups)
+    flags, chosen = _largest(near, most)
     ids, real = _members(chosen, plan)
     real &= jnp.repeat(flags > 0, plan.group, axis=1) & _is_admissible(ids, admissible)
     before += _count_before(exact_scores(queries, items, ids), ids, real, own, targets)
-    certain = jnp.sum(near, axis=0) <= NEAR
+    certain = jnp.sum(near, axis=0) <= most
 
     def one(row: Any) -> Array:
         number, found = row
