@@ -16,13 +16,13 @@ from rich.progress import track
 from rich.table import Table
 
 import benchmarks
-from benchmarks import contest, report
+from benchmarks import contest
 
 
 def main() -> None:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("question", nargs="?", choices=[*benchmarks.QUESTIONS, "report"])
+    parser.add_argument("question", nargs="?", choices=benchmarks.QUESTIONS)
     parser.add_argument("--quick", action="store_true", help="a small problem")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append JSON lines to FILE")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -38,10 +38,6 @@ def main() -> None:
         for name in benchmarks.QUESTIONS:
             docstring = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
             print(f"{name}: {docstring.splitlines()[0]}")
-        print("report: make docs/benchmarks/README.md and its plots of the results kept there")
-        return
-    if chosen.question == "report":
-        report.write()
         return
     if hasattr(os, "sched_setaffinity"):  # XLA sizes its thread pool by the cores it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])

@@ -25,7 +25,7 @@ from mtrec_jax.kernels import arithmetic
 from mtrec_jax.kernels.blocks import ALL, Admissible, Items, Plan, make_plan, starts, stream
 
 SPARE = 8  # candidates beyond k, so that close scores seldom need the slow way
-# Groups in which a rank may depend on rounding, before the slow way is taken: at least 8, and one in
+# Groups in which a rank may depend on rounding before the slow way is taken: at least 8, and one in
 # 4096 items, as scores are the closer to each other the more there are.
 NEAR, NEAR_SHARE = 8, 4096
 RANK_GROUP = 8  # items of a group in `rank`
