@@ -140,8 +140,7 @@ def _loss(
     weights: Array,
     ids: tuple[Array, Array],
 ) -> Array:
-    catalogue = _Catalogue(items, bias, ids[0])
-    tiles = _tiles(queries, catalogue, target_logits, weights, ids[1])
+    catalogue, tiles = _tiles(queries, items, bias, target_logits, weights, ids)
 
     def one(tile: _Tile) -> Array:
         largest, total = _normaliser(tile, catalogue, target_logits is None)
@@ -158,8 +157,8 @@ def _forward(
     weights: Array,
     ids: tuple[Array, Array],
 ) -> tuple[Array, Any]:
-    catalogue, is_item = _Catalogue(items, bias, ids[0]), target_logits is None
-    tiles = _tiles(queries, catalogue, target_logits, weights, ids[1])
+    catalogue, tiles = _tiles(queries, items, bias, target_logits, weights, ids)
+    is_item = target_logits is None
     size, count = _blocks(queries, items)
 
     def one(sums: tuple[Array, Array], tile: _Tile) -> tuple[Any, Any]:
@@ -210,16 +209,18 @@ _loss.defvjp(_forward, _backward)
 
 def _tiles(
     queries: Array,
-    catalogue: _Catalogue,
+    items: Array,
+    bias: Array,
     target_logits: Array | None,
     weights: Array,
-    target_ids: Array,
-) -> _Tile:
-    """All tiles, along the first axis."""
+    ids: tuple[Array, Array],
+) -> tuple[_Catalogue, _Tile]:
+    """All items; and all tiles, along the first axis."""
+    item_ids, target_ids = ids
     if target_logits is None:
-        vectors = catalogue.items.at[target_ids].get(mode="promise_in_bounds")
-        target_logits = jnp.sum(queries * vectors, axis=-1) + catalogue.bias[target_ids]
-    return _Tile(queries, target_ids, target_logits, weights)
+        vectors = items.at[target_ids].get(mode="promise_in_bounds")
+        target_logits = jnp.sum(queries * vectors, axis=-1) + bias[target_ids]
+    return _Catalogue(items, bias, item_ids), _Tile(queries, target_ids, target_logits, weights)
 
 
 def _blocks(queries: Array, items: Array) -> tuple[int, int]:
