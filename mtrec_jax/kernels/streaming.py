@@ -69,8 +69,9 @@ def candidates(
     k: int,
     admissible: Admissible = ALL,
     block: int | None = None,
+    scores: Float[Array, "M Q"] | None = None,
 ) -> Candidates:
-    """The first half of `topk`, for Q and N above 0: the stream.
+    """The first half of `topk`, for Q and N above 0: the stream, or `blocks.at_once`.
 
     A program of its own is faster: within one, XLA computes the groups anew for each use of them.
     """
@@ -82,7 +83,7 @@ def candidates(
         return lax.dynamic_update_slice_in_dim(maxima, grouped, number * plan.each, 0)
 
     empty = jnp.full((plan.groups, rows), -jnp.inf, queries.dtype)
-    maxima = stream(queries, items, admissible, plan, reduce, empty)
+    maxima = stream(queries, items, admissible, plan, reduce, empty, scores)
     highest, chosen = _largest(maxima, min(kept + SPARE, plan.groups))
     # The minimum, as XLA no longer knows a sort for a `top_k` once one of its places is sliced out.
     floor = jnp.min(highest, axis=1)
@@ -171,6 +172,7 @@ def rank(
     admissible: Admissible = ALL,
     block: int | None = None,
     own: Float[Array, " Q"] | None = None,
+    scores: Float[Array, "M Q"] | None = None,
 ) -> Int[Array, " Q"]:
     """How many items stand before each query's target in the order of `topk`: int32 [Q], 0 = first.
 
@@ -200,7 +202,7 @@ def rank(
         return before, lax.dynamic_update_slice_in_dim(near, close, number * plan.each, 0)
 
     zeros = jnp.zeros(rows, jnp.int32), jnp.zeros((plan.groups, rows), queries.dtype)
-    before, near = stream(queries, items, admissible, plan, reduce, zeros)
+    before, near = stream(queries, items, admissible, plan, reduce, zeros, scores)
     most = min(max(NEAR, count // NEAR_SHARE), plan.groups)
     flags, chosen = _largest(near, most)
     ids, real = _members(chosen, plan)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.kernels import cosine_scores, cosine_topk, index, reference, scoring, target_rank
+from mtrec_jax.kernels import cosine_scores, cosine_topk, programs, reference, scoring, target_rank
 from tests.specs import SMALL_SCORING, Scoring
 
 NEAR = 1e-6  # rounding of a matrix product, which `cosine_scores` is
@@ -99,7 +99,7 @@ def test_few_programs_are_compiled() -> None:
     items = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32)
     cosine_topk(items[:9], items, 2)
     cosine_topk(items[:300], items, 2)  # two chunks: 256 and 44, filled up to 64
-    compiled: Any = (index._candidates, index._settled)
+    compiled: Any = (programs._scores, programs._candidates, programs._settled)
     before = [program._cache_size() for program in compiled]
     for queries, count in ((10, 2990), (16, 3000), (256, 2985), (560, 3000), (60, 2999)):
         cosine_topk(np.resize(items, (queries, 6)), items[:count], 2)
