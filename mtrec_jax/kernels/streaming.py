@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mtrec_jax.kernels import arithmetic
 from mtrec_jax.kernels.blocks import ALL, Admissible, Items, Plan, make_plan, starts, stream
 
-SPARE = 8  # candidates beyond k, so that close scores seldom need the slow way
+SPARE = 4  # candidates beyond k, so that close scores seldom need the slow way
 # Groups in which a rank may depend on rounding before the slow way is taken: at least 8, and one in
 # 4096 items, as scores are the closer to each other the more there are.
 NEAR, NEAR_SHARE = 8, 4096
@@ -122,7 +122,7 @@ def settled(
 
 def group_size(kept: int) -> int:
     """Items of a group: larger groups make the stream cheaper, and more items to be scored anew."""
-    return 16 if kept <= 128 else 4
+    return 16 if kept <= 16 else 8 if kept <= 128 else 4
 
 
 def _rescored(
