@@ -10,7 +10,7 @@ contest between contestants that do the same job has
 - `BOUNDS`, those of them that do less than the job, which no other can undercut by much,
 - `BLAS`, those of them whose speed depends on the kernel that OpenBLAS chooses.
 
-`benchmarks.contest` runs it.
+`benchmarks.contest` runs it, `benchmarks.report` shows what `--json` has kept.
 """
 
 from __future__ import annotations

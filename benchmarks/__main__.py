@@ -22,7 +22,7 @@ from benchmarks import contest
 def main() -> None:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("question", nargs="?", choices=benchmarks.QUESTIONS)
+    parser.add_argument("question", nargs="?", choices=(*benchmarks.QUESTIONS, "report"))
     parser.add_argument("--quick", action="store_true", help="a small problem")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append JSON lines to FILE")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -35,14 +35,17 @@ def main() -> None:
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.question is None:
-        for name in benchmarks.QUESTIONS:
+        for name in (*benchmarks.QUESTIONS, "report"):
             docstring = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
             print(f"{name}: {docstring.splitlines()[0]}")
         return
     if hasattr(os, "sched_setaffinity"):  # XLA sizes its thread pool by the cores it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])
     question = importlib.import_module(f"benchmarks.{chosen.question}")
-    if chosen.contestant:
+    if hasattr(question, "write"):  # the report
+        print(question.write())
+    elif chosen.contestant:
+        del sys.argv[1:]  # some contestants read it
         contest.serve(question, chosen.set[0], chosen.case, chosen.contestant)
     elif hasattr(question, "answer"):  # a question of quality or throughput: figures
         given = {"events": chosen.events, "folder": chosen.folder, "seeds": chosen.seeds}
@@ -81,6 +84,7 @@ def _append(path: Path | None, shared: dict[str, Any], results: list[dict[str, A
     """Add results as JSON lines, with where they were measured."""
     if path is not None:
         where = benchmarks.environment()
+        where["run"] = f"{where['time']} {os.getpid()}"
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(shared | where | result) + "\n" for result in results)
 

@@ -58,7 +58,8 @@ def streaming_softmax_loss(
     _check(queries, items, targets, bias, weights)
     rows = len(queries)
     weights = jnp.full(rows, 1 / max(rows, 1), queries.dtype) if weights is None else weights
-    size = max(1, min(rows, _LOGITS // min(len(items), _BLOCK)))
+    block = min(len(items), _BLOCK)
+    size = max(1, min(rows, min(_LOGITS, max(_LOGITS // 4, rows * block // 4)) // block))
 
     def tiled(array: Array) -> Array:
         padding = ((0, -rows % size), *((0, 0),) * (array.ndim - 1))
