@@ -23,7 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-QUESTIONS = ("topk", "softmax", "rank", "everyone", "input", "prepare", "engines", "shop", "social")
+QUESTIONS = (
+    *("topk", "softmax", "rank", "everyone", "table_step"),
+    *("input", "prepare", "engines", "shop", "social"),
+)
 COMPARED = (
     *("jax", "jaxlib", "numpy", "optax", "scikit-learn", "faiss-cpu", "torch", "implicit"),
     *("jax-cce", "tokamax", "torch-rechub", "fbgemm-gpu-cpu"),

@@ -199,6 +199,9 @@ class Model:
     fusion_objective: dict[str, float] = field(default_factory=dict)  # {task: worth}; {}: all 1
 
 
+RowRule = Literal["sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "ftrl"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Optimization."""
@@ -214,14 +217,20 @@ class Train:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # 0: no clipping
-    row_optimizer: Literal["lazy_adam", "rowwise_adagrad"] = "lazy_adam"
+    row_optimizer: RowRule = "lazy_adam"  # of tables with placement = "sparse"
+    row_optimizers: dict[str, RowRule] = field(default_factory=dict)  # {feature or "item": another}
     row_learning_rate: float = 0.0  # 0: learning_rate
+    row_weight_decay: float = 0.0  # decoupled, of the rows that a step touches
+    row_clip_norm: float = 0.0  # of each touched row's gradient; 0: no clipping
+    row_precision: Literal["same", "bfloat16"] = "same"  # as stored; bfloat16: rounded at random
     balance: Literal["static", "uncertainty"] = "static"
     negatives: int = 512  # shared sampled negatives of a step
     negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
     evaluate_every: int = 0  # steps; 0: each epoch
     checkpoint_every: int = 0  # steps; 0: with each evaluation
     log_every: int = 50
+    not_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient of NaN or infinity does
+    input_timeout: int = 600  # seconds without a batch before training stops; 0: never
     patience: int = 0  # evaluations without improvement before stopping; 0: never
     mesh: tuple[int, int] = (0, 1)  # devices on ("data", "table"); 0: all that are left
     precision: Literal["float32", "float64"] = "float32"

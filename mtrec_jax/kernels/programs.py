@@ -102,8 +102,9 @@ def _topk(
     scores = memory.take((plan.block, len(rows)), rows)
     scores = _scores(rows, items, may, plan, scores)
     found = _candidates(rows, items, k, may, count, scores)
+    answer = _settled(rows, items, k, found, may, count, scores)
     memory.give(scores)
-    return _settled(rows, items, k, found, may, count)
+    return answer
 
 
 def _target_rank(

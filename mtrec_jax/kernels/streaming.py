@@ -99,10 +99,14 @@ def settled(
     found: Candidates,
     admissible: Admissible = ALL,
     block: int | None = None,
+    rough: Float[Array, "M Q"] | None = None,
 ) -> tuple[Float[Array, "Q K"], Int[Array, "Q K"]]:
-    """The second half of `topk`: exact scores of the candidates decide."""
+    """The second half of `topk`: exact scores of the candidates decide.
+
+    The rough scores of their members are made anew, unless they are there: `blocks.at_once`.
+    """
     rows, kept = queries.shape[0], min(k, items.vectors.shape[0])
-    scores, ids, certain = _rescored(queries, items, kept, found, admissible, block)
+    scores, ids, certain = _rescored(queries, items, kept, found, admissible, block, rough)
 
     def one(row: Any) -> tuple[Array, Array]:
         number, found = row
@@ -132,14 +136,19 @@ def _rescored(
     found: Candidates,
     admissible: Admissible,
     block: int | None,
+    every: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Scores, ids, and for which queries they are certainly right."""
     plan = make_plan(queries.shape[0], items.vectors.shape[0], group_size(kept), block)
     floor = found.floor
     # Barriers keep XLA from computing a step anew in each place that uses it.
     ids, real = _members(lax.optimization_barrier(found.chosen), plan)
-    real &= _is_admissible(ids, admissible)
-    rough = jnp.where(real, _rough(queries, items, ids), -jnp.inf)
+    if every is None:
+        real &= _is_admissible(ids, admissible)
+        rough = jnp.where(real, _rough(queries, items, ids), -jnp.inf)
+    else:  # where what is not admissible stands as -inf
+        column = jnp.arange(len(ids), dtype=jnp.int32)[:, None]
+        rough = jnp.where(real, every.at[ids, column].get(mode="promise_in_bounds"), -jnp.inf)
     ids, rough = lax.optimization_barrier((ids, rough))
     groups = rough.reshape(len(rough), -1, plan.group)
     best, place = _top_of_groups(groups, min(kept + SPARE, ids.shape[1]))

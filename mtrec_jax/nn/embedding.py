@@ -1,14 +1,16 @@
 """Embedding tables: where a feature's row lives, and the gather that fetches it.
 
-All tables of one placement share one array, a *stack*: "dense" (part of the parameters, updated by
-optax) and "sparse" (updated row by row, see `train.sparse`). The address of a row is
-(stack, offset of its owner + local id).
+All tables that are updated alike share one array, a *stack*: "dense" (part of the parameters,
+updated by optax), or one named after its rule (updated row by row, see `train.sparse`). The number
+of a row is the offset of its owner + local id, and in the dense stack that is its address. Stacks
+that are updated row by row are split over devices; popular ids are often neighbours there, so
+neighbours are spread over all parts, the same way for any number of devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from mtrec_jax.sharding import ROW_MULTIPLE
 from mtrec_jax.types import FIRST, PAD
 
-STACKS = ("dense", "sparse")
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,10 @@ class Field:
 
     owner: str  # "item", or the role and the name of a feature: "context.age"
     stack: str
-    offset: int  # address of its padding row
+    offset: int  # number of its padding row
     size: int  # rows: padding, unknown, vocabulary
     slots: int  # ids per example
+    spread: int = 0  # rows of the stack over which neighbours are spread; 0: they are not
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,34 @@ class Group:
 def layout(owners: Sequence[tuple[str, str, int, int]]) -> tuple[dict[str, Field], dict[str, int]]:
     """Give each owner its place: (owner, stack, size, slots) -> ({owner: Field}, {stack: rows}).
 
-    >>> fields, rows = layout([("item", "sparse", 5, 1), ("context.user", "sparse", 4, 1)])
+    >>> fields, rows = layout([("item", "sgd", 5, 1), ("context.user", "sgd", 4, 1)])
     >>> fields["context.user"].offset, rows
-    (5, {'sparse': 128})
+    (5, {'sgd': 128})
     """
     fields: dict[str, Field] = {}
     used: dict[str, int] = {}
     for owner, stack, size, slots in owners:
         fields[owner] = Field(owner, stack, used.get(stack, 0), size, slots)
         used[stack] = used.get(stack, 0) + size
-    return fields, {s: -(-n // ROW_MULTIPLE) * ROW_MULTIPLE for s, n in used.items()}
+    rows = {s: -(-n // ROW_MULTIPLE) * ROW_MULTIPLE for s, n in used.items()}
+    spread = {o: replace(f, spread=rows[f.stack]) for o, f in fields.items() if f.stack != DENSE}
+    return fields | spread, rows
+
+
+def spread(number: Int[Array, "..."], rows: int) -> Int[Array, "..."]:
+    """The address of a row: numbers take turns in ROW_MULTIPLE equal parts of the stack.
+
+    >>> spread(jnp.array([-1, 0, 1, 2, 128, 129]), 256).tolist()
+    [-1, 0, 2, 4, 1, 3]
+    """
+    parts = ROW_MULTIPLE
+    return jnp.where(number < 0, number, number % parts * (rows // parts) + number // parts)
 
 
 def addresses(group: Group, ids: Int[Array, "... M"]) -> dict[str, Int[Array, "... M_stack"]]:
     """Local ids of a group's slots to addresses by stack; padding becomes -1 in every stack."""
     found = {}
-    for stack in STACKS:
+    for stack in _stacks(group):
         offsets = [
             (f.offset, start + i)
             for f, start in zip(group.fields, _starts(group), strict=True)
@@ -72,13 +87,15 @@ def addresses(group: Group, ids: Int[Array, "... M"]) -> dict[str, Int[Array, ".
         if offsets:
             shift, slots = (np.array(x, np.int32) for x in zip(*offsets, strict=True))
             local = ids if len(slots) == group.slots else ids[..., slots]
-            found[stack] = jnp.where(local == PAD, -1, local + jnp.broadcast_to(shift, local.shape))
+            number = jnp.where(local == PAD, -1, local + jnp.broadcast_to(shift, local.shape))
+            rows = next(f.spread for f in group.fields if f.stack == stack)
+            found[stack] = spread(number, rows) if rows else number
     return found
 
 
 def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Rows at the addresses, zero where the address is -1."""
-    rows = table.at[address].get(mode="clip")
+    """Rows at the addresses, zero where the address is -1; bfloat16 tables give float32."""
+    rows = table.at[address].get(mode="clip").astype(jnp.promote_types(table.dtype, jnp.float32))
     return jnp.where((address >= 0)[..., None], rows, 0)
 
 
@@ -86,8 +103,8 @@ def pool(
     group: Group, ids: Int[Array, "... M"], rows: dict[str, Float[Array, "... M_stack D"]]
 ) -> Float[Array, "... F D"]:
     """One vector per field: the row of a single id, the mean of several; zero for padding."""
-    taken = dict.fromkeys(STACKS, 0)
-    if all(f.slots == 1 for f in group.fields) and len({f.stack for f in group.fields}) == 1:
+    taken = dict.fromkeys(_stacks(group), 0)
+    if all(f.slots == 1 for f in group.fields) and len(taken) == 1:
         return rows[group.fields[0].stack]
     vectors = []
     for f, start in zip(group.fields, _starts(group), strict=True):
@@ -104,7 +121,12 @@ def initial_table(
     """Normal rows of length about 1 / 4; padding and unknown rows are zero: they say nothing."""
     table = jax.random.normal(key, (rows, width), dtype) * (0.25 * width**-0.5)
     silent = np.concatenate([np.arange(f.offset, f.offset + FIRST) for f in fields])
-    return table.at[silent].set(0)
+    spread_over = fields[0].spread
+    return table.at[spread(jnp.asarray(silent), rows) if spread_over else silent].set(0)
+
+
+def _stacks(group: Group) -> list[str]:
+    return sorted({f.stack for f in group.fields})
 
 
 def _starts(group: Group) -> list[int]:

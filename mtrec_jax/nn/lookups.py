@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtrec_jax.nn.embedding import Group, addresses
+from mtrec_jax.nn.embedding import DENSE, Group, addresses
 from mtrec_jax.nn.network import Plan, history_ids
 from mtrec_jax.types import FIRST, Array, Batch, Catalogue, Lookups
 
@@ -44,7 +44,7 @@ def find_rows(
     item_ids = jnp.zeros((0,), jnp.int32)
     index = (events, candidate, negatives)
     if plan.has_items:
-        if plan.fields["item"].stack == "dense":
+        if plan.fields["item"].stack == DENSE:
             item_ids = jnp.arange(catalogue.row.shape[0], dtype=jnp.int32)
         else:
             item_ids = jnp.concatenate([a.reshape(-1) for a in index])

@@ -21,7 +21,7 @@ from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import gather, initial_table
+from mtrec_jax.nn.embedding import DENSE, gather, initial_table
 from mtrec_jax.nn.lookups import find_items, find_rows
 from mtrec_jax.nn.network import Network, make_plan
 from mtrec_jax.types import (
@@ -55,8 +55,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     """Build the model of an experiment for a prepared data set.
 
     Returns pure functions; `init(key)` gives `(params, tables)`: `params["network"]` are the dense
-    layers, `params["dense"]` the table stack that optax updates, `tables["sparse"]` the stack that
-    is updated row by row (each only where something is declared so).
+    layers, `params["dense"]` the table stack that optax updates, `tables` the stacks that are
+    updated row by row, by the names of their rules (each only where something is declared so).
     """
     dtype = jnp.dtype(experiment.train.precision)
     plan = make_plan(experiment, manifest)
@@ -78,8 +78,10 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         for i, (stack, rows) in enumerate(sorted(plan.rows.items())):
             fields = [f for f in plan.fields.values() if f.stack == stack]
             stack_key = jax.random.fold_in(key_tables, i)
-            table = initial_table(stack_key, fields, rows, width, dtype)
-            if stack == "dense":
+            low = experiment.train.row_precision == "bfloat16" and stack != DENSE
+            kept = jnp.dtype("bfloat16") if low else dtype
+            table = initial_table(stack_key, fields, rows, width, kept)
+            if stack == DENSE:
                 params["dense"] = table
             else:
                 tables[stack] = table

@@ -10,7 +10,8 @@ from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import IdField, Manifest
-from mtrec_jax.nn.embedding import Field, Group, layout, pool
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.nn.embedding import DENSE, Field, Group, layout, pool
 from mtrec_jax.nn.fusion import AttentionFusion
 from mtrec_jax.nn.layers import MLP, dropout, unit_length
 from mtrec_jax.nn.sequence import LastSearch, TargetAttention, Transformer
@@ -40,14 +41,23 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
     owners = []
     if has_items:
         size = manifest.trained_items + FIRST
-        owners.append(("item", experiment.model.item_placement, size, 1))
+        stack = _stack(experiment, "item", experiment.model.item_placement)
+        owners.append(("item", stack, size, 1))
     roles: dict[str, tuple[IdField, ...]] = {
         "context": manifest.context_ids,
         "item": manifest.item_ids,
         "history": manifest.history,
     }
     for role, declared in roles.items():
-        owners += [(f"{role}.{f.name}", f.placement, f.size, f.slots) for f in declared]
+        for f in declared:
+            stack = _stack(experiment, f.name, f.placement)
+            owners.append((f"{role}.{f.name}", stack, f.size, f.slots))
+    by_row = {owner.split(".", 1)[-1] for owner, stack, _, _ in owners if stack != DENSE}
+    if unknown := set(experiment.train.row_optimizers) - by_row:
+        raise ConfigError(
+            f"train.row_optimizers.{min(unknown)}: no table of this name is updated row by row; "
+            f"there are {', '.join(sorted(by_row)) or 'none: set placement = sparse'}"
+        )
     fields, rows = layout(owners)
     group = {
         role: Group(tuple(fields[f"{role}.{f.name}"] for f in declared))
@@ -69,6 +79,11 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
         has_items=has_items,
         has_events=experiment.model.encoder != "none",
     )
+
+
+def _stack(experiment: Experiment, name: str, placement: str) -> str:
+    config = experiment.train
+    return DENSE if placement == DENSE else config.row_optimizers.get(name, config.row_optimizer)
 
 
 def history_ids(plan: Plan, batch: Batch) -> jax.Array:

@@ -1,18 +1,31 @@
-"""Checkpoints: one atomic Orbax step holds everything that a run needs to continue exactly."""
+"""Checkpoints: one atomic Orbax step holds everything that a run needs to continue exactly.
+
+With the arrays goes a digest of each, made on the devices that hold them; with the position in the
+data and the notes of the loop goes one of their text. What is restored has to have the same.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
 from mtrec_jax.errors import CheckpointError
-from mtrec_jax.train.step import new_scratch
+from mtrec_jax.train.tables import new_scratch
 from mtrec_jax.types import PyTree, TrainState
+
+
+_ADDED = ("cursor", "digests", "checksum")  # to the notes of the loop
 
 
 def open_manager(
@@ -60,13 +73,16 @@ def save(
       selected: value of the selection metric where this step was evaluated, else None.
     """
     metrics = None if selected is None else {"selected": selected}
+    parts = {"model": _model_part(state), "trainer": _trainer_part(state)}
+    # A copy, as it is written later, by a thread.
+    notes = {**meta, "cursor": _text(batches.get_state()), "digests": digests(parts)}
     manager.save(
         int(state.step),
         args=ocp.args.Composite(
-            model=ocp.args.StandardSave(_model_part(state)),
-            trainer=ocp.args.StandardSave(_trainer_part(state)),
+            model=ocp.args.StandardSave(parts["model"]),
+            trainer=ocp.args.StandardSave(parts["trainer"]),
             data=grain.checkpoint.CheckpointSave(batches),
-            meta=ocp.args.JsonSave(dict(meta)),  # written later, by a thread,
+            meta=ocp.args.JsonSave({**notes, "checksum": _checksum(notes)}),
         ),
         metrics=metrics,
     )
@@ -90,11 +106,58 @@ def restore(
         "data": grain.checkpoint.CheckpointRestore(batches),
     }
     found = _restore(manager, step, items)
+    _verify(manager, step, found)
+    if found["meta"]["cursor"] != _text(batches.get_state()):
+        raise _damaged(manager, step, "the position in the data is not the one that was saved")
     state = TrainState(**found["model"], **found["trainer"], scratch={})
     scratch = jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding), new_scratch(state.tables), like.scratch
     )
-    return state._replace(scratch=scratch), found["meta"]
+    meta = {name: value for name, value in found["meta"].items() if name not in _ADDED}
+    return state._replace(scratch=scratch), meta
+
+
+def restore_latest(
+    manager: ocp.CheckpointManager,
+    like: TrainState,
+    batches: grain.DatasetIterator,
+    note: Callable[[str], None],
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """`restore` the latest step that is whole; None where there is no step.
+
+    Damaged steps after it are moved into the folder `damaged` beside the checkpoints, and said so.
+
+    Raises:
+      CheckpointError: no step can be restored; nothing was moved.
+    """
+    first: CheckpointError | None = None
+    damaged: list[int] = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            found = restore(manager, step, like, batches)
+        except CheckpointError as error:
+            first, damaged = first or error, [*damaged, step]
+            continue
+        folder = Path(manager.directory)
+        for number in damaged:
+            place = _free(folder.parent / "damaged" / str(number))
+            place.parent.mkdir(exist_ok=True)
+            (folder / str(number)).rename(place)
+            note(
+                f"checkpoint {folder / str(number)} is damaged and was moved to {place}; "
+                f"going on from step {step}"
+            )
+        if damaged:
+            manager.reload()
+        return found
+    if first is not None:
+        raise first
+    return None
+
+
+def _free(path: Path) -> Path:
+    numbers = (path.with_name(f"{path.name}.{n}") if n else path for n in itertools.count())
+    return next(place for place in numbers if not place.exists())
 
 
 def restore_model(
@@ -111,20 +174,79 @@ def restore_model(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         {"params": params, "tables": tables},
     )
-    found = _restore(manager, step, {"model": ocp.args.StandardRestore(wanted)})["model"]
-    return found["params"], found["tables"]
+    items = {"model": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
+    found = _restore(manager, step, items)
+    _verify(manager, step, found)
+    return found["model"]["params"], found["model"]["tables"]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and tensorstore raise many kinds for damaged files
-        folder = manager.directory / str(step)
-        raise CheckpointError(
-            f"checkpoint {folder} cannot be restored. It is damaged (then move it away to continue "
-            "from the step before it) or was written by another version of the model (then train "
-            f"into a new --run folder). What went wrong: {_first_line(error)}"
-        ) from error
+        raise _damaged(manager, step, _first_line(error)) from error
+
+
+def _damaged(manager: ocp.CheckpointManager, step: int, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {manager.directory / str(step)} cannot be restored. It is damaged (then move "
+        "it away to continue from the step before it) or was written by another version of the "
+        f"model (then train into a new --run folder). What went wrong: {what}"
+    )
+
+
+# --- Digests
+
+
+def digests(tree: PyTree) -> dict[str, int]:
+    """A 32-bit digest of each array, by its path; the same however the array is split.
+
+    The sum of all 32-bit words times odd numbers that differ by place: any single wrong bit shows.
+    """
+    made = _digests(tree)
+    paths = jax.tree.leaves_with_path(made)
+    return {jax.tree_util.keystr(path): int(value) for path, value in paths}
+
+
+@jax.jit
+def _digests(tree: PyTree) -> PyTree:
+    return jax.tree.map(_digest, tree)
+
+
+def _digest(array: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    if array.dtype.itemsize == 8:
+        words = lax.bitcast_convert_type(array, jnp.uint32)  # two, on an axis of their own
+    else:
+        same = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        words = lax.bitcast_convert_type(array, same).astype(jnp.uint32)
+    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        steps = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place, stride = place + steps * jnp.uint32(stride % 2**32), stride * words.shape[axis]
+    return jnp.sum(words * (place * jnp.uint32(2654435762) + jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def _verify(manager: ocp.CheckpointManager, step: int, found: Any) -> None:
+    """Raise `CheckpointError` unless the digests are those that were saved."""
+    notes = {name: value for name, value in found["meta"].items() if name != "checksum"}
+    if found["meta"].get("checksum") != _checksum(notes):
+        raise _damaged(manager, step, "its notes are not what was saved")
+    parts = {name: found[name] for name in ("model", "trainer") if found.get(name) is not None}
+    for name, value in digests(parts).items():
+        if notes["digests"].get(name) != value:
+            raise _damaged(manager, step, f"{name} is not what was saved")
+
+
+def _checksum(notes: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
+
+
+def _text(state: Any) -> str:
+    return json.dumps(state, sort_keys=True, default=repr)
 
 
 def _model_part(state: TrainState) -> dict[str, Any]:

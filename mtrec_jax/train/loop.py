@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import optax
 
@@ -29,8 +31,10 @@ from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
-from mtrec_jax.types import Catalogue, TrainState
+from mtrec_jax.train.watchdog import Watched
+from mtrec_jax.types import Batch, Catalogue, TrainState
 
+_MOST_LEFT_OUT = 100  # steps, with train.not_finite = "skip"
 STEPS_IN_FLIGHT = 4  # more un-awaited collectives than a few can starve virtual CPU devices
 STOPPED_BY: dict[int, int] = {
     signal.SIGINT: 130,
@@ -76,9 +80,26 @@ def train(
     folder = a_path("run", run)
     check_start(experiment, folder)
     check_data(folder, experiment, prepared)
-    with _stop_signals() as stopped:  # from here on: compilation takes seconds, and is stopped too
+    with (
+        _sole_trainer(folder),
+        _stop_signals() as stopped,
+    ):  # from here on: compilation takes seconds, and is stopped too
         _train(experiment, prepared, folder, optimizer, show_progress, stopped)
     return Run(folder, experiment, prepared)
+
+
+@contextlib.contextmanager
+def _sole_trainer(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock, which a process that dies gives back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "lock", blocking=False)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout as error:
+        raise ConfigError(
+            f"another process is training in {folder}; wait for it, stop it, or pass another --run"
+        ) from error
 
 
 def check_start(experiment: Experiment, folder: Path) -> None:
@@ -108,11 +129,14 @@ def _train(
     meta: dict[str, Any] = {"threads": os.cpu_count(), "best": None, "stale": 0, "done": False}
     _, _, larger = select_metric(experiment)
     with checkpoint.open_manager(folder / "checkpoints", larger) as manager:
-        latest = manager.latest_step()
-        if latest is not None:
-            state, meta = checkpoint.restore(manager, latest, state, job.batches)
+        notes: list[str] = []
+        restored = checkpoint.restore_latest(manager, state, job.batches, notes.append)
+        if restored is not None:
+            state, meta = restored
         number = int(state.step)
         bar = Progress(job.total, number, show_progress, experiment.name)
+        for line in notes:
+            bar.note(line)
         if number >= job.total or meta["done"]:
             bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
             return
@@ -122,8 +146,9 @@ def _train(
                 f"{os.cpu_count()}: results may differ in the last bits"
             )
         job.records.truncate(meta.get("bytes", 0))
-        with bar:
-            number = _run_steps(job, manager, bar, state, meta, stopped)
+        watched = Watched(job.batches, experiment.train.input_timeout, bar.note)
+        with bar, contextlib.closing(watched) as reader:
+            number = _run_steps(job, manager, bar, state, meta, stopped, reader)
         if meta["done"]:
             bar.note(
                 f"stopped early at step {number}: no improvement in {meta['stale']} evaluations"
@@ -140,6 +165,7 @@ class _Job(NamedTuple):
     mesh: jax.sharding.Mesh
     total: int  # steps in all
     every: int  # steps between evaluations
+    epoch: int  # steps of an epoch
     batches: Any  # the training iterator
     step: Step
     catalogue: Catalogue
@@ -164,6 +190,7 @@ def _make_job(
         mesh=mesh,
         total=total,
         every=every,
+        epoch=source.batches_per_epoch,
         batches=training_batches(source),
         step=make_step(experiment, prepared.manifest, model, mesh, total, optimizer),
         catalogue=catalogue,
@@ -179,6 +206,7 @@ def _run_steps(
     state: TrainState,
     meta: dict[str, Any],
     stopped: list[int],
+    reader: Watched,
 ) -> int:
     """Step, record, evaluate and save until the end, early stopping or a signal."""
     config, number = job.experiment.train, int(state.step)
@@ -188,11 +216,15 @@ def _run_steps(
         meta["bytes"] = job.records.size()
         checkpoint.save(manager, state, job.batches, meta, selected)
 
+    recent: deque[Batch] = deque(maxlen=STEPS_IN_FLIGHT)
+    left_out = int(state.bad[0])
     while number < job.total and not meta["done"]:
-        state = job.step.update(state, put_batch(next(job.batches), job.mesh), job.catalogue)
+        batch = put_batch(reader.next(), job.mesh)
+        recent.append(batch)
+        state = job.step.update(state, batch, job.catalogue)
         number += 1
-        if number % STEPS_IN_FLIGHT == 0:
-            jax.block_until_ready(state.step)
+        if number % STEPS_IN_FLIGHT == 0 or number == job.total:
+            left_out = _check_finite(job, bar, state, number, recent, left_out)
         bar.advance(number, job.records.last_losses)
         if number % config.log_every == 0 or number == job.total:
             state = _log_losses(job.records, state, number)
@@ -210,6 +242,38 @@ def _run_steps(
                 save(None)
             raise _stopped_at(number, job.total, job.folder, stopped[0])
     return number
+
+
+def _check_finite(
+    job: _Job,
+    bar: Progress,
+    state: TrainState,
+    number: int,
+    recent: deque[Batch],
+    left_out: int,
+) -> int:
+    """Stop, or say so, where steps since the last check were left out; returns how many in all."""
+    found, first = (int(n) for n in jax.device_get(state.bad))
+    if found == left_out:
+        return found
+    stops = job.experiment.train.not_finite == "stop"
+    last = first if stops else number
+    message = f"the loss or its gradient is not finite at step {last}"
+    age = number - last + 1
+    if age <= len(recent):
+        before = state._replace(step=jax.numpy.full_like(state.step, last - 1))
+        finite = jax.device_get(job.step.inspect(before, recent[-age], job.catalogue))
+        bad = [name for name, is_finite in finite.items() if not is_finite]
+        epoch, batch = divmod(last - 1, job.epoch)
+        message += f" (epoch {epoch + 1}, batch {batch + 1}): first {bad[0]}" if bad else ""
+    if stops or found > _MOST_LEFT_OUT:
+        raise Error(
+            f"{message}. That step and the ones after it changed nothing; checkpoints hold only "
+            "what was finite. Lower train.learning_rate, set train.clip_norm, or leave such steps "
+            'out with train.not_finite = "skip"'
+        )
+    bar.note(f"{message}; left out, {found} so far")
+    return found
 
 
 def _stopped_at(number: int, total: int, folder: Path, by: int) -> Stopped:
@@ -270,7 +334,7 @@ def _judge(meta: dict[str, Any], value: float, larger: bool, patience: int) -> N
     meta["done"] = bool(patience and meta["stale"] >= patience)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying; a second one has its usual effect."""
     received: list[int] = []

@@ -23,7 +23,10 @@ from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
-_OWN_FILES = ("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl", "checkpoints")
+_OWN_FILES = (
+    *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl"),
+    *("checkpoints", "damaged", "lock"),
+)
 
 
 @dataclass(frozen=True)

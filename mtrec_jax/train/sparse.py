@@ -11,37 +11,66 @@ from jaxtyping import Array, Float, Int
 
 from mtrec_jax.types import PyTree
 
+Rate = jax.Array | float
+
 
 class RowOptimizer(NamedTuple):
     """`init(table [V, D]) -> slots`, a pytree of [V, ...] arrays, and
-    `update(rows, slots, grads, learning_rate) -> (rows, slots)` on the touched rows [n, D] only."""
+    `update(rows, slots, grads, learning_rate) -> (rows, slots)` on the touched rows [n, D] only.
+
+    Rows, gradients and slots are float32 for a bfloat16 table, else of the table's own dtype."""
 
     init: Callable[[jax.Array], PyTree]
-    update: Callable[[jax.Array, PyTree, jax.Array, jax.Array | float], tuple[jax.Array, PyTree]]
+    update: Callable[[jax.Array, PyTree, jax.Array, Rate], tuple[jax.Array, PyTree]]
+
+
+def sgd() -> RowOptimizer:
+    """Gradient descent; it keeps nothing."""
+
+    def update(
+        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
+    ) -> tuple[jax.Array, PyTree]:
+        return rows - learning_rate * grads, slots
+
+    return RowOptimizer(lambda table: {}, update)
+
+
+def adagrad(initial: float = 0.1, epsilon: float = 1e-7) -> RowOptimizer:
+    """Adagrad (Duchi, Hazan & Singer 2011) with one accumulator a number, as in `optax.adagrad`."""
+
+    def update(
+        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
+    ) -> tuple[jax.Array, PyTree]:
+        total = slots + jnp.square(grads)
+        scale = jnp.where(total > 0, jax.lax.rsqrt(total + epsilon), 0)
+        return rows - learning_rate * scale * grads, total
+
+    return RowOptimizer(lambda table: jnp.full(table.shape, initial, _dtype(table)), update)
 
 
 def rowwise_adagrad(epsilon: float = 1e-8) -> RowOptimizer:
     """Adagrad with one accumulator a row, the mean square of its gradient (as in DLRM)."""
 
     def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: jax.Array | float
+        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
     ) -> tuple[jax.Array, PyTree]:
         total = slots + jnp.mean(jnp.square(grads), axis=-1)
         scale = learning_rate / (jnp.sqrt(total) + epsilon)
         return rows - scale[:, None] * grads, total
 
-    return RowOptimizer(lambda table: jnp.zeros(table.shape[:1], table.dtype), update)
+    return RowOptimizer(lambda table: jnp.zeros(table.shape[:1], _dtype(table)), update)
 
 
 def lazy_adam(b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8) -> RowOptimizer:
     """Adam (Kingma & Ba 2015) whose moments and step count advance only when a row is touched."""
 
     def init(table: jax.Array) -> PyTree:
-        zeros = jnp.zeros_like(table)
-        return {"m": zeros, "v": jnp.zeros_like(table), "count": jnp.zeros(len(table), jnp.int32)}
+        # Two arrays, as a donated one must not be given twice.
+        m, v = (jnp.zeros(table.shape, _dtype(table)) for _ in range(2))
+        return {"m": m, "v": v, "count": jnp.zeros(len(table), jnp.int32)}
 
     def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: jax.Array | float
+        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
     ) -> tuple[jax.Array, PyTree]:
         count = slots["count"] + 1
         m = b1 * slots["m"] + (1 - b1) * grads
@@ -53,6 +82,56 @@ def lazy_adam(b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8) -> RowO
     return RowOptimizer(init, update)
 
 
+def ftrl(l1: float = 0.0, l2: float = 0.0, beta: float = 1.0) -> RowOptimizer:
+    """FTRL-Proximal (McMahan et al., KDD 2013), algorithm 1; with `l1`, weights become exactly 0.
+
+    A row that has not been touched yet starts from its own values.
+    """
+
+    def update(
+        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
+    ) -> tuple[jax.Array, PyTree]:
+        n = slots["n"] + jnp.square(grads)
+        before = beta / learning_rate + l2
+        start = -rows * before - jnp.sign(rows) * l1  # the z whose weights are these rows
+        z = jnp.where(slots["n"] == 0, start, slots["z"])
+        z += grads - (jnp.sqrt(n) - jnp.sqrt(slots["n"])) / learning_rate * rows
+        strength = (beta + jnp.sqrt(n)) / learning_rate + l2
+        new = jnp.where(jnp.abs(z) <= l1, 0, (jnp.sign(z) * l1 - z) / strength)
+        return new, {"z": z, "n": n}
+
+    def init(table: jax.Array) -> PyTree:
+        z, n = (jnp.zeros(table.shape, _dtype(table)) for _ in range(2))
+        return {"z": z, "n": n}
+
+    return RowOptimizer(init, update)
+
+
+def bounded(rule: RowOptimizer, weight_decay: float = 0.0, clip_norm: float = 0.0) -> RowOptimizer:
+    """A rule with decoupled weight decay (as in AdamW) of the rows that a step touches, and their
+    gradients clipped to a norm, each row by itself; 0: neither."""
+
+    def update(
+        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
+    ) -> tuple[jax.Array, PyTree]:
+        if clip_norm:
+            norm = jnp.linalg.norm(grads, axis=-1, keepdims=True)
+            grads = grads * jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30))
+        new, slots = rule.update(rows, slots, grads, learning_rate)
+        return new - learning_rate * weight_decay * rows if weight_decay else new, slots
+
+    return RowOptimizer(rule.init, update)
+
+
+RULES = {
+    "sgd": sgd,
+    "adagrad": adagrad,
+    "rowwise_adagrad": rowwise_adagrad,
+    "lazy_adam": lazy_adam,
+    "ftrl": ftrl,
+}
+
+
 def apply_rows(
     optimizer: RowOptimizer,
     table: Float[Array, "V D"],
@@ -60,14 +139,15 @@ def apply_rows(
     scratch: Int[Array, " V"],
     ids: Int[Array, " n"],
     grads: Float[Array, "n D"],
-    learning_rate: Float[Array, ""] | float,
+    learning_rate: Rate,
+    key: jax.Array | None = None,
 ) -> tuple[Float[Array, "V D"], PyTree, Int[Array, " V"]]:
     """Sum the gradients of equal ids, update each touched row once; ids below 0 are padding.
 
     The exact dedup needs no sort: every id writes its position into `scratch` and reads back one
     winner among its equals; gradients are added up at the winner. `scratch` is work space whose
     content means nothing between calls. Returns (table, slots, scratch), updated in place when the
-    caller donates them.
+    caller donates them. A bfloat16 table is updated in float32 and rounded at random, by `key`.
     """
     n, rows_total = ids.shape[0], table.shape[0]
     position = jnp.arange(n, dtype=jnp.int32)
@@ -77,13 +157,32 @@ def apply_rows(
     outside = rows_total + position
     scratch = scratch.at[jnp.where(valid, ids, outside)].set(position, mode="drop")
     winner = jnp.where(valid, scratch.at[ids].get(mode="clip"), position)
-    summed = jnp.zeros_like(grads).at[winner].add(grads)
+    summed = jnp.zeros(grads.shape, _dtype(table)).at[winner].add(grads.astype(_dtype(table)))
     target = jnp.where(valid & (winner == position), ids, outside)
-    old = table.at[target].get(mode="clip")
+    old = table.at[target].get(mode="clip").astype(summed.dtype)
     old_slots = jax.tree.map(lambda s: s.at[target].get(mode="clip"), slots)
     new, new_slots = optimizer.update(old, old_slots, summed, learning_rate)
+    new = stochastic_round(new, key) if table.dtype == jnp.bfloat16 else new
 
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:
         return whole.at[target].set(part, mode="drop", unique_indices=True)
 
     return write(table, new), jax.tree.map(write, slots, new_slots), scratch
+
+
+def stochastic_round(x: Float[Array, "n D"], key: jax.Array | None) -> Float[Array, "n D"]:
+    """float32 to one of the two nearest bfloat16, in proportion to how near: right on average.
+
+    Rounding to the nearest would lose every update below half a unit in the last of 8 bits.
+    """
+    if key is None:
+        raise ValueError("a bfloat16 table needs a key, to be rounded at random")
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # a carry moves to the next number
+    down = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), down, x.astype(jnp.bfloat16))
+
+
+def _dtype(table: jax.Array) -> jnp.dtype:
+    """Of slots and arithmetic."""
+    return jnp.promote_types(table.dtype, jnp.float32)

@@ -11,12 +11,14 @@ import optax
 
 from mtrec_jax.config import Experiment, Train, fusion_objective
 from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.nn.embedding import DENSE
 from mtrec_jax.nn.layers import unit_length
 from mtrec_jax.nn.model import Model, Rows, gather_rows
 from mtrec_jax.sharding import state_shardings
 from mtrec_jax.train.balance import static, uncertainty
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
-from mtrec_jax.train.sparse import RowOptimizer, apply_rows, lazy_adam, rowwise_adagrad
+from mtrec_jax.train.sparse import RULES, bounded
+from mtrec_jax.train.tables import Fetched, apply_gradients, fetch, new_scratch
 from mtrec_jax.types import Batch, Catalogue, Lookups, Outputs, PyTree, TrainState, UserStates
 
 FUSION_CANDIDATES = 16  # the target and its hardest sampled negatives, at one position an example
@@ -25,10 +27,16 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]  # {task: (sum of weighted losses,
 
 
 class Step(NamedTuple):
-    """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once."""
+    """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once.
+
+    A step whose loss or gradient is not finite changes nothing but its count in `state.bad`; with
+    `train.not_finite = "stop"` neither do the steps after it. `inspect(state, batch, catalogue)`
+    tells which losses and gradients of this batch are finite, by name, losses first.
+    """
 
     init: Callable[[jax.Array], TrainState]
     update: Callable[[TrainState, Batch, Catalogue], TrainState]
+    inspect: Callable[[TrainState, Batch, Catalogue], dict[str, jax.Array]]
 
 
 def make_step(
@@ -52,7 +60,10 @@ def make_step(
     config = experiment.train
     dense = optimizer or dense_optimizer(config, total_steps)
     row_schedule = learning_rate(config, config.row_learning_rate, total_steps)
-    rows_rule = lazy_adam() if config.row_optimizer == "lazy_adam" else rowwise_adagrad()
+    rules = {
+        name: bounded(rule(), config.row_weight_decay, config.row_clip_norm)
+        for name, rule in RULES.items()
+    }
     names = loss_names(experiment)
     initial = _initial_weights(experiment)
     balancer = {"static": static, "uncertainty": uncertainty}[config.balance](initial)
@@ -63,19 +74,20 @@ def make_step(
         return TrainState(
             params=params,
             tables=tables,
-            slots={stack: rows_rule.init(table) for stack, table in tables.items()},
+            slots={stack: rules[stack].init(table) for stack, table in tables.items()},
             scratch=new_scratch(tables),
             optimizer=dense.init(params),
             balance=balancer.init(),
             key=key_run,
             step=jnp.zeros((), jnp.int32),
             sums={name: jnp.zeros(2, initial.dtype) for name in names},
+            bad=jnp.zeros(2, jnp.int32),
         )
 
-    def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
+    def differentiate(state: TrainState, batch: Batch, catalogue: Catalogue) -> _Differentiated:
         key_rows, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         looked = model.lookups(batch, catalogue, key_rows)
-        sparse_rows = gather_rows({}, state.tables, _only(looked.addresses, sparse=True))
+        fetched = fetch(state.tables, state.scratch, _only(looked.addresses, sparse=True), mesh)
 
         def objective(params: PyTree, rows: Rows) -> tuple[jax.Array, tuple[Sums, PyTree]]:
             dense_rows = gather_rows(params, {}, _only(looked.addresses, sparse=False))
@@ -89,28 +101,76 @@ def make_step(
             return jnp.sum(weights * losses), (sums, balance)
 
         gradients, (sums, balance) = jax.grad(objective, argnums=(0, 1), has_aux=True)(
-            state.params, sparse_rows
+            state.params, fetched.rows
         )
-        updates, optimizer_state = dense.update(gradients[0], state.optimizer, state.params)
-        rate = row_schedule(state.step)
-        tables, slots, scratch = _update_tables(rows_rule, state, looked, gradients[1], rate)
+        return _Differentiated(fetched, sums, balance, *gradients)
+
+    def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
+        found = differentiate(state, batch, catalogue)
+        updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
+        is_good = _all_finite((found.sums, found.to_params, found.to_rows))
+        if config.not_finite == "stop":
+            is_good &= state.bad[0] == 0
+        key_round = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
+        tables, slots, scratch = apply_gradients(
+            rules,
+            state,
+            found.fetched,
+            found.to_rows,
+            row_schedule(state.step),
+            key_round,  # of bfloat16 tables only
+            is_good,
+            mesh,
+        )
+        step = state.step + 1
+        first = jnp.where(state.bad[0] == 0, step, state.bad[1])
+        new = {
+            "params": optax.apply_updates(state.params, updates),
+            "optimizer": optimizer_state,
+            "balance": found.balance,
+            "sums": {n: state.sums[n] + jnp.stack(found.sums[n]) for n in names},
+        }
+        old = {name: getattr(state, name) for name in new}
+        kept = jax.tree.map(lambda after, before: jnp.where(is_good, after, before), new, old)
         return state._replace(
-            params=optax.apply_updates(state.params, updates),
+            **kept,
             tables=tables,
             slots=slots,
             scratch=scratch,
-            optimizer=optimizer_state,
-            balance=balance,
-            step=state.step + 1,
-            sums={n: state.sums[n] + jnp.stack(sums[n]) for n in names},
+            step=step,
+            bad=jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, first])),
         )
+
+    def inspect(state: TrainState, batch: Batch, catalogue: Catalogue) -> dict[str, jax.Array]:
+        found = differentiate(state, batch, catalogue)
+        finite = {f"the loss of {n}": _all_finite(found.sums[n]) for n in names}
+        for name, tree in (("params", found.to_params), ("rows", found.to_rows)):
+            for path, leaf in jax.tree.leaves_with_path(tree):
+                where = ".".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
+                finite[f"the gradient of {name}.{where}"] = _all_finite(leaf)
+        return finite
 
     abstract = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
     shardings = state_shardings(abstract, mesh)
     return Step(
         init=jax.jit(init, out_shardings=shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
+        inspect=jax.jit(inspect),
     )
+
+
+class _Differentiated(NamedTuple):
+    """What a batch says, before anything is changed."""
+
+    fetched: Fetched
+    sums: Sums
+    balance: PyTree
+    to_params: PyTree
+    to_rows: Rows
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def batch_losses(
@@ -277,32 +337,5 @@ def dense_optimizer(config: Train, total_steps: int) -> optax.GradientTransforma
     return optax.chain(clip, rule)
 
 
-def new_scratch(tables: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Work space of the exact dedup, one int32 a table row."""
-    return {stack: jnp.zeros(table.shape[0], jnp.int32) for stack, table in tables.items()}
-
-
 def _only(found: dict[str, dict[str, jax.Array]], sparse: bool) -> dict[str, dict[str, jax.Array]]:
-    return {stack: roles for stack, roles in found.items() if (stack == "sparse") == sparse}
-
-
-def _update_tables(
-    rule: RowOptimizer, state: TrainState, looked: Lookups, gradients: Rows, rate: jax.Array | float
-) -> tuple[dict[str, jax.Array], dict[str, PyTree], dict[str, jax.Array]]:
-    """Row-wise update of every sparse stack with the gradients of all roles together."""
-    tables, slots, scratch = {}, {}, {}
-    for stack, table in state.tables.items():
-        roles = sorted(looked.addresses.get(stack, {}))
-        if not roles:  # nothing reads this stack
-            tables[stack], slots[stack], scratch[stack] = (
-                table,
-                state.slots[stack],
-                state.scratch[stack],
-            )
-            continue
-        ids = jnp.concatenate([looked.addresses[stack][r].reshape(-1) for r in roles])
-        grads = jnp.concatenate([gradients[stack][r].reshape(-1, table.shape[1]) for r in roles])
-        tables[stack], slots[stack], scratch[stack] = apply_rows(
-            rule, table, state.slots[stack], state.scratch[stack], ids, grads, rate
-        )
-    return tables, slots, scratch
+    return {stack: roles for stack, roles in found.items() if (stack != DENSE) == sparse}

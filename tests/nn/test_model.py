@@ -41,7 +41,7 @@ class Built:
             place = slice(field.offset, field.offset + field.size)
             stacks[field.stack][place] = rng.normal(size=(field.size, 8))
         self.params["dense"] = stacks["dense"]
-        self.tables = {"sparse": stacks["sparse"]}
+        self.tables = {"lazy_adam": stacks["lazy_adam"]}
         self.run = jax.jit(partial(tiny.forward, self.model))
 
     def forward(self, examples: Batch) -> tuple[jax.Array, UserStates, Outputs]:
@@ -104,7 +104,7 @@ def test_a_position_sees_the_events_before_its_cutoff_and_no_others(sparse: Buil
 
 def test_dense_and_sparse_placement_give_the_same_outputs(sparse: Built) -> None:
     dense = Built("dense")
-    assert sparse.plan.fields["item"].stack == "sparse"
+    assert sparse.plan.fields["item"].stack == "lazy_adam"
     assert dense.plan.fields["item"].stack == "dense"
     for seed in (1, 2):
         one, other = (b.forward(tiny.batch(seed)) for b in (sparse, dense))
@@ -115,9 +115,9 @@ def test_an_item_that_was_never_trained_is_the_unknown_row_and_its_features(spar
     field = sparse.plan.fields["item"]
     before = np.asarray(sparse.forward(tiny.batch(0))[0])
     step = np.arange(8, dtype=np.float32)
-    table = sparse.tables["sparse"].copy()
+    table = sparse.tables["lazy_adam"].copy()
     table[field.offset + UNKNOWN] += step
-    moved = {**sparse.tables, "sparse": table}
+    moved = {**sparse.tables, "lazy_adam": table}
     after = np.asarray(sparse.run(sparse.params, moved, ITEMS, tiny.batch(0))[0])
     cold = np.arange(tiny.TRAINED + FIRST, tiny.ITEMS + FIRST)
     change = (after - before)[cold]
@@ -146,7 +146,7 @@ def test_lookups_touch_the_rows_of_the_batch_and_no_others(sparse: Built) -> Non
     examples, plan = tiny.batch(4), sparse.plan
     looked = sparse.model.lookups(examples, ITEMS, KEY)
     offset = plan.fields["item"].offset
-    touched = np.asarray(looked.addresses["sparse"]["item"])
+    touched = np.asarray(looked.addresses["lazy_adam"]["item"])
     wanted = [examples.events["item"], examples.candidate, looked.negatives]
     expected = np.concatenate([np.asarray(part).ravel() for part in wanted])
     np.testing.assert_array_equal(touched, np.where(expected == 0, -1, expected + offset))
@@ -158,7 +158,7 @@ def test_lookups_touch_the_rows_of_the_batch_and_no_others(sparse: Built) -> Non
     tags = plan.fields["context.tags"]
     local = examples.context["ids"][:, 1:]
     np.testing.assert_array_equal(
-        looked.addresses["sparse"]["context"], np.where(local == 0, -1, local + tags.offset)
+        looked.addresses["lazy_adam"]["context"], np.where(local == 0, -1, local + tags.offset)
     )
 
 
@@ -181,12 +181,12 @@ def test_rows_fetched_for_padding_are_zero_and_get_no_gradient(sparse: Built) ->
     looked = sparse.model.lookups(examples, ITEMS, None)
 
     def total(tables: PyTree) -> jax.Array:
-        rows = gather_rows({}, tables, {"sparse": looked.addresses["sparse"]})
-        return sum((jnp.sum(part) for part in rows["sparse"].values()), jnp.zeros(()))
+        rows = gather_rows({}, tables, {"lazy_adam": looked.addresses["lazy_adam"]})
+        return sum((jnp.sum(part) for part in rows["lazy_adam"].values()), jnp.zeros(()))
 
-    gradient = np.asarray(jax.grad(total)(sparse.tables)["sparse"])
+    gradient = np.asarray(jax.grad(total)(sparse.tables)["lazy_adam"])
     for field in sparse.plan.fields.values():
-        if field.stack == "sparse":
+        if field.stack == "lazy_adam":
             np.testing.assert_array_equal(gradient[field.offset], 0)
     np.testing.assert_array_equal(gradient[-1], 0)
     assert gradient.sum() > 0

@@ -24,17 +24,18 @@ from mtrec_jax.types import TrainState
 def make_state(step: int = 0) -> TrainState:
     """A state with every part in use, different in each step."""
     params = {"network": {"kernel": jnp.arange(6.0).reshape(2, 3) + step}}
-    tables = {"sparse": jnp.full((128, 2), 0.5 + step)}
+    tables = {"lazy_adam": jnp.full((128, 2), 0.5 + step)}
     return TrainState(
         params=params,
         tables=tables,
-        slots={"sparse": (jnp.full((128, 2), 1.5 + step), jnp.full(128, step, jnp.int32))},
-        scratch={"sparse": jnp.zeros(128, jnp.int32)},
+        slots={"lazy_adam": (jnp.full((128, 2), 1.5 + step), jnp.full(128, step, jnp.int32))},
+        scratch={"lazy_adam": jnp.zeros(128, jnp.int32)},
         optimizer=optax.adam(0.1).init(params),
         balance=jnp.array([0.25, 0.75]) + step,
         key=jax.random.fold_in(jax.random.key(7, impl="rbg"), step),
         step=jnp.array(step, jnp.int32),
         sums={"click": jnp.array([1.25, 3.0]) + step},
+        bad=jnp.array([0, step], jnp.int32),
     )
 
 
@@ -104,7 +105,7 @@ def test_the_whole_state_and_the_position_in_the_data_come_back(
         manager.wait_until_finished()
         after = next(batches)
         again = batches_of(shop_prepared)
-        like = make_state()._replace(scratch={"sparse": jnp.full(128, 9, jnp.int32)})
+        like = make_state()._replace(scratch={"lazy_adam": jnp.full(128, 9, jnp.int32)})
         found, notes = checkpoint.restore(manager, 4, like, again)
     assert notes == meta
     assert jax.random.key_impl(found.key) == jax.random.key_impl(state.key)
@@ -143,7 +144,7 @@ from mtrec_jax.errors import CheckpointError
 from mtrec_jax.train import checkpoint
 
 for folder, width in (("damaged", 3), ("whole", 4)):
-    like = {"network": {"kernel": jnp.zeros((2, width))}}, {"sparse": jnp.zeros((128, 2))}
+    like = {"network": {"kernel": jnp.zeros((2, width))}}, {"lazy_adam": jnp.zeros((128, 2))}
     with checkpoint.open_manager(Path(folder), read_only=True) as manager:
         try:
             checkpoint.restore_model(manager, 1, like)

@@ -13,10 +13,28 @@ import numpy as np
 import optax
 import pytest
 
-from mtrec_jax.train.sparse import RowOptimizer, apply_rows, lazy_adam, rowwise_adagrad
+from mtrec_jax.train.sparse import (
+    RowOptimizer,
+    adagrad,
+    apply_rows,
+    bounded,
+    ftrl,
+    lazy_adam,
+    rowwise_adagrad,
+    sgd,
+    stochastic_round,
+)
 
 V, D, RATE = 9, 4, 0.1
-RULES = {"rowwise_adagrad": rowwise_adagrad(), "lazy_adam": lazy_adam()}
+RULES = {
+    "sgd": sgd(),
+    "adagrad": adagrad(),
+    "rowwise_adagrad": rowwise_adagrad(),
+    "lazy_adam": lazy_adam(),
+    "ftrl": ftrl(l1=0.05, l2=0.1),
+    "bounded": bounded(sgd(), weight_decay=0.1, clip_norm=1.5),
+}
+DENSE = {"sgd": optax.sgd(RATE), "adagrad": optax.adagrad(RATE), "lazy_adam": optax.adam(RATE)}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -26,21 +44,48 @@ class Dense:
     def __init__(self, name: str, table: np.ndarray):
         self.name, self.table = name, table.astype(np.float64)
         self.sum, self.count = np.zeros(V), np.zeros(V)
+        self.squares, self.z, self.n = np.full((V, D), 0.1), np.zeros((V, D)), np.zeros((V, D))
         self.m, self.v = np.zeros((V, D)), np.zeros((V, D))
 
     def step(self, ids: np.ndarray, grads: np.ndarray) -> None:
         for row in np.unique(ids[ids >= 0]):
             g = grads[ids == row].astype(np.float64).sum(axis=0)
-            if self.name == "rowwise_adagrad":
-                self.sum[row] += np.mean(g**2)
-                self.table[row] -= RATE * g / (np.sqrt(self.sum[row]) + 1e-8)
-                continue
-            self.count[row] += 1
-            self.m[row] = 0.9 * self.m[row] + 0.1 * g
-            self.v[row] = 0.999 * self.v[row] + 0.001 * g**2
-            m = self.m[row] / (1 - 0.9 ** self.count[row])
-            v = self.v[row] / (1 - 0.999 ** self.count[row])
-            self.table[row] -= RATE * m / (np.sqrt(v) + 1e-8)
+            getattr(self, self.name)(row, g)
+
+    def sgd(self, row: int, g: np.ndarray) -> None:
+        self.table[row] -= RATE * g
+
+    def bounded(self, row: int, g: np.ndarray) -> None:
+        shorter = g * min(1, 1.5 / np.linalg.norm(g))
+        self.table[row] -= RATE * (shorter + 0.1 * self.table[row])
+
+    def adagrad(self, row: int, g: np.ndarray) -> None:
+        self.squares[row] += g**2
+        self.table[row] -= RATE * g / np.sqrt(self.squares[row] + 1e-7)
+
+    def rowwise_adagrad(self, row: int, g: np.ndarray) -> None:
+        self.sum[row] += np.mean(g**2)
+        self.table[row] -= RATE * g / (np.sqrt(self.sum[row]) + 1e-8)
+
+    def ftrl(self, row: int, g: np.ndarray) -> None:
+        """Algorithm 1 of McMahan et al., number by number, started where the weights are."""
+        for i, w in enumerate(self.table[row]):
+            if self.n[row, i] == 0:
+                self.z[row, i] = -w * (1 / RATE + 0.1) - np.sign(w) * 0.05
+            sigma = (np.sqrt(self.n[row, i] + g[i] ** 2) - np.sqrt(self.n[row, i])) / RATE
+            self.z[row, i] += g[i] - sigma * w
+            self.n[row, i] += g[i] ** 2
+            z = self.z[row, i]
+            new = -(z - np.sign(z) * 0.05) / ((1 + np.sqrt(self.n[row, i])) / RATE + 0.1)
+            self.table[row, i] = 0 if abs(z) <= 0.05 else new
+
+    def lazy_adam(self, row: int, g: np.ndarray) -> None:
+        self.count[row] += 1
+        self.m[row] = 0.9 * self.m[row] + 0.1 * g
+        self.v[row] = 0.999 * self.v[row] + 0.001 * g**2
+        m = self.m[row] / (1 - 0.9 ** self.count[row])
+        v = self.v[row] / (1 - 0.999 ** self.count[row])
+        self.table[row] -= RATE * m / (np.sqrt(v) + 1e-8)
 
 
 def _start(rule: RowOptimizer, dtype: Any = jnp.float32) -> tuple[jax.Array, Any, jax.Array]:
@@ -73,16 +118,16 @@ def test_duplicates_and_padding_equal_the_rule_written_out(name: str) -> None:
             np.testing.assert_allclose(state[0], dense.table, atol=1e-12)
 
 
-def test_lazy_adam_on_all_rows_is_adam() -> None:
-    state = _start(RULES["lazy_adam"])
-    adam = optax.adam(RATE)
-    table, slots = state[0], adam.init(state[0])
+@pytest.mark.parametrize("name", DENSE)
+def test_on_all_rows_it_is_the_rule_of_optax(name: str) -> None:
+    state, dense = _start(RULES[name]), DENSE[name]
+    table, slots = state[0], dense.init(state[0])
     for step in range(6):
         ids = np.random.default_rng(step).permutation(V).astype(np.int32)
-        grads = _grads(V, step)
-        state = _apply["lazy_adam"](*state, ids, grads)
-        whole = jnp.zeros((V, D)).at[ids].set(grads)
-        updates, slots = adam.update(whole, slots)
+        twice, grads = np.concatenate([ids, [-1], ids]), _grads(2 * V + 1, step)  # and padding
+        state = _apply[name](*state, twice, grads)
+        whole = jnp.zeros((V, D)).at[ids].set(grads[:V] + grads[V + 1 :])
+        updates, slots = dense.update(whole, slots)
         table = optax.apply_updates(table, updates)
         np.testing.assert_allclose(state[0], table, atol=1e-6)
 
@@ -121,3 +166,27 @@ def test_nothing_but_padding_changes_nothing(name: str) -> None:
     found = _apply[name](*state, jnp.full(6, -1, jnp.int32), _grads(6, 0))
     for old, new in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(found[:2]), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_rounding_at_random_is_right_on_average_and_keeps_small_updates() -> None:
+    x = jnp.full((1000, 100), 1 + 2**-10)  # between 1 and 1 + 2**-7, an eighth of the way
+    rounded = np.asarray(stochastic_round(x, jax.random.key(0)), np.float32)
+    assert set(np.unique(rounded)) == {1.0, 1 + 2**-7}
+    np.testing.assert_allclose(rounded.mean(), 1 + 2**-10, atol=2e-4)
+    exact = jnp.array([[0.0, -0.5, jnp.inf, -jnp.inf, jnp.nan, 3.0]])
+    found = np.asarray(stochastic_round(exact, jax.random.key(1)), np.float32)
+    np.testing.assert_array_equal(found, exact)
+
+
+def test_a_bfloat16_table_learns_from_updates_below_its_precision() -> None:
+    """A step of 2**-10 is lost beside 1 when it is rounded to the nearest."""
+    table, rule = jnp.ones((V, 64), jnp.bfloat16), sgd()
+    apply = jax.jit(partial(apply_rows, rule, learning_rate=2.0**-10))
+    state = table, rule.init(table), jnp.zeros(V, jnp.int32)
+    ids, grads = jnp.arange(V, dtype=jnp.int32), jnp.ones((V, 64), jnp.bfloat16)
+    for step in range(256):
+        state = apply(*state, ids, grads, key=jax.random.key(step))
+    assert state[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(state[0], np.float32).mean(), 0.75, atol=0.02)
+    with pytest.raises(ValueError, match="key"):
+        apply(*state, ids, grads)

@@ -99,10 +99,10 @@ def test_every_loss_falls_on_a_batch_that_is_seen_again(single: Compiled) -> Non
 
 def test_the_state_is_updated_in_place(single: Compiled) -> None:
     state = single.place()
-    table = state.tables["sparse"].unsafe_buffer_pointer()
+    table = state.tables["lazy_adam"].unsafe_buffer_pointer()
     after = single.update(state, tiny.batch(0, SIZE))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.tables)))
-    assert after.tables["sparse"].unsafe_buffer_pointer() == table
+    assert after.tables["lazy_adam"].unsafe_buffer_pointer() == table
 
 
 def test_rows_that_no_batch_touched_stay_as_they_were(single: Compiled) -> None:
@@ -111,10 +111,10 @@ def test_rows_that_no_batch_touched_stay_as_they_were(single: Compiled) -> None:
         events={name: np.minimum(values, 3) for name, values in examples.events.items()},
         candidate=np.minimum(examples.candidate, 3),
     )
-    before = np.asarray(single.start.tables["sparse"])
+    before = np.asarray(single.start.tables["lazy_adam"])
     after = single.update(single.place(), examples)
-    moved = (np.asarray(after.tables["sparse"]) != before).any(axis=1)
-    counts = np.asarray(after.slots["sparse"]["count"])
+    moved = (np.asarray(after.tables["lazy_adam"]) != before).any(axis=1)
+    counts = np.asarray(after.slots["lazy_adam"]["count"])
     np.testing.assert_array_equal(moved, counts == 1)
     assert counts.max() == 1
     assert 0 < moved[4 : tiny.TRAINED + 2].sum() <= 6  # as many as there are negatives
@@ -202,8 +202,8 @@ def test_devices_agree_in_double_precision() -> None:
         expected = _learned(_train(single))
         data = _learned(_train(_compiled((8, 1), "float64", single.start)))
         both = _train(_compiled((4, 2), "float64"))  # with an initialisation of its own
-        shards = {shard.data.shape[0] for shard in both.tables["sparse"].addressable_shards}
-        assert shards == {both.tables["sparse"].shape[0] // 2}
+        shards = {shard.data.shape[0] for shard in both.tables["lazy_adam"].addressable_shards}
+        assert shards == {both.tables["lazy_adam"].shape[0] // 2}
     for values in expected.values():
         assert values.dtype == np.float64
     # not float32 in disguise
