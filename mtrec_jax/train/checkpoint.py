@@ -24,7 +24,6 @@ from mtrec_jax.errors import CheckpointError
 from mtrec_jax.train.tables import new_scratch
 from mtrec_jax.types import PyTree, TrainState
 
-
 _ADDED = ("cursor", "digests", "checksum")  # to the notes of the loop
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from mtrec_jax.nn.embedding import DENSE
 from mtrec_jax.nn.layers import unit_length
 from mtrec_jax.nn.model import Model, Rows, gather_rows
 from mtrec_jax.sharding import state_shardings
-from mtrec_jax.train.balance import static, uncertainty
+from mtrec_jax.train.balance import Balancer, static, uncertainty
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
 from mtrec_jax.train.sparse import RULES, bounded
 from mtrec_jax.train.tables import Fetched, apply_gradients, fetch, new_scratch
@@ -84,6 +85,62 @@ def make_step(
             bad=jnp.zeros(2, jnp.int32),
         )
 
+    differentiate = _differentiate(experiment, manifest, model, mesh, balancer)
+
+    def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
+        found = differentiate(state, batch, catalogue)
+        updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
+        is_good = _all_finite((found.sums, found.to_params, found.to_rows))
+        if config.not_finite == "stop":
+            is_good &= state.bad[0] == 0
+        key_round = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
+        tables = apply_gradients(
+            rules,
+            state,
+            found.fetched,
+            found.to_rows,
+            row_schedule(state.step),
+            key_round,  # of bfloat16 tables only
+            is_good,
+            mesh,
+        )
+        new = {
+            "params": optax.apply_updates(state.params, updates),
+            "optimizer": optimizer_state,
+            "balance": found.balance,
+            "sums": {n: state.sums[n] + jnp.stack(found.sums[n]) for n in names},
+        }
+        return _after(state, is_good, new)._replace(**tables)
+
+    abstract = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
+    shardings = state_shardings(abstract, mesh)
+    return Step(
+        init=jax.jit(init, out_shardings=shardings),
+        update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
+        inspect=jax.jit(functools.partial(_inspect, differentiate)),
+    )
+
+
+class _Differentiated(NamedTuple):
+    """What a batch says, before anything is changed."""
+
+    fetched: Fetched
+    sums: Sums
+    balance: PyTree
+    to_params: PyTree
+    to_rows: Rows
+
+
+def _differentiate(
+    experiment: Experiment,
+    manifest: Manifest,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    balancer: Balancer,
+) -> Callable[[TrainState, Batch, Catalogue], _Differentiated]:
+    """Losses and gradients of a batch as a function of the state."""
+    names = loss_names(experiment)
+
     def differentiate(state: TrainState, batch: Batch, catalogue: Catalogue) -> _Differentiated:
         key_rows, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         looked = model.lookups(batch, catalogue, key_rows)
@@ -105,68 +162,32 @@ def make_step(
         )
         return _Differentiated(fetched, sums, balance, *gradients)
 
-    def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
-        found = differentiate(state, batch, catalogue)
-        updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
-        is_good = _all_finite((found.sums, found.to_params, found.to_rows))
-        if config.not_finite == "stop":
-            is_good &= state.bad[0] == 0
-        key_round = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
-        tables, slots, scratch = apply_gradients(
-            rules,
-            state,
-            found.fetched,
-            found.to_rows,
-            row_schedule(state.step),
-            key_round,  # of bfloat16 tables only
-            is_good,
-            mesh,
-        )
-        step = state.step + 1
-        first = jnp.where(state.bad[0] == 0, step, state.bad[1])
-        new = {
-            "params": optax.apply_updates(state.params, updates),
-            "optimizer": optimizer_state,
-            "balance": found.balance,
-            "sums": {n: state.sums[n] + jnp.stack(found.sums[n]) for n in names},
-        }
-        old = {name: getattr(state, name) for name in new}
-        kept = jax.tree.map(lambda after, before: jnp.where(is_good, after, before), new, old)
-        return state._replace(
-            **kept,
-            tables=tables,
-            slots=slots,
-            scratch=scratch,
-            step=step,
-            bad=jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, first])),
-        )
-
-    def inspect(state: TrainState, batch: Batch, catalogue: Catalogue) -> dict[str, jax.Array]:
-        found = differentiate(state, batch, catalogue)
-        finite = {f"the loss of {n}": _all_finite(found.sums[n]) for n in names}
-        for name, tree in (("params", found.to_params), ("rows", found.to_rows)):
-            for path, leaf in jax.tree.leaves_with_path(tree):
-                where = ".".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
-                finite[f"the gradient of {name}.{where}"] = _all_finite(leaf)
-        return finite
-
-    abstract = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
-    shardings = state_shardings(abstract, mesh)
-    return Step(
-        init=jax.jit(init, out_shardings=shardings),
-        update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
-        inspect=jax.jit(inspect),
-    )
+    return differentiate
 
 
-class _Differentiated(NamedTuple):
-    """What a batch says, before anything is changed."""
+def _inspect(
+    differentiate: Callable[[TrainState, Batch, Catalogue], _Differentiated],
+    state: TrainState,
+    batch: Batch,
+    catalogue: Catalogue,
+) -> dict[str, jax.Array]:
+    found = differentiate(state, batch, catalogue)
+    finite = {f"the loss of {n}": _all_finite(found.sums[n]) for n in found.sums}
+    for name, tree in (("params", found.to_params), ("rows", found.to_rows)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            where = ".".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
+            finite[f"the gradient of {name}.{where}"] = _all_finite(leaf)
+    return finite
 
-    fetched: Fetched
-    sums: Sums
-    balance: PyTree
-    to_params: PyTree
-    to_rows: Rows
+
+def _after(state: TrainState, is_good: jax.Array, new: dict[str, PyTree]) -> TrainState:
+    """The state with the new parts, or with its own and one bad step more."""
+    old = {name: getattr(state, name) for name in new}
+    kept = jax.tree.map(lambda after, before: jnp.where(is_good, after, before), new, old)
+    step = state.step + 1
+    first = jnp.where(state.bad[0] == 0, step, state.bad[1])
+    bad = jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, first]))
+    return state._replace(**kept, step=step, bad=bad)
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -59,8 +59,8 @@ def apply_gradients(
     key: jax.Array,
     wanted: jax.Array,
     mesh: jax.sharding.Mesh,
-) -> tuple[dict[str, jax.Array], dict[str, PyTree], dict[str, jax.Array]]:
-    """Tables, slots and scratch after the row-wise update with the gradients of all roles.
+) -> dict[str, Any]:
+    """`tables`, `slots` and `scratch` after the row-wise update with the gradients of all roles.
 
     If `wanted` is false, no row is touched.
     """
@@ -84,7 +84,7 @@ def apply_gradients(
         tables[stack], slots[stack] = exchange.update(
             rule, table, slots[stack], asked, grads, mesh, sizes
         )
-    return tables, slots, scratch
+    return {"tables": tables, "slots": slots, "scratch": scratch}
 
 
 def _rule(
