@@ -24,7 +24,7 @@ from mtrec_jax.errors import CheckpointError
 from mtrec_jax.train.tables import new_scratch
 from mtrec_jax.types import PyTree, TrainState
 
-_ADDED = ("cursor", "digests", "checksum")  # to the notes of the loop
+_ADDED = ("selected", "cursor", "digests", "checksum")  # to the notes of the loop
 
 
 def open_manager(
@@ -33,7 +33,14 @@ def open_manager(
     """A manager that keeps the best step and the two latest ones.
 
     `read_only` creates nothing, and leaves alone what another process is writing at this moment.
+
+    Raises:
+      CheckpointError: a step's file of metrics is damaged; `set_aside_unreadable` moves it away.
     """
+    for path in _unreadable(folder):
+        raise CheckpointError(
+            f"checkpoint {path} is damaged (metrics); training sets it aside, or move it away"
+        )
     policies = checkpoint_managers.AnyPreservationPolicy(
         [
             checkpoint_managers.LatestN(n=2),
@@ -74,7 +81,12 @@ def save(
     metrics = None if selected is None else {"selected": selected}
     parts = {"model": _model_part(state), "trainer": _trainer_part(state)}
     # A copy, as it is written later, by a thread.
-    notes = {**meta, "cursor": _text(batches.get_state()), "digests": digests(parts)}
+    notes = {
+        **meta,
+        "selected": selected,
+        "cursor": _text(batches.get_state()),
+        "digests": digests(parts),
+    }
     manager.save(
         int(state.step),
         args=ocp.args.Composite(
@@ -152,6 +164,25 @@ def restore_latest(
     if first is not None:
         raise first
     return None
+
+
+def set_aside_unreadable(folder: Path, note: Callable[[str], None]) -> None:
+    """Move steps of which Orbax cannot even make a list into the folder `damaged` beside them."""
+    for path in _unreadable(folder):
+        place = _free(folder.parent / "damaged" / path.name)
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+        note(f"checkpoint {path} is damaged and was moved to {place}")
+
+
+def _unreadable(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.glob("*/metrics/metrics")):
+        try:
+            json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            found.append(path.parent.parent)
+    return found
 
 
 def _free(path: Path) -> Path:
@@ -234,6 +265,9 @@ def _verify(manager: ocp.CheckpointManager, step: int, found: Any) -> None:
     notes = {name: value for name, value in found["meta"].items() if name != "checksum"}
     if found["meta"].get("checksum") != _checksum(notes):
         raise _damaged(manager, step, "its notes are not what was saved")
+    metrics = manager.metrics(step) or {}
+    if metrics.get("selected") != notes["selected"]:
+        raise _damaged(manager, step, "its validation metric is not what was saved")
     parts = {name: found[name] for name in ("model", "trainer") if found.get(name) is not None}
     for name, value in digests(parts).items():
         if notes["digests"].get(name) != value:

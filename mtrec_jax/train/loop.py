@@ -128,8 +128,9 @@ def _train(
     state = job.step.init(jax.random.key(experiment.train.seed, impl="rbg"))
     meta: dict[str, Any] = {"threads": os.cpu_count(), "best": None, "stale": 0, "done": False}
     _, _, larger = select_metric(experiment)
+    notes: list[str] = []
+    checkpoint.set_aside_unreadable(folder / "checkpoints", notes.append)
     with checkpoint.open_manager(folder / "checkpoints", larger) as manager:
-        notes: list[str] = []
         restored = checkpoint.restore_latest(manager, state, job.batches, notes.append)
         if restored is not None:
             state, meta = restored

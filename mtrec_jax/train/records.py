@@ -45,9 +45,9 @@ class Records:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a run's `metrics.jsonl`, in order."""
+    """All records of a run's `metrics.jsonl`, in order, but for one that is half written."""
     with Path(path).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def write_json(path: Path, value: Any) -> None:
