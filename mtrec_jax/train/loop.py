@@ -263,7 +263,7 @@ def _check_finite(
     age = number - last + 1
     if age <= len(recent):
         before = state._replace(step=jax.numpy.full_like(state.step, last - 1))
-        finite = jax.device_get(job.step.inspect(before, recent[-age], job.catalogue))
+        finite = job.step.inspect(before, recent[-age], job.catalogue)
         bad = [name for name, is_finite in finite.items() if not is_finite]
         epoch, batch = divmod(last - 1, job.epoch)
         message += f" (epoch {epoch + 1}, batch {batch + 1}): first {bad[0]}" if bad else ""

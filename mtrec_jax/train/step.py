@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     init: Callable[[jax.Array], TrainState]
     update: Callable[[TrainState, Batch, Catalogue], TrainState]
-    inspect: Callable[[TrainState, Batch, Catalogue], dict[str, jax.Array]]
+    inspect: Callable[[TrainState, Batch, Catalogue], dict[str, bool]]
 
 
 def make_step(
@@ -117,7 +117,7 @@ def make_step(
     return Step(
         init=jax.jit(init, out_shardings=shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
-        inspect=jax.jit(functools.partial(_inspect, differentiate)),
+        inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, differentiate))),
     )
 
 
@@ -165,7 +165,13 @@ def _differentiate(
     return differentiate
 
 
-def _inspect(
+def _inspect(finite: Callable[..., dict[str, jax.Array]], *arguments: Any) -> dict[str, bool]:
+    found = {name: bool(value) for name, value in finite(*arguments).items()}
+    # A dictionary leaves `jax.jit` in the order of its keys.
+    return dict(sorted(found.items(), key=lambda pair: not pair[0].startswith("the loss")))
+
+
+def _finite(
     differentiate: Callable[[TrainState, Batch, Catalogue], _Differentiated],
     state: TrainState,
     batch: Batch,

@@ -1,0 +1,145 @@
+"""Steps whose loss is not finite, and batches that do not come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.errors import Error
+from mtrec_jax.train import loop
+from mtrec_jax.train.loop import train
+from mtrec_jax.train.records import read_records
+from mtrec_jax.train.run import load_best, open_run
+from mtrec_jax.train.watchdog import Watched
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+
+def _experiment(shop_experiment: Experiment, **keys: Any) -> Experiment:
+    model = replace(
+        shop_experiment.model, towers="shared_bottom", fusion="none", item_placement="sparse"
+    )
+    settings: dict[str, Any] = {"steps": 16, "log_every": 4, "evaluate_every": 8}
+    return replace(
+        shop_experiment, model=model, train=replace(shop_experiment.train, **settings | keys)
+    )
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Give the batch of a step a label that is not a number."""
+
+    def arrange(step: int) -> None:
+        put, calls = loop.put_batch, []
+
+        def poison(batch: Any, mesh: Any) -> Any:
+            calls.append(0)
+            if len(calls) == step:
+                stars = np.full_like(batch.labels["stars"], np.nan)
+                batch = batch._replace(
+                    labels={**batch.labels, "stars": stars},
+                    mask={**batch.mask, "stars": np.ones_like(stars)},
+                )
+            return put(batch, mesh)
+
+        monkeypatch.setattr(loop, "put_batch", poison)
+
+    return arrange
+
+
+def test_training_stops_names_the_loss_and_batch_and_keeps_what_was_right(
+    shop_experiment: Experiment,
+    shop_prepared: Prepared,
+    poisoned: Callable[[int], None],
+    tmp_path: Path,
+) -> None:
+    poisoned(11)
+    with pytest.raises(Error, match=r"at step 11 \(epoch 2, batch 2\): first the loss of stars"):
+        train(_experiment(shop_experiment), shop_prepared, tmp_path, show_progress=False)
+    params, tables, step = load_best(open_run(tmp_path))
+    assert step == 8
+    assert all(np.isfinite(np.asarray(a)).all() for a in jax.tree.leaves((params, tables)))
+
+
+def test_a_step_that_is_skipped_changes_nothing(
+    shop_experiment: Experiment,
+    shop_prepared: Prepared,
+    poisoned: Callable[[int], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    experiment = _experiment(shop_experiment, not_finite="skip")
+    poisoned(11)
+    run = train(experiment, shop_prepared, tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the loss or its gradient is not finite at step 12" in said
+    assert "left out, 1 so far" in said
+    params, tables, _ = load_best(run)
+    assert all(np.isfinite(np.asarray(a)).all() for a in jax.tree.leaves((params, tables)))
+    assert max(r["step"] for r in read_records(tmp_path / "metrics.jsonl")) == 16
+
+
+def test_the_step_itself_moves_nothing_but_its_count(
+    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    for policy, again in (("stop", False), ("skip", True)):
+        job = loop._make_job(
+            _experiment(shop_experiment, not_finite=policy), shop_prepared, tmp_path, None
+        )
+        state = job.step.init(jax.random.key(0, impl="rbg"))
+        good = next(job.batches)
+        nan = {**good.labels, "click": np.full_like(good.labels["click"], np.nan)}
+        bad = good._replace(labels=nan)
+        parts = ("params", "tables", "slots", "optimizer", "balance", "sums")
+
+        def bits(state: Any, parts: tuple[str, ...] = parts) -> list[bytes]:
+            leaves = jax.tree.leaves([getattr(state, part) for part in parts])
+            return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+        before = bits(state)
+        state = job.step.update(state, loop.put_batch(bad, job.mesh), job.catalogue)
+        assert bits(state) == before
+        assert (int(state.step), state.bad.tolist()) == (1, [1, 1])
+        finite = job.step.inspect(state, loop.put_batch(bad, job.mesh), job.catalogue)
+        assert next(n for n, is_finite in finite.items() if not is_finite) == "the loss of click"
+        state = job.step.update(state, loop.put_batch(good, job.mesh), job.catalogue)
+        assert (bits(state) != before) == again
+        assert state.bad.tolist() == ([1, 1] if again else [2, 1])
+
+
+def test_a_batch_that_does_not_come_is_noticed() -> None:
+    hangs = threading.Event()
+    notes: list[str] = []
+
+    def slow() -> Iterator[int]:
+        yield 1
+        hangs.wait(20)
+        yield 2
+
+    watched = Watched(slow(), 3, notes.append, patience=1)
+    assert watched.next() == 1
+    with pytest.raises(Error, match="no batch came for 3 s"):
+        watched.next()
+    assert [note.split(":")[0] for note in notes] == [
+        "waiting for a batch, 1 s so far",
+        "waiting for a batch, 2 s so far",
+    ]
+    hangs.set()
+    watched.close()
+
+
+def test_what_reading_raises_is_raised() -> None:
+    watched = Watched(iter([5]), 0, print)
+    assert watched.next() == 5
+    with pytest.raises(StopIteration):
+        watched.next()
+    watched.close()
