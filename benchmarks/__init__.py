@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 QUESTIONS = (
-    *("topk", "softmax", "rank", "everyone", "table_step"),
+    *("topk", "softmax", "rank", "everyone", "table_step", "chaos"),
     *("input", "prepare", "engines", "shop", "social"),
 )
 COMPARED = (
