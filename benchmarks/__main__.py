@@ -104,6 +104,9 @@ def _table(
     table = Table(title=title, box=None)
     for name in ("contestant", "ms", "spread", "compile ms", "peak MiB", "/ ours", "notes"):
         table.add_column(name, justify="left" if name in ("contestant", "notes") else "right")
+    ours = next(
+        (r.median_ms for r in results if r.contestant.startswith("mtrec_jax")), float("nan")
+    )
     for result in results:
         table.add_row(
             f"[dim]{result.contestant}" if result.contestant in bounds else result.contestant,
@@ -111,7 +114,7 @@ def _table(
             f"{result.fastest_ms:.1f}-{result.slowest_ms:.1f}",
             f"{result.compile_ms:.0f}",
             f"{result.peak_mib:.0f} (+{result.peak_mib - result.before_mib:.0f})",
-            f"{result.median_ms / results[0].median_ms:.2f}",
+            f"{result.median_ms / ours:.2f}",
             result.notes or result.kernel,
         )
     for name, error in failed.items():

@@ -1,8 +1,8 @@
 """Does a run that is killed again and again end as if nothing had happened?
 
-`mtrec train` of a generated shop, in a process that gets SIGKILL at random moments, 25 times, and
-is started again; beside it an undisturbed run. "equal" compares the bytes of `metrics.jsonl`, timings
-apart, and the bits of parameters and tables.
+`mtrec train` of a generated shop in a process that gets SIGKILL at random moments, 25 times, and is
+started again; beside it an undisturbed run. "equal" compares the bytes of `metrics.jsonl`, but for
+timings, and the bits of parameters and tables.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 # What would hold OpenBLAS to the kernel of another processor, or split the cores up.
 _REMOVED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
@@ -133,7 +134,11 @@ def compare(
         for round_ in range(rounds):
             names = list(running)
             for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                turns[name].append(_turn(running[name][0]))
+                try:
+                    turns[name].append(_turn(running[name][0]))
+                except _FailedError as error:
+                    failed[name] = str(error)
+                    del running[name]
         results = [
             _result(name, first, turns[name], _finish(process), kernels.get(name, ""))
             for name, (process, first) in running.items()
@@ -177,28 +182,34 @@ def _contestant(
         environment["OPENBLAS_CORETYPE"] = kernel
     short = question.__name__.rpartition(".")[2]
     turn = ["--contestant", name, "--set", set_name, "--case", str(number)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", short, *turn],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as said,  # a pipe that nobody reads would fill up
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks", short, *turn],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        ) as process,
+    ):
         try:
-            yield process, _answer(process)
+            yield process, _answer(process, said)
         finally:
             process.kill()
 
 
-def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+def _answer(process: subprocess.Popen[str], said: IO[str] | None = None) -> dict[str, Any]:
     assert process.stdout
-    assert process.stderr
     for line in process.stdout:
         if line.startswith("{"):
             message: dict[str, Any] = json.loads(line)
             return message
-    error = (process.stderr.read().strip().splitlines() or ["ended without a word"])[-1]
+    lines = []
+    if said is not None:
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+    error = (lines or ["ended without a word"])[-1]
     missing = error.startswith("ModuleNotFoundError")
     raise _FailedError("not installed" if missing else error[:60])
 

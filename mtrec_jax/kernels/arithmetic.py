@@ -34,11 +34,12 @@ def dot(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Float[Array, " ..
 def _halves(
     x: Float[Array, "... D"],
 ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-    """The number with its last digits cleared, and the rest; together exactly the number."""
+    """The number rounded to its first digits, and the rest; together exactly the number."""
     bits = LOWER_BITS[str(x.dtype)]
     whole = jnp.int32 if x.dtype == jnp.float32 else jnp.int64
-    mask = jnp.array(-1 << bits, whole)
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, whole) & mask, x.dtype)
+    half, mask = jnp.array(1 << (bits - 1), whole), jnp.array(-1 << bits, whole)
+    rounded = (lax.bitcast_convert_type(x, whole) + half) & mask
+    high = lax.bitcast_convert_type(rounded, x.dtype)
     return high, x - high
 
 

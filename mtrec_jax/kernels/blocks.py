@@ -30,6 +30,7 @@ class Admissible(NamedTuple):
     entries: Int[Array, "2 E"] | None = None  # (id, query) of all these, by ascending id
     allowed: Bool[Array, "G N"] | None = None
     group: Int[Array, " Q"] | None = None  # which row of `allowed`; None: the first
+    stop: Int[Array, ""] | None = None  # ids from here on are no items
 
 
 ALL = Admissible()
@@ -58,6 +59,13 @@ def make_plan(rows: int, count: int, group: int, block: int | None) -> Plan:
     block = -(-min(block, count) // group) * group
     blocks = -(-count // block)
     return Plan(count, block, blocks, group, blocks * block // group)
+
+
+def block_for(queries: Array, items: Items, block: int | None) -> int | None:
+    """Blocks even for few queries where items have to be converted, a block at a time."""
+    if block is None and items.vectors.dtype != queries.dtype:
+        return _SCORES // max(len(queries), _FEW)
+    return block
 
 
 def starts(numbers: Array, plan: Plan) -> Array:
@@ -111,7 +119,9 @@ def at_once(
     assert memory is None or memory.shape == (plan.block, len(queries))
     scores = _products(items.vectors, items.scale, queries)
     scores = jnp.pad(scores, ((0, plan.block - plan.items), (0, 0)), constant_values=-jnp.inf)
-    return _masked(scores, 0, 0, admissible, plan)
+    # On one device the padding is less than a 64th, see `placing.placed`.
+    tail = None if memory is None else min(len(scores), len(scores) // 32 + 64)
+    return _masked(scores, 0, 0, admissible, plan, tail)
 
 
 def _products(vectors: Array, scale: Array | None, queries: Array) -> Float[Array, "n Q"]:
@@ -125,10 +135,20 @@ def _products(vectors: Array, scale: Array | None, queries: Array) -> Float[Arra
     return found if scale is None else found * scale[:, None]
 
 
-def _masked(scores: Array, number: Any, first: Any, admissible: Admissible, plan: Plan) -> Array:
+def _masked(
+    scores: Array,
+    number: Any,
+    first: Any,
+    admissible: Admissible,
+    plan: Plan,
+    tail: int | None = None,
+) -> Array:
     ids = first + jnp.arange(plan.block, dtype=jnp.int32)
     if plan.blocks > 1:
         scores = jnp.where((ids >= number * plan.block)[:, None], scores, -jnp.inf)
+    if admissible.stop is not None:
+        size = len(scores) if tail is None else tail
+        scores = _without_tail(scores, admissible.stop - first, size)
     if admissible.allowed is not None:
         allowed = admissible.allowed
         if plan.blocks > 1:
@@ -141,6 +161,14 @@ def _masked(scores: Array, number: Any, first: Any, admissible: Admissible, plan
     if admissible.entries is not None:
         scores = _without(scores, admissible.entries, first, plan.block)
     return scores
+
+
+def _without_tail(scores: Array, count: Array, size: int) -> Array:
+    """-inf from the row `count` on, which is among the last `size`: only these are written."""
+    start = len(scores) - size
+    place = start + jnp.arange(size, dtype=jnp.int32)[:, None]
+    tail = jnp.where(place < count, scores[start:], -jnp.inf)
+    return lax.dynamic_update_slice_in_dim(scores, tail, start, 0)
 
 
 def _without(scores: Array, entries: Array, first: Any, block: int) -> Array:

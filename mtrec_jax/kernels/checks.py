@@ -84,6 +84,17 @@ def not_finite(name: str, row: int, dtype: np.dtype) -> DataError:
     )
 
 
+def largest_product(queries: float, items: float, dtype: np.dtype) -> float:
+    """A bound of all |query| |item|, with what is lost of numbers too small for the dtype."""
+    limits = np.finfo(dtype)
+    if queries * items > float(limits.max) / 4:
+        raise DataError(
+            f"dot products of queries with norms up to {queries:.2g} and items up to {items:.2g} "
+            f"overflow {dtype}; divide one of them by a constant"
+        )
+    return queries * items + float(limits.tiny / limits.eps) * (queries + items)
+
+
 def finite(name: str, vectors: Array, dtype: np.dtype) -> np.ndarray:
     """Vectors on the host in the dtype of scores; raises `DataError` for NaN and infinity."""
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
@@ -119,7 +130,9 @@ def indices(
 def item_ids(values: Any, count: int) -> np.ndarray:
     """Raw ids of the items, one each: integers or texts."""
     found = np.asarray(values)
-    if found.shape != (count,) or found.dtype.kind not in "iuUS":
+    if found.dtype.kind == "u" and found.size and found.max() <= np.iinfo(np.int64).max:
+        found = found.astype(np.int64)
+    if found.shape != (count,) or found.dtype.kind not in "iU":
         raise DataError(
             f"ids: shape {found.shape} and dtype {found.dtype}; one integer or text for each of "
             f"the {count} items is needed"
@@ -128,6 +141,9 @@ def item_ids(values: Any, count: int) -> np.ndarray:
     if len(different) < count:
         again = np.setdiff1d(np.arange(count), first)[0]
         raise DataError(f"ids[{again}] is {found[again]!r}, which another item has already")
+    nothing = "" if found.dtype.kind == "U" else -1
+    if (taken := np.flatnonzero(found == nothing)).size:
+        raise DataError(f"ids[{taken[0]}] is {nothing!r}, which stands for no item in results")
     return found
 
 
@@ -141,8 +157,8 @@ def masks(
         return None, None
     concrete("allowed", allowed)
     mask = np.asarray(allowed)
-    wanted = (count,) if group is None else (len(mask), count)
-    if mask.dtype != bool or mask.shape != wanted or not mask.size >= 0:
+    wanted = (count,) if group is None else (*mask.shape[:1], count)
+    if mask.dtype != bool or mask.shape != wanted:
         shape = "[N], or [G, N] with group=[Q]," if group is None else "[G, N]"
         raise DataError(
             f"allowed must hold booleans {shape} with N={count}, but has shape {mask.shape} and "

@@ -34,9 +34,10 @@ METRICS = ("cosine", "dot")
 class ItemIndex:
     """Items that are searched by exact cosine, or dot product, as often as one likes.
 
-    Norms, the check for NaN, padding and the place on the devices are paid once, here. Vectors stay
-    in their own dtype and as long as they are; a copy of length 1 is made only where squares of
-    float32 would overflow or vanish.
+    Norms, the check for NaN, padding and the place on the devices are paid once, here. NumPy arrays
+    are copied; for cosine, float32 rows become rows of length 1. Arrays of JAX and rows of fewer
+    bits stay as they are, with their inverse norms beside them. Searches keep up to 128 MB of
+    memory for scores, as long as the index lives.
 
     Args:
       items: [N, D], floating or integer; N may be 0.
@@ -76,15 +77,18 @@ class ItemIndex:
         # Rows of length 1 are multiplied a little faster. They take the place of our own copy of
         # NumPy's, but do not double what is on the device already, or is stored in fewer bits.
         is_own = isinstance(items, np.ndarray) and vectors.dtype == self._dtype
+        is_own &= not jax.config.read("jax_enable_x64")  # queries may be more precise than that
         if metric == "cosine" and (scale is None or is_own):
             vectors, scale = unit_rows(vectors, self._dtype), None
             vectors = in_large_pages(vectors) if is_own and mesh is None else vectors
         self._items = Items(vectors, scale, 1.0)
         self._memory = programs.Memory()
-        self._real: np.ndarray | None = None  # [M], the rows that are items, if not all are
-        if len(bad) or len(vectors) != len(self):
-            self._real = np.arange(len(vectors)) < len(self)
+        self._stop: Any = None if len(vectors) == len(self) else np.int32(len(self))
+        self._real: np.ndarray | None = None  # [M], the rows that are found, if some are dropped
+        if len(bad):
+            self._real = np.ones(len(vectors), bool)
             self._real[bad] = False
+        self._order = np.argsort(self.ids) if self.ids is not None else np.zeros(0, int)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -195,27 +199,32 @@ class ItemIndex:
     ) -> list[Any]:
         """The answer for each chunk of queries, on the host."""
         host = np.asarray(queries)
+        if host.dtype.kind in "iu" and host.dtype.itemsize > 4:  # a device may hold 32 bits
+            host = host.astype(self._score_dtype(queries))
         if exclude is not None:
             checks.concrete("exclude", exclude)
             width = exclude.shape[1] if exclude.ndim == 2 else -1
             exclude = self._places("exclude", exclude, (len(host), width), may_lack=True)
         masks, group = checks.masks(allowed, group, len(host), len(self))
+        if masks is not None:
+            masks = widened(masks, len(self._items.vectors), axis=1)
         if self._real is not None:
-            masks = self._real[None] & (
-                True if masks is None else widened(masks, len(self._real), axis=1)
-            )
+            masks = self._real[None] & (True if masks is None else masks)
         shown: Any = None if masks is None else put(masks, self.mesh, P(None, all_axes(self.mesh)))
         dtype, answers = self._score_dtype(queries), []
         program = programs.program(self.mesh, what, self._memory)
         size = streaming.group_size(goal) if what == "topk" else streaming.RANK_GROUP
         for chunk in programs.chunks(len(host), self._items, size, self.mesh):
-            rows, first_bad = programs.prepared(_padded(host, chunk), dtype, self.metric)
-            if (bad := int(first_bad)) >= 0:
-                raise checks.not_finite("queries", chunk.start + bad, dtype)
-            largest = 1.0 if self.metric == "cosine" else programs.longest(rows) * self._longest
+            rows, *told = programs.prepared(_padded(host, chunk), dtype, self.metric)
+            first_bad, longest = jax.device_get(told)
+            if first_bad >= 0:
+                raise checks.not_finite("queries", chunk.start + int(first_bad), dtype)
+            largest = 1.0
+            if self.metric == "dot":
+                largest = checks.largest_product(float(longest), self._longest, dtype)
             admissible = _lists(None if exclude is None else _padded(exclude, chunk, NEVER))
             its: Any = None if group is None else _padded(group, chunk, 0)
-            admissible = admissible._replace(allowed=shown, group=its)
+            admissible = admissible._replace(allowed=shown, group=its, stop=self._stop)
             one = goal if what == "topk" else _padded(goal, chunk, 0)
             items = self._items._replace(largest=largest)
             answers.append((program(rows, items, one, admissible), chunk))
@@ -235,7 +244,7 @@ class ItemIndex:
                 f"{name}: shape {raw.shape} and dtype {raw.dtype}; ids of the kind of "
                 f"{self.ids.dtype}, {list(shape)}, are needed"
             )
-        order = np.argsort(self.ids)
+        order = self._order
         place = np.searchsorted(self.ids, raw, sorter=order)
         found = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(shape, int)
         same = self.ids[found] == raw if len(order) else np.zeros(shape, bool)

@@ -27,7 +27,11 @@ def all_axes(mesh: Mesh | None) -> tuple[str, ...] | None:
 
 def put(array: Any, mesh: Mesh | None, spec: P) -> jax.Array:
     """An array on the device, or over the mesh."""
-    return jnp.asarray(array) if mesh is None else jax.device_put(array, NamedSharding(mesh, spec))
+    if mesh is None:
+        return jnp.asarray(array)
+    # On CPUs, JAX would share the caller's memory.
+    own = np.array(array) if isinstance(array, np.ndarray) else array
+    return jax.device_put(own, NamedSharding(mesh, spec))
 
 
 def placed(items: Array, mesh: Mesh | None) -> jax.Array:
@@ -42,6 +46,8 @@ def placed(items: Array, mesh: Mesh | None) -> jax.Array:
     size = -(-size // parts) * parts
     if isinstance(items, np.ndarray):
         kind = jax.dtypes.canonicalize_dtype(items.dtype)
+        if items.dtype.kind in "iu" and kind.itemsize < items.dtype.itemsize:
+            kind = np.dtype(np.float32)  # 32 bits would wrap around
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, reported later
             items = widened(items.astype(kind, copy=False), size, axis=0)
     elif size != count:
@@ -59,7 +65,7 @@ def in_large_pages(rows: np.ndarray | jax.Array) -> jax.Array:
     a copy if it begins at a multiple of 64 bytes.
     """
     if jax.default_backend() != "cpu" or rows.nbytes < _LARGE:
-        return jnp.asarray(rows)
+        return jnp.array(rows)  # which copies; `asarray` may share the caller's memory
     memory = np.empty(rows.nbytes + _PAGE, np.uint8)
     start = -memory.ctypes.data % _PAGE
     copy = memory[start : start + rows.nbytes].view(rows.dtype).reshape(rows.shape)

@@ -35,10 +35,10 @@ class Memory:
     def __init__(self) -> None:
         self._idle: dict[Any, jax.Array] = {}  # each of its steps is atomic: threads may share it
 
-    def take(self, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-        """An array of this shape, with the dtype and device of `like`; what is in it is left."""
-        found = self._idle.pop((shape, like.dtype), None)
-        return jnp.zeros(shape, like.dtype, device=like.sharding) if found is None else found
+    def take(self, shape: tuple[int, ...], dtype: Any, where: jax.Array) -> jax.Array:
+        """An array of this shape on the device of `where`; what is in it is left."""
+        found = self._idle.pop((shape, dtype), None)
+        return jnp.zeros(shape, dtype, device=where.sharding) if found is None else found
 
     def give(self, array: jax.Array) -> None:
         """Keep the array for later, and not more than `_MEMORY` in all."""
@@ -49,18 +49,20 @@ class Memory:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "metric"))
-def prepared(vectors: jax.Array, dtype: np.dtype, metric: str) -> tuple[jax.Array, jax.Array]:
-    """Queries as they are multiplied, and the first row with a number that is not finite or -1."""
+def prepared(
+    vectors: jax.Array, dtype: np.dtype, metric: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries as they are multiplied; the first row with a number that is not finite or -1; and a
+    bound of their norms, in which no square overflows or vanishes."""
     rows = vectors.astype(dtype)
     is_bad = ~jnp.all(jnp.isfinite(rows), axis=1)  # a maximum may lose NaN
     first = jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), -1)
-    return (arithmetic.normalise(rows) if metric == "cosine" else rows), first
-
-
-@jax.jit
-def longest(rows: jax.Array) -> jax.Array:
-    """A bound of the norms of rows."""
-    return jnp.sqrt(jnp.max(jnp.sum(rows * rows, axis=1))) * 1.001
+    if metric == "cosine":
+        return arithmetic.normalise(rows), first, jnp.ones((), dtype)
+    largest = jnp.max(jnp.abs(rows), axis=1, initial=0)
+    scaled = rows / jnp.where(largest > 0, largest, 1)[:, None]
+    norms = largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=1))
+    return rows, first, jnp.max(norms, initial=0) * 1.001
 
 
 def chunks(rows: int, items: Items, group: int, mesh: Mesh | None) -> Iterator[slice]:
@@ -99,7 +101,7 @@ def _topk(
     plan = _plan(rows, items, streaming.group_size(min(k, count)))
     if plan is None:
         return _settled(rows, items, k, _candidates(rows, items, k, may), may)
-    scores = memory.take((plan.block, len(rows)), rows)
+    scores = memory.take((plan.block, len(rows)), rows.dtype, items.vectors)
     scores = _scores(rows, items, may, plan, scores)
     found = _candidates(rows, items, k, may, count, scores)
     answer = _settled(rows, items, k, found, may, count, scores)
@@ -114,7 +116,7 @@ def _target_rank(
     plan = _plan(rows, items, streaming.RANK_GROUP) if count else None
     if plan is None:
         return _rank(rows, items, targets, may)
-    scores = memory.take((plan.block, len(rows)), rows)
+    scores = memory.take((plan.block, len(rows)), rows.dtype, items.vectors)
     scores = _scores(rows, items, may, plan, scores)
     found = _rank(rows, items, targets, may, count, None, scores)
     memory.give(scores)
@@ -135,7 +137,7 @@ def program(mesh: Mesh | None, what: str, memory: Memory) -> Callable[..., Any]:
 def _over(mesh: Mesh, what: str) -> Callable[..., Any]:
     axes = all_axes(mesh)
     items = Items(P(axes), P(axes), P())  # type: ignore[arg-type]
-    admissible = Admissible(P(), P(), P(None, axes), P())  # type: ignore[arg-type]
+    admissible = Admissible(P(), P(), P(None, axes), P(), P())  # type: ignore[arg-type]
     shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=P(), check_vma=False)
     if what == "rank":
         specs = (P(), items, P(), admissible)
@@ -172,8 +174,9 @@ def _shard_rank(
 
 def _shifted(admissible: Admissible, first: jax.Array) -> Admissible:
     """Lists of ids as seen from the shard that begins with the item `first`."""
-    exclude, entries = admissible.exclude, admissible.entries
+    exclude, entries, stop = admissible.exclude, admissible.entries, admissible.stop
     return admissible._replace(
+        stop=None if stop is None else stop - first,
         exclude=None if exclude is None else exclude - first,
         entries=None if entries is None else entries - jnp.stack([first, 0])[:, None],
     )

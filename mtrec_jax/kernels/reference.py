@@ -22,13 +22,15 @@ def dot(a: Float[np.ndarray, "... D"], b: Float[np.ndarray, "... D"]) -> Float[n
     """
     (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
     middle = _tree(a_high * b_low) + _tree(a_low * b_high)
-    return _tree(a_high * b_high) + (middle + _tree(a_low * b_low))
+    found = _tree(a_high * b_high) + (middle + _tree(a_low * b_low))
+    return np.where(found == 0, found.dtype.type(0), found)  # without a sign
 
 
 def _halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bits = LOWER_BITS[x.dtype.name]
     whole = x.view(np.dtype(f"int{8 * x.dtype.itemsize}"))
-    high = (whole & whole.dtype.type(-1 << bits)).view(x.dtype)
+    rounded = (whole + whole.dtype.type(1 << (bits - 1))) & whole.dtype.type(-1 << bits)
+    high = rounded.view(x.dtype)
     return high, x - high
 
 

@@ -5,11 +5,13 @@ Cosine is dot(q, x) / (|q| |x|), and 0 where a vector is zero: [1, 2, 3] and [4,
 concrete arrays; inside `jax.jit` use `mtrec_jax.kernels.streaming`.
 
 What is promised. Nothing is sampled or skipped. Scores are computed in float32, or in float64 if
-`jax_enable_x64` is on and an input is float64, whatever platform and default matmul precision; they
-may exceed 1 by rounding. A score depends on its two vectors alone and has the very bits of
-`mtrec_jax.kernels.reference`; parallel vectors with exact entries tie exactly. The order is (score
-descending, index ascending), and `target_rank` counts in it, so the rank of the j-th result is j.
-So scores, indices and ranks are the same for any batch of queries, block and number of devices.
+`jax_enable_x64` is on and an input is float64, whatever the default matmul precision; they may
+exceed 1 by rounding. A score depends on its two vectors alone and has the very bits of
+`mtrec_jax.kernels.reference`, tested on CPUs, as long as no product of two numbers is so small
+(1e-30 in float32) that XLA takes a part of it for zero; parallel vectors with exact entries tie
+exactly. Dot products that could overflow are an error. The order is (score descending, index
+ascending), and `target_rank` counts in it, so the rank of the j-th result is j. So scores, indices
+and ranks are the same for any batch of queries, block and number of devices.
 Only `cosine_scores`, which returns the whole matrix, is one plain matrix product, and may differ in
 the last bits.
 """
@@ -66,8 +68,8 @@ def cosine_topk(
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """The k items with the highest cosine per query: scores [Q, K] and int32 indices [Q, K].
 
-    Items are streamed in blocks; [Q, N] is never held. A catalogue that is searched more than once
-    belongs into an `ItemIndex`, which pays for its norms and checks once.
+    [Q, N] is never held: at most 128 MB of scores at a time. A catalogue that is searched more than
+    once belongs into an `ItemIndex`, which pays for its norms and checks once.
 
     Args:
       queries: [Q, D] and

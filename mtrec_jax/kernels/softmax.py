@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from mtrec_jax.errors import DataError
 
@@ -27,7 +27,7 @@ _BLOCK = 4096  # items of a block at most
 def streaming_softmax_loss(
     queries: Float[Array, "B D"],
     items: Float[Array, "N D"],
-    targets: Int[Array, " B"],
+    targets: Integer[Array, " B"],
     bias: Float[Array, " N"] | None = None,
     weights: Float[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
@@ -65,7 +65,8 @@ def streaming_softmax_loss(
         padding = ((0, -rows % size), *((0, 0),) * (array.ndim - 1))
         return jnp.pad(array, padding).reshape(-1, size, *array.shape[1:])
 
-    numbers = jnp.arange(len(items), dtype=targets.dtype)
+    targets = targets.astype(jnp.int32)
+    numbers = jnp.arange(len(items), dtype=jnp.int32)
     return softmax_loss(tiled(queries), items, numbers, tiled(targets), None, bias, tiled(weights))
 
 

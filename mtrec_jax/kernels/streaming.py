@@ -22,7 +22,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mtrec_jax.kernels import arithmetic
-from mtrec_jax.kernels.blocks import ALL, Admissible, Items, Plan, make_plan, starts, stream
+from mtrec_jax.kernels.blocks import (
+    ALL,
+    Admissible,
+    Items,
+    Plan,
+    block_for,
+    make_plan,
+    starts,
+    stream,
+)
 
 SPARE = 4  # candidates beyond k, so that close scores seldom need the slow way
 # Groups in which a rank may depend on rounding before the slow way is taken: at least 8, and one in
@@ -76,6 +85,7 @@ def candidates(
     A program of its own is faster: within one, XLA computes the groups anew for each use of them.
     """
     kept, rows = min(k, items.vectors.shape[0]), queries.shape[0]
+    block = block_for(queries, items, block)
     plan = make_plan(rows, items.vectors.shape[0], group_size(kept), block)
 
     def reduce(number: Array, scores: Array, maxima: Array) -> Array:
@@ -139,6 +149,7 @@ def _rescored(
     every: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Scores, ids, and for which queries they are certainly right."""
+    block = block_for(queries, items, block)
     plan = make_plan(queries.shape[0], items.vectors.shape[0], group_size(kept), block)
     floor = found.floor
     # Barriers keep XLA from computing a step anew in each place that uses it.
@@ -199,6 +210,7 @@ def rank(
         return jnp.zeros(rows, jnp.int32)
     targets = targets.astype(jnp.int32)
     own = exact_scores(queries, items, targets[:, None])[:, 0] if own is None else own
+    block = block_for(queries, items, block)
     error, plan = _error(queries, items), make_plan(rows, count, RANK_GROUP, block)
 
     def reduce(number: Array, scores: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -317,7 +329,7 @@ def _members(chosen: Int[Array, "Q C"], plan: Plan) -> tuple[Array, Array]:
 
 
 def _is_admissible(ids: Int[Array, "Q C"], admissible: Admissible) -> Bool[Array, "Q C"]:
-    good = jnp.ones(ids.shape, bool)
+    good = jnp.ones(ids.shape, bool) if admissible.stop is None else ids < admissible.stop
     if admissible.allowed is not None:
         group = jnp.zeros(len(ids), jnp.int32) if admissible.group is None else admissible.group
         good &= admissible.allowed[group[:, None], ids]
@@ -332,11 +344,13 @@ def _is_admissible(ids: Int[Array, "Q C"], admissible: Admissible) -> Bool[Array
 
 def _of_one(admissible: Admissible, row: Array) -> Admissible:
     """What one query may get, as lists and masks of a single row."""
-    exclude, _, allowed, group = admissible
+    exclude, _, allowed, group, stop = admissible
     return Admissible(
-        None if exclude is None else exclude[row][None],
-        None,
-        None if allowed is None else (allowed[:1] if group is None else allowed[group[row]][None]),
+        exclude=None if exclude is None else exclude[row][None],
+        allowed=None
+        if allowed is None
+        else (allowed[:1] if group is None else allowed[group[row]][None]),
+        stop=stop,
     )
 
 
@@ -380,8 +394,11 @@ def _exact_block(
 
 def _error(queries: Array, items: Items) -> Float[Array, ""]:
     """How far a rough score may be from the score: a bound for any order of summation."""
-    unit = float(jnp.finfo(queries.dtype).eps) / 2
-    return jnp.asarray(2 * (queries.shape[1] + 16) * unit * items.largest, queries.dtype)
+    limits, width = jnp.finfo(queries.dtype), queries.shape[1]
+    # What is below the smallest normal number may be taken for zero, in a factor or a product.
+    vanishing = 4 * width * float(limits.tiny)
+    relative = (width + 16) * float(limits.eps)
+    return jnp.asarray(relative * items.largest + vanishing, queries.dtype)
 
 
 def ordered(scores: Array, ids: Array, kept: int) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.kernels import ItemIndex, cosine_topk, dot_topk
+from mtrec_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
 ITEMS, QUERIES = RNG.normal(size=(1001, 16)), RNG.normal(size=(20, 16))
@@ -131,3 +133,102 @@ def test_wrong_indexes(arguments: Any, error: type[Exception], message: str) -> 
 def test_wrong_masks(limits: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ItemIndex(ITEMS).search(QUERIES, 3, **limits)
+
+
+def _dot_problem(scale: float) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    items = 1e10 * (rng.normal(size=32) + 1e-6 * rng.normal(size=(800, 32)))
+    return (rng.normal(size=(16, 32)) * scale).astype(np.float32), items.astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-30])
+def test_short_queries_do_not_lose_the_bound_of_rounding(scale: float) -> None:
+    """Squares of their numbers vanish in float32, and with them would the bound."""
+    queries, items = _dot_problem(scale)
+    scores, ids = dot_topk(queries, items, 10)
+    expected = dot_topk(queries, items, 10, implementation="reference")
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_array_equal(scores, expected[0])
+
+
+def test_integers_beyond_32_bits_do_not_wrap() -> None:
+    large = np.array([[2**32 + 5, 1], [7, 1]])
+    scores, ids = dot_topk(np.array([[1, 0]], np.float32), large, 2)
+    assert ids.tolist() == [[0, 1]]
+    assert scores.tolist() == [[float(np.float32(2**32 + 5)), 7.0]]
+    scores, _ = dot_topk(np.array([[2**31, 0]]), np.array([[1, 0]], np.float32), 1)
+    assert scores.tolist() == [[2.0**31]]
+
+
+def test_products_that_overflow_are_refused() -> None:
+    with pytest.raises(DataError, match=r"overflow float32; divide one of them by a constant"):
+        dot_topk(np.array([[1e30, 0]], np.float32), np.array([[-1e30, 0], [1, 0]], np.float32), 2)
+
+
+def test_the_index_holds_a_copy() -> None:
+    """64-byte aligned memory is what JAX would share; also over a mesh, and where it is large."""
+    for rows, mesh in ((64, None), (64, make_mesh((2, 4))), (70_000, None)):
+        memory = np.empty(rows * 64 * 4 + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        items = memory[start : start + rows * 64 * 4].view(np.float32).reshape(rows, 64)
+        items[...] = np.random.default_rng(0).normal(size=items.shape)
+        index = ItemIndex(items, metric="dot", mesh=mesh)
+        queries = items[:3].copy()
+        before = index.search(queries, 4)
+        items[...] = 0
+        for one, other in zip(before, index.search(queries, 4), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_items_on_another_device_are_searched_there() -> None:
+    items = np.random.default_rng(0).normal(size=(320, 8)).astype(np.float32)
+    expected = ItemIndex(items).search(items[:5], 3)
+    index = ItemIndex(jax.device_put(items, jax.devices()[1]))
+    found = index.search(items[:5], 3)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(index.rank(items[:5], np.arange(5)), np.zeros(5))
+
+
+def test_threads_share_an_index() -> None:
+    items = np.random.default_rng(0).normal(size=(1600, 8)).astype(np.float32)
+    index = ItemIndex(items)
+    sizes = [1, 7, 30, 64, 100, 3]
+    expected = [index.search(items[:n], 5) for n in sizes]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(20):
+            for right, found in zip(
+                expected, pool.map(lambda n: index.search(items[:n], 5), sizes), strict=True
+            ):
+                np.testing.assert_array_equal(found[1], right[1])
+                np.testing.assert_array_equal(found[0], right[0])
+
+
+def test_a_saved_cosine_index_gives_the_same_bits(tmp_path: Path) -> None:
+    items = np.random.default_rng(0).normal(size=(333, 8)).astype(np.float32)
+    items[7] = np.nan
+    index = ItemIndex(items, nan="drop")
+    index.save(tmp_path / "items.npz")
+    queries = items[20:30]
+    again = ItemIndex.load(tmp_path / "items.npz")
+    for one, other in zip(index.search(queries, 50), again.search(queries, 50), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert 7 not in again.search(queries, 333)[1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([b"a", b"b"]), "one integer or text"),
+        (np.array([3, -1]), r"ids\[1\] is -1, which stands for no item"),
+        (np.array(["", "b"]), r"ids\[0\] is '', which stands for no item"),
+    ],
+)
+def test_ids_that_could_not_be_told_from_nothing_are_refused(ids: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ItemIndex(np.eye(2), ids=ids)
+
+
+def test_unsigned_ids_work() -> None:
+    index = ItemIndex(np.eye(2), ids=np.array([5, 9], np.uint64))
+    _scores, ids = index.search(np.eye(2), 3, exclude=np.array([[9], [-1]]))
+    assert ids.tolist() == [[5, -1, -1], [9, 5, -1]]

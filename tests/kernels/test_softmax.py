@@ -101,3 +101,15 @@ def test_one_device_and_eight_have_the_same_gradients() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(DataError, match=r"bias: shape \(3,\); \(37,\) is needed"):
         softmax._check(QUERIES, ITEMS, TARGETS, BIAS[:3], None)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.int16])
+def test_targets_of_any_integer_type(dtype: type) -> None:
+    """Ids beyond the type, and the one that marks what two blocks share, must not be hit."""
+    rng = np.random.default_rng(0)
+    queries, items = (rng.normal(size=(n, 4)).astype(np.float32) for n in (6, 5000))
+    targets = np.array([0, 1, 2, 0, 200, 255])
+    gradient = jax.jit(jax.grad(streaming_softmax_loss, argnums=1))
+    expected = gradient(queries, items, targets.astype(np.int32))
+    found = gradient(queries, items, targets.astype(dtype))
+    np.testing.assert_array_equal(found, expected)
