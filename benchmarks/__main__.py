@@ -39,6 +39,10 @@ def main() -> None:
             docstring = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
             print(f"{name}: {docstring.splitlines()[0]}")
         return
+    if chosen.rounds < 1:
+        parser.error("--rounds: at least 1")
+    if chosen.json and not chosen.json.resolve().parent.is_dir():
+        parser.error(f"--json: there is no folder {chosen.json.resolve().parent}")
     if hasattr(os, "sched_setaffinity"):  # XLA sizes its thread pool by the cores it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])
     question = importlib.import_module(f"benchmarks.{chosen.question}")

@@ -14,6 +14,8 @@ from jaxtyping import Int
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.types import Array
 
+_MOST = 1 << 24  # results of a query
+
 
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise `ConfigError` for a value that is not among the allowed ones."""
@@ -63,9 +65,18 @@ def queries(vectors: Any, items: tuple[int, ...]) -> None:
 
 def positive(k: Any) -> int:
     """k as an integer of at least 1."""
-    if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
-        raise ConfigError(f"k is {k!r}; it must be an integer of at least 1")
-    return operator.index(k)
+    try:
+        number = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= _MOST:
+        raise ConfigError(f"k is {k!r}; it must be an integer of at least 1, and {_MOST:,} at most")
+    return number
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """The array in this machine's order of bytes."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def score_dtype(*dtypes: Any) -> np.dtype:

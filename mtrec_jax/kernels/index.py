@@ -29,6 +29,10 @@ from mtrec_jax.kernels.programs import NEVER
 from mtrec_jax.types import Array
 
 METRICS = ("cosine", "dot")
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError),
+    *(NotImplementedError, zipfile.BadZipFile),
+)
 
 
 class ItemIndex:
@@ -68,7 +72,7 @@ class ItemIndex:
         checks.one_of("nan", nan, ("error", "drop"))
         checks.matrix("items", items, "[N, D]")
         self.metric, self.mesh, self.shape = metric, mesh, (int(items.shape[0]), items.shape[1])
-        self.ids = None if ids is None else checks.item_ids(ids, len(self))
+        self.ids = None if ids is None else checks.item_ids(ids, len(self)).copy()
         vectors = placed(items, mesh)
         self._dtype = checks.score_dtype(vectors.dtype)
         scale, self._longest, bad = survey(vectors, self._dtype, metric)
@@ -162,10 +166,12 @@ class ItemIndex:
         if (kind := vectors.dtype.name) not in np.sctypeDict:  # NumPy's format has no bfloat16
             vectors = vectors.view(np.uint16)
         ids = np.zeros(0) if self.ids is None else self.ids
-        with open(path, "wb") as file:
+        partial = Path(path).with_name(f"{Path(path).name}.partial")
+        with partial.open("wb") as file:
             np.savez(
                 file, vectors=vectors, dtype=kind, ids=ids, metric=self.metric, is_unit=is_unit
             )
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path, mesh: Mesh | None = None) -> ItemIndex:
@@ -179,10 +185,12 @@ class ItemIndex:
                 vectors, ids = file["vectors"], file["ids"]
                 kind, metric = str(file["dtype"]), str(file["metric"])
                 is_unit = bool(file["is_unit"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            vectors = vectors if vectors.dtype.name == kind else vectors.view(jnp.dtype(kind))
+            if metric not in METRICS:
+                raise ValueError(f"metric {metric!r}")
+        except _UNREADABLE as error:
             raise DataError(f"{path} is no saved ItemIndex ({error}); write one by save") from error
-        vectors = vectors if vectors.dtype.name == kind else vectors.view(jnp.dtype(kind))
-        named = None if not len(ids) and len(vectors) else ids
+        named = None if ids.dtype.kind == "f" else ids
         index = cls(vectors, named, "dot" if is_unit else metric, mesh, nan="drop")
         index.metric = metric  # unit rows: their dot products are the cosines, to the last bit
         return index
@@ -198,7 +206,7 @@ class ItemIndex:
         self, what: str, queries: Array, exclude: Any, allowed: Any, group: Any, goal: Any
     ) -> list[Any]:
         """The answer for each chunk of queries, on the host."""
-        host = np.asarray(queries)
+        host = checks.native(np.asarray(queries))
         if host.dtype.kind in "iu" and host.dtype.itemsize > 4:  # a device may hold 32 bits
             host = host.astype(self._score_dtype(queries))
         if exclude is not None:

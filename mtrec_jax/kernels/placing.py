@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtrec_jax.kernels import arithmetic
+from mtrec_jax.kernels import arithmetic, checks
 from mtrec_jax.types import Array
 
 _PAGE = 1 << 21  # bytes of a large page
@@ -45,6 +45,7 @@ def placed(items: Array, mesh: Mesh | None) -> jax.Array:
     size = count if isinstance(items, jax.Array) else -(-count // step) * step
     size = -(-size // parts) * parts
     if isinstance(items, np.ndarray):
+        items = checks.native(items)
         kind = jax.dtypes.canonicalize_dtype(items.dtype)
         if items.dtype.kind in "iu" and kind.itemsize < items.dtype.itemsize:
             kind = np.dtype(np.float32)  # 32 bits would wrap around

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mtrec_jax.kernels import arithmetic, streaming
+from mtrec_jax.kernels import arithmetic, candidates, streaming
 from mtrec_jax.kernels.blocks import Admissible, Items, Plan, at_once, make_plan
 from mtrec_jax.kernels.placing import all_axes
 
@@ -156,7 +156,7 @@ def _shard_topk(axes: Any, k: int, rows: Any, items: Items, admissible: Admissib
     scores, ids = streaming.topk(rows, items, k, _shifted(admissible, first))
     ids = jnp.where(ids < 0, NEVER, ids + first)
     scores, ids = (lax.all_gather(a, axes, axis=1, tiled=True) for a in (scores, ids))
-    scores, ids = streaming.ordered(scores, ids, k)
+    scores, ids = candidates.ordered(scores, ids, k)
     return scores, jnp.where(scores == -jnp.inf, -1, ids)
 
 
@@ -167,7 +167,7 @@ def _shard_rank(
     first = lax.axis_index(axes) * size
     local = targets - first
     here = (local >= 0) & (local < size)
-    own = streaming.exact_scores(rows, items, jnp.clip(local, 0, size - 1)[:, None])[:, 0]
+    own = candidates.exact_scores(rows, items, jnp.clip(local, 0, size - 1)[:, None])[:, 0]
     own = lax.psum(jnp.where(here, own, 0), axes)
     return lax.psum(streaming.rank(rows, items, local, _shifted(admissible, first), own=own), axes)
 

@@ -55,6 +55,7 @@ def streaming_softmax_loss(
     >>> round(float(loss), 4), gradient.round(4).tolist()
     (0.0486, [[-0.071..., 0.071...], [0.071..., -0.071...]])
     """
+    queries, items, targets = (jnp.asarray(a) for a in (queries, items, targets))
     _check(queries, items, targets, bias, weights)
     rows = len(queries)
     weights = jnp.full(rows, 1 / max(rows, 1), queries.dtype) if weights is None else weights
@@ -103,6 +104,13 @@ def _check(queries: Any, items: Any, targets: Any, bias: Any, weights: Any) -> N
     for name, given, needed in (("bias", bias, items), ("weights", weights, queries)):
         if given is not None and given.shape != needed.shape[:1]:
             raise DataError(f"{name}: shape {given.shape}; {needed.shape[:1]} is needed")
+    kinds = (queries.dtype, jnp.floating), (items.dtype, jnp.floating), (targets.dtype, jnp.integer)
+    wide = jnp.promote_types(queries.dtype, items.dtype)
+    if not all(jnp.issubdtype(*kind) for kind in kinds) or wide != queries.dtype:
+        names = f"queries {queries.dtype}, items {items.dtype}, targets {targets.dtype}"
+        raise DataError(
+            f"{names}: floating queries, items of no more bits, and integers are needed"
+        )
     if not len(items):
         raise DataError("items: there are none, so no query has a target")
 

@@ -6,7 +6,8 @@ products are approximate, as their rounding depends on shapes and devices. They 
 more of them than are needed; the members are scored anew by `arithmetic.dot`, whose bits depend on
 nothing but the two vectors, and these scores alone decide. Where the products leave it open
 whether an item outside the chosen groups could belong to the answer, because more scores than usual
-lie within the rounding error of each other, that query is computed by `arithmetic.dot` throughout.
+lie within the rounding error of each other (items that occur many times), many more groups are
+chosen; where that does not suffice, the query is computed by `arithmetic.dot` throughout.
 So scores, ids and ranks do not depend on blocks, on other queries or on the number of devices.
 
 Shapes are static and values are not checked (`mtrec_jax.kernels.scoring` does that).
@@ -16,29 +17,32 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from mtrec_jax.kernels import arithmetic
-from mtrec_jax.kernels.blocks import (
-    ALL,
-    Admissible,
-    Items,
-    Plan,
-    block_for,
-    make_plan,
-    starts,
-    stream,
+from mtrec_jax.kernels.blocks import ALL, Admissible, Items, block_for, make_plan, stream
+from mtrec_jax.kernels.candidates import (
+    EXACT,
+    error_bound,
+    exact_block,
+    exact_scores,
+    filled,
+    is_admissible,
+    largest,
+    members,
+    of_one,
+    ordered,
+    rough_scores,
+    top_of_groups,
 )
 
+WIDE = 512  # candidates beyond k where these did not suffice, as many items score the same
 SPARE = 4  # candidates beyond k, so that close scores seldom need the slow way
 # Groups in which a rank may depend on rounding before the slow way is taken: at least 8, and one in
 # 4096 items, as scores are the closer to each other the more there are.
 NEAR, NEAR_SHARE = 8, 4096
 RANK_GROUP = 8  # items of a group in `rank`
-_EXACT = 1024  # items of a block that is scored by `arithmetic.dot`
 
 
 def topk(
@@ -60,7 +64,7 @@ def topk(
     rows, count = queries.shape[0], items.vectors.shape[0]
     kept = min(k, count)
     if rows == 0 or kept == 0:
-        return _filled(jnp.zeros((rows, 0), queries.dtype), jnp.zeros((rows, 0), jnp.int32), k)
+        return filled(jnp.zeros((rows, 0), queries.dtype), jnp.zeros((rows, 0), jnp.int32), k)
     found = candidates(queries, items, k, admissible, block)
     return settled(queries, items, k, found, admissible, block)
 
@@ -79,6 +83,7 @@ def candidates(
     admissible: Admissible = ALL,
     block: int | None = None,
     scores: Float[Array, "M Q"] | None = None,
+    spare: int = SPARE,
 ) -> Candidates:
     """The first half of `topk`, for Q and N above 0: the stream, or `blocks.at_once`.
 
@@ -94,7 +99,7 @@ def candidates(
 
     empty = jnp.full((plan.groups, rows), -jnp.inf, queries.dtype)
     maxima = stream(queries, items, admissible, plan, reduce, empty, scores)
-    highest, chosen = _largest(maxima, min(kept + SPARE, plan.groups))
+    highest, chosen = largest(maxima, min(kept + spare, plan.groups))
     # The minimum, as XLA no longer knows a sort for a `top_k` once one of its places is sliced out.
     floor = jnp.min(highest, axis=1)
     if chosen.shape[1] == plan.groups:
@@ -118,20 +123,28 @@ def settled(
     rows, kept = queries.shape[0], min(k, items.vectors.shape[0])
     scores, ids, certain = _rescored(queries, items, kept, found, admissible, block, rough)
 
-    def one(row: Any) -> tuple[Array, Array]:
-        number, found = row
-        return lax.cond(
-            certain[number],
-            lambda: found,
-            lambda: _topk_exact(queries[number], items, kept, _of_one(admissible, number)),
+    def wider() -> tuple[Array, Array]:
+        found = candidates(queries, items, k, admissible, block, rough, WIDE)
+        scores, ids, certain = _rescored(
+            queries, items, kept, found, admissible, block, rough, WIDE
         )
 
-    scores, ids = lax.cond(
-        jnp.all(certain),
-        lambda: (scores, ids),
-        lambda: lax.map(one, (jnp.arange(rows), (scores, ids))),
-    )
-    return _filled(scores, ids, k)
+        def one(row: Any) -> tuple[Array, Array]:
+            number, found = row
+            return lax.cond(
+                certain[number],
+                lambda: found,
+                lambda: _topk_exact(queries[number], items, kept, of_one(admissible, number)),
+            )
+
+        return lax.cond(
+            jnp.all(certain),
+            lambda: (scores, ids),
+            lambda: lax.map(one, (jnp.arange(rows), (scores, ids))),
+        )
+
+    scores, ids = lax.cond(jnp.all(certain), lambda: (scores, ids), wider)
+    return filled(scores, ids, k)
 
 
 def group_size(kept: int) -> int:
@@ -147,28 +160,29 @@ def _rescored(
     admissible: Admissible,
     block: int | None,
     every: Array | None = None,
+    spare: int = SPARE,
 ) -> tuple[Array, Array, Array]:
     """Scores, ids, and for which queries they are certainly right."""
     block = block_for(queries, items, block)
     plan = make_plan(queries.shape[0], items.vectors.shape[0], group_size(kept), block)
     floor = found.floor
     # Barriers keep XLA from computing a step anew in each place that uses it.
-    ids, real = _members(lax.optimization_barrier(found.chosen), plan)
+    ids, real = members(lax.optimization_barrier(found.chosen), plan)
     if every is None:
-        real &= _is_admissible(ids, admissible)
-        rough = jnp.where(real, _rough(queries, items, ids), -jnp.inf)
+        real &= is_admissible(ids, admissible)
+        rough = jnp.where(real, rough_scores(queries, items, ids), -jnp.inf)
     else:  # where what is not admissible stands as -inf
         column = jnp.arange(len(ids), dtype=jnp.int32)[:, None]
         rough = jnp.where(real, every.at[ids, column].get(mode="promise_in_bounds"), -jnp.inf)
     ids, rough = lax.optimization_barrier((ids, rough))
     groups = rough.reshape(len(rough), -1, plan.group)
-    best, place = _top_of_groups(groups, min(kept + SPARE, ids.shape[1]))
+    best, place = top_of_groups(groups, min(kept + spare, ids.shape[1]))
     if place.shape[1] < ids.shape[1]:
         floor = jnp.maximum(floor, jnp.min(best, axis=1))
     ids = lax.optimization_barrier(jnp.take_along_axis(ids, place, axis=1))
     scores = jnp.where(best == -jnp.inf, -jnp.inf, exact_scores(queries, items, ids))
     scores, ids = ordered(scores, ids, kept)
-    certain = (floor == -jnp.inf) | (floor < scores[:, -1] - _error(queries, items))
+    certain = (floor == -jnp.inf) | (floor < scores[:, -1] - error_bound(queries, items))
     return scores, ids, certain
 
 
@@ -176,13 +190,13 @@ def _topk_exact(
     query: Array, items: Items, kept: int, admissible: Admissible
 ) -> tuple[Array, Array]:
     def merge(number: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores, ids = _exact_block(query, items, admissible, number)
+        scores, ids = exact_block(query, items, admissible, number)
         # What is kept has lower ids and stands first: `top_k` gives ties to the lowest position.
         scores, place = lax.top_k(jnp.concatenate([best[0], scores]), kept)
         return scores, jnp.concatenate([best[1], ids])[place]
 
     none = (jnp.full(kept, -jnp.inf, query.dtype), jnp.full(kept, -1, jnp.int32))
-    return lax.fori_loop(0, -(-items.vectors.shape[0] // _EXACT), merge, none)
+    return lax.fori_loop(0, -(-items.vectors.shape[0] // EXACT), merge, none)
 
 
 def rank(
@@ -211,7 +225,7 @@ def rank(
     targets = targets.astype(jnp.int32)
     own = exact_scores(queries, items, targets[:, None])[:, 0] if own is None else own
     block = block_for(queries, items, block)
-    error, plan = _error(queries, items), make_plan(rows, count, RANK_GROUP, block)
+    error, plan = error_bound(queries, items), make_plan(rows, count, RANK_GROUP, block)
 
     def reduce(number: Array, scores: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         before, near = found
@@ -225,9 +239,9 @@ def rank(
     zeros = jnp.zeros(rows, jnp.int32), jnp.zeros((plan.groups, rows), queries.dtype)
     before, near = stream(queries, items, admissible, plan, reduce, zeros, scores)
     most = min(max(NEAR, count // NEAR_SHARE), plan.groups)
-    flags, chosen = _largest(near, most)
-    ids, real = _members(chosen, plan)
-    real &= jnp.repeat(flags > 0, plan.group, axis=1) & _is_admissible(ids, admissible)
+    flags, chosen = largest(near, most)
+    ids, real = members(chosen, plan)
+    real &= jnp.repeat(flags > 0, plan.group, axis=1) & is_admissible(ids, admissible)
     before += _count_before(exact_scores(queries, items, ids), ids, real, own, targets)
     certain = jnp.sum(near, axis=0) <= most
 
@@ -237,7 +251,7 @@ def rank(
             certain[number],
             lambda: found,
             lambda: _rank_exact(
-                queries[number], items, own[number], targets[number], _of_one(admissible, number)
+                queries[number], items, own[number], targets[number], of_one(admissible, number)
             ),
         )
 
@@ -252,14 +266,14 @@ def _rank_exact(
     query: Array, items: Items, own: Array, target: Array, admissible: Admissible
 ) -> Array:
     def add(number: Array, before: Array) -> Array:
-        scores, ids = _exact_block(query, items, admissible, number)
+        scores, ids = exact_block(query, items, admissible, number)
         real = scores > -jnp.inf
         return before + _count_before(
             scores[None], ids[None], real[None], own[None], target[None]
         ).squeeze(0)
 
     start = jnp.zeros((), jnp.int32)
-    return lax.fori_loop(0, -(-items.vectors.shape[0] // _EXACT), add, start)
+    return lax.fori_loop(0, -(-items.vectors.shape[0] // EXACT), add, start)
 
 
 def _count_before(
@@ -268,148 +282,3 @@ def _count_before(
     higher = scores > own[:, None]
     tied = (scores == own[:, None]) & (ids < targets[:, None])
     return jnp.sum(real & (higher | tied), axis=1, dtype=jnp.int32)
-
-
-# --- Candidates
-
-
-def _largest(values: Float[Array, "n Q"], kept: int) -> tuple[Array, Array]:
-    """The `kept` largest of each column, [Q, kept], and their places, found from coarse to fine.
-
-    A place beyond `values` stands for nothing.
-    """
-    levels, folds = [values], []
-    while levels[-1].shape[0] > max(4 * kept, 64) * 2:
-        last = levels[-1]
-        fold = 16 if last.shape[0] > max(4 * kept, 64) * 16 else 4
-        missing = -last.shape[0] % fold
-        last = jnp.pad(last, ((0, missing), (0, 0)), constant_values=-jnp.inf)
-        levels.append(last.reshape(-1, fold, last.shape[1]).max(axis=1))
-        folds.append(fold)
-    top, chosen = lax.top_k(levels[-1].T, min(kept, levels[-1].shape[0]))
-    column = jnp.arange(values.shape[1])[:, None]
-    for level, fold in zip(reversed(levels[:-1]), reversed(folds), strict=True):
-        place = chosen[:, :, None] * fold + jnp.arange(fold)[None, None, :]
-        flat = place.reshape(len(chosen), -1)
-        inside = level.at[flat, column].get(mode="fill", fill_value=-jnp.inf)
-        top, where = _top_of_groups(inside.reshape(place.shape), kept)
-        # The place of a maximum stands in its group as well, as -inf.
-        nothing = level.shape[0]
-        chosen = jnp.where(top == -jnp.inf, nothing, jnp.take_along_axis(flat, where, axis=1))
-    return top, chosen
-
-
-def _top_of_groups(values: Float[Array, "Q C G"], kept: int) -> tuple[Array, Array]:
-    """`lax.top_k` of the flattened groups.
-
-    It keeps a heap, and what it costs is what enters the heap; so the maxima of the groups come
-    first, and there is little left that exceeds them.
-    """
-    rows, groups, size = values.shape
-    first = jnp.argmax(values, axis=2)
-    is_first = jnp.arange(size)[None, None, :] == first[:, :, None]
-    rest = jnp.where(is_first, -jnp.inf, values).reshape(rows, -1)
-    top, where = lax.top_k(
-        jnp.concatenate([jnp.max(values, axis=2), rest], axis=1), min(kept, groups * size)
-    )
-    firsts = first + jnp.arange(groups)[None, :] * size
-    among = jnp.take_along_axis(firsts, jnp.minimum(where, groups - 1), axis=1)
-    return top, jnp.where(where < groups, among, where - groups)
-
-
-def _members(chosen: Int[Array, "Q C"], plan: Plan) -> tuple[Array, Array]:
-    """Ids [Q, C * group] of the items of groups, and which of them are real."""
-    number, local = chosen // plan.each, chosen % plan.each
-    ids = (starts(number, plan) + local * plan.group)[:, :, None]
-    ids = ids + jnp.arange(plan.group)[None, None, :]
-    real = (ids >= (number * plan.block)[:, :, None]) & (ids < plan.items)
-    real &= (chosen < plan.groups)[:, :, None]
-    ids = jnp.minimum(ids, plan.items - 1)
-    return ids.reshape(len(ids), -1).astype(jnp.int32), real.reshape(len(ids), -1)
-
-
-def _is_admissible(ids: Int[Array, "Q C"], admissible: Admissible) -> Bool[Array, "Q C"]:
-    good = jnp.ones(ids.shape, bool) if admissible.stop is None else ids < admissible.stop
-    if admissible.allowed is not None:
-        group = jnp.zeros(len(ids), jnp.int32) if admissible.group is None else admissible.group
-        good &= admissible.allowed[group[:, None], ids]
-    if admissible.exclude is not None:
-        place = jax.vmap(jnp.searchsorted)(admissible.exclude, ids)
-        found = admissible.exclude.at[jnp.arange(len(ids))[:, None], place].get(
-            mode="fill", fill_value=-1
-        )
-        good &= found != ids
-    return good
-
-
-def _of_one(admissible: Admissible, row: Array) -> Admissible:
-    """What one query may get, as lists and masks of a single row."""
-    exclude, _, allowed, group, stop = admissible
-    return Admissible(
-        exclude=None if exclude is None else exclude[row][None],
-        allowed=None
-        if allowed is None
-        else (allowed[:1] if group is None else allowed[group[row]][None]),
-        stop=stop,
-    )
-
-
-# --- Scores
-
-
-def _vectors(items: Items, ids: Array, dtype: Any) -> Array:
-    """The vectors of ids, of length 1 where scores are cosines."""
-    vectors = items.vectors
-    if (
-        len(vectors) == 1
-    ):  # with a single choice, XLA would see one row, and divide it in its own way
-        vectors = jnp.pad(vectors, ((0, 1), (0, 0)))
-    rows = vectors.at[ids].get(mode="promise_in_bounds").astype(dtype)
-    return rows if items.scale is None else arithmetic.normalise(rows)
-
-
-def exact_scores(queries: Array, items: Items, ids: Int[Array, "Q C"]) -> Float[Array, "Q C"]:
-    """The scores that are returned and compared."""
-    return arithmetic.dot(_vectors(items, ids, queries.dtype), queries[:, None, :])
-
-
-def _rough(queries: Array, items: Items, ids: Int[Array, "Q C"]) -> Float[Array, "Q C"]:
-    rows = items.vectors.at[ids].get(mode="promise_in_bounds").astype(queries.dtype)
-    found = arithmetic.tree(rows * queries[:, None, :])
-    return found if items.scale is None else found * items.scale[ids]
-
-
-def _exact_block(
-    query: Array, items: Items, admissible: Admissible, number: Array
-) -> tuple[Array, Array]:
-    """Scores of a block of items with one query, -inf where they are not admissible; and ids."""
-    count = items.vectors.shape[0]
-    size = min(_EXACT, count)
-    first = jnp.minimum(number * size, count - size)
-    ids = first + jnp.arange(size, dtype=jnp.int32)
-    scores = arithmetic.dot(_vectors(items, ids, query.dtype), query[None, :])
-    good = (ids >= number * size) & _is_admissible(ids[None], admissible)[0]
-    return jnp.where(good, scores, -jnp.inf), ids
-
-
-def _error(queries: Array, items: Items) -> Float[Array, ""]:
-    """How far a rough score may be from the score: a bound for any order of summation."""
-    limits, width = jnp.finfo(queries.dtype), queries.shape[1]
-    # What is below the smallest normal number may be taken for zero, in a factor or a product.
-    vanishing = 4 * width * float(limits.tiny)
-    relative = (width + 16) * float(limits.eps)
-    return jnp.asarray(relative * items.largest + vanishing, queries.dtype)
-
-
-def ordered(scores: Array, ids: Array, kept: int) -> tuple[Array, Array]:
-    """The first `kept` by (score descending, id ascending)."""
-    negative, ids = lax.sort((-scores, ids), dimension=1, num_keys=2)
-    return -negative[:, :kept], ids[:, :kept]
-
-
-def _filled(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
-    """Widen to k places; a place with score -inf holds no item and gets the id -1."""
-    missing = ((0, 0), (0, k - scores.shape[1]))
-    scores = jnp.pad(scores, missing, constant_values=-jnp.inf)
-    ids = jnp.pad(ids.astype(jnp.int32), missing, constant_values=-1)
-    return scores, jnp.where(scores == -jnp.inf, -1, ids)
