@@ -7,6 +7,7 @@ products. On a GPU or TPU they are the measured roofline of that device.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -137,10 +138,8 @@ def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _plots(lines: list[dict[str, Any]], folder: Path) -> list[str]:
     """File names of one plot for each number that varies."""
-    import matplotlib as mpl  # here: the page is made rarely, and it is slow to load
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    importlib.import_module("matplotlib").use("Agg")  # of [bench]; slow to load
+    plt = importlib.import_module("matplotlib.pyplot")
 
     names = []
     for field, symbol in _VARIED.items():
