@@ -56,6 +56,7 @@ def topk(
 
     Equal scores come in the order of ids. Places that no item can fill hold -inf and -1.
 
+    >>> import jax
     >>> items = Items(jnp.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]]))
     >>> scores, ids = jax.jit(topk, static_argnames="k")(jnp.eye(2), items, k=2)
     >>> ids.tolist()
@@ -215,6 +216,7 @@ def rank(
     `own` gives the targets' scores, they need not be among these items: ids below 0, or of N and
     more, stand for items of other shards.
 
+    >>> import jax
     >>> items = Items(jnp.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0]]))
     >>> jax.jit(rank)(jnp.eye(2), items, jnp.array([0, 2])).tolist()
     [1, 2]
