@@ -80,7 +80,7 @@ def chunks(rows: int, items: Items, group: int, mesh: Mesh | None) -> Iterator[s
 _scores = jax.jit(at_once, static_argnums=3, donate_argnums=4, keep_unused=True)
 _candidates = jax.jit(streaming.candidates, static_argnums=(2, 4))
 _settled = jax.jit(streaming.settled, static_argnums=(2, 5))
-_rank = jax.jit(streaming.rank, static_argnums=4)
+_rank = jax.jit(streaming.rank)  # in blocks: it goes over the scores several times
 
 
 def _plan(rows: jax.Array, items: Items, group: int) -> Plan | None:
@@ -109,27 +109,13 @@ def _topk(
     return answer
 
 
-def _target_rank(
-    memory: Memory, rows: jax.Array, items: Items, targets: np.ndarray, may: Admissible
-) -> jax.Array:
-    count = len(items.vectors)
-    plan = _plan(rows, items, streaming.RANK_GROUP) if count else None
-    if plan is None:
-        return _rank(rows, items, targets, may)
-    scores = memory.take((plan.block, len(rows)), rows.dtype, items.vectors)
-    scores = _scores(rows, items, may, plan, scores)
-    found = _rank(rows, items, targets, may, count, None, scores)
-    memory.give(scores)
-    return found
-
-
 # --- A mesh
 
 
 def program(mesh: Mesh | None, what: str, memory: Memory) -> Callable[..., Any]:
     """Compiled "topk" or "rank" of (queries, items, k or targets, admissible)."""
     if mesh is None:
-        return functools.partial(_topk if what == "topk" else _target_rank, memory)
+        return functools.partial(_topk, memory) if what == "topk" else _rank
     return _over(mesh, what)
 
 
