@@ -207,7 +207,6 @@ def rank(
     admissible: Admissible = ALL,
     block: int | None = None,
     own: Float[Array, " Q"] | None = None,
-    scores: Float[Array, "M Q"] | None = None,
 ) -> Int[Array, " Q"]:
     """How many items stand before each query's target in the order of `topk`: int32 [Q], 0 = first.
 
@@ -239,7 +238,7 @@ def rank(
         return before, lax.dynamic_update_slice_in_dim(near, close, number * plan.each, 0)
 
     zeros = jnp.zeros(rows, jnp.int32), jnp.zeros((plan.groups, rows), queries.dtype)
-    before, near = stream(queries, items, admissible, plan, reduce, zeros, scores)
+    before, near = stream(queries, items, admissible, plan, reduce, zeros)
     most = min(max(NEAR, count // NEAR_SHARE), plan.groups)
     flags, chosen = largest(near, most)
     ids, real = members(chosen, plan)

@@ -95,8 +95,13 @@ def addresses(group: Group, ids: Int[Array, "... M"]) -> dict[str, Int[Array, ".
 
 def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Rows at the addresses, zero where the address is -1; bfloat16 tables give float32."""
-    rows = table.at[address].get(mode="clip").astype(jnp.promote_types(table.dtype, jnp.float32))
+    rows = table.at[address].get(mode="clip").astype(computed_dtype(table))
     return jnp.where((address >= 0)[..., None], rows, 0)
+
+
+def computed_dtype(table: jax.Array) -> jnp.dtype:
+    """Of arithmetic on rows: float32 for a bfloat16 table, else the table's own."""
+    return jnp.promote_types(table.dtype, jnp.float32)
 
 
 def pool(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mtrec_jax.nn.embedding import computed_dtype
 from mtrec_jax.types import PyTree
 
 Rate = jax.Array | float
@@ -45,7 +46,7 @@ def adagrad(initial: float = 0.1, epsilon: float = 1e-7) -> RowOptimizer:
         scale = jnp.where(total > 0, jax.lax.rsqrt(total + epsilon), 0)
         return rows - learning_rate * scale * grads, total
 
-    return RowOptimizer(lambda table: jnp.full(table.shape, initial, _dtype(table)), update)
+    return RowOptimizer(lambda table: jnp.full(table.shape, initial, computed_dtype(table)), update)
 
 
 def rowwise_adagrad(epsilon: float = 1e-8) -> RowOptimizer:
@@ -58,7 +59,7 @@ def rowwise_adagrad(epsilon: float = 1e-8) -> RowOptimizer:
         scale = learning_rate / (jnp.sqrt(total) + epsilon)
         return rows - scale[:, None] * grads, total
 
-    return RowOptimizer(lambda table: jnp.zeros(table.shape[:1], _dtype(table)), update)
+    return RowOptimizer(lambda table: jnp.zeros(table.shape[:1], computed_dtype(table)), update)
 
 
 def lazy_adam(b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8) -> RowOptimizer:
@@ -66,7 +67,7 @@ def lazy_adam(b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8) -> RowO
 
     def init(table: jax.Array) -> PyTree:
         # Two arrays, as a donated one must not be given twice.
-        m, v = (jnp.zeros(table.shape, _dtype(table)) for _ in range(2))
+        m, v = (jnp.zeros(table.shape, computed_dtype(table)) for _ in range(2))
         return {"m": m, "v": v, "count": jnp.zeros(len(table), jnp.int32)}
 
     def update(
@@ -101,7 +102,7 @@ def ftrl(l1: float = 0.0, l2: float = 0.0, beta: float = 1.0) -> RowOptimizer:
         return new, {"z": z, "n": n}
 
     def init(table: jax.Array) -> PyTree:
-        z, n = (jnp.zeros(table.shape, _dtype(table)) for _ in range(2))
+        z, n = (jnp.zeros(table.shape, computed_dtype(table)) for _ in range(2))
         return {"z": z, "n": n}
 
     return RowOptimizer(init, update)
@@ -157,7 +158,11 @@ def apply_rows(
     outside = rows_total + position
     scratch = scratch.at[jnp.where(valid, ids, outside)].set(position, mode="drop")
     winner = jnp.where(valid, scratch.at[ids].get(mode="clip"), position)
-    summed = jnp.zeros(grads.shape, _dtype(table)).at[winner].add(grads.astype(_dtype(table)))
+    summed = (
+        jnp.zeros(grads.shape, computed_dtype(table))
+        .at[winner]
+        .add(grads.astype(computed_dtype(table)))
+    )
     target = jnp.where(valid & (winner == position), ids, outside)
     old = table.at[target].get(mode="clip").astype(summed.dtype)
     old_slots = jax.tree.map(lambda s: s.at[target].get(mode="clip"), slots)
@@ -181,8 +186,3 @@ def stochastic_round(x: Float[Array, "n D"], key: jax.Array | None) -> Float[Arr
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # a carry moves to the next number
     down = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), down, x.astype(jnp.bfloat16))
-
-
-def _dtype(table: jax.Array) -> jnp.dtype:
-    """Of slots and arithmetic."""
-    return jnp.promote_types(table.dtype, jnp.float32)

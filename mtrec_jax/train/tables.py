@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtrec_jax.nn import exchange
+from mtrec_jax.nn.embedding import computed_dtype
 from mtrec_jax.nn.model import Rows, gather_rows
 from mtrec_jax.train.sparse import RowOptimizer, apply_rows, stochastic_round
 from mtrec_jax.types import PyTree, TrainState
@@ -46,7 +47,7 @@ def fetch(
         found, scratch[stack], asked[stack] = exchange.look_up(
             table, scratch[stack], ids, mesh, sizes
         )
-        rows[stack] = _by_role(found.astype(_computed(table)), by_role)
+        rows[stack] = _by_role(found.astype(computed_dtype(table)), by_role)
     return Fetched(rows, addresses, scratch, asked)
 
 
@@ -75,11 +76,11 @@ def apply_gradients(
                 rules[stack], table, slots[stack], scratch[stack], ids, grads, rate, key
             )
             continue
-        ids = _flat(by_role, mesh.size)
-        grads = jnp.pad(grads, ((0, len(ids) - len(grads)), (0, 0)))
-        rule = _rule(rules[stack], rate, key, table.dtype)
-        sizes = exchange.default_buffers(len(ids), mesh)
         asked = fetched.asked[stack]
+        size = len(asked.leader)
+        grads = jnp.pad(grads, ((0, size - len(grads)), (0, 0)))
+        rule = _rule(rules[stack], rate, key, table.dtype)
+        sizes = exchange.default_buffers(size, mesh)
         asked = asked._replace(numbers=jnp.where(wanted, asked.numbers, 0))
         tables[stack], slots[stack] = exchange.update(
             rule, table, slots[stack], asked, grads, mesh, sizes
@@ -113,7 +114,3 @@ def _by_role(rows: jax.Array, by_role: dict[str, jax.Array]) -> dict[str, jax.Ar
         role: rows[end - by_role[role].size : end].reshape(*by_role[role].shape, rows.shape[1])
         for role, end in zip(roles, ends, strict=True)
     }
-
-
-def _computed(table: jax.Array) -> Any:
-    return jnp.promote_types(table.dtype, jnp.float32)
