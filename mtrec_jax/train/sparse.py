@@ -158,11 +158,8 @@ def apply_rows(
     outside = rows_total + position
     scratch = scratch.at[jnp.where(valid, ids, outside)].set(position, mode="drop")
     winner = jnp.where(valid, scratch.at[ids].get(mode="clip"), position)
-    summed = (
-        jnp.zeros(grads.shape, computed_dtype(table))
-        .at[winner]
-        .add(grads.astype(computed_dtype(table)))
-    )
+    grads = grads.astype(computed_dtype(table))
+    summed = jnp.zeros_like(grads).at[winner].add(grads)
     target = jnp.where(valid & (winner == position), ids, outside)
     old = table.at[target].get(mode="clip").astype(summed.dtype)
     old_slots = jax.tree.map(lambda s: s.at[target].get(mode="clip"), slots)
