@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, one_of
 from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
@@ -18,6 +19,7 @@ from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
 from mtrec_jax.experiments import load_experiment
 from mtrec_jax.nn.model import make_model
+from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.types import PyTree
@@ -27,6 +29,8 @@ _OWN_FILES = (
     *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl"),
     *("checkpoints", "damaged", "lock"),
 )
+
+_MAY_CHANGE = ("train.mesh", "train.input_timeout")  # where a run goes on, not what it learns
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ def open_run(folder: str | Path, prepared: str | Path | None = None) -> Run:
     return Run(folder, experiment, opened)
 
 
-def load_best(run: Run) -> tuple[PyTree, dict[str, jax.Array], int]:
-    """(params, sparse tables, step) of the run's best checkpoint, on one device.
+def load_best(
+    run: Run, mesh: jax.sharding.Mesh | None = None
+) -> tuple[PyTree, dict[str, jax.Array], int]:
+    """(params, sparse tables, step) of the run's best checkpoint, on one device or over a mesh.
 
     Raises:
       CheckpointError: there is none, or it is damaged.
@@ -79,7 +85,7 @@ def load_best(run: Run) -> tuple[PyTree, dict[str, jax.Array], int]:
     like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
     with checkpoint.open_manager(run.folder / "checkpoints", larger, True) as manager:
         best = checkpoint.best_or_latest(manager, run.folder / "checkpoints")
-        params, tables = checkpoint.restore_model(manager, best, like)
+        params, tables = checkpoint.restore_model(manager, best, like, mesh)
     return params, tables, best
 
 
@@ -99,14 +105,22 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     """
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
-    params, tables, _ = load_best(run)
-    inference = prepared_inference(run.experiment, run.prepared)
+    mesh = shared_mesh(run.experiment)
+    params, tables, _ = load_best(run, mesh)
+    inference = prepared_inference(run.experiment, run.prepared, mesh)
     evaluation = evaluate(run.experiment, run.prepared, inference, params, tables, split)
     path = run.folder / "evaluation.json"
     looks = int(read_json(path)["test_looks"]) if path.exists() else 0
     looks += split == "test"
-    write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+    processes.wait("the looks are read")
+    if processes.is_first():
+        write_json(path, {**evaluation.to_dict(), "test_looks": looks})
     return evaluation, looks
+
+
+def shared_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
+    """The devices of all processes, where there are several; one device does for one process."""
+    return make_mesh(experiment.train.mesh) if processes.count() > 1 else None
 
 
 def check_folder(folder: Path, experiment: Experiment) -> None:
@@ -114,6 +128,7 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     path = folder / "config.toml"
     if path.exists() and _has_checkpoint(folder):
         keys = _differences(to_dict(load_experiment(path)), to_dict(experiment))
+        keys = [key for key in keys if key[0] not in _MAY_CHANGE]
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
             raise ConfigError(
@@ -187,7 +202,7 @@ def _trained_on(folder: Path) -> dict[str, Any] | None:
 
 def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     """Write configuration and origin of the data into a new run folder, each file whole."""
-    if _has_checkpoint(folder):
+    if _has_checkpoint(folder) or not processes.is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
     notes = {

@@ -29,12 +29,14 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]  # {task: (sum of weighted losses,
 
 class Step(NamedTuple):
     """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once.
+    `abstract` has the shapes and shardings of a state.
 
     A step whose loss or gradient is not finite changes nothing but its count in `state.bad`; with
     `train.not_finite = "stop"` neither do the steps after it. `inspect(state, batch, catalogue)`
     tells which losses and gradients of this batch are finite, by name, losses first.
     """
 
+    abstract: TrainState
     init: Callable[[jax.Array], TrainState]
     update: Callable[[TrainState, Batch, Catalogue], TrainState]
     inspect: Callable[[TrainState, Batch, Catalogue], dict[str, bool]]
@@ -71,7 +73,7 @@ def make_step(
 
     def init(key: jax.Array) -> TrainState:
         key_model, key_run = jax.random.split(key)
-        params, tables = model.init(key_model)
+        params, tables = model.init(key_model, mesh)
         return TrainState(
             params=params,
             tables=tables,
@@ -112,9 +114,14 @@ def make_step(
         }
         return _after(state, is_good, new)._replace(**tables)
 
-    abstract = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
-    shardings = state_shardings(abstract, mesh)
+    shapes = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
+    shardings = state_shardings(shapes, mesh)
     return Step(
+        abstract=jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            shardings,
+        ),
         init=jax.jit(init, out_shardings=shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
         inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, differentiate))),
