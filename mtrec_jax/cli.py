@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -285,18 +286,23 @@ def main(begin: Callable[[], None] | None = None) -> None:
                 os._exit(128 + received[0])  # XLA's threads may crash an interpreter's shutdown
             if isinstance(error, Error):
                 typer.echo(f"mtrec: {error}", err=True)
-                _end(getattr(error, "status", 2))
+                status = getattr(error, "status", 2)
+                if status not in (130, 143):  # where all processes have stopped at the same step
+                    _leave(status)
+                sys.exit(status)
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+                _leave(1)
+                sys.exit(1)
             raise
 
 
-def _end(status: int) -> None:
-    """Exit; one of several processes that fails alone does not wait for the others."""
-    together = status in (130, 143)  # all of them have stopped at the same step
-    if "jax" in sys.modules and not together:
+def _leave(status: int) -> None:
+    """One of several processes that fails does not wait for the others."""
+    if "jax" in sys.modules:
         from mtrec_jax import processes
 
         processes.leave(status)
-    sys.exit(status)
 
 
 def _generate_shop(to: Path, name: str, seed: int) -> None:
