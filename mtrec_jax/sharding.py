@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -42,8 +43,13 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise `ConfigError` unless a batch divides over all devices of the mesh."""
+def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raise `ConfigError` unless a batch, and each of its parts, divides over the mesh's devices."""
+    if batch_size % (parts * mesh.size) and parts > 1:
+        raise ConfigError(
+            f"train.batch_size, train.accumulate: {batch_size} does not divide into {parts} parts "
+            f"over {mesh.size} devices; use a multiple of {parts * mesh.size}, or fewer parts"
+        )
     if batch_size % mesh.size:
         raise ConfigError(
             f"train.batch_size: {batch_size} does not divide over {mesh.size} devices; "
@@ -55,6 +61,21 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Split a batch of NumPy arrays over all devices along its first axis."""
     host = batch._replace(row=batch.row.astype(np.int32))  # devices hold 32-bit integers
     return _splitter(mesh)(host)
+
+
+def cut_examples(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
+    """Arrays [B, ...] that are split over all devices -> [parts, B / parts, ...]; in `jax.jit`.
+
+    Every device cuts what it has, so that nothing is sent: its examples are in part 0, 1, ...
+    """
+
+    def cut(array: jax.Array) -> jax.Array:
+        rest, size = array.shape[1:], array.shape[0] // (parts * mesh.size)
+        array = jnp.swapaxes(array.reshape(mesh.size, parts, size, *rest), 0, 1)
+        array = array.reshape(parts, mesh.size * size, *rest)
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(None, AXES)))
+
+    return jax.tree.map(cut, tree)
 
 
 @functools.cache

@@ -109,7 +109,8 @@ def check_start(experiment: Experiment, folder: Path) -> None:
         raise ConfigError(
             "train.precision: 'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment"
         )
-    check_batch_size(experiment.train.batch_size, make_mesh(experiment.train.mesh))
+    config = experiment.train
+    check_batch_size(config.batch_size, make_mesh(config.mesh), config.accumulate)
     check_folder(folder, experiment)
 
 
