@@ -266,7 +266,7 @@ def run(
 def main() -> None:
     """Entry point of the `mtrec` command: our own errors become one message and exit status 2."""
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # notes of Orbax that are none for our users
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax notes what it raises, and more
     with unwinding() as received:
         try:
             app()

@@ -27,6 +27,7 @@ from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_infer
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.train import checkpoint
+from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
@@ -70,7 +71,7 @@ def train(
     Raises:
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
         another one.
-      CheckpointError: a checkpoint is damaged.
+      CheckpointError: a checkpoint is damaged, or the disk is full.
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     instance("experiment", experiment, Experiment, "pass what load_experiment gives")
@@ -81,6 +82,7 @@ def train(
     check_start(experiment, folder)
     check_data(folder, experiment, prepared)
     with (
+        full_disk_named(folder),
         _sole_trainer(folder),
         _stop_signals() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too

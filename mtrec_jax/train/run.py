@@ -19,6 +19,7 @@ from mtrec_jax.evaluation.inference import prepared_inference
 from mtrec_jax.experiments import load_experiment
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.train import checkpoint
+from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.types import PyTree
 
@@ -94,7 +95,7 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
       The evaluation, and how often the test set has been looked at, this time included.
 
     Raises:
-      CheckpointError: the run has no usable checkpoint.
+      CheckpointError: the run has no usable checkpoint, or the disk is full.
       ConfigError: there is no such split.
     """
     one_of("split", split, SPLITS)
@@ -105,7 +106,8 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     path = run.folder / "evaluation.json"
     looks = int(read_json(path)["test_looks"]) if path.exists() else 0
     looks += split == "test"
-    write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+    with full_disk_named(run.folder):
+        write_json(path, {**evaluation.to_dict(), "test_looks": looks})
     return evaluation, looks
 
 
