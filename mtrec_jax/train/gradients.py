@@ -106,9 +106,7 @@ def _of_stacks(looked: Lookups, dense: bool) -> Addresses:
     return {stack: a for stack, a in looked.addresses.items() if (stack == DENSE) == dense}
 
 
-def _cut(
-    batch: Batch, draws: Draws, parts: int, mesh: jax.sharding.Mesh
-) -> tuple[Batch, Draws]:
+def _cut(batch: Batch, draws: Draws, parts: int, mesh: jax.sharding.Mesh) -> tuple[Batch, Draws]:
     batch, lottery = cut_examples((batch, draws.lottery), parts, mesh)
     users, rank = (jax.random.split(key, parts) for key in (draws.users, draws.rank))
     return batch, Draws(users, rank, lottery)

@@ -151,7 +151,9 @@ def _listwise_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax cross-entropy of the fused score at one position an example: sum and weight."""
     states, vectors = jax.lax.stop_gradient((states, vectors))
-    chosen = jnp.argmax(lottery * (weight > 0), axis=1)[:, None]  # one random position of those that count
+    chosen = jnp.argmax(lottery * (weight > 0), axis=1)[
+        :, None
+    ]  # one random position of those that count
     weight = jnp.take_along_axis(weight, chosen, axis=1)[:, 0]
     user = jnp.take_along_axis(states.vectors, chosen[..., None], axis=1)  # (B, 1, D)
     target = jnp.take_along_axis(jnp.asarray(looked.candidate_index), chosen, axis=1)  # (B, 1)
