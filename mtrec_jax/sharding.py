@@ -44,7 +44,7 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
-    """Raise `ConfigError` unless a batch, and each of its parts, divides over the mesh's devices."""
+    """Raise `ConfigError` unless a batch, or each of its parts, divides over all devices."""
     if batch_size % (parts * mesh.size) and parts > 1:
         raise ConfigError(
             f"train.batch_size, train.accumulate: {batch_size} does not divide into {parts} parts "

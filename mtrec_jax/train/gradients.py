@@ -85,11 +85,9 @@ def make_differentiate(
         (sums, to_params, to_fusing), to_rows = found(fetched.rows, batch, draws)
         if "fusion" in names and "fusion" not in known:
             scale = _share(weights["fusion"], sums["fusion"][1])
-            to_params |= jax.tree.map(
-                lambda own, more: own + scale * more,
-                {"network": to_params["network"]},
-                to_fusing,
-            )
+            both = to_params["network"], to_fusing["network"]
+            to_network = jax.tree.map(lambda own, more: own + scale * more, *both)
+            to_params = to_params | {"network": to_network}
         means = jnp.stack([_share(*sums[n]) for n in names])
         observed = jnp.stack([sums[n][1] > 0 for n in names])
         balance = balancer.learn(state.balance, means, observed)

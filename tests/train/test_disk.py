@@ -126,13 +126,8 @@ def test_files_that_may_not_grow(train: Train, straight: Path, tmp_path: Path) -
 
 
 def test_only_a_lack_of_room_is_renamed(tmp_path: Path) -> None:
-    with (
-        pytest.raises(CheckpointError, match=r"^no space left in .* while writing \(Disk quota"),
-        full_disk_named(tmp_path),
-    ):
-        try:
-            raise OSError(errno.EDQUOT, "Disk quota exceeded")
-        except OSError as error:
-            raise ValueError("writing has failed") from error
+    message = r"^no space left in .* while writing \(Disk quota exceeded\)"
+    with pytest.raises(CheckpointError, match=message), full_disk_named(tmp_path):
+        raise ValueError("writing has failed") from OSError(errno.EDQUOT, "Disk quota exceeded")
     with pytest.raises(OSError, match="Permission"), full_disk_named(tmp_path):
         raise OSError(errno.EACCES, "Permission denied")
