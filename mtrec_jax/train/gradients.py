@@ -69,7 +69,7 @@ def make_differentiate(
 
         fusing = {"network": state.params["network"]}
 
-        def found(rows: Rows, batch: Batch, draws: Draws) -> tuple[tuple[Sums, PyTree], Rows]:
+        def found(rows: Rows, batch: Batch, draws: Draws) -> tuple[PyTree, Rows]:
             gradient = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)
             (to_params, to_fusing, to_rows), sums = gradient(
                 state.params, fusing, rows, batch, draws
