@@ -5,10 +5,8 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +14,7 @@ import typer
 
 from mtrec_jax.errors import Error
 from mtrec_jax.interrupts import unwinding
+from mtrec_jax.quiet import quieten
 
 app = typer.Typer(
     name="mtrec",
@@ -265,8 +264,7 @@ def run(
 
 def main() -> None:
     """Entry point of the `mtrec` command: our own errors become one message and exit status 2."""
-    warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax notes what it raises, and more
+    quieten()
     with unwinding() as received:
         try:
             app()
