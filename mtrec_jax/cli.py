@@ -5,11 +5,9 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +16,7 @@ import typer
 
 from mtrec_jax.errors import Error
 from mtrec_jax.interrupts import unwinding
+from mtrec_jax.quiet import quieten
 
 app = typer.Typer(
     name="mtrec",
@@ -271,8 +270,7 @@ def main(begin: Callable[[], None] | None = None) -> None:
 
     `begin` is called first, and its errors are treated alike.
     """
-    warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # notes of Orbax that are none for our users
+    quieten()
     with unwinding() as received:
         try:
             if begin:

@@ -48,8 +48,13 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise `ConfigError` unless a batch divides over all devices of the mesh."""
+def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raise `ConfigError` unless a batch, or each of its parts, divides over all devices."""
+    if batch_size % (parts * mesh.size) and parts > 1:
+        raise ConfigError(
+            f"train.batch_size, train.accumulate: {batch_size} does not divide into {parts} parts "
+            f"over {mesh.size} devices; use a multiple of {parts * mesh.size}, or fewer parts"
+        )
     if batch_size % mesh.size:
         raise ConfigError(
             f"train.batch_size: {batch_size} does not divide over {mesh.size} devices; "
@@ -102,6 +107,21 @@ def own_part(tree: PyTree, mesh: Mesh) -> PyTree:
 def own_copy(tree: PyTree, mesh: Mesh) -> PyTree:
     """Arrays that every device holds whole, as they are on the first device of this process."""
     return tree if mesh.size == 1 else jax.tree.map(lambda array: array.addressable_data(0), tree)
+
+
+def cut_examples(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
+    """Arrays [B, ...] that are split over all devices -> [parts, B / parts, ...]; in `jax.jit`.
+
+    Every device cuts what it has, so that nothing is sent: its examples are in part 0, 1, ...
+    """
+
+    def cut(array: jax.Array) -> jax.Array:
+        rest, size = array.shape[1:], array.shape[0] // (parts * mesh.size)
+        array = jnp.swapaxes(array.reshape(mesh.size, parts, size, *rest), 0, 1)
+        array = array.reshape(parts, mesh.size * size, *rest)
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(None, AXES)))
+
+    return jax.tree.map(cut, tree)
 
 
 @functools.cache

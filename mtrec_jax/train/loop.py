@@ -29,6 +29,7 @@ from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_infer
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.train import checkpoint
+from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
@@ -72,7 +73,7 @@ def train(
     Raises:
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
         another one.
-      CheckpointError: a checkpoint is damaged.
+      CheckpointError: a checkpoint is damaged, or the disk is full.
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     instance("experiment", experiment, Experiment, "pass what load_experiment gives")
@@ -83,6 +84,7 @@ def train(
     check_start(experiment, folder)
     check_data(folder, experiment, prepared)
     with (
+        full_disk_named(folder),
         _sole_trainer(folder),
         _stop_signals() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too
@@ -117,7 +119,8 @@ def check_start(experiment: Experiment, folder: Path) -> None:
         raise ConfigError(
             "train.precision: 'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment"
         )
-    check_batch_size(experiment.train.batch_size, make_mesh(experiment.train.mesh))
+    config = experiment.train
+    check_batch_size(config.batch_size, make_mesh(config.mesh), config.accumulate)
     check_folder(folder, experiment)
 
 

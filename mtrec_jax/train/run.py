@@ -21,6 +21,7 @@ from mtrec_jax.experiments import load_experiment
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
+from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.types import PyTree
 
@@ -100,7 +101,7 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
       The evaluation, and how often the test set has been looked at, this time included.
 
     Raises:
-      CheckpointError: the run has no usable checkpoint.
+      CheckpointError: the run has no usable checkpoint, or the disk is full.
       ConfigError: there is no such split.
     """
     one_of("split", split, SPLITS)
@@ -114,7 +115,8 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     looks += split == "test"
     processes.wait("the looks are read")
     if processes.is_first():
-        write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+        with full_disk_named(run.folder):
+            write_json(path, {**evaluation.to_dict(), "test_looks": looks})
     return evaluation, looks
 
 
