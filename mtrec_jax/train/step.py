@@ -12,14 +12,14 @@ import optax
 
 from mtrec_jax.config import Experiment, Train, fusion_objective
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import DENSE
+from mtrec_jax.nn.embedding import DENSE, rule_of
 from mtrec_jax.nn.layers import unit_length
 from mtrec_jax.nn.model import Model, Rows, gather_rows
 from mtrec_jax.sharding import state_shardings
 from mtrec_jax.train.balance import Balancer, static, uncertainty
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
 from mtrec_jax.train.sparse import RULES, bounded
-from mtrec_jax.train.tables import Fetched, apply_gradients, fetch, new_scratch
+from mtrec_jax.train.tables import BuffersOf, Fetched, apply_gradients, fetch, new_scratch
 from mtrec_jax.types import Batch, Catalogue, Lookups, Outputs, PyTree, TrainState, UserStates
 
 FUSION_CANDIDATES = 16  # the target and its hardest sampled negatives, at one position an example
@@ -47,6 +47,7 @@ def make_step(
     mesh: jax.sharding.Mesh,
     total_steps: int,
     optimizer: optax.GradientTransformation | None = None,
+    buffers: BuffersOf | None = None,
 ) -> Step:
     """Compile the step of an experiment.
 
@@ -57,8 +58,9 @@ def make_step(
       mesh: devices; batches arrive split over them, `update` keeps the state's shardings.
       total_steps: length of the learning-rate schedule.
       optimizer: optax chain for the dense parameters instead of the configured one.
+      buffers: sizes of the exchange of rows by stack, as `capacity.measured_buffers` gives them.
     """
-    config = experiment.train
+    config, buffers = experiment.train, buffers or {}
     dense = optimizer or dense_optimizer(config, total_steps)
     row_schedule = learning_rate(config, config.row_learning_rate, total_steps)
     rules = {
@@ -75,17 +77,18 @@ def make_step(
         return TrainState(
             params=params,
             tables=tables,
-            slots={stack: rules[stack].init(table) for stack, table in tables.items()},
+            slots={stack: rules[rule_of(stack)].init(table) for stack, table in tables.items()},
             scratch=new_scratch(tables),
             optimizer=dense.init(params),
             balance=balancer.init(),
             key=key_run,
             step=jnp.zeros((), jnp.int32),
             sums={name: jnp.zeros(2, initial.dtype) for name in names},
+            rounds=jnp.zeros((), jnp.int32),
             bad=jnp.zeros(2, jnp.int32),
         )
 
-    differentiate = _differentiate(experiment, manifest, model, mesh, balancer)
+    differentiate = _differentiate(experiment, manifest, model, mesh, balancer, buffers)
 
     def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         found = differentiate(state, batch, catalogue)
@@ -103,6 +106,7 @@ def make_step(
             key_round,  # of bfloat16 tables only
             is_good,
             mesh,
+            buffers,
         )
         new = {
             "params": optax.apply_updates(state.params, updates),
@@ -137,6 +141,7 @@ def _differentiate(
     model: Model,
     mesh: jax.sharding.Mesh,
     balancer: Balancer,
+    buffers: BuffersOf,
 ) -> Callable[[TrainState, Batch, Catalogue], _Differentiated]:
     """Losses and gradients of a batch as a function of the state."""
     names = loss_names(experiment)
@@ -144,7 +149,8 @@ def _differentiate(
     def differentiate(state: TrainState, batch: Batch, catalogue: Catalogue) -> _Differentiated:
         key_rows, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         looked = model.lookups(batch, catalogue, key_rows)
-        fetched = fetch(state.tables, state.scratch, _only(looked.addresses, sparse=True), mesh)
+        addresses = _only(looked.addresses, sparse=True)
+        fetched = fetch(state.tables, state.scratch, addresses, mesh, buffers)
 
         def objective(params: PyTree, rows: Rows) -> tuple[jax.Array, tuple[Sums, PyTree]]:
             dense_rows = gather_rows(params, {}, _only(looked.addresses, sparse=False))
