@@ -1,0 +1,154 @@
+"""What a training step takes on each device: memory, bytes through the network, arithmetic.
+
+Everything follows from shapes; nothing of a table's size is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.assumed import batch_shapes, catalogue_shapes, resized
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.nn.embedding import DENSE
+from mtrec_jax.nn.exchange import Buffers
+from mtrec_jax.nn.model import make_model
+from mtrec_jax.sharding import ROW_MULTIPLE, make_mesh
+from mtrec_jax.train.step import make_step
+from mtrec_jax.types import FIRST, PyTree, TrainState
+
+_FEW = ROW_MULTIPLE - FIRST  # values of a table when only what goes on beside it is of interest
+
+
+class Moved(NamedTuple):
+    """One collective of a step."""
+
+    what: str
+    how: Literal["all-to-all", "all-gather", "all-reduce"]
+    over: int  # devices that take part in it
+    size: int  # bytes of its result on each device
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, by the ring algorithms."""
+        passes = 2 if self.how == "all-reduce" else 1
+        return passes * self.size * (self.over - 1) / self.over
+
+
+class Work(NamedTuple):
+    """What one device does in a step, by XLA's own account of the compiled program."""
+
+    temporary: int  # bytes of working memory
+    accessed: float  # bytes read and written
+    flops: float
+
+
+def state_shapes(experiment: Experiment, manifest: Manifest) -> TrainState:
+    """Shapes and types of a run's whole state."""
+    model = make_model(experiment, manifest)
+    step = make_step(experiment, manifest, model, make_mesh((1, 1)), 1)
+    return jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+
+
+def stored_bytes(
+    experiment: Experiment, manifest: Manifest, state: TrainState, devices: int, shards: int
+) -> dict[str, int]:
+    """Bytes that lie on each device for the whole run, and of its part of a batch, by what it is.
+
+    Args:
+      experiment: its batch size is meant.
+      manifest: of the data.
+      state: from `state_shapes` of these.
+      devices: in all.
+      shards: of the tables that are updated row by row.
+    """
+    batch = batch_shapes(experiment, manifest, experiment.train.batch_size)
+    whole = ("balance", "key", "step", "sums", "rounds", "bad")
+    return {
+        "tables": size_of(state.tables) // shards,
+        "slots": size_of(state.slots) // shards,
+        "scratch": size_of(state.scratch) // shards,
+        "dense parameters": size_of(state.params),
+        "their optimizer": size_of(state.optimizer)
+        + sum(size_of(getattr(state, part)) for part in whole),
+        "catalogue": size_of(catalogue_shapes(experiment, manifest)),
+        "batch": size_of(batch) // devices,
+    }
+
+
+def size_of(tree: PyTree) -> int:
+    """Bytes of all arrays, or of shapes and types.
+
+    >>> size_of(jax.ShapeDtypeStruct((2, 3), "float32"))
+    24
+    """
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> Work:
+    """Compile the step on one device for its share of the batch, with small tables.
+
+    What the exchange of rows adds is not in it.
+    """
+    share = max(1, experiment.train.batch_size // devices)
+    train = dataclasses.replace(experiment.train, batch_size=share, mesh=(1, 1))
+    experiment = dataclasses.replace(experiment, train=train)
+    small = _with_small_tables(experiment, manifest)
+    model = make_model(experiment, small)
+    step = make_step(experiment, small, model, make_mesh((1, 1)), 1)
+    state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+    batch = batch_shapes(experiment, small, share)
+    catalogue = catalogue_shapes(experiment, manifest)
+    compiled = step.update.lower(state, batch, catalogue).compile()  # type: ignore[attr-defined]
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    return Work(
+        memory.temp_size_in_bytes,
+        costs.get("bytes accessed", 0.0),
+        costs.get("flops", 0.0),
+    )
+
+
+def exchange_of_rows(
+    sizes: Buffers, width: int, stored: int, computed: int, shards: int, replicas: int
+) -> list[Moved]:
+    """The collectives of one round of a stack's `exchange.look_up` and `exchange.update`.
+
+    Args:
+      sizes: of the buffers.
+      width: D.
+      stored: bytes of a number of the table.
+      computed: bytes of a number of a gradient.
+      shards: devices on "table".
+      replicas: devices on "data".
+    """
+    places = shards * sizes.places
+    found = [
+        Moved("ids out", "all-to-all", shards, 4 * places),
+        Moved("rows back", "all-to-all", shards, (width * stored + 4) * places),
+        Moved("gradients back", "all-to-all", shards, (width * computed + 4) * places),
+    ]
+    if replicas > 1:
+        summed = sizes.window * width * computed
+        found.append(Moved("ids to replicas", "all-gather", replicas, 4 * places * replicas))
+        found.append(Moved("sum over data", "all-reduce", replicas, summed))
+    return found
+
+
+def exchange_memory(sizes: Buffers, width: int, stored: int, computed: int, shards: int) -> int:
+    """Bytes of a stack's buffers: what comes and goes at once, and the rows of a window."""
+    places = shards * sizes.places
+    return 2 * places * (width * max(stored, computed) + 8) + 2 * sizes.window * width * computed
+
+
+def _with_small_tables(experiment: Experiment, manifest: Manifest) -> Manifest:
+    """Tables that are updated row by row get a few rows; the catalogue keeps its size."""
+    fields = (*manifest.context_ids, *manifest.item_ids, *manifest.history)
+    few = {f.name: _FEW for f in fields if f.placement != DENSE and f.size > _FEW}
+    small = resized(manifest, experiment, few)
+    if experiment.model.item_placement == DENSE:
+        return small
+    return dataclasses.replace(small, trained_items=min(_FEW, small.trained_items))
