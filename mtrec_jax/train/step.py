@@ -20,7 +20,16 @@ from mtrec_jax.train.balance import Balancer, static, uncertainty
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
 from mtrec_jax.train.sparse import RULES, bounded
 from mtrec_jax.train.tables import BuffersOf, Fetched, apply_gradients, fetch, new_scratch
-from mtrec_jax.types import Batch, Catalogue, Lookups, Outputs, PyTree, TrainState, UserStates
+from mtrec_jax.types import (
+    Batch,
+    Catalogue,
+    ItemVectors,
+    Lookups,
+    Outputs,
+    PyTree,
+    TrainState,
+    UserStates,
+)
 
 FUSION_CANDIDATES = 16  # the target and its hardest sampled negatives, at one position an example
 
@@ -219,22 +228,19 @@ def batch_losses(
 ) -> Sums:
     """Forward pass and every loss of a batch, as sums and weights."""
     key_users, key_rank, key_fusion = jax.random.split(key, 3)
-    vectors = model.items(params, rows, catalogue, looked.item_ids)
-    states = model.users(params, rows, vectors, looked.event_index, batch, key_users)
-    candidates = None
-    if vectors.shape[0]:
-        candidates = jnp.take(vectors, looked.candidate_index, axis=0)
-    outputs = model.rank(params, states, candidates, key_rank)
+    vectors = model.batch_items(params, rows, catalogue, looked, batch)
+    states = model.users(params, rows, vectors.events, batch, key_users)
+    outputs = model.rank(params, states, vectors.candidates, key_rank)
     sums: Sums = {}
     for name, task in experiment.tasks.items():
         weight = batch.weight * batch.mask[name]
         if task.kind == "retrieval":
-            assert candidates is not None
+            assert vectors.candidates is not None
             total = sampled_softmax(
                 jnp.asarray(states.vectors),
-                candidates,
+                vectors.candidates,
                 jnp.asarray(batch.candidate),
-                jnp.take(vectors, looked.negative_index, axis=0),
+                vectors.negatives,
                 looked.negatives,
                 catalogue,
                 experiment.model.temperature,
@@ -257,7 +263,7 @@ def _fusion_loss(
     params: PyTree,
     states: UserStates,
     outputs: Outputs,
-    vectors: jax.Array,
+    vectors: ItemVectors,
     looked: Lookups,
     batch: Batch,
     key: jax.Array,
@@ -285,7 +291,7 @@ def _listwise_loss(
     model: Model,
     params: PyTree,
     states: UserStates,
-    vectors: jax.Array,
+    vectors: ItemVectors,
     looked: Lookups,
     batch: Batch,
     weight: jax.Array,
@@ -297,22 +303,21 @@ def _listwise_loss(
     chosen = jnp.argmax(lottery, axis=1)[:, None]  # one random position of those that count
     weight = jnp.take_along_axis(weight, chosen, axis=1)[:, 0]
     user = jnp.take_along_axis(states.vectors, chosen[..., None], axis=1)  # (B, 1, D)
-    target = jnp.take_along_axis(jnp.asarray(looked.candidate_index), chosen, axis=1)  # (B, 1)
     target_id = jnp.take_along_axis(jnp.asarray(batch.candidate), chosen, axis=1)
-    negatives = unit_length(jnp.take(vectors, looked.negative_index, axis=0))
-    scores = jnp.einsum("bd,nd->bn", user[:, 0], negatives)
+    scores = jnp.einsum("bd,nd->bn", user[:, 0], unit_length(vectors.negatives))
     scores = jnp.where(target_id == looked.negatives[None], -jnp.inf, scores)
     hard_scores, hardest = jax.lax.top_k(scores, min(FUSION_CANDIDATES - 1, scores.shape[1]))
     # Only targets that would be retrieved beside these negatives teach, as only they are reranked:
     # with the others, a low cosine would be the mark of a target.
-    own = jnp.take(vectors, target[:, 0], axis=0)
-    retrieved = jnp.sum(user[:, 0] * unit_length(own), axis=-1) >= hard_scores[:, -1]
+    assert vectors.candidates is not None
+    own = jnp.take_along_axis(vectors.candidates, chosen[..., None], axis=1)  # (B, 1, D)
+    retrieved = jnp.sum(user[:, 0] * unit_length(own[:, 0]), axis=-1) >= hard_scores[:, -1]
     weight = weight * retrieved
-    index = jnp.concatenate([target, looked.negative_index[hardest]], axis=1)  # (B, K)
-    users = jnp.broadcast_to(user, (*index.shape, user.shape[-1]))
-    candidates = jnp.take(vectors, index, axis=0)
+    hard = jnp.take(vectors.negatives, hardest, axis=0)
+    candidates = jnp.concatenate([own, hard], axis=1)  # (B, K, D)
+    users = jnp.broadcast_to(user, candidates.shape)
     cutoff = jnp.take_along_axis(jnp.asarray(states.cutoff), chosen, axis=1)
-    alone = states._replace(vectors=users, cutoff=jnp.broadcast_to(cutoff, index.shape))
+    alone = states._replace(vectors=users, cutoff=jnp.broadcast_to(cutoff, candidates.shape[:2]))
     outputs = model.rank(params, alone, candidates, None)
     # where negatives are few, the target itself can be among the hardest
     ids = jnp.concatenate([target_id, looked.negatives[hardest]], axis=1)
