@@ -41,9 +41,10 @@ def plan(
     """
     from mtrec_jax.data.dataset import open_prepared
     from mtrec_jax.experiments import load_experiment
-    from mtrec_jax.planner import Device, parse_quantity, parse_rows
+    from mtrec_jax.planner import Device
     from mtrec_jax.planner import plan as plan_run
     from mtrec_jax.planner_tables import print_plan
+    from mtrec_jax.quantities import parse_quantity, parse_rows
 
     experiment = load_experiment(config, overrides or [])
     device = Device(

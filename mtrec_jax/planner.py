@@ -9,8 +9,7 @@ account of the compiled step. What does not fit is refused, with the nearest cha
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -27,6 +26,7 @@ from mtrec_jax.nn.exchange import Buffers, default_buffers
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.nn.network import Plan as Layout
 from mtrec_jax.nn.network import make_plan
+from mtrec_jax.quantities import quantity_text
 from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size
 from mtrec_jax.train.capacity import first_batches, measured_buffers
 from mtrec_jax.train.costs import (
@@ -137,14 +137,14 @@ def plan(
     for shards in [fixed[1]] if fixed else _shard_counts(devices):
         mesh = (devices // shards, shards)
         if _rough(experiment, manifest, state, work, mesh) <= device.memory:
-            found = _plan_on(experiment, manifest, prepared, state, work, mesh, device)
+            found = plan_on(experiment, manifest, prepared, state, work, mesh, device)
             if found.bytes <= device.memory:
                 return found
     mesh = (devices // shards, shards)
     raise ConfigError(_refusal(experiment, manifest, state, work, mesh, device))
 
 
-def _plan_on(
+def plan_on(
     experiment: Experiment,
     manifest: Manifest,
     prepared: Prepared | None,
@@ -158,7 +158,7 @@ def _plan_on(
     check_placement(layout, state, shards)
     buffers = _buffers(experiment, manifest, prepared, layout, mesh)
     memory = stored_bytes(experiment, manifest, state, mesh[0] * shards, shards)
-    memory["working memory of the step"] = work.temporary
+    memory["working memory"] = work.temporary
     memory["buffers of the exchange"] = sum(
         exchange_memory(sizes, state.tables[stack], shards) for stack, sizes in buffers.items()
     )
@@ -311,8 +311,8 @@ def _refusal(
     stored = stored_bytes(experiment, manifest, state, devices, mesh[1])
     largest = max(stored, key=lambda part: stored[part])
     text = (
-        f"{experiment.name} needs {quantity_text(needed)} on each of {devices} devices, most of it "
-        f"{largest} ({quantity_text(stored[largest])}), and there are {quantity_text(device.memory)}. "
+        f"{experiment.name} needs {quantity_text(needed)} on each of {devices} devices, which have "
+        f"{quantity_text(device.memory)}; {quantity_text(stored[largest])} of it are {largest}. "
     )
     for what, changed, count in _changes(experiment, devices):
         sized = resized(manifest, changed, {})
@@ -355,59 +355,3 @@ def _changes(experiment: Experiment, devices: int) -> Iterator[tuple[str, Experi
             yield f"{count} devices with ", experiment, count
             yield f"{count} devices with {low}{rule}", both, count
         count *= 2
-
-
-# --- Quantities in words
-
-
-_PREFIXES = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
-
-
-def parse_quantity(name: str, text: str, unit: str) -> float:
-    """A number with a unit, such as "80GB".
-
-    Raises:
-      ConfigError: it is none; `name` opens the message.
-
-    >>> parse_quantity("--device-memory", "80GB", "B"), parse_quantity("--flops", "5e13", "FLOP/s")
-    (80000000000.0, 50000000000000.0)
-    """
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([TGMk]?)(?:" + re.escape(unit) + ")?", text.strip())
-    try:
-        value = float(found[1]) * _PREFIXES[found[2]] if found else 0.0
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise ConfigError(f"{name} {text}: write a number above 0 with its unit, such as 80G{unit}")
-    return value
-
-
-def parse_rows(texts: Iterable[str]) -> dict[str, int]:
-    """Table sizes from texts such as "item=1e9".
-
-    Raises:
-      ConfigError: a text is no name and number.
-
-    >>> parse_rows(["item=1e9", "user=20_000"])
-    {'item': 1000000000, 'user': 20000}
-    """
-    found = {}
-    for text in texts:
-        name, _, size = text.partition("=")
-        try:
-            found[name.strip()] = int(float(size))
-        except (ValueError, OverflowError) as error:
-            raise ConfigError(f"--rows {text}: write it as item=1e9") from error
-    return found
-
-
-def quantity_text(value: float, unit: str = "B") -> str:
-    """A number with a unit, in three digits.
-
-    >>> quantity_text(1.5e9), quantity_text(999), quantity_text(2e12, "B/s")
-    ('1.5 GB', '999 B', '2 TB/s')
-    """
-    for prefix, each in _PREFIXES.items():
-        if value >= each:
-            return f"{float(f'{value / each:.3g}'):g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"

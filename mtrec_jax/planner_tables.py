@@ -8,7 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mtrec_jax.planner import DevicePlan, quantity_text
+from mtrec_jax.planner import DevicePlan
+from mtrec_jax.quantities import quantity_text
 
 
 def plan_tables(found: DevicePlan) -> RenderableType:
@@ -76,5 +77,6 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
         right = column in ("rows", "a device", "bytes", "devices")
-        table.add_column(column, justify="right" if right else "left", no_wrap=column != "why there")
+        wraps = column == "why there"
+        table.add_column(column, justify="right" if right else "left", no_wrap=not wraps)
     return table

@@ -29,7 +29,7 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
       ConfigError: a size is missing, or belongs to nothing.
     """
     data = experiment.data
-    _check_names(experiment, rows)
+    _check_names(rows, ["item", *experiment.features, *experiment.tasks])
     chosen = {n: f for n, f in experiment.features.items() if f.kind != "text"}
     missing = [n for n, f in chosen.items() if n not in rows and _size(f) == 0]
     missing += [n for n, t in experiment.tasks.items() if t.kind == "multiclass" and n not in rows]
@@ -82,7 +82,8 @@ def resized(manifest: Manifest, experiment: Experiment, rows: Mapping[str, int])
     Raises:
       ConfigError: a size belongs to nothing.
     """
-    _check_names(experiment, rows)
+    fields = (*manifest.context_ids, *manifest.item_ids, *manifest.history)
+    _check_names(rows, ["item", *(field.name for field in fields)])
 
     def changed(fields: Fields) -> Fields:
         return tuple(
@@ -148,13 +149,11 @@ def catalogue_shapes(experiment: Experiment, manifest: Manifest) -> Catalogue:
     )
 
 
-def _check_names(experiment: Experiment, rows: Mapping[str, int]) -> None:
-    known = ["item", *experiment.features, *experiment.tasks]
+def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
     for name, size in rows.items():
         if name not in known:
             raise ConfigError(
-                f"--rows {name}: no such feature; there are {', '.join(known)}."
-                f"{nearest(name, known)}"
+                f"--rows {name}: no such table; there are {', '.join(known)}.{nearest(name, known)}"
             )
         if size < 1:
             raise ConfigError(f"--rows {name}={size}: at least one row")

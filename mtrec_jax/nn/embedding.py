@@ -133,7 +133,7 @@ def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Arra
     return jnp.where((address >= 0)[..., None], rows, 0)
 
 
-def computed_dtype(table: jax.Array) -> jnp.dtype:
+def computed_dtype(table: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
     """Of arithmetic on rows: float32 for a bfloat16 table, else the table's own."""
     return jnp.promote_types(table.dtype, jnp.float32)
 

@@ -125,7 +125,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
             }
             negatives = items(params, alone, catalogue, looked.negatives)
             return ItemVectors(found[:, :length], found[:, length:], negatives)
-        places = (batch.events["item"] if plan.has_events else jnp.zeros((examples, 0), jnp.int32))
+        places = batch.events["item"] if plan.has_events else jnp.zeros((examples, 0), jnp.int32)
         return ItemVectors(
             *(jnp.take(found, jnp.asarray(ids), axis=0) for ids in (places, batch.candidate)),
             jnp.take(found, looked.negatives, axis=0),

@@ -170,7 +170,8 @@ class Network(nnx.Module):
         parts = [numbers.astype(own.dtype)]
         if self.plan.item.fields:
             pooled = pool(self.plan.item, ids, feature_rows)
-            parts.append(pooled.reshape(*own.shape[:-1], -1))
+            features = pooled.shape[-2] * pooled.shape[-1]  # there may be no items
+            parts.append(pooled.reshape(*own.shape[:-1], features))
         return self.config.item_id_scale * own + self.item_features(jnp.concatenate(parts, axis=-1))
 
     def context_vector(self, batch: Batch, rows: dict[str, jax.Array]) -> jax.Array | None:
@@ -225,11 +226,8 @@ class Network(nnx.Module):
         start = start if projected is None else start + projected
         # (B, 1 + L, D): state s has seen s events
         hidden = self.transformer(jnp.concatenate([start[:, None], tokens], axis=1), key)
-        # Whole rows of a flat array are gathered, and their gradients scattered, fastest.
-        place = (
-            jnp.asarray(batch.cutoff) + hidden.shape[1] * jnp.arange(b, dtype=jnp.int32)[:, None]
-        )
-        states = jnp.take(hidden.reshape(-1, hidden.shape[2]), place, axis=0)
+        # Whole rows are gathered, each example's from its own: none comes from another device.
+        states = jax.vmap(lambda seen, cutoff: seen[cutoff])(hidden, jnp.asarray(batch.cutoff))
         if self.search is not None:
             states = states + self.search(behaviour, searched, jnp.asarray(batch.cutoff))
         if self.user_numbers is not None:  # they belong to this example's time, not to the start

@@ -10,17 +10,20 @@ import math
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.assumed import batch_shapes, catalogue_shapes, resized
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import DENSE
+from mtrec_jax.nn.embedding import DENSE, computed_dtype
 from mtrec_jax.nn.exchange import Buffers
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import ROW_MULTIPLE, make_mesh
 from mtrec_jax.train.step import make_step
+from mtrec_jax.train.tables import BuffersOf
 from mtrec_jax.types import FIRST, PyTree, TrainState
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
 _FEW = ROW_MULTIPLE - FIRST  # values of a table when only what goes on beside it is of interest
 
 
@@ -112,36 +115,80 @@ def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> W
     )
 
 
-def exchange_of_rows(
-    sizes: Buffers, width: int, stored: int, computed: int, shards: int, replicas: int
+def places_of_batch(experiment: Experiment, manifest: Manifest) -> dict[str, int]:
+    """{stack: ids of a whole batch, repeated or not}, of the stacks that are updated row by row."""
+    batch = batch_shapes(experiment, manifest, experiment.train.batch_size)
+    catalogue, key = catalogue_shapes(experiment, manifest), jax.random.key(0, impl="rbg")
+    looked = jax.eval_shape(make_model(experiment, manifest).lookups, batch, catalogue, key)
+    return {
+        stack: sum(address.size for address in by_role.values())
+        for stack, by_role in looked.addresses.items()
+        if stack != DENSE
+    }
+
+
+def moved_by_step(
+    experiment: Experiment,
+    manifest: Manifest,
+    state: TrainState,
+    buffers: BuffersOf,
+    mesh: tuple[int, int],
 ) -> list[Moved]:
-    """The collectives of one round of a stack's `exchange.look_up` and `exchange.update`.
+    """The collectives of a step in which each exchange of rows takes one round.
 
     Args:
-      sizes: of the buffers.
-      width: D.
-      stored: bytes of a number of the table.
-      computed: bytes of a number of a gradient.
-      shards: devices on "table".
-      replicas: devices on "data".
+      experiment, manifest: of the run.
+      state: from `state_shapes` of these.
+      buffers: of each stack that is split.
+      mesh: devices on ("data", "table").
     """
-    places = shards * sizes.places
-    found = [
-        Moved("ids out", "all-to-all", shards, 4 * places),
-        Moved("rows back", "all-to-all", shards, (width * stored + 4) * places),
-        Moved("gradients back", "all-to-all", shards, (width * computed + 4) * places),
-    ]
-    if replicas > 1:
-        summed = sizes.window * width * computed
-        found.append(Moved("ids to replicas", "all-gather", replicas, 4 * places * replicas))
-        found.append(Moved("sum over data", "all-reduce", replicas, summed))
+    devices, found = mesh[0] * mesh[1], list[Moved]()
+    if devices == 1:
+        return found
+    for stack, sizes in buffers.items():
+        found += exchange_of_rows(sizes, state.tables[stack], mesh)
+    if mesh[1] == 1:  # every device updates its own copy, with the gradients of all
+        for stack, places in places_of_batch(experiment, manifest).items():
+            width = state.tables[stack].shape[1]
+            each = computed_dtype(state.tables[stack]).itemsize
+            found.append(Moved(f"ids, {stack}", "all-gather", devices, 4 * places))
+            found.append(Moved(f"gradients, {stack}", "all-gather", devices, each * width * places))
+    retrieves = any(task.kind == "retrieval" for task in experiment.tasks.values())
+    if retrieves and experiment.model.item_placement != DENSE:
+        dtype = jnp.dtype(experiment.train.precision)
+        size = experiment.train.negatives * experiment.model.width * dtype.itemsize
+        found.append(Moved("negatives", "all-gather", devices, size))
+        found.append(Moved("their gradients", "all-reduce", devices, size))
+    found.append(Moved("dense gradients", "all-reduce", devices, size_of(state.params)))
     return found
 
 
-def exchange_memory(sizes: Buffers, width: int, stored: int, computed: int, shards: int) -> int:
-    """Bytes of a stack's buffers: what comes and goes at once, and the rows of a window."""
-    places = shards * sizes.places
-    return 2 * places * (width * max(stored, computed) + 8) + 2 * sizes.window * width * computed
+def exchange_of_rows(sizes: Buffers, table: Shaped, mesh: tuple[int, int]) -> list[Moved]:
+    """The collectives of one round of `exchange.look_up` and `exchange.update`.
+
+    Args:
+      sizes: of the buffers.
+      table: [V, D], or its shape and type.
+      mesh: devices on ("data", "table").
+    """
+    replicas, shards = mesh
+    places, width = shards * sizes.places, table.shape[1]
+    row, gradient = width * table.dtype.itemsize, width * computed_dtype(table).itemsize
+    found = [
+        Moved("ids out", "all-to-all", shards, 4 * places),
+        Moved("rows back", "all-to-all", shards, (row + 4) * places),
+        Moved("gradients back", "all-to-all", shards, (gradient + 4) * places),
+    ]
+    if replicas > 1:
+        found.append(Moved("ids to replicas", "all-gather", replicas, 4 * places * replicas))
+        found.append(Moved("sum over data", "all-reduce", replicas, gradient * sizes.window))
+    return found
+
+
+def exchange_memory(sizes: Buffers, table: Shaped, shards: int) -> int:
+    """Bytes of an exchange's buffers: what comes and what goes, and the gradients of a window."""
+    gradient = table.shape[1] * computed_dtype(table).itemsize
+    return 2 * shards * sizes.places * (gradient + 4) + 2 * sizes.window * gradient
 
 
 def _with_small_tables(experiment: Experiment, manifest: Manifest) -> Manifest:

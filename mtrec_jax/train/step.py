@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.config import Experiment, Train, fusion_objective
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.nn.embedding import DENSE, rule_of
 from mtrec_jax.nn.layers import unit_length
 from mtrec_jax.nn.model import Model, Rows, gather_rows
-from mtrec_jax.sharding import state_shardings
+from mtrec_jax.sharding import AXES, state_shardings
 from mtrec_jax.train.balance import Balancer, static, uncertainty
 from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
 from mtrec_jax.train.sparse import RULES, bounded
@@ -165,7 +167,16 @@ def _differentiate(
             dense_rows = gather_rows(params, {}, _only(looked.addresses, sparse=False))
             fetched = {**rows, **dense_rows}
             sums = batch_losses(
-                experiment, manifest, model, params, fetched, looked, batch, catalogue, key_loss
+                experiment,
+                manifest,
+                model,
+                params,
+                fetched,
+                looked,
+                batch,
+                catalogue,
+                key_loss,
+                mesh,
             )
             losses = jnp.stack([sums[n][0] / jnp.maximum(sums[n][1], 1e-9) for n in names])
             fixed = jax.lax.stop_gradient(losses)
@@ -225,10 +236,14 @@ def batch_losses(
     batch: Batch,
     catalogue: Catalogue,
     key: jax.Array,
+    mesh: jax.sharding.Mesh,
 ) -> Sums:
     """Forward pass and every loss of a batch, as sums and weights."""
     key_users, key_rank, key_fusion = jax.random.split(key, 3)
     vectors = model.batch_items(params, rows, catalogue, looked, batch)
+    everywhere = NamedSharding(mesh, P())  # each example meets all negatives
+    shared = jax.lax.with_sharding_constraint((vectors.negatives, looked.negatives), everywhere)
+    vectors, looked = vectors._replace(negatives=shared[0]), looked._replace(negatives=shared[1])
     states = model.users(params, rows, vectors.events, batch, key_users)
     outputs = model.rank(params, states, vectors.candidates, key_rank)
     sums: Sums = {}
@@ -252,7 +267,7 @@ def batch_losses(
         sums[name] = (total, jnp.sum(weight))
     if "fusion" in loss_names(experiment):
         sums["fusion"] = _fusion_loss(
-            experiment, model, params, states, outputs, vectors, looked, batch, key_fusion
+            experiment, model, params, states, outputs, vectors, looked, batch, key_fusion, mesh
         )
     return sums
 
@@ -267,6 +282,7 @@ def _fusion_loss(
     looked: Lookups,
     batch: Batch,
     key: jax.Array,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[jax.Array, jax.Array]:
     """Teach the fused score its objective.
 
@@ -284,7 +300,7 @@ def _fusion_loss(
         weight = seen * batch.weight
         return jnp.sum(losses * weight), jnp.sum(weight)
     weight = worth * batch.mask[retrieval] * batch.weight
-    return _listwise_loss(model, params, states, vectors, looked, batch, weight, key)
+    return _listwise_loss(model, params, states, vectors, looked, batch, weight, key, mesh)
 
 
 def _listwise_loss(
@@ -296,6 +312,7 @@ def _listwise_loss(
     batch: Batch,
     weight: jax.Array,
     key: jax.Array,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax cross-entropy of the fused score at one position an example: sum and weight."""
     states, vectors = jax.lax.stop_gradient((states, vectors))
@@ -306,7 +323,12 @@ def _listwise_loss(
     target_id = jnp.take_along_axis(jnp.asarray(batch.candidate), chosen, axis=1)
     scores = jnp.einsum("bd,nd->bn", user[:, 0], unit_length(vectors.negatives))
     scores = jnp.where(target_id == looked.negatives[None], -jnp.inf, scores)
-    hard_scores, hardest = jax.lax.top_k(scores, min(FUSION_CANDIDATES - 1, scores.shape[1]))
+    count = min(FUSION_CANDIDATES - 1, scores.shape[1])
+    # XLA does not split top_k over devices by itself.
+    split = jax.shard_map(
+        lambda part: jax.lax.top_k(part, count), mesh=mesh, in_specs=P(AXES), out_specs=P(AXES)
+    )
+    hard_scores, hardest = split(scores)
     # Only targets that would be retrieved beside these negatives teach, as only they are reranked:
     # with the others, a low cosine would be the mark of a target.
     assert vectors.candidates is not None

@@ -125,9 +125,7 @@ def _part_by_part(arrays: list[jax.Array], parts: int, fill: int) -> jax.Array:
     return joined.reshape(-1, *joined.shape[2:])
 
 
-def _by_role(
-    rows: jax.Array, by_role: dict[str, jax.Array], parts: int
-) -> dict[str, jax.Array]:
+def _by_role(rows: jax.Array, by_role: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
     """The rows [n, D] of `flat` addresses as each role has them: [..., D]."""
     columns = rows.reshape(parts, len(rows) // parts, rows.shape[1])
     found, end = {}, 0

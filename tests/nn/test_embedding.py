@@ -45,11 +45,22 @@ def test_layout_gives_each_owner_its_own_rows_of_its_stack() -> None:
 def test_a_further_stack_opens_before_addresses_overflow() -> None:
     big = MOST_ROWS - 100
     fields, rows = layout(
-        [("a", "adagrad", big, 1), ("b", "adagrad", 2 * 10**9, 1), ("c", "sgd", 7, 1)]
-        + [("d", "adagrad", 90, 1), ("e", "adagrad", 2 * 10**9, 1)]
+        [
+            ("a", "adagrad", big, 1),
+            ("b", "adagrad", 2 * 10**9, 1),
+            ("c", "sgd", 7, 1),
+            ("d", "adagrad", 90, 1),
+            ("e", "adagrad", 2 * 10**9, 1),
+        ]
     )
     stacks = {owner: f.stack for owner, f in fields.items()}
-    assert stacks == {"a": "adagrad", "b": "adagrad-2", "c": "sgd", "d": "adagrad", "e": "adagrad-3"}
+    assert stacks == {
+        "a": "adagrad",
+        "b": "adagrad-2",
+        "c": "sgd",
+        "d": "adagrad",
+        "e": "adagrad-3",
+    }
     assert fields["d"].offset == big
     assert fields["b"].offset == fields["e"].offset == 0
     assert max(rows.values()) < 2**31

@@ -41,9 +41,7 @@ def zipf_batch(seed: int) -> Batch:
 def test_a_zipf_batch_moves_at_most_1_3_of_what_it_needs(shape: tuple[int, int]) -> None:
     mesh = make_mesh(shape)
     manifest = resized(tiny.manifest(), EXPERIMENT, {"item": ITEMS, "brand": 1000})
-    manifest = dataclasses.replace(
-        manifest, history_length=LENGTH, positions={"train": LENGTH}
-    )
+    manifest = dataclasses.replace(manifest, history_length=LENGTH, positions={"train": LENGTH})
     features = {
         "ids": np.ones((ITEMS + FIRST, 1), np.int32),
         "numbers": np.zeros((ITEMS + FIRST, 1), np.float32),
@@ -53,11 +51,15 @@ def test_a_zipf_batch_moves_at_most_1_3_of_what_it_needs(shape: tuple[int, int])
     batches = [zipf_batch(seed) for seed in range(4)]
     found = measured_buffers(model, catalogue, batches, mesh, rows, seed=0)
     assert list(found) == ["lazy_adam"]
-    moved = exchange_of_rows(found["lazy_adam"], WIDTH, 4, 4, shape[1], shape[0])
+    moved = exchange_of_rows(
+        found["lazy_adam"], jax.ShapeDtypeStruct((rows["lazy_adam"], WIDTH), "float32"), shape
+    )
     exchanged = sum(m.size for m in moved if m.how == "all-to-all") * mesh.size
 
     # what is needed: each distinct id of a device once, its row, and its gradient
-    looked = model.lookups(batches[0]._replace(row=batches[0].row.astype(np.int32)), catalogue, None)
+    looked = model.lookups(
+        batches[0]._replace(row=batches[0].row.astype(np.int32)), catalogue, None
+    )
     places = [np.asarray(a).reshape(mesh.size, -1) for a in looked.addresses["lazy_adam"].values()]
     own = [np.unique(part[part >= 0]) for part in np.concatenate(places, axis=1)]
     needed = sum(len(ids) for ids in own) * (4 + 2 * 4 * WIDTH)

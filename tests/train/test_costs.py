@@ -9,19 +9,14 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, catalogue_shapes, resized
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.experiments import load_experiment
-from mtrec_jax.nn.exchange import default_buffers
 from mtrec_jax.nn.model import make_model
-from mtrec_jax.planner import plan_on
 from mtrec_jax.sharding import AXES, make_mesh, state_shardings
-from mtrec_jax.train import costs
 from mtrec_jax.train.step import make_step
 from tests import tiny
 
@@ -72,9 +67,7 @@ CASES = {
     "sequences, (1, 8), row-wise Adagrad": lambda: _sequences(
         (1, 8), row_optimizer="rowwise_adagrad", optimizer="adagrad"
     ),
-    "sequences, (2, 4), lazy Adam, bfloat16": lambda: _sequences(
-        (2, 4), row_precision="bfloat16"
-    ),
+    "sequences, (2, 4), lazy Adam, bfloat16": lambda: _sequences((2, 4), row_precision="bfloat16"),
     "rows, (4, 2), FTRL": lambda: _rows((4, 2)),
 }
 
@@ -113,6 +106,38 @@ def moved_in(text: str) -> dict[str, int]:
     for line in text.splitlines():
         if match := COLLECTIVE.search(line):
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            size = sum(SIZES[kind] * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in arrays)
+            size = sum(
+                SIZES[kind] * math.prod(map(int, filter(None, dims.split(","))))
+                for kind, dims in arrays
+            )
             found[match[2]] = found.get(match[2], 0) + size
     return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_what_the_compiled_step_takes(name: str) -> None:
+    experiment, manifest, mesh = CASES[name]()
+    state = costs.state_shapes(experiment, manifest)
+    work = costs.work_of_share(experiment, manifest, 8)
+    found = plan_on(experiment, manifest, None, state, work, mesh, Device())
+    actual = _compiled(name).memory_analysis()
+    stored = actual.argument_size_in_bytes
+    ours = found.bytes - found.memory["working memory"] - found.memory["buffers of the exchange"]
+    print(found.memory, actual, found.moved, moved_in(_compiled(name).as_text()))
+    assert ours == pytest.approx(stored, rel=0.001)
+    assert found.bytes == pytest.approx(stored + actual.temp_size_in_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_are_what_the_compiled_collectives_move(name: str) -> None:
+    experiment, manifest, mesh = CASES[name]()
+    state = costs.state_shapes(experiment, manifest)
+    places = costs.places_of_batch(experiment, manifest)
+    buffers = {stack: default_buffers(n, make_mesh(mesh)) for stack, n in places.items()}
+    expected: dict[str, int] = {}
+    for moved in costs.moved_by_step(experiment, manifest, state, buffers, mesh):
+        expected[moved.how] = expected.get(moved.how, 0) + moved.size
+    actual = moved_in(_compiled(name).as_text())
+    assert actual.keys() == expected.keys()
+    for how, size in expected.items():
+        assert size == pytest.approx(actual[how], rel=0.1), how

@@ -155,7 +155,7 @@ def test_losses_and_weights_of_a_batch_worked_out(single: Compiled) -> None:
         looked = model.lookups(batch, single.catalogue, key)
         rows = gather_rows(params, tables, looked.addresses)
         parts = params, rows, looked, batch, single.catalogue, key
-        sums = batch_losses(experiment, manifest, model, *parts)
+        sums = batch_losses(experiment, manifest, model, *parts, make_mesh((1, 1)))
         return sums, tiny.forward(model, params, tables, single.catalogue, batch)[2]
 
     b = tiny.batch(2, SIZE)
