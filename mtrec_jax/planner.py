@@ -32,13 +32,13 @@ from mtrec_jax.train.capacity import first_batches, measured_buffers
 from mtrec_jax.train.costs import (
     Moved,
     Work,
-    exchange_memory,
     moved_by_step,
     places_of_batch,
     size_of,
     state_shapes,
     stored_bytes,
     work_of_share,
+    working_memory,
 )
 from mtrec_jax.types import TrainState
 
@@ -158,10 +158,7 @@ def plan_on(
     check_placement(layout, state, shards)
     buffers = _buffers(experiment, manifest, prepared, layout, mesh)
     memory = stored_bytes(experiment, manifest, state, mesh[0] * shards, shards)
-    memory["working memory"] = work.temporary
-    memory["buffers of the exchange"] = sum(
-        exchange_memory(sizes, state.tables[stack], shards) for stack, sizes in buffers.items()
-    )
+    memory["working memory"] = working_memory(experiment, manifest, state, buffers, mesh, work)
     moved = moved_by_step(experiment, manifest, state, buffers, mesh)
     touched = {s: size_of((state.tables[s], state.slots[s])) / layout.rows[s] for s in state.tables}
     places = places_of_batch(experiment, manifest)

@@ -222,6 +222,9 @@ def _sharded(
 
 def _exchanged(array: Array) -> Array:
     """Part s of the first axis to shard s, and from there what it has for this device."""
+    if array.dtype == jnp.bfloat16:  # some backends would send it as float32
+        bits = lax.bitcast_convert_type(array, jnp.uint16)
+        return lax.bitcast_convert_type(_exchanged(bits), jnp.bfloat16)
     return lax.all_to_all(array, "table", 0, 0, tiled=True)
 
 

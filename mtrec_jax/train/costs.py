@@ -185,10 +185,33 @@ def exchange_of_rows(sizes: Buffers, table: Shaped, mesh: tuple[int, int]) -> li
     return found
 
 
-def exchange_memory(sizes: Buffers, table: Shaped, shards: int) -> int:
-    """Bytes of an exchange's buffers: what comes and what goes, and the gradients of a window."""
-    gradient = table.shape[1] * computed_dtype(table).itemsize
-    return 2 * shards * sizes.places * (gradient + 4) + 2 * sizes.window * gradient
+def working_memory(
+    experiment: Experiment,
+    manifest: Manifest,
+    state: TrainState,
+    buffers: BuffersOf,
+    mesh: tuple[int, int],
+    work: Work,
+) -> int:
+    """Bytes that come and go in a step on each device: the larger of two moments.
+
+    In the backward pass, what XLA counts for one device, the sums of the dense gradients and what
+    the lookups remember; in the update of the rows, their gradients and the exchange's buffers.
+    """
+    devices = mesh[0] * mesh[1]
+    if devices == 1:
+        return work.temporary
+    places = places_of_batch(experiment, manifest)
+    backward, update = work.temporary + size_of(state.params), 0
+    for stack, sizes in buffers.items():
+        table, slots = state.tables[stack], state.slots[stack]
+        own, rows = places[stack] // devices, table.shape[0]
+        gradient = table.shape[1] * computed_dtype(table).itemsize
+        backward += 4 * (3 * own + min(places[stack], rows // mesh[1]))
+        sent = mesh[1] * sizes.places * (gradient + 4)
+        window = sizes.window * (3 * gradient + 2 * size_of(slots) // rows)
+        update = max(update, 2 * own * gradient + 2 * sent + window)
+    return max(backward, update)
 
 
 def _with_small_tables(experiment: Experiment, manifest: Manifest) -> Manifest:
