@@ -52,6 +52,7 @@ class Device:
     memory: float = 80e9  # bytes
     memory_bandwidth: float = 2e12  # bytes a second
     bandwidth: float = 25e9  # bytes a second, through the network
+    latency: float = 1e-5  # seconds before a collective's first byte
     flops: float = 50e12  # a second, of float32 matrix products
 
 
@@ -167,7 +168,7 @@ def plan_on(
     )
     seconds = {
         "memory reads": (work.accessed + updated) / device.memory_bandwidth,
-        "network": sum(m.sent for m in moved) / device.bandwidth,
+        "network": sum(m.sent / device.bandwidth + device.latency for m in moved),
         "compute": work.flops / device.flops,
     }
     return DevicePlan(

@@ -19,7 +19,7 @@ def plan_tables(found: DevicePlan) -> RenderableType:
         f"{found.experiment.name}: {data * table} devices, train.mesh = [{data}, {table}]; each "
         f"with {quantity_text(device.memory)}, {quantity_text(device.memory_bandwidth, 'B/s')} of "
         f"memory, {quantity_text(device.bandwidth, 'B/s')} of network, "
-        f"{quantity_text(device.flops, 'FLOP/s')}"
+        f"{1e6 * device.latency:g} µs a collective, {quantity_text(device.flops, 'FLOP/s')}"
     )
     return Group(
         Text(head),
@@ -59,8 +59,12 @@ def _moved(found: DevicePlan) -> Table:
         f"Exchanged by a device in a step (buffers {basis})",
         ["what", "collective", "devices", "bytes"],
     )
-    for moved in found.moved:
-        shown.add_row(moved.what, moved.how, str(moved.over), quantity_text(moved.size))
+    sizes: dict[tuple[str, str, int], int] = {}
+    for moved in found.moved:  # of all stacks together
+        kind = moved.what, moved.how, moved.over
+        sizes[kind] = sizes.get(kind, 0) + moved.size
+    for (what, how, over), size in sizes.items():
+        shown.add_row(what, how, str(over), quantity_text(size))
     shown.add_row("in all", "", "", quantity_text(sum(m.size for m in found.moved)), style="bold")
     return shown
 

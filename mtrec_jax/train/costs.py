@@ -117,14 +117,20 @@ def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> W
 
 def places_of_batch(experiment: Experiment, manifest: Manifest) -> dict[str, int]:
     """{stack: ids of a whole batch, repeated or not}, of the stacks that are updated row by row."""
+    addresses = _looked_up(experiment, manifest)
+    return {
+        stack: sum(address.size for address in by_role.values())
+        for stack, by_role in addresses.items()
+        if stack != DENSE
+    }
+
+
+def _looked_up(experiment: Experiment, manifest: Manifest) -> PyTree:
+    """{stack: {role: shape and type of its addresses}}"""
     batch = batch_shapes(experiment, manifest, experiment.train.batch_size)
     catalogue, key = catalogue_shapes(experiment, manifest), jax.random.key(0, impl="rbg")
     looked = jax.eval_shape(make_model(experiment, manifest).lookups, batch, catalogue, key)
-    return {
-        stack: sum(address.size for address in by_role.values())
-        for stack, by_role in looked.addresses.items()
-        if stack != DENSE
-    }
+    return looked.addresses
 
 
 def moved_by_step(
@@ -159,7 +165,11 @@ def moved_by_step(
         size = experiment.train.negatives * experiment.model.width * dtype.itemsize
         found.append(Moved("negatives", "all-gather", devices, size))
         found.append(Moved("their gradients", "all-reduce", devices, size))
-    found.append(Moved("dense gradients", "all-reduce", devices, size_of(state.params)))
+    dense = size_of(state.params)
+    roles = _looked_up(experiment, manifest).get(DENSE, {})
+    if roles:  # each role's gradient is summed by itself
+        dense += (len(roles) - 1) * size_of(state.params[DENSE])
+    found.append(Moved("dense gradients", "all-reduce", devices, dense))
     return found
 
 
