@@ -249,10 +249,10 @@ def _tables(
 
 def _why(experiment: Experiment, field: Field, shards: int) -> str:
     if field.stack == DENSE:
-        return f"placement = dense: whole on every device, updated by {experiment.train.optimizer}"
+        return f"dense: whole on every device, {experiment.train.optimizer}"
     if shards == 1:
-        return "placement = sparse, and small enough: whole on every device"
-    return f"placement = sparse: 1/{shards} on each device of table, as one would not hold all"
+        return "sparse: whole on every device, which has room"
+    return f"sparse: by row over {shards} devices"
 
 
 # --- What fits
@@ -346,7 +346,7 @@ def _changes(experiment: Experiment, devices: int) -> Iterator[tuple[str, Experi
     }
     model = dataclasses.replace(experiment.model, item_placement="sparse")
     sparse = dataclasses.replace(experiment, features=features, model=model)
-    yield "placement = sparse of all features and model.item_placement=sparse ", sparse, devices
+    yield "model.item_placement=sparse and placement=sparse of the features, ", sparse, devices
     count = 2 * devices
     while count <= _MOST_DEVICES:
         if experiment.train.batch_size % count == 0:

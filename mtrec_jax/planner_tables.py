@@ -54,11 +54,9 @@ def _memory(found: DevicePlan) -> Table:
 
 
 def _moved(found: DevicePlan) -> Table:
-    basis = "measured on the first batches" if found.measured else "as if all ids were distinct"
-    shown = _table(
-        f"Exchanged by a device in a step (buffers {basis})",
-        ["what", "collective", "devices", "bytes"],
-    )
+    basis = "measured on the first batches" if found.measured else "for ids that are all distinct"
+    title = "Exchanged by a device in a step" + (f", buffers {basis}" if found.buffers else "")
+    shown = _table(title, ["what", "collective", "devices", "bytes"])
     sizes: dict[tuple[str, str, int], int] = {}
     for moved in found.moved:  # of all stacks together
         kind = moved.what, moved.how, moved.over

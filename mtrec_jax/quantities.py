@@ -48,7 +48,7 @@ def parse_rows(texts: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def quantity_text(value: float, unit: str = "B") -> str:
+def quantity_text(value: float | int, unit: str = "B") -> str:
     """A number with a unit, in three digits.
 
     >>> quantity_text(1.5e9), quantity_text(999), quantity_text(2e12, "B/s")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.errors import ConfigError
@@ -42,7 +42,7 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raise `ConfigError` unless a batch divides over all devices of the mesh."""
     if batch_size % mesh.size:
         raise ConfigError(

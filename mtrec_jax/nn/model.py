@@ -107,29 +107,18 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     def batch_items(
         params: PyTree, rows: Rows, catalogue: Catalogue, looked: Lookups, batch: Batch
     ) -> ItemVectors:
-        examples, length = batch.cutoff.shape[0], 0
-        if plan.has_events:
-            length = batch.events["item"].shape[1]
         if not plan.has_items:
-            none = jnp.zeros((0, width), dtype)
-            return ItemVectors(jnp.zeros((examples, 0, width), dtype), None, none)
+            none = jnp.zeros((batch.user.shape[0], 0, width), dtype)
+            return ItemVectors(none, None, none.reshape(0, width))
         found = items(params, rows, catalogue, looked.item_ids)
-        if plan.fields["item"].stack != DENSE:
-            alone = {
-                stack: {
-                    role.replace("negative", "item"): part
-                    for role, part in by_role.items()
-                    if role.startswith("negative")
-                }
-                for stack, by_role in rows.items()
-            }
-            negatives = items(params, alone, catalogue, looked.negatives)
-            return ItemVectors(found[:, :length], found[:, length:], negatives)
-        places = batch.events["item"] if plan.has_events else jnp.zeros((examples, 0), jnp.int32)
-        return ItemVectors(
-            *(jnp.take(found, jnp.asarray(ids), axis=0) for ids in (places, batch.candidate)),
-            jnp.take(found, looked.negatives, axis=0),
-        )
+        events = batch.events["item"] if plan.has_events else batch.candidate[:, :0]
+        if plan.fields["item"].stack == DENSE:
+            parts = (events, batch.candidate, looked.negatives)
+            return ItemVectors(*(jnp.take(found, jnp.asarray(ids), axis=0) for ids in parts))
+        alone = _as_items(rows, "negative")
+        negatives = items(params, alone, catalogue, looked.negatives)
+        length = events.shape[1]
+        return ItemVectors(found[:, :length], found[:, length:], negatives)
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None
@@ -144,6 +133,14 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         return network(params).outputs(states, candidates, key)
 
     return Model(init, lookups, items, batch_items, users, rank, item_lookups, plan.task_names)
+
+
+def _as_items(rows: Rows, role: str) -> Rows:
+    """The rows of another role and its features, as if they were those of the items."""
+    return {
+        stack: {r.replace(role, "item"): rows for r, rows in by_role.items() if r.startswith(role)}
+        for stack, by_role in rows.items()
+    }
 
 
 def gather_rows(

@@ -25,8 +25,8 @@ BATCHES = 4  # of a run, which are measured
 
 
 def first_batches(source: BatchSource) -> list[Batch]:
-    """The batches that are measured: the run's first."""
-    return [source[s] for s in range(min(BATCHES, len(source)))]
+    """The batches that are measured: the run's first, of one epoch."""
+    return [source[s] for s in range(min(BATCHES, source.batches_per_epoch))]
 
 
 def measured_buffers(
