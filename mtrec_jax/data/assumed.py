@@ -123,7 +123,7 @@ def batch_shapes(experiment: Experiment, manifest: Manifest, size: int) -> Batch
     columns = ("item", *(c for f in manifest.history for c in f.columns)) if length else ()
     per_task = {name: array(positions) for name in experiment.tasks}
     return Batch(
-        context=context,
+        context=context,  # type: ignore[arg-type]
         events={name: array(length, of=whole) for name in columns},  # type: ignore[misc]
         cutoff=array(positions, of=whole),  # type: ignore[arg-type]
         candidate=array(positions, of=whole),  # type: ignore[arg-type]

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtrec_jax.config import Experiment
 from mtrec_jax.data.assumed import resized
+from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.nn.exchange import default_buffers, demand
 from mtrec_jax.nn.model import make_catalogue, make_model
 from mtrec_jax.nn.network import make_plan
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train.capacity import measured_buffers
 from mtrec_jax.train.costs import exchange_of_rows
+from mtrec_jax.train.loop import train as train_run
+from mtrec_jax.train.records import read_records
 from mtrec_jax.types import FIRST, Batch
 from tests import tiny
 
@@ -25,6 +31,14 @@ EXPERIMENT = tiny.experiment(
     data={"history_length": LENGTH},
     train={"batch_size": SIZE, "negatives": 256},
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def zipf_batch(seed: int) -> Batch:
@@ -78,3 +92,18 @@ def test_demand_counts_distinct_ids_by_owner() -> None:
 def test_whole_tables_need_no_buffers() -> None:
     model = make_model(tiny.experiment(), tiny.manifest())
     assert measured_buffers(model, tiny.catalogue(), [], make_mesh((8, 1)), {}, seed=0) == {}
+
+
+def test_a_run_on_shards_records_its_rounds(
+    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(
+        shop_experiment.model, towers="shared_bottom", fusion="none", item_placement="sparse"
+    )
+    train = dataclasses.replace(shop_experiment.train, mesh=(2, 4), steps=6, log_every=2)
+    experiment = dataclasses.replace(shop_experiment, model=model, train=train)
+    run = train_run(experiment, shop_prepared, tmp_path / "run", show_progress=False)
+    records = read_records(run.folder / "metrics.jsonl")
+    rounds = [r for r in records if r["metric"] == "rounds"]
+    assert [r["step"] for r in rounds] == [2, 4, 6]
+    assert all(r["value"] == 1 for r in rounds[:2])  # these batches were measured

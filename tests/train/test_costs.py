@@ -110,7 +110,7 @@ def _compiled(name: str) -> Any:
     def all_of(tree: Any, spec: P) -> Any:
         return placed(tree, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree))
 
-    return step.update.lower(
+    return step.update.lower(  # type: ignore[attr-defined]
         placed(state, state_shardings(state, mesh)),
         all_of(batch_shapes(experiment, manifest, experiment.train.batch_size), P(AXES)),
         all_of(catalogue_shapes(experiment, manifest), P()),
