@@ -22,6 +22,8 @@ _HOME = {
     "evaluate_run": "mtrec_jax.train.run",
     "fit": "mtrec_jax.from_tables",
     "Recommender": "mtrec_jax.recommender",
+    "plan": "mtrec_jax.planner",
+    "Device": "mtrec_jax.planner",
     "cosine_scores": "mtrec_jax.kernels",
     "cosine_topk": "mtrec_jax.kernels",
     "dot_topk": "mtrec_jax.kernels",

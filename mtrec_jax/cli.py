@@ -14,6 +14,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mtrec_jax.cli_options import (
+    Config,
+    DataFolder,
+    EngineOption,
+    Master,
+    Memory,
+    MovedFolder,
+    PreparedFolder,
+    RunFolder,
+    RunOption,
+    Set,
+)
+from mtrec_jax.cli_plan import plan
 from mtrec_jax.errors import Error
 from mtrec_jax.interrupts import unwinding
 from mtrec_jax.quiet import quieten
@@ -36,30 +49,7 @@ SIGTERM: training is saved, other commands leave nothing partial.
 """,
 )
 
-Config = Annotated[str, typer.Argument(help="A TOML file, or a built-in name such as shop.")]
-RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/shop.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a key: model.towers=ple. May be repeated."),
-]
-DataFolder = Annotated[Path, typer.Option("--data", help="Folder of the raw files.")]
-PreparedFolder = Annotated[
-    Path | None, typer.Option("--prepared", help="Prepared folder; default prepared/NAME.")
-]
-MovedFolder = Annotated[
-    Path | None,
-    typer.Option("--prepared", help="Prepared folder, if it is not where the run was trained."),
-]
-EngineOption = Annotated[
-    Literal["duckdb", "spark"],
-    typer.Option("--engine", help="Both give the same folder; spark needs mtrec_jax[spark]."),
-]
-Memory = Annotated[
-    str, typer.Option(help="Most memory of the engine, as 4GB; default a quarter of the machine's.")
-]
-Master = Annotated[str, typer.Option(help="Of Spark; a cluster must see data and out.")]
 SHOPS = ("shop", "shop-social")  # generated, from a seed
-RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 
 
 @app.command()
@@ -263,6 +253,9 @@ def run(
     remedy = "Name other folders for the new data with --run and --prepared"
     opened = _prepare(experiment, data, out, folder, remedy, engine, memory, master)
     _evaluate(_train(experiment, opened, folder), "validation")
+
+
+app.command()(plan)
 
 
 def main(begin: Callable[[], None] | None = None) -> None:

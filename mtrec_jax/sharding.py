@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.errors import ConfigError
@@ -48,7 +48,7 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh, parts: int = 1) -> None:
     """Raise `ConfigError` unless a batch, or each of its parts, divides over all devices."""
     if batch_size % (parts * mesh.size) and parts > 1:
         raise ConfigError(
@@ -107,6 +107,11 @@ def own_part(tree: PyTree, mesh: Mesh) -> PyTree:
 def own_copy(tree: PyTree, mesh: Mesh) -> PyTree:
     """Arrays that every device holds whole, as they are on the first device of this process."""
     return tree if mesh.size == 1 else jax.tree.map(lambda array: array.addressable_data(0), tree)
+
+
+def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The same arrays, whole on every device; in `jax.jit`."""
+    return jax.lax.with_sharding_constraint(tree, whole_on(mesh))
 
 
 def cut_examples(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:

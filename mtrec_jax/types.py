@@ -52,11 +52,16 @@ class Lookups(NamedTuple):
     """Which rows a batch touches, before any is fetched."""
 
     addresses: dict[str, dict[str, jax.Array]]  # {stack: {role: addresses, -1 where nothing}}
-    item_ids: jax.Array  # [U] item ids whose vectors the batch needs
-    event_index: jax.Array  # [B, L] where each event's item stands in item_ids
-    candidate_index: jax.Array  # [B, P]
+    item_ids: jax.Array  # [N + 2] all items, or where their table is sparse [B, L + P] the batch's
     negatives: jax.Array  # [n] item ids of the shared sampled negatives
-    negative_index: jax.Array  # [n]
+
+
+class ItemVectors(NamedTuple):
+    """Vectors of the items of a batch."""
+
+    events: jax.Array  # [B, L, D]
+    candidates: jax.Array | None  # [B, P, D]; None where the data has no items
+    negatives: jax.Array  # [n, D]
 
 
 class UserStates(NamedTuple):
@@ -90,4 +95,5 @@ class TrainState(NamedTuple):
     key: jax.Array  # PRNG key of the run
     step: jax.Array  # [] int32
     sums: dict[str, jax.Array]  # {task: [2]} loss numerator and weight since the last record
+    rounds: jax.Array  # [] int32: of the slowest exchange of rows since the last record
     bad: jax.Array  # [2] int32: steps left out as their loss or gradient was not finite; the first

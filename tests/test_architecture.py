@@ -19,13 +19,13 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 # Imports point to the same layer or to one further up.
 LAYERS = (
     ("errors", "config", "types", "interrupts", "quiet", "arguments", "processes"),
-    ("overrides", "experiments", "data", "kernels", "sharding"),
+    ("overrides", "experiments", "quantities", "data", "kernels", "sharding"),
     ("nn", "baselines"),
     ("evaluation",),
     ("train",),
     ("requests", "result", "recommender"),
-    ("from_tables",),
-    ("cli",),
+    ("from_tables", "planner", "planner_tables"),
+    ("cli_options", "cli_plan", "cli"),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
@@ -43,7 +43,7 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "duckdb": (),
     "fsspec": ("data/locate.py",),
     "pandas": (),
-    "typer": ("cli.py",),
+    "typer": ("cli.py", "cli_options.py", "cli_plan.py"),
 }
 
 

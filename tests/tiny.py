@@ -161,7 +161,7 @@ def forward(
     vectors = model.items(params, rows, items, everything)
     looked = model.lookups(examples, items, None)
     rows = gather_rows(params, tables, looked.addresses)
-    used = model.items(params, rows, items, looked.item_ids)
-    states = model.users(params, rows, used, looked.event_index, examples, None)
-    outputs = model.rank(params, states, used[looked.candidate_index], None)
+    used = model.batch_items(params, rows, items, looked, examples)
+    states = model.users(params, rows, used.events, examples, None)
+    outputs = model.rank(params, states, used.candidates, None)
     return vectors, states, outputs

@@ -89,8 +89,10 @@ def make_inference(model: Model, catalogue: Catalogue, mesh: Mesh | None = None)
             for stack, roles in looked.addresses.items()
         }
         rows = gather_rows(params, tables, found)
-        events = batch.events.get("item", jnp.zeros((batch.user.shape[0], 0), jnp.int32))
-        return model.users(params, rows, vectors, jnp.asarray(events), batch, None)
+        none = jnp.zeros((batch.user.shape[0], 0, vectors.shape[1]), vectors.dtype)
+        past = batch.events.get("item")
+        events = none if past is None else jnp.take(vectors, jnp.asarray(past), axis=0)
+        return model.users(params, rows, events, batch, None)
 
     @jax.jit
     def rank(params: PyTree, states: UserStates, vectors: Array, candidates: Array) -> Outputs:

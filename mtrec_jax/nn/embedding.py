@@ -1,7 +1,8 @@
 """Embedding tables: where a feature's row lives, and the gather that fetches it.
 
 All tables that are updated alike share one array, a *stack*: "dense" (part of the parameters,
-updated by optax), or one named after its rule (updated row by row, see `train.sparse`). The number
+updated by optax), or one named after its rule (updated row by row, see `train.sparse`). Addresses
+are int32: what one stack cannot hold goes to a further one, "adagrad-2" after "adagrad". The number
 of a row is the offset of its owner + local id, and in the dense stack that is its address. Stacks
 that are updated row by row are split over devices; popular ids are often neighbours there, so
 neighbours are spread over all parts, the same way for any number of devices.
@@ -20,10 +21,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.sharding import ROW_MULTIPLE
 from mtrec_jax.types import FIRST, PAD
 
 DENSE = "dense"
+MOST_ROWS = 2**31 - 2**24  # of a stack; addresses beyond it, of what must not be written, are int32
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ class Group:
 
 
 def layout(owners: Sequence[tuple[str, str, int, int]]) -> tuple[dict[str, Field], dict[str, int]]:
-    """Give each owner its place: (owner, stack, size, slots) -> ({owner: Field}, {stack: rows}).
+    """Give each owner its place: (owner, rule, size, slots) -> ({owner: Field}, {stack: rows}).
+
+    Raises:
+      ConfigError: a table has more rows than a stack can hold.
 
     >>> fields, rows = layout([("item", "sgd", 5, 1), ("context.user", "sgd", 4, 1)])
     >>> fields["context.user"].offset, rows
@@ -59,12 +65,40 @@ def layout(owners: Sequence[tuple[str, str, int, int]]) -> tuple[dict[str, Field
     """
     fields: dict[str, Field] = {}
     used: dict[str, int] = {}
-    for owner, stack, size, slots in owners:
+    for owner, rule, size, slots in owners:
+        stack = _stack_with_room(owner, rule, size, used)
         fields[owner] = Field(owner, stack, used.get(stack, 0), size, slots)
         used[stack] = used.get(stack, 0) + size
     rows = {s: -(-n // ROW_MULTIPLE) * ROW_MULTIPLE for s, n in used.items()}
     spread = {o: replace(f, spread=rows[f.stack]) for o, f in fields.items() if f.stack != DENSE}
     return fields | spread, rows
+
+
+def rule_of(stack: str) -> str:
+    """The rule that updates a stack.
+
+    >>> rule_of("adagrad-2")
+    'adagrad'
+    """
+    return stack.split("-")[0]
+
+
+def _stack_with_room(owner: str, rule: str, size: int, used: dict[str, int]) -> str:
+    if size > MOST_ROWS:
+        raise ConfigError(
+            f"{owner}: a table of {size:,} rows is more than the {MOST_ROWS:,} of one array; hash "
+            "its values into fewer buckets (kind = hashed), or split the feature into several"
+        )
+    stack, number = rule, 1
+    while used.get(stack, 0) + size > MOST_ROWS:
+        if rule == DENSE:
+            raise ConfigError(
+                f"{owner}: the tables with placement = dense have more than {MOST_ROWS:,} rows "
+                "together; give the large ones placement = sparse"
+            )
+        number += 1
+        stack = f"{rule}-{number}"
+    return stack
 
 
 def spread(number: Int[Array, "..."], rows: int) -> Int[Array, "..."]:
@@ -102,7 +136,7 @@ def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Arra
     return jnp.where((address >= 0)[..., None], rows, 0)
 
 
-def computed_dtype(table: jax.Array) -> jnp.dtype:
+def computed_dtype(table: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
     """Of arithmetic on rows: float32 for a bfloat16 table, else the table's own."""
     return jnp.promote_types(table.dtype, jnp.float32)
 

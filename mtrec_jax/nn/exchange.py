@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
     rounds: Int[Array, " S"]
 
 
-def default_buffers(ids: int, mesh: Mesh) -> Buffers:
+def default_buffers(ids: int, mesh: Mesh | AbstractMesh) -> Buffers:
     """Buffers for a number of ids in all, most of them distinct and evenly spread.
 
     >>> from mtrec_jax.sharding import make_mesh
@@ -60,6 +60,26 @@ def default_buffers(ids: int, mesh: Mesh) -> Buffers:
     return Buffers(
         max(1, -(-5 * ids // (4 * mesh.size * shards))), max(1, -(-5 * ids // (4 * shards)))
     )
+
+
+def demand(
+    ids: Int[Array, " n"], rows: int, mesh: Mesh | AbstractMesh
+) -> Int[Array, "devices shards"]:
+    """How many ids each device sends to each owner in a `look_up`; places for all take one round.
+
+    Args:
+      ids: as `look_up` takes them.
+      rows: V of the table.
+      mesh: with the axes "data" and "table"; its devices need not be there.
+    """
+    shards = mesh.shape["table"]
+
+    def of_device(part: Array) -> Array:
+        _, owner, _ = _route(part, rows // shards, shards)
+        every = jnp.arange(shards, dtype=jnp.int32)
+        return jnp.sum(owner[:, None] == every[None, :], axis=0, dtype=jnp.int32)
+
+    return jax.vmap(of_device)(ids.reshape(mesh.size, -1))
 
 
 def look_up(
@@ -183,6 +203,12 @@ def update(
     return program(table, slots, asked, grads)
 
 
+def rounds(asked: Asked, buffers: Buffers) -> Int[Array, ""]:
+    """How often the slowest exchange of a step went through the network; 1 if buffers suffice."""
+    windows = -(-asked.numbers // buffers.window)
+    return jnp.maximum(jnp.max(asked.rounds), jnp.max(windows)).astype(jnp.int32)
+
+
 # --- Inside `jax.shard_map`
 
 _DROP: dict[str, Any] = {"mode": "drop"}
@@ -196,6 +222,9 @@ def _sharded(
 
 def _exchanged(array: Array) -> Array:
     """Part s of the first axis to shard s, and from there what it has for this device."""
+    if array.dtype == jnp.bfloat16:  # some backends would send it as float32
+        bits = lax.bitcast_convert_type(array, jnp.uint16)
+        return lax.bitcast_convert_type(_exchanged(bits), jnp.bfloat16)
     return lax.all_to_all(array, "table", 0, 0, tiled=True)
 
 

@@ -1,11 +1,11 @@
 """The multi-task model as pure functions over plain pytrees.
 
-Training and serving call the same five functions in the same order:
+Training and serving call the same functions in the same order:
 
     looked  = model.lookups(batch, catalogue, key)        which rows
     rows    = gather_rows(params, tables, looked)         fetch them
-    vectors = model.items(params, rows, ...)              item tower          [U, D]
-    states  = model.users(params, rows, vectors, ...)     history encoder     [B, P, D]
+    vectors = model.items(params, rows, ...)              item tower          [..., D]
+    states  = model.users(params, rows, events, ...)      history encoder     [B, P, D]
     outputs = model.rank(params, states, vectors, ...)    experts, towers, fusion
 """
 
@@ -31,6 +31,7 @@ from mtrec_jax.types import (
     Array,
     Batch,
     Catalogue,
+    ItemVectors,
     Lookups,
     Outputs,
     PyTree,
@@ -45,8 +46,9 @@ class Model(NamedTuple):
 
     init: Callable[..., tuple[PyTree, dict[str, jax.Array]]]  # key, mesh=None -> params, tables
     lookups: Callable[[Batch, Catalogue, jax.Array | None], Lookups]
-    items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # -> [U, D]
-    users: Callable[[PyTree, Rows, Array, jax.Array, Batch, jax.Array | None], UserStates]
+    items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # item ids [...] -> [..., D]
+    batch_items: Callable[[PyTree, Rows, Catalogue, Lookups, Batch], ItemVectors]
+    users: Callable[[PyTree, Rows, Array, Batch, jax.Array | None], UserStates]  # events [B, L, D]
     rank: Callable[[PyTree, UserStates, jax.Array | None, jax.Array | None], Outputs]
     item_lookups: Callable[[Array, Catalogue], dict[str, dict[str, jax.Array]]]
     tasks: tuple[str, ...]  # order of the fusion weights
@@ -103,24 +105,43 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         numbers = jnp.asarray(catalogue.numbers)[item_ids]
         return network(params).item_vectors(own, features, ids, numbers)
 
+    def batch_items(
+        params: PyTree, rows: Rows, catalogue: Catalogue, looked: Lookups, batch: Batch
+    ) -> ItemVectors:
+        if not plan.has_items:
+            none = jnp.zeros((batch.user.shape[0], 0, width), dtype)
+            return ItemVectors(none, None, none.reshape(0, width))
+        found = items(params, rows, catalogue, looked.item_ids)
+        events = batch.events["item"] if plan.has_events else batch.candidate[:, :0]
+        if plan.fields["item"].stack == DENSE:
+            parts = (events, batch.candidate, looked.negatives)
+            return ItemVectors(*(jnp.take(found, jnp.asarray(ids), axis=0) for ids in parts))
+        alone = _as_items(rows, "negative")
+        negatives = items(params, alone, catalogue, looked.negatives)
+        length = events.shape[1]
+        return ItemVectors(found[:, :length], found[:, length:], negatives)
+
     def users(
-        params: PyTree,
-        rows: Rows,
-        vectors: Array,
-        event_index: jax.Array,
-        batch: Batch,
-        key: jax.Array | None,
+        params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None
     ) -> UserStates:
         roles = ("context", "history")
         by_role = {role: {s: r[role] for s, r in rows.items() if role in r} for role in roles}
-        return network(params).user_states(batch, by_role, vectors, event_index, key)
+        return network(params).user_states(batch, by_role, events, key)
 
     def rank(
         params: PyTree, states: UserStates, candidates: jax.Array | None, key: jax.Array | None
     ) -> Outputs:
         return network(params).outputs(states, candidates, key)
 
-    return Model(init, lookups, items, users, rank, item_lookups, plan.task_names)
+    return Model(init, lookups, items, batch_items, users, rank, item_lookups, plan.task_names)
+
+
+def _as_items(rows: Rows, role: str) -> Rows:
+    """The rows of another role and its features, as if they were those of the items."""
+    return {
+        stack: {r.replace(role, "item"): rows for r, rows in by_role.items() if r.startswith(role)}
+        for stack, by_role in rows.items()
+    }
 
 
 def gather_rows(

@@ -164,13 +164,14 @@ class Network(nnx.Module):
     def item_vectors(
         self, own: jax.Array, feature_rows: dict[str, jax.Array], ids: jax.Array, numbers: jax.Array
     ) -> jax.Array:
-        """Own rows [U, D] and features -> item vectors [U, D]."""
+        """Own rows [..., D] and features -> item vectors [..., D]."""
         if self.item_features is None:
             return own
         parts = [numbers.astype(own.dtype)]
         if self.plan.item.fields:
             pooled = pool(self.plan.item, ids, feature_rows)
-            parts.append(pooled.reshape(pooled.shape[0], -1))
+            features = pooled.shape[-2] * pooled.shape[-1]  # there may be no items
+            parts.append(pooled.reshape(*own.shape[:-1], features))
         return self.config.item_id_scale * own + self.item_features(jnp.concatenate(parts, axis=-1))
 
     def context_vector(self, batch: Batch, rows: dict[str, jax.Array]) -> jax.Array | None:
@@ -191,26 +192,25 @@ class Network(nnx.Module):
         self,
         batch: Batch,
         rows: dict[str, dict[str, jax.Array]],
-        vectors: Array,
-        event_index: jax.Array,
+        events: Array,
         key: jax.Array | None,
     ) -> UserStates:
-        """Encode context and history: vectors [B, P, D] at each position, context [B, F]."""
+        """Encode context and the events' item vectors [B, L, D]: vectors [B, P, D] at each
+        position, context [B, F]."""
         b, p = batch.cutoff.shape
         context = self.context_vector(batch, rows.get("context", {}))
         projected = None
         if context is not None and self.user_context is not None:
             projected = self.user_context(context)
         if context is None:
-            context = jnp.zeros((b, 0), vectors.dtype)
+            context = jnp.zeros((b, 0), events.dtype)
         if not self.plan.has_events:
-            states = jnp.zeros((b, self.config.width), vectors.dtype)
+            states = jnp.zeros((b, self.config.width), events.dtype)
             states = states if projected is None else projected
-            none = jnp.zeros((b, 0, self.config.width), vectors.dtype)
+            none = jnp.zeros((b, 0, self.config.width), events.dtype)
             states = jnp.broadcast_to(states[:, None], (b, p, states.shape[1]))
             return UserStates(states, context, none, none, jnp.asarray(batch.cutoff))
-        events = jnp.take(vectors, event_index, axis=0)  # (B, L, D)
-        tokens = events
+        tokens = events = jnp.asarray(events)
         if self.plan.history.fields:
             ids = history_ids(self.plan, batch)
             behaviour = pool(self.plan.history, ids, rows["history"]).sum(axis=-2)
@@ -226,11 +226,8 @@ class Network(nnx.Module):
         start = start if projected is None else start + projected
         # (B, 1 + L, D): state s has seen s events
         hidden = self.transformer(jnp.concatenate([start[:, None], tokens], axis=1), key)
-        # Whole rows of a flat array are gathered, and their gradients scattered, fastest.
-        place = (
-            jnp.asarray(batch.cutoff) + hidden.shape[1] * jnp.arange(b, dtype=jnp.int32)[:, None]
-        )
-        states = jnp.take(hidden.reshape(-1, hidden.shape[2]), place, axis=0)
+        # Whole rows are gathered, each example's from its own: none comes from another device.
+        states = jax.vmap(lambda seen, cutoff: seen[cutoff])(hidden, jnp.asarray(batch.cutoff))
         if self.search is not None:
             states = states + self.search(behaviour, searched, jnp.asarray(batch.cutoff))
         if self.user_numbers is not None:  # they belong to this example's time, not to the start

@@ -15,7 +15,7 @@ from mtrec_jax.nn.model import Model, Rows, gather_rows
 from mtrec_jax.sharding import cut_examples
 from mtrec_jax.train.balance import Balancer
 from mtrec_jax.train.objective import Draws, Sums, batch_losses, draw, known_weights, loss_names
-from mtrec_jax.train.tables import Addresses, Fetched, fetch
+from mtrec_jax.train.tables import Addresses, BuffersOf, Fetched, fetch
 from mtrec_jax.types import Batch, Catalogue, Lookups, PyTree, TrainState
 
 
@@ -38,6 +38,7 @@ def make_differentiate(
     model: Model,
     mesh: jax.sharding.Mesh,
     balancer: Balancer,
+    buffers: BuffersOf,
 ) -> Differentiate:
     """Losses and gradients of a batch as a function of the state; to be compiled.
 
@@ -63,7 +64,7 @@ def make_differentiate(
         ) -> tuple[jax.Array, Sums]:
             looked = lookups(batch)
             rows = rows | gather_rows(params, {}, _of_stacks(looked, dense=True))
-            given = params, fusing, rows, looked, batch, catalogue, draws
+            given = params, fusing, rows, looked, batch, catalogue, draws, mesh
             sums = batch_losses(experiment, manifest, model, *given)
             return jnp.sum(jnp.stack([scales[n] * sums[n][0] for n in names])), sums
 
@@ -81,7 +82,7 @@ def make_differentiate(
             batch, draws = _cut(batch, draws, parts, mesh)
             search, found = jax.vmap(lookups), _added_up(found)
         addresses = _of_stacks(search(batch), dense=False)
-        fetched = fetch(state.tables, state.scratch, addresses, mesh)
+        fetched = fetch(state.tables, state.scratch, addresses, mesh, buffers)
         (sums, to_params, to_fusing), to_rows = found(fetched.rows, batch, draws)
         if "fusion" in names and "fusion" not in known:
             scale = _share(weights["fusion"], sums["fusion"][1])

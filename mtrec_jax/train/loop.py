@@ -27,8 +27,10 @@ from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_inference
 from mtrec_jax.nn.model import make_model
+from mtrec_jax.nn.network import make_plan
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.train import checkpoint
+from mtrec_jax.train.capacity import first_batches, measured_buffers
 from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
@@ -200,7 +202,11 @@ def _make_job(
     mesh = make_mesh(experiment.train.mesh)
     source, total, every = _schedule(experiment, prepared)
     model = make_model(experiment, prepared.manifest)
-    catalogue = replicate(load_catalogue(prepared, experiment), mesh)
+    items = load_catalogue(prepared, experiment)
+    rows = make_plan(experiment, prepared.manifest).rows
+    first = first_batches(source) if mesh.shape["table"] > 1 else []
+    buffers = measured_buffers(model, items, first, mesh, rows, experiment.train.seed)
+    catalogue = replicate(items, mesh)
     return _Job(
         experiment=experiment,
         prepared=prepared,
@@ -210,7 +216,7 @@ def _make_job(
         every=every,
         epoch=source.batches_per_epoch,
         batches=training_batches(source),
-        step=make_step(experiment, prepared.manifest, model, mesh, total, optimizer),
+        step=make_step(experiment, prepared.manifest, model, mesh, total, optimizer, buffers),
         catalogue=catalogue,
         inference=make_inference(model, catalogue, mesh),
         records=Records(folder / "metrics.jsonl", processes.is_first()),
@@ -245,7 +251,7 @@ def _run_steps(
             left_out = _check_finite(job, bar, state, number, recent, left_out)
         bar.advance(number, job.records.last_losses)
         if number % config.log_every == 0 or number == job.total:
-            state = _log_losses(job.records, state, number)
+            state = _log_losses(job.records, state, number, job.mesh)
         evaluated = None
         if number % job.every == 0 or number == job.total:
             bar.say("evaluating")
@@ -323,8 +329,13 @@ def _schedule(experiment: Experiment, prepared: Prepared) -> tuple[BatchSource, 
     return source, total, config.evaluate_every or one.batches_per_epoch
 
 
-def _log_losses(records: Records, state: TrainState, number: int) -> TrainState:
-    """Write each task's mean loss since the last record, and start the sums anew."""
+def _log_losses(
+    records: Records, state: TrainState, number: int, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Write each task's mean loss since the last record, and start the sums anew.
+
+    Where tables are split, the rounds of the slowest exchange of rows are written as well.
+    """
     sums = {name: jax.device_get(value) for name, value in state.sums.items()}
     for name, (numerator, weight) in sums.items():
         if not math.isfinite(numerator):
@@ -335,7 +346,12 @@ def _log_losses(records: Records, state: TrainState, number: int) -> TrainState:
         records.add(number, "train", name, "loss", float(numerator / max(weight, 1e-9)))
     zeros = {name: np.zeros(value.shape, value.dtype) for name, value in state.sums.items()}
     placed = {n: jax.device_put(z, state.sums[n].sharding) for n, z in zeros.items()}
-    return state._replace(sums=placed)
+    if mesh.shape["table"] == 1:
+        return state._replace(sums=placed)
+    rounds = jax.device_get(state.rounds)
+    records.add(number, "exchange", "run", "rounds", float(rounds))
+    none = jax.device_put(np.zeros((), np.int32), state.rounds.sharding)
+    return state._replace(sums=placed, rounds=none)
 
 
 def _evaluate(job: _Job, state: TrainState, number: int, task: str, metric: str) -> float:

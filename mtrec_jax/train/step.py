@@ -12,13 +12,14 @@ import optax
 
 from mtrec_jax.config import Experiment, Train
 from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.nn.embedding import rule_of
 from mtrec_jax.nn.model import Model
 from mtrec_jax.sharding import state_shardings
 from mtrec_jax.train.balance import static, uncertainty
 from mtrec_jax.train.gradients import Differentiate, make_differentiate
 from mtrec_jax.train.objective import loss_names
-from mtrec_jax.train.sparse import RULES, bounded
-from mtrec_jax.train.tables import apply_gradients, new_scratch
+from mtrec_jax.train.sparse import RULES, RowOptimizer, bounded
+from mtrec_jax.train.tables import BuffersOf, apply_gradients, new_scratch
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 
 
@@ -44,6 +45,7 @@ def make_step(
     mesh: jax.sharding.Mesh,
     total_steps: int,
     optimizer: optax.GradientTransformation | None = None,
+    buffers: BuffersOf | None = None,
 ) -> Step:
     """Compile the step of an experiment.
 
@@ -54,14 +56,12 @@ def make_step(
       mesh: devices; batches arrive split over them, `update` keeps the state's shardings.
       total_steps: length of the learning-rate schedule.
       optimizer: optax chain for the dense parameters instead of the configured one.
+      buffers: sizes of the exchange of rows by stack, as `capacity.measured_buffers` gives them.
     """
-    config = experiment.train
+    config, buffers = experiment.train, buffers or {}
     dense = optimizer or dense_optimizer(config, total_steps)
     row_schedule = learning_rate(config, config.row_learning_rate, total_steps)
-    rules = {
-        name: bounded(rule(), config.row_weight_decay, config.row_clip_norm)
-        for name, rule in RULES.items()
-    }
+    rules = _row_rules(config)
     names = loss_names(experiment)
     initial = _initial_weights(experiment)
     balancer = {"static": static, "uncertainty": uncertainty}[config.balance](initial)
@@ -72,17 +72,18 @@ def make_step(
         return TrainState(
             params=params,
             tables=tables,
-            slots={stack: rules[stack].init(table) for stack, table in tables.items()},
+            slots={stack: rules[rule_of(stack)].init(table) for stack, table in tables.items()},
             scratch=new_scratch(tables),
             optimizer=dense.init(params),
             balance=balancer.init(),
             key=key_run,
             step=jnp.zeros((), jnp.int32),
             sums={name: jnp.zeros(2, initial.dtype) for name in names},
+            rounds=jnp.zeros((), jnp.int32),
             bad=jnp.zeros(2, jnp.int32),
         )
 
-    differentiate = make_differentiate(experiment, manifest, model, mesh, balancer)
+    differentiate = make_differentiate(experiment, manifest, model, mesh, balancer, buffers)
 
     def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         found = differentiate(state, batch, catalogue)
@@ -100,6 +101,7 @@ def make_step(
             key_round,  # of bfloat16 tables only
             is_good,
             mesh,
+            buffers,
         )
         new = {
             "params": optax.apply_updates(state.params, updates),
@@ -121,6 +123,13 @@ def make_step(
         update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
         inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, differentiate))),
     )
+
+
+def _row_rules(config: Train) -> dict[str, RowOptimizer]:
+    return {
+        name: bounded(rule(), config.row_weight_decay, config.row_clip_norm)
+        for name, rule in RULES.items()
+    }
 
 
 def _inspect(finite: Callable[..., dict[str, jax.Array]], *arguments: Any) -> dict[str, bool]:

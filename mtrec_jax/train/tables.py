@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtrec_jax.nn import exchange
-from mtrec_jax.nn.embedding import computed_dtype
+from mtrec_jax.nn.embedding import computed_dtype, rule_of
 from mtrec_jax.nn.model import Rows, gather_rows
 from mtrec_jax.train.sparse import RowOptimizer, apply_rows, stochastic_round
 from mtrec_jax.types import PyTree, TrainState
 
 Addresses = dict[str, dict[str, jax.Array]]  # {stack: {role: addresses, -1 where nothing}}
+BuffersOf = dict[str, exchange.Buffers]  # {stack: sizes}; default_buffers where there are none
 
 
 class Fetched(NamedTuple):
@@ -36,18 +36,19 @@ def fetch(
     scratch: dict[str, jax.Array],
     addresses: Addresses,
     mesh: jax.sharding.Mesh,
+    buffers: BuffersOf,
 ) -> Fetched:
     """The rows at the addresses; differentiate with respect to `rows`."""
     if mesh.shape["table"] == 1:
         return Fetched(gather_rows({}, tables, addresses), addresses, scratch, {})
     rows, asked, scratch = {}, {}, dict(scratch)
     for stack, by_role in addresses.items():
-        table, ids = tables[stack], _flat(by_role, mesh.size)
-        sizes = exchange.default_buffers(len(ids), mesh)
+        table, ids = tables[stack], flat(by_role, mesh.size)
+        sizes = buffers.get(stack) or exchange.default_buffers(len(ids), mesh)
         found, scratch[stack], asked[stack] = exchange.look_up(
             table, scratch[stack], ids, mesh, sizes
         )
-        rows[stack] = _by_role(found.astype(computed_dtype(table)), by_role)
+        rows[stack] = _by_role(found.astype(computed_dtype(table)), by_role, mesh.size)
     return Fetched(rows, addresses, scratch, asked)
 
 
@@ -60,32 +61,34 @@ def apply_gradients(
     key: jax.Array,
     wanted: jax.Array,
     mesh: jax.sharding.Mesh,
+    buffers: BuffersOf,
 ) -> dict[str, Any]:
-    """`tables`, `slots` and `scratch` after the row-wise update with the gradients of all roles.
+    """`tables`, `slots`, `scratch` after the row-wise update with the gradients of all roles, and
+    the `rounds` of the slowest exchange so far.
 
     If `wanted` is false, no row is touched.
     """
     tables, slots, scratch = dict(state.tables), dict(state.slots), dict(fetched.scratch)
+    most = state.rounds
     for stack, by_role in fetched.addresses.items():
-        table, roles = tables[stack], sorted(by_role)
-        grads = jnp.concatenate([gradients[stack][r].reshape(-1, table.shape[1]) for r in roles])
+        table, optimizer = tables[stack], rules[rule_of(stack)]
+        of_roles = [gradients[stack][role].reshape(-1, table.shape[1]) for role in sorted(by_role)]
+        grads = _part_by_part(of_roles, mesh.size, 0)
         if stack not in fetched.asked:
-            ids = jnp.concatenate([by_role[r].reshape(-1) for r in roles])
-            ids = jnp.where(wanted, ids, -1)
+            ids = jnp.where(wanted, flat(by_role, mesh.size), -1)
             tables[stack], slots[stack], scratch[stack] = apply_rows(
-                rules[stack], table, slots[stack], scratch[stack], ids, grads, rate, key
+                optimizer, table, slots[stack], scratch[stack], ids, grads, rate, key
             )
             continue
         asked = fetched.asked[stack]
-        size = len(asked.leader)
-        grads = jnp.pad(grads, ((0, size - len(grads)), (0, 0)))
-        rule = _rule(rules[stack], rate, key, table.dtype)
-        sizes = exchange.default_buffers(size, mesh)
+        rule = _rule(optimizer, rate, key, table.dtype)
+        sizes = buffers.get(stack) or exchange.default_buffers(len(grads), mesh)
+        most = jnp.maximum(most, exchange.rounds(asked, sizes))
         asked = asked._replace(numbers=jnp.where(wanted, asked.numbers, 0))
         tables[stack], slots[stack] = exchange.update(
             rule, table, slots[stack], asked, grads, mesh, sizes
         )
-    return {"tables": tables, "slots": slots, "scratch": scratch}
+    return {"tables": tables, "slots": slots, "scratch": scratch, "rounds": most}
 
 
 def _rule(
@@ -101,16 +104,34 @@ def _rule(
     return rule
 
 
-def _flat(by_role: dict[str, jax.Array], parts: int) -> jax.Array:
-    """The addresses of all roles one after the other, filled up with -1 to divide over devices."""
-    ids = jnp.concatenate([by_role[role].reshape(-1) for role in sorted(by_role)])
-    return jnp.pad(ids, (0, -len(ids) % parts), constant_values=-1)
+def flat(by_role: dict[str, jax.Array], parts: int) -> jax.Array:
+    """The addresses of all roles as one array that divides over devices, -1 where nothing.
+
+    Each device's part is made of its own parts of all roles, so that nothing moves.
+
+    >>> flat({"a": jnp.array([[1, 2], [3, 4]]), "b": jnp.array([5, 6, 7])}, 2).tolist()
+    [1, 2, 5, 6, 3, 4, 7, -1]
+    """
+    return _part_by_part([by_role[role].reshape(-1) for role in sorted(by_role)], parts, -1)
 
 
-def _by_role(rows: jax.Array, by_role: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    roles = sorted(by_role)
-    ends = np.cumsum([by_role[role].size for role in roles])
-    return {
-        role: rows[end - by_role[role].size : end].reshape(*by_role[role].shape, rows.shape[1])
-        for role, end in zip(roles, ends, strict=True)
-    }
+def _part_by_part(arrays: list[jax.Array], parts: int, fill: int) -> jax.Array:
+    columns = []
+    for array in arrays:
+        more = ((0, -len(array) % parts), *[(0, 0)] * (array.ndim - 1))
+        whole = jnp.pad(array, more, constant_values=fill)
+        columns.append(whole.reshape(parts, len(whole) // parts, *array.shape[1:]))
+    joined = jnp.concatenate(columns, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def _by_role(rows: jax.Array, by_role: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+    """The rows [n, D] of `flat` addresses as each role has them: [..., D]."""
+    columns = rows.reshape(parts, len(rows) // parts, rows.shape[1])
+    found, end = {}, 0
+    for role in sorted(by_role):
+        shape, size = by_role[role].shape, by_role[role].size
+        start, end = end, end - (-size // parts)
+        part = columns[:, start:end].reshape(-1, rows.shape[1])
+        found[role] = part[:size].reshape(*shape, rows.shape[1])
+    return found

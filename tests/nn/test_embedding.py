@@ -5,8 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.nn.embedding import (
+    MOST_ROWS,
     ROW_MULTIPLE,
     Field,
     Group,
@@ -15,6 +18,8 @@ from mtrec_jax.nn.embedding import (
     initial_table,
     layout,
     pool,
+    rule_of,
+    spread,
 )
 
 # ids stand side by side: segment | tags, tags, tags | city
@@ -35,6 +40,41 @@ def test_layout_gives_each_owner_its_own_rows_of_its_stack() -> None:
         ("sparse", 100),
     ]
     assert rows == {"sparse": 2 * ROW_MULTIPLE, "dense": ROW_MULTIPLE}  # 140 and 5, rounded up
+
+
+def test_a_further_stack_opens_before_addresses_overflow() -> None:
+    big = MOST_ROWS - 100
+    fields, rows = layout(
+        [
+            ("a", "adagrad", big, 1),
+            ("b", "adagrad", 2 * 10**9, 1),
+            ("c", "sgd", 7, 1),
+            ("d", "adagrad", 90, 1),
+            ("e", "adagrad", 2 * 10**9, 1),
+        ]
+    )
+    stacks = {owner: f.stack for owner, f in fields.items()}
+    assert stacks == {
+        "a": "adagrad",
+        "b": "adagrad-2",
+        "c": "sgd",
+        "d": "adagrad",
+        "e": "adagrad-3",
+    }
+    assert fields["d"].offset == big
+    assert fields["b"].offset == fields["e"].offset == 0
+    assert max(rows.values()) < 2**31
+    assert {rule_of(stack) for stack in rows} == {"adagrad", "sgd"}
+    assert fields["e"].spread == rows["adagrad-3"]
+    # the last row of the largest stack
+    assert int(spread(jnp.array(rows["adagrad"] - 1), rows["adagrad"])) == rows["adagrad"] - 1
+
+
+def test_a_table_that_no_stack_holds_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"context\.user: .*kind = hashed"):
+        layout([("context.user", "adagrad", 2**31, 1)])
+    with pytest.raises(ConfigError, match="placement = sparse"):
+        layout([("a", "dense", 2 * 10**9, 1), ("b", "dense", 2 * 10**9, 1)])
 
 
 def test_addresses_add_the_owner_offset_and_mark_padding() -> None:

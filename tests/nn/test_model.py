@@ -146,14 +146,11 @@ def test_lookups_touch_the_rows_of_the_batch_and_no_others(sparse: Built) -> Non
     examples, plan = tiny.batch(4), sparse.plan
     looked = sparse.model.lookups(examples, ITEMS, KEY)
     offset = plan.fields["item"].offset
-    touched = np.asarray(looked.addresses["lazy_adam"]["item"])
-    wanted = [examples.events["item"], examples.candidate, looked.negatives]
-    expected = np.concatenate([np.asarray(part).ravel() for part in wanted])
-    np.testing.assert_array_equal(touched, np.where(expected == 0, -1, expected + offset))
-    ids = np.asarray(looked.item_ids)
-    np.testing.assert_array_equal(ids[looked.event_index], examples.events["item"])
-    np.testing.assert_array_equal(ids[looked.candidate_index], examples.candidate)
-    np.testing.assert_array_equal(ids[looked.negative_index], looked.negatives)
+    places = np.concatenate([examples.events["item"], examples.candidate], axis=1)
+    for role, expected in (("item", places), ("negative", np.asarray(looked.negatives))):
+        touched = looked.addresses["lazy_adam"][role]
+        np.testing.assert_array_equal(touched, np.where(expected == 0, -1, expected + offset))
+    np.testing.assert_array_equal(looked.item_ids, places)
     # the second slot group of the context: the tags, side by side
     tags = plan.fields["context.tags"]
     local = examples.context["ids"][:, 1:]

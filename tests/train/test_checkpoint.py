@@ -35,6 +35,7 @@ def make_state(step: int = 0) -> TrainState:
         key=jax.random.fold_in(jax.random.key(7, impl="rbg"), step),
         step=jnp.array(step, jnp.int32),
         sums={"click": jnp.array([1.25, 3.0]) + step},
+        rounds=jnp.array(1 + step, jnp.int32),
         bad=jnp.array([0, step], jnp.int32),
     )
 

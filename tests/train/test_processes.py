@@ -27,6 +27,7 @@ from mtrec_jax.train import loop
 from mtrec_jax.train.loop import Stopped, train
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import load_best, open_run
+from mtrec_jax.types import Batch
 
 ROOT = Path(__file__).parents[2]
 STEPS = 50
@@ -98,8 +99,12 @@ def experiment(shop_experiment: Experiment) -> Experiment:
     )
     steps = replace(
         shop_experiment.train,
-        **{"steps": STEPS, "evaluate_every": 25, "checkpoint_every": 10, "batch_size": 16},
-        **{"precision": "float64", "mesh": (2, 4)},
+        steps=STEPS,
+        evaluate_every=25,
+        checkpoint_every=10,
+        batch_size=16,
+        precision="float64",
+        mesh=(2, 4),
     )
     return replace(shop_experiment, model=model, train=steps)
 
@@ -142,7 +147,9 @@ def _assert_same(one: Path, other: Path) -> None:
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    return [r for r in read_records(folder / "metrics.jsonl") if r["split"] != "timing"]
+    return [
+        r for r in read_records(folder / "metrics.jsonl") if r["split"] in ("train", "validation")
+    ]
 
 
 def test_two_processes_learn_and_recommend_what_one_does(
@@ -180,11 +187,11 @@ def test_a_run_goes_on_with_fewer_processes_and_devices(
 def _stopping_after(batches: int) -> Iterator[None]:
     given: list[int] = []
 
-    def put_and_stop(*arguments: Any) -> Any:
+    def put_and_stop(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
         given.append(0)
         if len(given) == batches:
             os.kill(os.getpid(), signal.SIGTERM)
-        return put(*arguments)
+        return put(batch, mesh)
 
     put, loop.put_batch = loop.put_batch, put_and_stop
     try:

@@ -156,7 +156,7 @@ def test_losses_and_weights_of_a_batch_worked_out(single: Compiled) -> None:
         looked = model.lookups(batch, single.catalogue, key)
         rows = gather_rows(params, tables, looked.addresses)
         draws = draw(key, batch)
-        parts = params, params, rows, looked, batch, single.catalogue, draws
+        parts = params, params, rows, looked, batch, single.catalogue, draws, single.mesh
         sums = batch_losses(experiment, manifest, model, *parts)
         return sums, tiny.forward(model, params, tables, single.catalogue, batch)[2]
 

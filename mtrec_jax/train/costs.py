@@ -1,0 +1,234 @@
+"""What a training step takes on each device: memory, bytes through the network, arithmetic.
+
+Everything follows from shapes; nothing of a table's size is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.assumed import batch_shapes, catalogue_shapes, resized
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.nn.embedding import DENSE, computed_dtype
+from mtrec_jax.nn.exchange import Buffers
+from mtrec_jax.nn.model import make_model
+from mtrec_jax.sharding import ROW_MULTIPLE, make_mesh
+from mtrec_jax.train.step import make_step
+from mtrec_jax.train.tables import BuffersOf
+from mtrec_jax.types import FIRST, PyTree, TrainState
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
+_FEW = ROW_MULTIPLE - FIRST  # values of a table when only what goes on beside it is of interest
+
+
+class Moved(NamedTuple):
+    """One collective of a step."""
+
+    what: str
+    how: Literal["all-to-all", "all-gather", "all-reduce"]
+    over: int  # devices that take part in it
+    size: int  # bytes of its result on each device
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, by the ring algorithms."""
+        passes = 2 if self.how == "all-reduce" else 1
+        return passes * self.size * (self.over - 1) / self.over
+
+
+class Work(NamedTuple):
+    """What one device does in a step, by XLA's own account of the compiled program."""
+
+    temporary: int  # bytes of working memory
+    accessed: float  # bytes read and written
+    flops: float
+
+
+def state_shapes(experiment: Experiment, manifest: Manifest) -> TrainState:
+    """Shapes and types of a run's whole state."""
+    model = make_model(experiment, manifest)
+    step = make_step(experiment, manifest, model, make_mesh((1, 1)), 1)
+    return jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+
+
+def stored_bytes(
+    experiment: Experiment, manifest: Manifest, state: TrainState, devices: int, shards: int
+) -> dict[str, int]:
+    """Bytes that lie on each device for the whole run, and of its part of a batch, by what it is.
+
+    Args:
+      experiment: its batch size is meant.
+      manifest: of the data.
+      state: from `state_shapes` of these.
+      devices: in all.
+      shards: of the tables that are updated row by row.
+    """
+    batch = batch_shapes(experiment, manifest, experiment.train.batch_size)
+    whole = ("balance", "key", "step", "sums", "rounds", "bad")
+    return {
+        "tables": size_of(state.tables) // shards,
+        "slots": size_of(state.slots) // shards,
+        "scratch": size_of(state.scratch) // shards,
+        "dense parameters": size_of(state.params),
+        "their optimizer": size_of(state.optimizer)
+        + sum(size_of(getattr(state, part)) for part in whole),
+        "catalogue": size_of(catalogue_shapes(experiment, manifest)),
+        "batch": size_of(batch) // devices,
+    }
+
+
+def size_of(tree: PyTree) -> int:
+    """Bytes of all arrays, or of shapes and types.
+
+    >>> size_of(jax.ShapeDtypeStruct((2, 3), "float32"))
+    24
+    """
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> Work:
+    """Compile the step on one device for its share of the batch, with small tables.
+
+    What the exchange of rows adds is not in it.
+    """
+    share = max(1, experiment.train.batch_size // devices)
+    train = dataclasses.replace(experiment.train, batch_size=share, mesh=(1, 1))
+    experiment = dataclasses.replace(experiment, train=train)
+    small = _with_small_tables(experiment, manifest)
+    model = make_model(experiment, small)
+    step = make_step(experiment, small, model, make_mesh((1, 1)), 1)
+    state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+    batch = batch_shapes(experiment, small, share)
+    catalogue = catalogue_shapes(experiment, manifest)
+    compiled = step.update.lower(state, batch, catalogue).compile()  # type: ignore[attr-defined]
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    return Work(
+        memory.temp_size_in_bytes,
+        costs.get("bytes accessed", 0.0),
+        costs.get("flops", 0.0),
+    )
+
+
+def places_of_batch(experiment: Experiment, manifest: Manifest) -> dict[str, int]:
+    """{stack: ids of a whole batch, repeated or not}, of the stacks that are updated row by row."""
+    addresses = _looked_up(experiment, manifest)
+    return {
+        stack: sum(address.size for address in by_role.values())
+        for stack, by_role in addresses.items()
+        if stack != DENSE
+    }
+
+
+def _looked_up(experiment: Experiment, manifest: Manifest) -> PyTree:
+    """{stack: {role: shape and type of its addresses}}"""
+    batch = batch_shapes(experiment, manifest, experiment.train.batch_size)
+    catalogue, key = catalogue_shapes(experiment, manifest), jax.random.key(0, impl="rbg")
+    looked = jax.eval_shape(make_model(experiment, manifest).lookups, batch, catalogue, key)
+    return looked.addresses
+
+
+def moved_by_step(
+    experiment: Experiment,
+    manifest: Manifest,
+    state: TrainState,
+    buffers: BuffersOf,
+    mesh: tuple[int, int],
+) -> list[Moved]:
+    """The collectives of a step in which each exchange of rows takes one round.
+
+    Args:
+      experiment, manifest: of the run.
+      state: from `state_shapes` of these.
+      buffers: of each stack that is split.
+      mesh: devices on ("data", "table").
+    """
+    devices, found = mesh[0] * mesh[1], list[Moved]()
+    if devices == 1:
+        return found
+    for stack, sizes in buffers.items():
+        found += exchange_of_rows(sizes, state.tables[stack], mesh)
+    if mesh[1] == 1:  # every device updates its own copy, with the gradients of all
+        for stack, places in places_of_batch(experiment, manifest).items():
+            width = state.tables[stack].shape[1]
+            each = computed_dtype(state.tables[stack]).itemsize
+            found.append(Moved(f"ids, {stack}", "all-gather", devices, 4 * places))
+            found.append(Moved(f"gradients, {stack}", "all-gather", devices, each * width * places))
+    retrieves = any(task.kind == "retrieval" for task in experiment.tasks.values())
+    if retrieves and experiment.model.item_placement != DENSE:
+        dtype = jnp.dtype(experiment.train.precision)
+        size = experiment.train.negatives * experiment.model.width * dtype.itemsize
+        found.append(Moved("negatives", "all-gather", devices, size))
+        found.append(Moved("their gradients", "all-reduce", devices, size))
+    dense = size_of(state.params)
+    roles = _looked_up(experiment, manifest).get(DENSE, {})
+    if roles:  # each role's gradient is summed by itself
+        dense += (len(roles) - 1) * size_of(state.params[DENSE])
+    found.append(Moved("dense gradients", "all-reduce", devices, dense))
+    return found
+
+
+def exchange_of_rows(sizes: Buffers, table: Shaped, mesh: tuple[int, int]) -> list[Moved]:
+    """The collectives of one round of `exchange.look_up` and `exchange.update`.
+
+    Args:
+      sizes: of the buffers.
+      table: [V, D], or its shape and type.
+      mesh: devices on ("data", "table").
+    """
+    replicas, shards = mesh
+    places, width = shards * sizes.places, table.shape[1]
+    row, gradient = width * table.dtype.itemsize, width * computed_dtype(table).itemsize
+    found = [
+        Moved("ids out", "all-to-all", shards, 4 * places),
+        Moved("rows back", "all-to-all", shards, (row + 4) * places),
+        Moved("gradients back", "all-to-all", shards, (gradient + 4) * places),
+    ]
+    if replicas > 1:
+        found.append(Moved("ids to replicas", "all-gather", replicas, 4 * places * replicas))
+        found.append(Moved("sum over data", "all-reduce", replicas, gradient * sizes.window))
+    return found
+
+
+def working_memory(
+    experiment: Experiment,
+    manifest: Manifest,
+    state: TrainState,
+    buffers: BuffersOf,
+    mesh: tuple[int, int],
+    work: Work,
+) -> int:
+    """Bytes that come and go in a step on each device: the larger of two moments.
+
+    In the backward pass, what XLA counts for one device, the sums of the dense gradients and what
+    the lookups remember; in the update of the rows, their gradients and the exchange's buffers.
+    """
+    devices = mesh[0] * mesh[1]
+    if devices == 1:
+        return work.temporary
+    places = places_of_batch(experiment, manifest)
+    backward, update = work.temporary + size_of(state.params), 0
+    for stack, sizes in buffers.items():
+        table, slots = state.tables[stack], state.slots[stack]
+        own, rows = places[stack] // devices, table.shape[0]
+        gradient = table.shape[1] * computed_dtype(table).itemsize
+        backward += 4 * (3 * own + min(places[stack], rows // mesh[1]))
+        sent = mesh[1] * sizes.places * (gradient + 4)
+        window = sizes.window * (3 * gradient + 2 * size_of(slots) // rows)
+        update = max(update, 2 * own * gradient + 2 * sent + window)
+    return max(backward, update)
+
+
+def _with_small_tables(experiment: Experiment, manifest: Manifest) -> Manifest:
+    """Tables that are updated row by row get a few rows; the catalogue keeps its size."""
+    fields = (*manifest.context_ids, *manifest.item_ids, *manifest.history)
+    few = {f.name: _FEW for f in fields if f.placement != DENSE and f.size > _FEW}
+    small = resized(manifest, experiment, few)
+    if experiment.model.item_placement == DENSE:
+        return small
+    return dataclasses.replace(small, trained_items=min(_FEW, small.trained_items))

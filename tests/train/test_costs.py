@@ -1,0 +1,187 @@
+"""What the planner says of a step, against the compiled program on eight devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, catalogue_shapes, resized
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.nn.exchange import default_buffers
+from mtrec_jax.nn.model import make_model
+from mtrec_jax.planner import Device, plan_on
+from mtrec_jax.sharding import AXES, make_mesh, state_shardings
+from mtrec_jax.train import costs
+from mtrec_jax.train.step import make_step
+from tests import tiny
+
+LENGTH, SIZE = 24, 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """Fewer optimizations, for both sides of each comparison."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+class Case(NamedTuple):
+    """A model whose step is compiled for a mesh of eight devices."""
+
+    experiment: Experiment
+    manifest: Manifest
+    mesh: tuple[int, int]
+
+
+def _sequences(mesh: tuple[int, int], **train: Any) -> Case:
+    """Histories and retrieval; items, their brands and users' tags are split."""
+    experiment = tiny.experiment(
+        tasks={"next": {"kind": "retrieval"}, "click": {"kind": "binary"}},
+        model={
+            "item_placement": "sparse",
+            "width": 32,
+            "expert_hidden": [64],
+            "towers": "shared_bottom",
+            "fusion": "none",
+        },
+        data={"history_length": LENGTH},
+        train={"batch_size": SIZE, "negatives": 128, **train},
+    )
+    manifest = resized(tiny.manifest(), experiment, {"item": 60_000, "tags": 20_000})
+    return Case(
+        experiment,
+        dataclasses.replace(manifest, history_length=LENGTH, positions={"train": LENGTH}),
+        mesh,
+    )
+
+
+def _rows(mesh: tuple[int, int]) -> Case:
+    """Rows of a click log with three large features and one small."""
+    features = {n: {"placement": "sparse"} for n in ("user", "page", "advert")} | {"device": {}}
+    experiment = parse_experiment(
+        {
+            "name": "clicks",
+            "data": {"kind": "rows"},
+            "split": {"kind": "random"},
+            "features": features | {"age": {"kind": "numeric"}},
+            "tasks": {"click": {"kind": "binary"}, "buy": {"kind": "binary"}},
+            "model": {"encoder": "none", "width": 64, "fusion": "none"},
+            "train": {"steps": 10, "batch_size": 4096, "row_optimizer": "ftrl"},
+        }
+    )
+    sizes = {"user": 100_000, "page": 30_000, "advert": 5_000, "device": 900}
+    return Case(experiment, assumed_manifest(experiment, sizes), mesh)
+
+
+CASES = {
+    "sequences, (1, 8), row-wise Adagrad": lambda: _sequences(
+        (1, 8), row_optimizer="rowwise_adagrad", optimizer="adagrad"
+    ),
+    "sequences, (2, 4), lazy Adam, bfloat16": lambda: _sequences((2, 4), row_precision="bfloat16"),
+    "rows, (4, 2), FTRL": lambda: _rows((4, 2)),
+}
+
+
+@functools.cache
+def _compiled(name: str) -> Any:
+    experiment, manifest, shape = CASES[name]()
+    mesh = make_mesh(shape)
+    step = make_step(experiment, manifest, make_model(experiment, manifest), mesh, 1)
+    state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+
+    def placed(tree: Any, sharding: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, sharding
+        )
+
+    def all_of(tree: Any, spec: P) -> Any:
+        return placed(tree, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree))
+
+    return step.update.lower(  # type: ignore[attr-defined]
+        placed(state, state_shardings(state, mesh)),
+        all_of(batch_shapes(experiment, manifest, experiment.train.batch_size), P(AXES)),
+        all_of(catalogue_shapes(experiment, manifest), P()),
+    ).compile()
+
+
+SIZES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "u16": 2,
+    "bf16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "s64": 8,
+    "f64": 8,
+}
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\("
+)
+
+
+def moved_in(text: str) -> dict[str, int]:
+    """Bytes of the results of all collectives in a compiled program; a loop's body counts once.
+
+    Those over an axis of one device move nothing.
+    """
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        match = COLLECTIVE.search(line)
+        if match and not re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", line):
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            size = sum(
+                SIZES[kind] * math.prod(map(int, filter(None, dims.split(","))))
+                for kind, dims in arrays
+            )
+            found[match[2]] = found.get(match[2], 0) + size
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_what_the_compiled_step_takes(name: str) -> None:
+    experiment, manifest, mesh = CASES[name]()
+    state = costs.state_shapes(experiment, manifest)
+    work = costs.work_of_share(experiment, manifest, 8)
+    found = plan_on(experiment, manifest, None, state, work, mesh, Device())
+    actual = _compiled(name).memory_analysis()
+    stored = actual.argument_size_in_bytes
+    ours = found.bytes - found.memory["working memory"]
+    batch = batch_shapes(experiment, manifest, experiment.train.batch_size // 8)
+    # on the device, but not given to the program, which does not read it
+    unused: list[Any] = [batch.user, batch.row]
+    if manifest.items:
+        unused.append(batch.labels["next"])
+    else:
+        unused += [batch.cutoff, batch.candidate, catalogue_shapes(experiment, manifest)]
+    assert ours == stored + costs.size_of(unused)
+    assert found.bytes == pytest.approx(stored + actual.temp_size_in_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_are_what_the_compiled_collectives_move(name: str) -> None:
+    experiment, manifest, mesh = CASES[name]()
+    state = costs.state_shapes(experiment, manifest)
+    places = costs.places_of_batch(experiment, manifest)
+    buffers = {stack: default_buffers(n, make_mesh(mesh)) for stack, n in places.items()}
+    expected: dict[str, int] = {}
+    for moved in costs.moved_by_step(experiment, manifest, state, buffers, mesh):
+        expected[moved.how] = expected.get(moved.how, 0) + moved.size
+    actual = moved_in(_compiled(name).as_text())
+    assert actual.keys() == expected.keys()
+    for how, size in expected.items():
+        assert size == pytest.approx(actual[how], rel=0.1), how
