@@ -99,8 +99,8 @@ def make_inference(model: Model, catalogue: Catalogue, mesh: Mesh | None = None)
         found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
         return model.rank(params, states, found, None)
 
-    bound = (functools.partial(passed, catalogue) for passed in (items, users))
-    return Inference(model, catalogue, *bound, rank, mesh)
+    of_items, of_users = (functools.partial(passed, catalogue) for passed in (items, users))
+    return Inference(model, catalogue, of_items, of_users, rank, mesh)
 
 
 def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:

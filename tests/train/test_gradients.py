@@ -164,7 +164,7 @@ def _gradients(state: TrainState, parts: int) -> dict[str, np.ndarray]:
     experiment, manifest = _history("float32", {}, {"accumulate": parts}), tiny.manifest()
     model, mesh = make_model(experiment, manifest), make_mesh((1, 1))
     weights = jnp.ones(len(loss_names(experiment)))
-    differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights))
+    differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights), {})
     found = jax.jit(differentiate)(state, tiny.batch(0, SIZE), tiny.catalogue())
     ids = found.fetched.addresses["lazy_adam"]
     table = np.zeros((state.tables["lazy_adam"].shape[0], 8))
@@ -215,9 +215,11 @@ def test_memory_is_that_of_a_part() -> None:
         step = make_step(experiment, manifest, model, mesh, 20)
         state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
         weights = jnp.ones(len(loss_names(experiment)))
-        differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights))
+        differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights), {})
         lowered = jax.jit(differentiate).lower(state, tiny.batch(0, size), tiny.catalogue())
-        return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+        analysis = lowered.compile().memory_analysis()
+        assert analysis is not None
+        return int(analysis.temp_size_in_bytes)
 
     whole, halves, eighths = (temporary(parts) for parts in (1, 2, 8))
     assert halves < 0.7 * whole
