@@ -68,6 +68,14 @@ def _sequences(mesh: tuple[int, int], **train: Any) -> Case:
     )
 
 
+def _dense_items() -> Case:
+    """As above with items updated by optax; all devices hold all tables."""
+    case = _sequences((8, 1))
+    model = dataclasses.replace(case.experiment.model, item_placement="dense")
+    manifest = resized(case.manifest, case.experiment, {"item": 5_000})
+    return Case(dataclasses.replace(case.experiment, model=model), manifest, (8, 1))
+
+
 def _rows(mesh: tuple[int, int]) -> Case:
     """Rows of a click log with three large features and one small."""
     features = {n: {"placement": "sparse"} for n in ("user", "page", "advert")} | {"device": {}}
@@ -91,6 +99,7 @@ CASES = {
         (1, 8), row_optimizer="rowwise_adagrad", optimizer="adagrad"
     ),
     "sequences, (2, 4), lazy Adam, bfloat16": lambda: _sequences((2, 4), row_precision="bfloat16"),
+    "sequences, (8, 1), dense items": _dense_items,
     "rows, (4, 2), FTRL": lambda: _rows((4, 2)),
 }
 
