@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from rich.console import Console, Group, RenderableType
@@ -32,7 +33,8 @@ def plan_tables(found: DevicePlan) -> RenderableType:
 
 def print_plan(found: DevicePlan) -> None:
     """Print `plan_tables` to standard output."""
-    Console(soft_wrap=False).print(plan_tables(found))
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console.print(plan_tables(found))
 
 
 def _tables(found: DevicePlan) -> Table:

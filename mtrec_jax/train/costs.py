@@ -160,9 +160,13 @@ def moved_by_step(
             found.append(Moved(f"ids, {stack}", "all-gather", devices, 4 * places))
             found.append(Moved(f"gradients, {stack}", "all-gather", devices, each * width * places))
     retrieves = any(task.kind == "retrieval" for task in experiment.tasks.values())
-    if retrieves and experiment.model.item_placement != DENSE:
-        dtype = jnp.dtype(experiment.train.precision)
-        size = experiment.train.negatives * experiment.model.width * dtype.itemsize
+    each = experiment.model.width * jnp.dtype(experiment.train.precision).itemsize
+    if manifest.items and experiment.model.item_placement == DENSE:
+        size = (manifest.items + FIRST) * each
+        found.append(Moved("item vectors", "all-gather", devices, size))
+        found.append(Moved("their gradients", "all-reduce", devices, 2 * size))
+    elif retrieves:
+        size = experiment.train.negatives * each
         found.append(Moved("negatives", "all-gather", devices, size))
         found.append(Moved("their gradients", "all-reduce", devices, size))
     dense = size_of(state.params)
@@ -213,6 +217,11 @@ def working_memory(
         return work.temporary
     places = places_of_batch(experiment, manifest)
     backward, update = work.temporary + size_of(state.params), 0
+    if mesh[1] == 1:  # every device holds the gradients, rows and slots of all places
+        for stack, count in places.items():
+            table, slots = state.tables[stack], state.slots[stack]
+            gradient = table.shape[1] * computed_dtype(table).itemsize
+            update = max(update, count * (5 * gradient + 2 * size_of(slots) // table.shape[0]))
     for stack, sizes in buffers.items():
         table, slots = state.tables[stack], state.slots[stack]
         own, rows = places[stack] // devices, table.shape[0]

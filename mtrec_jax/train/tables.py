@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.nn import exchange
 from mtrec_jax.nn.embedding import computed_dtype, rule_of
@@ -75,7 +77,10 @@ def apply_gradients(
         of_roles = [gradients[stack][role].reshape(-1, table.shape[1]) for role in sorted(by_role)]
         grads = _part_by_part(of_roles, mesh.size, 0)
         if stack not in fetched.asked:
-            ids = jnp.where(wanted, flat(by_role, mesh.size), -1)
+            # Every device updates its own copy: it takes the gradients of all, once.
+            all_of = flat(by_role, mesh.size), grads
+            ids, grads = jax.lax.with_sharding_constraint(all_of, NamedSharding(mesh, P()))
+            ids = jnp.where(wanted, ids, -1)
             tables[stack], slots[stack], scratch[stack] = apply_rows(
                 optimizer, table, slots[stack], scratch[stack], ids, grads, rate, key
             )

@@ -68,6 +68,14 @@ def _sequences(mesh: tuple[int, int], **train: Any) -> Case:
     )
 
 
+def _dense_items() -> Case:
+    """As above with items updated by optax; all devices hold all tables."""
+    case = _sequences((8, 1))
+    model = dataclasses.replace(case.experiment.model, item_placement="dense")
+    manifest = resized(case.manifest, case.experiment, {"item": 5_000})
+    return Case(dataclasses.replace(case.experiment, model=model), manifest, (8, 1))
+
+
 def _rows(mesh: tuple[int, int]) -> Case:
     """Rows of a click log with three large features and one small."""
     features = {n: {"placement": "sparse"} for n in ("user", "page", "advert")} | {"device": {}}
@@ -91,6 +99,7 @@ CASES = {
         (1, 8), row_optimizer="rowwise_adagrad", optimizer="adagrad"
     ),
     "sequences, (2, 4), lazy Adam, bfloat16": lambda: _sequences((2, 4), row_precision="bfloat16"),
+    "sequences, (8, 1), dense items": _dense_items,
     "rows, (4, 2), FTRL": lambda: _rows((4, 2)),
 }
 
@@ -177,7 +186,8 @@ def test_bytes_are_what_the_compiled_collectives_move(name: str) -> None:
     experiment, manifest, mesh = CASES[name]()
     state = costs.state_shapes(experiment, manifest)
     places = costs.places_of_batch(experiment, manifest)
-    buffers = {stack: default_buffers(n, make_mesh(mesh)) for stack, n in places.items()}
+    split = places if mesh[1] > 1 else {}
+    buffers = {stack: default_buffers(n, make_mesh(mesh)) for stack, n in split.items()}
     expected: dict[str, int] = {}
     for moved in costs.moved_by_step(experiment, manifest, state, buffers, mesh):
         expected[moved.how] = expected.get(moved.how, 0) + moved.size

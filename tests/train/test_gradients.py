@@ -119,7 +119,7 @@ def _trained(
         batch = put_batch(_first_position(batch) if kind == "rows" else batch, mesh)
         state = jax.block_until_ready(step.update(state, batch, catalogue))
     assert int(state.bad[0]) == 0
-    kept = {n: v for n, v in state._asdict().items() if n not in ("key", "scratch")}
+    kept = {n: v for n, v in state._asdict().items() if n not in ("key", "scratch", "rounds")}
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(kept))
     return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}, start
 
