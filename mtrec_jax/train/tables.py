@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,9 @@ class Fetched(NamedTuple):
     asked: dict[str, exchange.Asked]  # {} where every device holds whole tables
 
 
-def new_scratch(tables: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def new_scratch(
+    tables: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
     """Work space of the exact dedup, one int32 a table row."""
     return {stack: jnp.zeros(table.shape[0], jnp.int32) for stack, table in tables.items()}
 
