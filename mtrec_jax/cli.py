@@ -89,6 +89,10 @@ def prepare(
     config: Config,
     data: DataFolder = Path("data"),
     out: Annotated[Path | None, typer.Option(help="Default prepared/NAME.")] = None,
+    grow_from: Annotated[
+        Path | None,
+        typer.Option(help="Prepared folder whose ids, bins and scales stay; new values follow."),
+    ] = None,
     overrides: Set = None,
     engine: EngineOption = "duckdb",
     memory: Memory = "",
@@ -100,7 +104,7 @@ def prepare(
     experiment = load_experiment(config, overrides or [])
     out = out or Path("prepared") / experiment.name
     remedy = "Name another folder with --out"
-    _prepare(experiment, data, out, None, remedy, engine, memory, master)
+    _prepare(experiment, data, out, None, remedy, engine, memory, master, grow_from)
 
 
 @app.command()
@@ -154,10 +158,9 @@ def predict(
     if "known" in result.columns:
         unknown = result["known"].count(False)
         if unknown:
-            typer.echo(
+            _say(
                 f"mtrec: {unknown} pairs have a user or an item that is not in the prepared data; "
-                "their column 'known' is false",
-                err=True,
+                "their column 'known' is false"
             )
     result.save(out)
     typer.echo(f"{len(result):,} predictions in {out}", err=True)
@@ -221,10 +224,9 @@ def recommend(
         typer.echo(f"{rows:,} recommendations in {out}", err=True)
     if rows < wanted:
         hint = ", and items of the history are left out: --include-seen keeps them"
-        typer.echo(
+        _say(
             f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
-            f"more{hint if exclude_seen else ''}",
-            err=True,
+            f"more{hint if exclude_seen else ''}"
         )
 
 
@@ -249,10 +251,9 @@ def run(
     check_start(experiment, folder)
     public = experiment.data.public
     if public in SHOPS and (data / public / "events.csv").exists():
-        typer.echo(
+        _say(
             f"{public} in {data / public} is there already and stays as it is; "
-            f"`mtrec data {public} --to {data}` generates it anew",
-            err=True,
+            f"`mtrec data {public} --to {data}` generates it anew"
         )
     elif public in SHOPS:
         _generate_shop(data, public, 0)
@@ -331,6 +332,7 @@ def _prepare(
     engine: Literal["duckdb", "spark"],
     memory: str,
     master: str,
+    grow_from: Path | None = None,
 ) -> Any:
     from mtrec_jax.data.prepare import prepare as prepare_data
     from mtrec_jax.data.report import print_report
@@ -342,14 +344,7 @@ def _prepare(
 
     folder = data / experiment.data.public if experiment.data.public else data
     opened = prepare_data(
-        experiment,
-        folder,
-        out,
-        progress=_say,
-        engine=engine,
-        memory=memory,
-        master=master,
-        accept=accept,
+        experiment, folder, out, None, _say, engine, memory, master, accept, grow_from
     )
     print_report(opened.manifest)
     typer.echo(f"{opened!r} in {out}; report: {out / 'report.html'}", err=True)
@@ -374,9 +369,7 @@ def _evaluate(opened: Any, split: str) -> None:
 
     evaluation, looks = evaluate_run(opened, split)
     print_evaluation(opened.experiment, evaluation)
-    typer.echo(
-        f"looks at the test set so far: {looks} · {opened.folder / 'evaluation.json'}", err=True
-    )
+    _say(f"looks at the test set so far: {looks} · {opened.folder / 'evaluation.json'}")
 
 
 def _progress(tables: Any, recommender: Any) -> Any:
@@ -392,8 +385,7 @@ def _progress(tables: Any, recommender: Any) -> Any:
 def _warn_unknown(users: list[str]) -> None:
     if users:
         shown = ", ".join(repr(user) for user in users[:5]) + (" …" if len(users) > 5 else "")
-        typer.echo(
+        _say(
             f"mtrec: {len(users)} unknown user{'s' if len(users) > 1 else ''} ({shown}): not in "
-            "the prepared data; the most popular items stand in, and 'known' is false",
-            err=True,
+            "the prepared data; the most popular items stand in, and 'known' is false"
         )

@@ -153,6 +153,7 @@ class Feature:
     label: str = ""  # past_rate, friends_taste: which task's label
     smoothing: float = 20.0  # past_rate, friends_taste: events that the overall mean counts for
     placement: Literal["dense", "sparse"] = "dense"  # sparse: row-wise updates, for large tables
+    capacity: int = 0  # values that its vocabulary may grow to without moving a row; 0: as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ class Model:
     heads: int = 1
     dropout: float = 0.1
     item_placement: Literal["dense", "sparse"] = "sparse"
+    item_capacity: int = 0  # items that their own table may grow to without moving a row
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
     towers: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
     experts: int = 4  # shared experts

@@ -7,9 +7,9 @@ import json
 import re
 from typing import Any
 
-from mtrec_jax.config import Experiment, Split, to_dict
+from mtrec_jax.config import Experiment, Feature, Split, to_dict
 from mtrec_jax.data.dataset import FORMAT
-from mtrec_jax.data.features import CLOCK, NUMBER, NUMERIC, PAST
+from mtrec_jax.data.features import CLOCK, GROWING, NUMBER, NUMERIC, PAST
 from mtrec_jax.errors import ConfigError, DataError, nearest
 
 
@@ -123,6 +123,7 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
         for key, least in limits.items()
         if not getattr(feature, key) >= least
     ]
+    problems += _check_table(feature)
     if feature.impute != "none" and kind in ("text", "ties", "friends_taste"):
         problems.append(f".impute: kind '{kind}' knows no missing value; use 'none'")
     if feature.impute == "median" and kind not in NUMERIC:
@@ -132,6 +133,18 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
     elif feature.constant and kind in NUMERIC and not re.fullmatch(NUMBER, feature.constant):
         problems.append(f".constant: '{feature.constant}' is no number, which '{kind}' needs")
     return problems
+
+
+def _check_table(feature: Feature) -> list[str]:
+    """What is wrong with the size of a feature's table."""
+    if not feature.capacity:
+        return []
+    if feature.capacity < 0:
+        return [f".capacity: 0 or more values, not {feature.capacity}"]
+    if feature.kind not in GROWING:
+        kinds = ", ".join(map(repr, GROWING))
+        return [f".capacity: for kinds whose vocabulary can grow ({kinds}); remove it"]
+    return []
 
 
 def configuration(experiment: Experiment) -> dict[str, Any]:
