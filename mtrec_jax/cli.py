@@ -113,6 +113,10 @@ def train(
     prepared: PreparedFolder = None,
     run: RunOption = None,
     overrides: Set = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Run whose best parameters and tables a new RUN begins with."),
+    ] = None,
 ) -> None:
     """Train; a RUN with a checkpoint of the same configuration is continued by itself."""
     from mtrec_jax.data.dataset import open_prepared
@@ -120,7 +124,7 @@ def train(
 
     experiment = load_experiment(config, overrides or [])
     opened = open_prepared(prepared or Path("prepared") / experiment.name)
-    _train(experiment, opened, run or Path("runs") / experiment.name)
+    _train(experiment, opened, run or Path("runs") / experiment.name, init_from)
 
 
 @app.command()
@@ -355,10 +359,10 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _train(experiment: Any, prepared: Any, folder: Path) -> Any:
+def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None = None) -> Any:
     from mtrec_jax.train.loop import train as train_run
 
-    finished = train_run(experiment, prepared, folder)
+    finished = train_run(experiment, prepared, folder, init_from=init_from)
     typer.echo(f"trained: {folder}", err=True)
     return finished
 

@@ -69,6 +69,18 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
+def model_shardings(
+    params: PyTree, tables: dict[str, Any], mesh: Mesh
+) -> tuple[PyTree, dict[str, Any]]:
+    """Abstract parameters and sparse tables with the shardings that they have in a state."""
+
+    def place(x: Any, split: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
+
+    by_row = jax.tree.map(lambda x: place(x, P("table")), tables)
+    return jax.tree.map(lambda x: place(x, P()), params), by_row
+
+
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Shardings of a state: sparse tables and their slots by row over "table", the rest whole."""
     whole, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("table"))

@@ -195,13 +195,15 @@ def restore_model(
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Restore only (params, sparse tables), into the shapes of `like`, which may be abstract.
 
+    What says nothing of its sharding comes to one device.
+
     Raises:
       CheckpointError: the step is damaged or was written by another model.
     """
     params, tables = like
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or sharding),
         {"params": params, "tables": tables},
     )
     items = {"model": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}

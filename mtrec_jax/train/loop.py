@@ -31,6 +31,7 @@ from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
+from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.train.watchdog import Watched
 from mtrec_jax.types import Batch, Catalogue, TrainState
 
@@ -56,6 +57,7 @@ def train(
     run: str | Path,
     optimizer: optax.GradientTransformation | None = None,
     show_progress: bool = True,
+    init_from: str | Path | Run | None = None,
 ) -> Run:
     """Train an experiment into a run folder; a folder with a checkpoint of it is continued.
 
@@ -66,10 +68,12 @@ def train(
       optimizer: optax chain for the dense parameters instead of the configured one. It is not
         stored: pass the same one to continue.
       show_progress: draw a progress bar on a terminal.
+      init_from: a run, or its folder, whose best parameters and tables the run begins with; see
+        `train.warm_start`. A run that has begun already goes on from its checkpoint.
 
     Raises:
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
-        another one.
+        another one, or the run cannot begin, or has not begun, with `init_from`.
       CheckpointError: a checkpoint is damaged.
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
@@ -84,8 +88,9 @@ def train(
         _sole_trainer(folder),
         _stop_signals() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too
-        _train(experiment, prepared, folder, optimizer, show_progress, stopped)
-    return Run(folder, experiment, prepared)
+        begun = Run(folder, experiment, prepared)
+        _train(begun, optimizer, show_progress, stopped, find_source(init_from, begun))
+    return begun
 
 
 @contextlib.contextmanager
@@ -114,15 +119,15 @@ def check_start(experiment: Experiment, folder: Path) -> None:
 
 
 def _train(
-    experiment: Experiment,
-    prepared: Prepared,
-    folder: Path,
+    run: Run,
     optimizer: optax.GradientTransformation | None,
     show_progress: bool,
     stopped: list[int],
+    source: Run | None,
 ) -> None:
     """Build or restore the state, and run the steps that are left."""
     started = time.perf_counter()
+    folder, experiment, prepared = run.folder, run.experiment, run.prepared
     job = _make_job(experiment, prepared, folder, optimizer)
     claim(folder, experiment, prepared)
     state = job.step.init(jax.random.key(experiment.train.seed, impl="rbg"))
@@ -134,6 +139,9 @@ def _train(
         restored = checkpoint.restore_latest(manager, state, job.batches, notes.append)
         if restored is not None:
             state, meta = restored
+        elif source is not None:
+            state, line = warm_start(state, run, source, job.mesh)
+            notes.append(line)
         number = int(state.step)
         bar = Progress(job.total, number, show_progress, experiment.name)
         for line in notes:

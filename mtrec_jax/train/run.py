@@ -18,13 +18,14 @@ from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
 from mtrec_jax.experiments import load_experiment
 from mtrec_jax.nn.model import make_model
+from mtrec_jax.sharding import model_shardings
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
 _OWN_FILES = (
-    *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl"),
+    *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl", "init_from.json"),
     *("checkpoints", "damaged", "lock"),
 )
 
@@ -68,8 +69,10 @@ def open_run(folder: str | Path, prepared: str | Path | None = None) -> Run:
     return Run(folder, experiment, opened)
 
 
-def load_best(run: Run) -> tuple[PyTree, dict[str, jax.Array], int]:
-    """(params, sparse tables, step) of the run's best checkpoint, on one device.
+def load_best(
+    run: Run, mesh: jax.sharding.Mesh | None = None
+) -> tuple[PyTree, dict[str, jax.Array], int]:
+    """(params, sparse tables, step) of the run's best checkpoint, on one device or over a mesh.
 
     Raises:
       CheckpointError: there is none, or it is damaged.
@@ -77,6 +80,8 @@ def load_best(run: Run) -> tuple[PyTree, dict[str, jax.Array], int]:
     _, _, larger = select_metric(run.experiment)
     model = make_model(run.experiment, run.prepared.manifest)
     like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
+    if mesh is not None:
+        like = model_shardings(*like, mesh)
     with checkpoint.open_manager(run.folder / "checkpoints", larger, True) as manager:
         best = checkpoint.best_or_latest(manager, run.folder / "checkpoints")
         params, tables = checkpoint.restore_model(manager, best, like)
@@ -112,7 +117,7 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
 def check_folder(folder: Path, experiment: Experiment) -> None:
     """Raise `ConfigError` unless the folder is free, or holds a run of this experiment."""
     path = folder / "config.toml"
-    if path.exists() and _has_checkpoint(folder):
+    if path.exists() and has_checkpoint(folder):
         keys = _differences(to_dict(load_experiment(path)), to_dict(experiment))
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
@@ -180,14 +185,14 @@ def check_replacement(
 
 def _trained_on(folder: Path) -> dict[str, Any] | None:
     """Folder and fingerprint of the data of a run; None where there is no run."""
-    if not (folder / "config.toml").is_file() or not _has_checkpoint(folder):
+    if not (folder / "config.toml").is_file() or not has_checkpoint(folder):
         return None
     return read_json(folder / "prepared.json")
 
 
 def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     """Write configuration and origin of the data into a new run folder, each file whole."""
-    if _has_checkpoint(folder):
+    if has_checkpoint(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     notes = {
@@ -200,8 +205,8 @@ def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     partial.replace(folder / "config.toml")
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    """A start that failed before its first checkpoint has nothing to lose."""
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has begun. A start that failed before its first checkpoint has nothing to lose."""
     checkpoints = folder / "checkpoints"
     return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
 
