@@ -154,6 +154,8 @@ class Feature:
     smoothing: float = 20.0  # past_rate, friends_taste: events that the overall mean counts for
     placement: Literal["dense", "sparse"] = "dense"  # sparse: row-wise updates, for large tables
     capacity: int = 0  # values that its vocabulary may grow to without moving a row; 0: as they are
+    hash_rows: int = 0  # rows that all its ids share, several rows each; 0: each has one of its own
+    hash_functions: int = 2  # with hash_rows: rows of an id, whose sum is its vector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,11 +69,13 @@ class IdField:
     placement: Literal["dense", "sparse"]
     missing: int = 0  # the id that a missing value takes: padding, unless it is imputed
     capacity: int = 0  # values that the vocabulary may grow to
+    hash_rows: int = 0  # rows that the ids share; 0: each has one of its own
+    hash_functions: int = 0  # rows that an id has of them
 
     @property
     def rows(self) -> int:
-        """Rows of its table: one an id, and those that are kept for ids to come."""
-        return max(self.size, FIRST + self.capacity)
+        """Rows of its table: one an id, also of ids to come, or what the ids share."""
+        return FIRST + self.hash_rows if self.hash_rows else max(self.size, FIRST + self.capacity)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtrec_jax.config import Experiment, Feature, Split, to_dict
 from mtrec_jax.data.dataset import FORMAT
-from mtrec_jax.data.features import CLOCK, GROWING, NUMBER, NUMERIC, PAST
+from mtrec_jax.data.features import CLOCK, GROWING, MOST_IDS, NUMBER, NUMERIC, PAST
 from mtrec_jax.errors import ConfigError, DataError, nearest
 
 
@@ -137,14 +137,25 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
 
 def _check_table(feature: Feature) -> list[str]:
     """What is wrong with the size of a feature's table."""
-    if not feature.capacity:
-        return []
-    if feature.capacity < 0:
-        return [f".capacity: 0 or more values, not {feature.capacity}"]
-    if feature.kind not in GROWING:
-        kinds = ", ".join(map(repr, GROWING))
-        return [f".capacity: for kinds whose vocabulary can grow ({kinds}); remove it"]
-    return []
+    limits = {"capacity": 0, "hash_rows": 0, "hash_functions": 1}
+    problems = [
+        f".{key}: must be {least} or more, not {getattr(feature, key)}"
+        for key, least in limits.items()
+        if getattr(feature, key) < least
+    ]
+    for key, kinds in (("capacity", GROWING), ("hash_rows", (*GROWING, "hashed"))):
+        if getattr(feature, key) and feature.kind not in kinds:
+            known = ", ".join(f"'{kind}'" for kind in kinds)
+            problems.append(f".{key}: for features of kind {known}; remove it")
+    if feature.capacity and feature.hash_rows:
+        problems.append(
+            ".capacity: hash_rows has room for any number of values; remove one of them"
+        )
+    if 0 < feature.hash_rows < feature.hash_functions:
+        problems.append(".hash_functions: at most hash_rows")
+    if feature.kind == "hashed" and feature.buckets > MOST_IDS:
+        problems.append(f".buckets: at most {MOST_IDS:,}, which 32 bits hold")
+    return problems
 
 
 def configuration(experiment: Experiment) -> dict[str, Any]:

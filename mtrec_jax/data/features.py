@@ -22,6 +22,7 @@ PAST = ("past_count", "past_rate")
 NUMERIC = ("numeric", "binned", "piecewise", "gap", *PAST)  # kinds whose cells are numbers
 WRITTEN = ("numeric", "binned", "piecewise")  # of them: numbers that stand in the raw data
 GROWING = ("categorical", "multi_valued", "ties")  # kinds whose vocabulary new data extend
+MOST_IDS = 2**31 - 4  # of a hashed feature, beside padding, unknown and missing
 CLOCK = {"hour": 24, "weekday": 7}  # kinds with a vocabulary that is known before, and its size
 
 
@@ -76,6 +77,8 @@ class Encoding:
             placement=self.feature.placement,
             missing=missing_id,
             capacity=self.feature.capacity,
+            hash_rows=self.feature.hash_rows,
+            hash_functions=self.feature.hash_functions if self.feature.hash_rows else 0,
         )
 
 

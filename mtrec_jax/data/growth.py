@@ -21,7 +21,8 @@ from mtrec_jax.data.features import NUMERIC, Encoding, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST
 
-_MAY_CHANGE = ("min_count", "placement", "capacity")  # without another meaning of an id
+# without another meaning of an id
+_MAY_CHANGE = ("min_count", "placement", "capacity", "hash_rows", "hash_functions")
 
 
 def open_base(folder: str | Path, experiment: Experiment) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -58,6 +59,10 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
             f"there are {', '.join(sorted(by_row)) or 'none: set placement = sparse'}"
         )
     fields, rows = layout(owners)
+    for role, declared in roles.items():
+        for f in declared:
+            owner = f"{role}.{f.name}"
+            fields[owner] = replace(fields[owner], functions=f.hash_functions)
     group = {
         role: Group(tuple(fields[f"{role}.{f.name}"] for f in declared))
         for role, declared in roles.items()

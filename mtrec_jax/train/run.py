@@ -206,7 +206,7 @@ def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has begun. A start that failed before its first checkpoint has nothing to lose."""
+    """Whether a run has begun: a start that failed before has nothing to lose."""
     checkpoints = folder / "checkpoints"
     return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
 

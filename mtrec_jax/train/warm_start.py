@@ -21,7 +21,7 @@ from mtrec_jax.arguments import a_path
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.nn.embedding import DENSE, spread
+from mtrec_jax.nn.embedding import DENSE, Field, spread
 from mtrec_jax.nn.network import Plan, make_plan
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
@@ -99,7 +99,10 @@ def warm_start(
     old, new = ({**t, **_dense(p)} for t, p in ((tables, params), (state.tables, state.params)))
     _check_width(old, new, source)
     plans = [make_plan(r.experiment, r.prepared.manifest) for r in (source, run)]
-    matches = {owner: _match(owner, plans[0], source, run) for owner in plans[1].fields}
+    matches = {
+        owner: _rows_of(_match(owner, source, run), plans[0].fields.get(owner), field)
+        for owner, field in plans[1].fields.items()
+    }
     if plans[0][:2] == plans[1][:2] and all(match.same for match in matches.values()):
         taken = {stack: _placed(old[stack], new[stack]) for stack in new}
     else:
@@ -156,12 +159,12 @@ def _check_width(old: dict[str, jax.Array], new: dict[str, jax.Array], source: R
             )
 
 
-def _match(owner: str, old_plan: Plan, source: Run, run: Run) -> _Match:
-    """Where the rows of an owner were in the other run, by the values they stand for."""
+def _match(owner: str, source: Run, run: Run) -> _Match:
+    """Which local ids of an owner stand for the same values in the other run."""
     ours, theirs = (_values(r.prepared, owner) for r in (run, source))
     values, others = (_size(r.prepared, owner) for r in (run, source))
     nothing = np.zeros(0, np.int64)
-    if owner not in old_plan.fields or (ours is None) != (theirs is None):
+    if (ours is None) != (theirs is None):
         return _Match(nothing, nothing, 0, values, False)
     if ours is None or theirs is None:  # the ids are hashes, the same ones where they are as many
         every = np.arange(UNKNOWN, FIRST + values)
@@ -176,6 +179,20 @@ def _match(owner: str, old_plan: Plan, source: Run, run: Run) -> _Match:
     carried = len(places)
     same = carried == values == others and bool((of == to).all())
     return _Match(of, to, carried, values - carried, same)
+
+
+def _rows_of(match: _Match, there: Field | None, here: Field) -> _Match:
+    """The rows of these ids. Rows that hashed ids share are carried over if no id has changed."""
+    nothing = match.of[:0]
+    none = _Match(nothing, nothing, 0, match.carried + match.fresh, False)
+    if there is None or there.functions != here.functions:
+        return none
+    if not here.functions:
+        return match
+    if there.size != here.size or not match.carried or (match.of != match.to).any():
+        return none
+    every = np.arange(UNKNOWN, here.size)
+    return match._replace(of=every, to=every)
 
 
 def _size(prepared: Prepared, owner: str) -> int:
