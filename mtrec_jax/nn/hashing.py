@@ -32,7 +32,7 @@ def hash_rows(
       functions: k.
 
     >>> hash_rows(jnp.array([0, 1, 2, 3]), "context.user", 100, 2).tolist()
-    [0, 0, 1, 0, 24, 60, 90, 13]
+    [0, 0, 1, 0, 35, 11, 48, 14]
     """
     found = []
     for function in range(functions):
