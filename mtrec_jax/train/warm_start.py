@@ -91,13 +91,12 @@ def warm_start(
       The new state, and one line that says what was taken over.
 
     Raises:
-      ConfigError: a dense parameter has another shape there, or the rows have another width.
+      ConfigError: a dense parameter has another shape there.
       CheckpointError: the other run has no usable checkpoint.
     """
     params, tables, step = load_best(source, mesh)
     network = _same_shapes(state.params["network"], params["network"], source)
     old, new = ({**t, **_dense(p)} for t, p in ((tables, params), (state.tables, state.params)))
-    _check_width(old, new, source)
     plans = [make_plan(r.experiment, r.prepared.manifest) for r in (source, run)]
     matches = {
         owner: _rows_of(_match(owner, source, run), plans[0].fields.get(owner), field)
@@ -148,15 +147,6 @@ def _same_shapes(new: PyTree, old: PyTree, source: Run) -> PyTree:
                 f"--grow-from {source.prepared.folder}), or train without --init-from"
             )
     return jax.tree.map(_placed, old, new)
-
-
-def _check_width(old: dict[str, jax.Array], new: dict[str, jax.Array], source: Run) -> None:
-    for theirs, ours in zip(old.values(), new.values(), strict=False):
-        if theirs.shape[1] != ours.shape[1]:
-            raise ConfigError(
-                f"model.width is {theirs.shape[1]} in {source.folder} and {ours.shape[1]} here; "
-                "set it alike, or train without --init-from"
-            )
 
 
 def _match(owner: str, source: Run, run: Run) -> _Match:

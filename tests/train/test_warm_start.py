@@ -122,9 +122,8 @@ def rows_of(
         values = prepared.vocabulary(owner.partition(".")[2])["value"]
     number = np.arange(len(values) + 1) + field.offset + 1
     address = spread(number, plan.rows[field.stack]) if field.stack != DENSE else number
-    return dict(
-        zip(["?", *values.to_pylist()], np.asarray(tables[field.stack])[address], strict=True)
-    )
+    rows = np.asarray(tables[field.stack])[np.asarray(address)]
+    return dict(zip(["?", *values.to_pylist()], rows, strict=True))
 
 
 OWNERS = ("item", "context.user_id", "context.segment", "item.brand", "item.price_bin")
@@ -144,8 +143,8 @@ def test_rows_are_carried_over_by_raw_value(
     world: World, shop_experiment: Experiment, tmp_path: Path, which: str, changes: dict[str, Any]
 ) -> None:
     prepared = world.grown if which == "grown" else world.anew
-    mesh = changes.pop("mesh", (1, 1)) if "mesh" in changes else (1, 1)
-    experiment = declared(shop_experiment, **changes)
+    mesh = changes.get("mesh", (1, 1))
+    experiment = declared(shop_experiment, **{k: v for k, v in changes.items() if k != "mesh"})
     experiment = replace(experiment, train=replace(experiment.train, mesh=mesh))
     params, tables, step = load_best(world.run)
     old = {**tables, DENSE: params[DENSE]}
@@ -195,12 +194,8 @@ def test_the_same_data_are_taken_over_whole(world: World, tmp_path: Path) -> Non
     params, tables, _ = load_best(world.run)
     before, state, line = begin(world, world.experiment, world.run.prepared, tmp_path / "new")
     assert line.endswith(", 0 new")
-    pairs = zip(
-        jax.tree.leaves((state.params, state.tables)),
-        jax.tree.leaves((params, tables)),
-        strict=True,
-    )
-    for a, b in pairs:
+    ours, theirs = (jax.tree.leaves(x) for x in ((state.params, state.tables), (params, tables)))
+    for a, b in zip(ours, theirs, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert all((np.asarray(t) != before[s]).any() for s, t in stacks(state).items())
 
@@ -245,7 +240,7 @@ def test_a_run_begins_so_once(
     )
     with pytest.raises(ConfigError, match="was initialised at random, not from"):
         train(world.experiment, world.grown, other.folder, init_from=old, show_progress=False)
-    with pytest.raises(ConfigError, match="names .* itself"):
+    with pytest.raises(ConfigError, match=r"names .* itself"):
         find_source(tmp_path, Run(tmp_path, world.experiment, world.grown))
 
 
