@@ -81,7 +81,7 @@ def load_best(
     model = make_model(run.experiment, run.prepared.manifest)
     like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
     if mesh is not None:
-        like = model_shardings(*like, mesh)
+        like = model_shardings(like[0], like[1], mesh)
     with checkpoint.open_manager(run.folder / "checkpoints", larger, True) as manager:
         best = checkpoint.best_or_latest(manager, run.folder / "checkpoints")
         params, tables = checkpoint.restore_model(manager, best, like)

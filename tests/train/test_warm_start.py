@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,7 +63,7 @@ def declared(experiment: Experiment, capacity: int = CAPACITY, **model: Any) -> 
             | {"item_capacity": ITEMS if capacity else 0}
             | model,
         ),
-        train=replace(experiment.train, steps=6, evaluate_every=6),
+        train=replace(experiment.train, steps=6, evaluate_every=6, checkpoint_every=3),
     )
 
 
@@ -120,7 +122,7 @@ def rows_of(
     values = prepared.item_vocabulary
     if owner != "item":
         values = prepared.vocabulary(owner.partition(".")[2])["value"]
-    number = np.arange(len(values) + 1) + field.offset + 1
+    number = jnp.arange(len(values) + 1) + field.offset + 1
     address = spread(number, plan.rows[field.stack]) if field.stack != DENSE else number
     rows = np.asarray(tables[field.stack])[np.asarray(address)]
     return dict(zip(["?", *values.to_pylist()], rows, strict=True))
@@ -232,14 +234,13 @@ def test_a_run_begins_so_once(
     for more in (("--init-from", old), ()):
         status, _, err = mtrec(*command, *more)
         assert (status, "is trained already" in " ".join(err.split())) == (0, True), err
-    other = train(world.experiment, world.grown, tmp_path / "other", show_progress=False)
-    status, _, err = mtrec(*command, "--init-from", other.folder)
+    status, _, err = mtrec(*command, "--init-from", tmp_path / "other")
     assert status == 2
     assert f"{new.relative_to(tmp_path)} was initialised from {old}, not from" in err or (
         f"{new} was initialised from {old}, not from" in err
     )
     with pytest.raises(ConfigError, match="was initialised at random, not from"):
-        train(world.experiment, world.grown, other.folder, init_from=old, show_progress=False)
+        train(world.experiment, world.run.prepared, old, init_from=new, show_progress=False)
     with pytest.raises(ConfigError, match=r"names .* itself"):
         find_source(tmp_path, Run(tmp_path, world.experiment, world.grown))
 
@@ -248,3 +249,13 @@ def test_a_start_that_failed_leaves_no_trace(world: World, tmp_path: Path) -> No
     (tmp_path / "init_from.json").write_text('{"run": "elsewhere"}', encoding="utf-8")
     assert find_source(None, Run(tmp_path, world.experiment, world.grown)) is None
     assert not (tmp_path / "init_from.json").exists()
+
+
+def test_a_run_with_shared_rows_resumes_to_the_bit(world: World, tmp_path: Path) -> None:
+    params, tables, step = load_best(world.run)
+    shutil.copytree(world.run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    again = train(world.experiment, world.run.prepared, tmp_path / "run", show_progress=False)
+    ours, theirs = load_best(again), (params, tables, step)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
