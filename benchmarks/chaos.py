@@ -1,8 +1,10 @@
 """Does a run that is killed again and again end as if nothing had happened?
 
 `mtrec train` of a generated shop in a process that gets SIGKILL at random moments, 25 times, and is
-started again; beside it an undisturbed run. "equal" compares the bytes of `metrics.jsonl`, but for
-timings, and the bits of parameters and tables.
+started again; beside it an undisturbed run. Some kills come at a random moment of the start, which
+takes most of the time, the others at one of the work after it. A row tells how many hit a phase;
+"equal" compares the bytes of `metrics.jsonl`, but for timings, and all bits of the parameters and
+tables of the last and the best checkpoint.
 """
 
 from __future__ import annotations
@@ -14,71 +16,153 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_SETTINGS = (
-    *("train.epochs=0", "train.steps=400", "train.checkpoint_every=15", "train.log_every=5"),
-    *("train.evaluate_every=200", "model.item_placement=sparse"),
-)
+# `mtrec train` that notes its phase and step in a file, which outlives it.
+_MARKED = """
+import os, sys
+from mtrec_jax.cli import main
+from mtrec_jax.train import loop
+
+file, at = os.open(sys.argv.pop(1), os.O_WRONLY), {"step": 0}
+
+def mark(phase):
+    os.pwrite(file, f"{phase},{at['step']}".ljust(40).encode(), 0)
+
+def marked(owner, name, phase, after):
+    function = getattr(owner, name)
+    def call(*arguments):
+        mark(phase)
+        found = function(*arguments)
+        mark(after)
+        return found
+    setattr(owner, name, call)
+
+def advance(bar, number, losses):
+    at["step"] = number
+    mark("steps")
+
+mark("building")
+marked(loop.checkpoint, "restore_latest", "restore", "first step")
+marked(loop, "_evaluate", "evaluation", "steps")
+marked(loop.checkpoint, "save", "saving", "steps")
+loop.Progress.advance = advance
+main()
+"""
+_BEFORE_WORK = ("imports", "building", "restore", "first step")
 
 
 def answer(quick: bool) -> list[dict[str, Any]]:
-    """One row: kills, how often the run had to be started, and whether it ended alike."""
+    """A row a phase: kills that hit it, and whether the run ended like the undisturbed one."""
     from mtrec_jax.data.prepare import prepare
     from mtrec_jax.data.shop import generate
     from mtrec_jax.experiments import load_experiment
 
+    wanted, steps = (4, 240) if quick else (25, 1500)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        _say("preparing")
         generate(folder / "raw", seed=0)
         prepare(load_experiment("shop"), folder / "raw", folder / "prepared")
         began = time.monotonic()
-        with _training(folder, "straight") as process:
-            assert process.wait() == 0
-        seconds = time.monotonic() - began
-        wanted, kills, starts, rng = 3 if quick else 25, 0, 0, random.Random(0)
-        while True:
-            starts += 1
-            with _training(folder, "killed") as process:
-                try:
-                    # Most of the time goes by before the first step.
-                    status = process.wait(rng.uniform(0.3, 1) * seconds if kills < wanted else None)
-                except subprocess.TimeoutExpired:
-                    os.kill(process.pid, signal.SIGKILL)
-                    kills += process.wait() == -signal.SIGKILL
-                    continue
-            assert status == 0
-            if kills >= wanted:
-                break
-            _shorten(folder / "killed")
+        _, work = _run(folder, "straight", steps)
+        _say(f"undisturbed: {time.monotonic() - began:.0f} s, {work:.0f} of them at work")
+        killed = list(_kill(folder, steps, wanted, work))
+        began = time.monotonic()
+        _run(folder, "killed", steps)
+        _say(f"to its end: {time.monotonic() - began:.0f} s")
+        equal = _same(folder / "straight", folder / "killed")
+        counts = Counter(killed)
         return [
-            {"task": "SIGKILL", "kills": kills, "starts": starts, "seconds of a run": seconds}
-            | {"equal": _same(folder / "straight", folder / "killed")}
+            {"task": f"killed in: {phase}", "kills": counts[phase], "of": len(killed)}
+            | {"steps of the run": steps, "equal": equal}
+            for phase in (*_BEFORE_WORK, "steps", "evaluation", "saving")
+            if counts[phase]
         ]
 
 
-def _training(folder: Path, run: str) -> subprocess.Popen[bytes]:
-    mtrec = [sys.executable, "-c", "from mtrec_jax.cli import main; main()", "train", "shop"]
-    changes = [part for setting in _SETTINGS for part in ("--set", setting)]
+def _kill(folder: Path, steps: int, wanted: int, work: float) -> Iterator[str]:
+    """Start the run and kill it, again and again; the phases in which it died.
+
+    Even if all the work between two kills were kept, the run would not end before the last kill.
+    """
+    rng, start = random.Random(0), 0.0
+    for number in range(1, wanted + 1):
+        if start and rng.random() < 0.4:
+            moment, after = rng.uniform(0, start), False
+        else:
+            moment, after = rng.uniform(0, work / wanted), True
+        phase, start = _run(folder, "killed", steps, moment, after, start)
+        _say(f"kill {number} of {wanted}: {phase}")
+        yield phase.partition(",")[0]
+
+
+def _run(
+    folder: Path,
+    run: str,
+    steps: int,
+    moment: float = float("inf"),
+    after_start: bool = True,
+    start: float = 0.0,
+) -> tuple[str, float]:
+    """Train until the end, or kill it a moment after its start or after the first step.
+
+    Returns:
+      Where it stood, and the seconds of the start; of an undisturbed run those of the work.
+    """
+    mark = folder / "mark"
+    mark.write_text("imports,0".ljust(40))
+    began, first = time.monotonic(), None
+    with _training(folder, run, steps, mark) as process:
+        while process.poll() is None:
+            now = time.monotonic()
+            if first is None and _phase(mark) not in _BEFORE_WORK:
+                first, start = now, now - began
+            since = first if after_start else began
+            if since is not None and now - since >= moment:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        status = process.wait()
+    if status == 0:
+        return "end", time.monotonic() - (first or began)
+    assert status == -signal.SIGKILL, f"the run ended by itself with status {status}"
+    phase = mark.read_text().strip()
+    # what a thread writes beside the steps
+    if any((folder / run / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
+        phase = f"saving,{phase.replace(',', ' ')}"
+    return phase, start
+
+
+def _phase(mark: Path) -> str:
+    return mark.read_text().partition(",")[0]
+
+
+def _training(folder: Path, run: str, steps: int, mark: Path) -> subprocess.Popen[bytes]:
+    settings = (
+        *("train.epochs=0", f"train.steps={steps}", "train.checkpoint_every=15"),
+        *("train.log_every=5", "train.evaluate_every=60", "model.item_placement=sparse"),
+    )
+    changes = [part for setting in settings for part in ("--set", setting)]
     places = ["--prepared", str(folder / "prepared"), "--run", str(folder / run)]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    return subprocess.Popen([*mtrec, *changes, *places], env=environment, stderr=subprocess.DEVNULL)
-
-
-def _shorten(run: Path) -> None:
-    """A run that has ended before all kills goes on from an earlier checkpoint."""
-    steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-    (run / "checkpoints" / str(steps[-1])).rename(run / "checkpoints" / f"later-{time.time()}")
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", _MARKED, str(mark), "train", "shop", *changes, *places],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def _same(one: Path, other: Path) -> bool:
-    import jax
-
-    from mtrec_jax.train.run import load_best, open_run
-
     records = [
         [
             line
@@ -87,8 +171,28 @@ def _same(one: Path, other: Path) -> bool:
         ]
         for run in (one, other)
     ]
-    left, right = (jax.tree.leaves(load_best(open_run(run))) for run in (one, other))
-    bits = [
-        np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(left, right, strict=True)
-    ]
-    return records[0] == records[1] and all(bits)
+    left, right = _learned(one), _learned(other)
+    return records[0] == records[1] and left == right
+
+
+def _learned(folder: Path) -> list[bytes]:
+    """Parameters and tables of the last and the best checkpoint, and which these are."""
+    import jax
+
+    from mtrec_jax.config import select_metric
+    from mtrec_jax.nn.model import make_model
+    from mtrec_jax.train import checkpoint
+    from mtrec_jax.train.run import open_run
+
+    run = open_run(folder)
+    model = make_model(run.experiment, run.prepared.manifest)
+    like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
+    larger = select_metric(run.experiment)[2]
+    with checkpoint.open_manager(folder / "checkpoints", larger, read_only=True) as manager:
+        steps = [manager.latest_step(), manager.best_step()]
+        models = [checkpoint.restore_model(manager, step, like) for step in steps]
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((steps, models))]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -5,10 +5,10 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ import typer
 
 from mtrec_jax.errors import Error
 from mtrec_jax.interrupts import unwinding
+from mtrec_jax.quiet import quieten
 
 app = typer.Typer(
     name="mtrec",
@@ -193,6 +194,7 @@ def recommend(
     prepared: MovedFolder = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
+    from mtrec_jax import processes
     from mtrec_jax.recommender import Recommender
     from mtrec_jax.result import print_recommendations, save_tables
     from mtrec_jax.train.run import open_run
@@ -213,8 +215,8 @@ def recommend(
     if all_users:
         assert out is not None
         tables = recommender.recommend_all(k, **filters)
-        rows = save_tables(_progress(tables, recommender), out)
-        wanted = k * recommender.prepared.manifest.users
+        rows = save_tables(_progress(tables, recommender), processes.own_file(out))
+        rows, wanted = processes.total(rows), k * recommender.prepared.manifest.users
     else:
         result = recommender.recommend(chosen, k, **filters)
         rows, wanted = len(result), k * len(chosen)
@@ -268,12 +270,16 @@ def run(
     _evaluate(_train(experiment, opened, folder), "validation")
 
 
-def main() -> None:
-    """Entry point of the `mtrec` command: our own errors become one message and exit status 2."""
-    warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # notes of Orbax that are none for our users
+def main(begin: Callable[[], None] | None = None) -> None:
+    """Entry point of the `mtrec` command: our own errors become one message and exit status 2.
+
+    `begin` is called first, and its errors are treated alike.
+    """
+    quieten()
     with unwinding() as received:
         try:
+            if begin:
+                begin()
             app()
         except BaseException as error:
             done = isinstance(error, SystemExit) and not error.code
@@ -283,8 +289,23 @@ def main() -> None:
                 os._exit(128 + received[0])  # XLA's threads may crash an interpreter's shutdown
             if isinstance(error, Error):
                 typer.echo(f"mtrec: {error}", err=True)
-                sys.exit(getattr(error, "status", 2))
+                status = getattr(error, "status", 2)
+                if status not in (130, 143):  # where all processes have stopped at the same step
+                    _leave(status)
+                sys.exit(status)
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+                _leave(1)
+                sys.exit(1)
             raise
+
+
+def _leave(status: int) -> None:
+    """One of several processes that fails does not wait for the others."""
+    if "jax" in sys.modules:
+        from mtrec_jax import processes
+
+        processes.leave(status)
 
 
 def _generate_shop(to: Path, name: str, seed: int) -> None:
@@ -380,9 +401,10 @@ def _progress(tables: Any, recommender: Any) -> Any:
     from rich.console import Console
     from rich.progress import track
 
+    from mtrec_jax import processes
     from mtrec_jax.requests import BATCH
 
-    total = -(-recommender.prepared.manifest.users // BATCH)
+    total = -(-recommender.prepared.manifest.users // (BATCH * processes.count()))
     return track(tables, "recommending", total=total, console=Console(stderr=True))
 
 

@@ -214,6 +214,7 @@ class Train:
     epochs: int = 0  # exactly one of epochs and steps is above 0
     steps: int = 0
     batch_size: int = 128
+    accumulate: int = 1  # parts in which a step takes its batch, to need less memory
     seed: int = 0
     optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
     learning_rate: float = 1e-3

@@ -291,6 +291,7 @@ def _check_numbers(e: Experiment) -> list[str]:
         "model.heads": e.model.heads,
         "model.temperature": e.model.temperature,
         "train.batch_size": e.train.batch_size,
+        "train.accumulate": e.train.accumulate,
         "train.learning_rate": e.train.learning_rate,
         "train.log_every": e.train.log_every,
         "train.negatives": e.train.negatives,

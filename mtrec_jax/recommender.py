@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
+from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of
 from mtrec_jax.data.new_rows import encode_rows, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
@@ -17,7 +18,7 @@ from mtrec_jax.evaluation.inference import pad_rows, predictions, prepared_infer
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.requests import BATCH, Encoder, History, Requests, check_id, raw_texts
 from mtrec_jax.result import Result
-from mtrec_jax.train.run import Run, load_best, open_run
+from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
 from mtrec_jax.types import FIRST, UNKNOWN, Outputs, UserStates
 
 
@@ -34,15 +35,17 @@ class Recommender:
     def __init__(self, run: Run | str | Path):
         self.run = run if isinstance(run, Run) else open_run(a_path("run", run))
         self.experiment, self.prepared = self.run.experiment, self.run.prepared
-        self._params, self._tables, self.step = load_best(self.run)
-        self._inference = prepared_inference(self.experiment, self.prepared)
+        mesh = shared_mesh(self.experiment)
+        params, tables, self.step = load_best(self.run, mesh)
+        self._inference = prepared_inference(self.experiment, self.prepared, mesh)
         has_items = self.prepared.manifest.items > 0
         width = self.experiment.model.width
-        self._vectors = (
-            self._inference.item_vectors(self._params, self._tables)
-            if has_items
-            else jnp.zeros((0, width))
+        vectors = (
+            self._inference.item_vectors(params, tables) if has_items else jnp.zeros((0, width))
         )
+        self._shared = params, tables, vectors  # by all processes, where there are several
+        self._params = self._inference.own(params)
+        self._vectors = self._inference.own(vectors) if has_items else vectors
         self._index = ItemIndex(self._vectors[FIRST:])
         self._encoder = Encoder(self.prepared, self.experiment.train.precision)
 
@@ -116,10 +119,14 @@ class Recommender:
         blocked: Iterable[Any] = (),
         exclude_seen: bool = True,
     ) -> Iterator[pa.Table]:
-        """`recommend` for every user in the data, a table per few hundred users."""
+        """`recommend` for every user in the data, a table per few hundred users.
+
+        Several processes share the users: each gets tables of its own part, equally many.
+        """
         users = self.prepared.user_names
         k, subset = self._admissible(k, allowed, blocked, exclude_seen)
-        for start in range(0, len(users), BATCH):
+        first = processes.index() * BATCH
+        for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
             yield self._recommend_batch(part, k, None, subset, exclude_seen)
 
@@ -270,7 +277,7 @@ class Recommender:
         return np.concatenate([np.zeros(FIRST, counts.dtype), counts])
 
     def _states(self, encoded: Requests) -> UserStates:
-        return self._inference.users(self._params, self._tables, self._vectors, encoded.batch)
+        return self._inference.states(*self._shared, encoded.batch)
 
     def _rank(self, encoded: Requests, candidates: np.ndarray) -> Outputs:
         states = self._states(encoded)

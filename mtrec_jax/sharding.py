@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,6 +32,11 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     available = jax.device_count()
     left = max(1, available // max(data, table, 1))
     data, table = data or left, table or left
+    if jax.process_count() > 1 and data * table != available:
+        raise ConfigError(
+            f"train.mesh: {list(shape)} makes {data * table} devices; with several processes it "
+            f"has to take all {available} of them: [0, 1] splits batches, [1, 0] tables"
+        )
     if min(data, table) < 1 or data * table > available:
         raise ConfigError(
             f"train.mesh: {list(shape)} needs {data * table} devices, there are {available}; "
@@ -42,8 +48,13 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise `ConfigError` unless a batch divides over all devices of the mesh."""
+def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raise `ConfigError` unless a batch, or each of its parts, divides over all devices."""
+    if batch_size % (parts * mesh.size) and parts > 1:
+        raise ConfigError(
+            f"train.batch_size, train.accumulate: {batch_size} does not divide into {parts} parts "
+            f"over {mesh.size} devices; use a multiple of {parts * mesh.size}, or fewer parts"
+        )
     if batch_size % mesh.size:
         raise ConfigError(
             f"train.batch_size: {batch_size} does not divide over {mesh.size} devices; "
@@ -52,9 +63,65 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Split a batch of NumPy arrays over all devices along its first axis."""
+    """Split a batch of NumPy arrays over all devices along its first axis.
+
+    Several processes pass the same batch; each places what belongs to its own devices.
+    """
+    if jax.process_count() == 1:
+        return put_own(batch, mesh)
+    places = own_places(mesh, len(batch.user))
+    return put_own(jax.tree.map(lambda array: array[places], batch), mesh)
+
+
+def put_own(batch: Batch, mesh: Mesh) -> Batch:
+    """One batch over all devices, of which each process passes an equal part."""
     host = batch._replace(row=batch.row.astype(np.int32))  # devices hold 32-bit integers
-    return _splitter(mesh)(host)
+    if jax.process_count() == 1:
+        return _splitter(mesh)(host)
+    split = NamedSharding(mesh, P(AXES))
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(split, np.ascontiguousarray(array)),
+        host,
+    )
+
+
+def own_places(mesh: Mesh, size: int) -> np.ndarray:
+    """Which examples of a batch belong to this process's devices, ascending."""
+    parts = NamedSharding(mesh, P(AXES)).addressable_devices_indices_map((size,)).values()
+    return np.sort(np.concatenate([np.arange(size)[part] for part in parts if part is not None]))
+
+
+def own_part(tree: PyTree, mesh: Mesh) -> PyTree:
+    """This process's examples of arrays that are split like a batch, on its first device."""
+    if mesh.size == 1:
+        return tree
+    device = jax.local_devices()[0]
+
+    def joined(array: jax.Array) -> jax.Array:
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return jnp.concatenate([jax.device_put(shard.data, device) for shard in shards])
+
+    return jax.tree.map(joined, tree)
+
+
+def own_copy(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays that every device holds whole, as they are on the first device of this process."""
+    return tree if mesh.size == 1 else jax.tree.map(lambda array: array.addressable_data(0), tree)
+
+
+def cut_examples(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
+    """Arrays [B, ...] that are split over all devices -> [parts, B / parts, ...]; in `jax.jit`.
+
+    Every device cuts what it has, so that nothing is sent: its examples are in part 0, 1, ...
+    """
+
+    def cut(array: jax.Array) -> jax.Array:
+        rest, size = array.shape[1:], array.shape[0] // (parts * mesh.size)
+        array = jnp.swapaxes(array.reshape(mesh.size, parts, size, *rest), 0, 1)
+        array = array.reshape(parts, mesh.size * size, *rest)
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(None, AXES)))
+
+    return jax.tree.map(cut, tree)
 
 
 @functools.cache
@@ -66,24 +133,22 @@ def _splitter(mesh: Mesh) -> Callable[[Batch], Batch]:
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Place every leaf whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return jax.device_put(tree, whole_on(mesh))
 
 
-def model_shardings(
-    params: PyTree, tables: dict[str, Any], mesh: Mesh
-) -> tuple[PyTree, dict[str, Any]]:
-    """Abstract parameters and sparse tables with the shardings that they have in a state."""
+def whole_on(mesh: Mesh) -> NamedSharding:
+    """Every device has all of an array."""
+    return NamedSharding(mesh, P())
 
-    def place(x: Any, split: P) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
 
-    by_row = jax.tree.map(lambda x: place(x, P("table")), tables)
-    return jax.tree.map(lambda x: place(x, P()), params), by_row
+def by_row_on(mesh: Mesh) -> NamedSharding:
+    """Tables: rows are split over "table"."""
+    return NamedSharding(mesh, P("table"))
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Shardings of a state: sparse tables and their slots by row over "table", the rest whole."""
-    whole, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("table"))
+    whole, by_row = whole_on(mesh), by_row_on(mesh)
 
     def fill(tree: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(lambda _: sharding, tree)

@@ -18,7 +18,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 
 # Imports point to the same layer or to one further up.
 LAYERS = (
-    ("errors", "config", "types", "interrupts", "arguments"),
+    ("errors", "config", "types", "interrupts", "quiet", "arguments", "processes"),
     ("overrides", "experiments", "data", "kernels", "sharding"),
     ("nn", "baselines"),
     ("evaluation",),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch
+from mtrec_jax.sharding import check_batch_size, cut_examples, make_mesh, put_batch
 from tests import tiny
 
 
@@ -44,6 +44,29 @@ def test_a_batch_must_divide_over_the_devices() -> None:
     )
     with pytest.raises(ConfigError, match=message):
         check_batch_size(60, mesh)
+    check_batch_size(64, mesh, 8)
+    message = (
+        r"^train\.batch_size, train\.accumulate: 40 does not divide into 2 parts over 8 devices; "
+        r"use a multiple of 16, or fewer parts$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_batch_size(40, mesh, 2)
+
+
+def test_every_device_cuts_the_examples_that_it_has() -> None:
+    mesh = make_mesh((4, 2))
+    examples = put_batch(tiny.batch(0, size=32), mesh)
+    cut = jax.jit(lambda batch: cut_examples(batch, 2, mesh)).lower(examples).compile()
+    parts = cut(examples)
+    for whole, part in zip(jax.tree.leaves(examples), jax.tree.leaves(parts), strict=True):
+        assert part.shape == (2, 16, *whole.shape[1:])
+        own = {s.device: np.asarray(s.data) for s in whole.addressable_shards}
+        for shard in part.addressable_shards:
+            np.testing.assert_array_equal(
+                np.asarray(shard.data).reshape(own[shard.device].shape), own[shard.device]
+            )
+    words = ("all-to-all", "all-gather", "collective-permute", "all-reduce")
+    assert not any(word in cut.as_text() for word in words)
 
 
 def test_a_batch_is_split_over_all_devices_in_order() -> None:

@@ -69,6 +69,10 @@ class BatchSource:
         with self._lock:
             return self._batch(int(s))
 
+    def empty(self, size: int) -> Batch:
+        """Examples of weight 0."""
+        return _padding(self._empty, size)
+
     def _batch(self, s: int) -> Batch:
         epoch, index = divmod(s, self.batches_per_epoch)
         ends = self._blocks_of(epoch)[1]

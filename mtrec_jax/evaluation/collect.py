@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtrec_jax import processes
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import SPLITS, Lists, Prepared, to_arrays
 from mtrec_jax.data.examples import SHOWN, mix, visible_events
-from mtrec_jax.data.pipeline import evaluation_batches
+from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.evaluation.inference import Inference, pad_rows, to_index
 from mtrec_jax.kernels import ItemIndex
-from mtrec_jax.types import FIRST, Batch, PyTree, UserStates
+from mtrec_jax.types import FIRST, Batch, Outputs, PyTree, UserStates
 
 ABSENT = np.iinfo(np.int32).max  # rank of a target that is not among the candidates
 QUERIES = 512  # targets that are ranked at once
@@ -45,34 +47,25 @@ def collect(
 ) -> Collected:
     """Run the model over a split; `orders` also reranks the retrieved candidates of each target."""
     vectors: jax.Array | np.ndarray = np.zeros((0, experiment.model.width), np.float32)
+    own_vectors = vectors
     if prepared.manifest.items:
         vectors = inference.item_vectors(params, tables)
-    index = ItemIndex(vectors[FIRST:])
+        own_vectors = inference.own(vectors)
+    own_params = inference.own(params)
+    index = ItemIndex(own_vectors[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
     everyone = np.arange(prepared.manifest.users) + FIRST
     seen = seen_items(prepared, split, everyone) if exclude_seen else None
     widest = 0 if seen is None else int(np.diff(seen.offsets).max(initial=0))
     parts: list[Collected] = []
-    size, dtype = experiment.evaluate.batch_size, experiment.train.precision
-    for batch in evaluation_batches(prepared, split, size, dtype):
-        states = inference.users(params, tables, vectors, _for_device(batch))
-        outputs = inference.rank(params, states, vectors, batch.candidate)
+    for batch in _own_batches(experiment, prepared, inference, split):
+        states = inference.states(params, tables, vectors, batch)
+        part = _predicted(batch, inference.rank(own_params, states, own_vectors, batch.candidate))
         r, p = np.nonzero(np.asarray(batch.row) >= 0)
-        mask = {n: np.asarray(m)[r, p] > 0 for n, m in batch.mask.items()}
-        labels = {n: np.asarray(v)[r, p] for n, v in batch.labels.items()}
-        part = Collected(
-            user=np.asarray(batch.user)[r],
-            candidate=np.asarray(batch.candidate)[r, p],
-            labels={n: np.where(mask[n], labels[n], np.nan) for n in labels},
-            logits={n: np.asarray(v)[r, p] for n, v in outputs.logits.items()},
-            fused=np.asarray(outputs.fused)[r, p],
-            retrieved=np.zeros(len(r), bool),
-            ranks=np.full(len(r), ABSENT, np.int64),
-            order_ranks={},
-        )
         if retrieval is not None:
-            part.retrieved = mask[retrieval] & (part.candidate >= FIRST)
+            observed = np.asarray(batch.mask[retrieval])[r, p] > 0
+            part.retrieved = observed & (part.candidate >= FIRST)
             if orders:
                 names = ["fused", *experiment.tasks]
                 part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in names}
@@ -87,10 +80,48 @@ def collect(
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
                     found = index.search(queries.vectors[:, 0], k, exclude)[1]
-                    _rerank(inference, params, part, chosen, queries, vectors, found)
+                    _rerank(inference, own_params, part, chosen, queries, own_vectors, found)
         parts.append(part)
+    return _in_file_order(parts)
+
+
+def _own_batches(
+    experiment: Experiment, prepared: Prepared, inference: Inference, split: str
+) -> Iterator[Batch]:
+    """This process's batches of a split; the processes take turns and have equally many."""
+    devices = 1 if inference.mesh is None else inference.mesh.size // processes.count()
+    size = -(-experiment.evaluate.batch_size // devices) * devices
+    source = BatchSource(prepared, split, size, dtype=experiment.train.precision)
+    for first in range(0, len(source), processes.count()):
+        number = first + processes.index()
+        yield _for_device(source[number] if number < len(source) else source.empty(size))
+
+
+def _predicted(batch: Batch, outputs: Outputs) -> Collected:
+    """A batch's targets and predictions, nothing retrieved yet."""
+    r, p = np.nonzero(np.asarray(batch.row) >= 0)
+    mask = {n: np.asarray(m)[r, p] > 0 for n, m in batch.mask.items()}
+    labels = {n: np.asarray(v)[r, p] for n, v in batch.labels.items()}
+    return Collected(
+        user=np.asarray(batch.user)[r],
+        candidate=np.asarray(batch.candidate)[r, p],
+        labels={n: np.where(mask[n], labels[n], np.nan) for n in labels},
+        logits={n: np.asarray(v)[r, p] for n, v in outputs.logits.items()},
+        fused=np.asarray(outputs.fused)[r, p],
+        retrieved=np.zeros(len(r), bool),
+        ranks=np.full(len(r), ABSENT, np.int64),
+        order_ranks={},
+    )
+
+
+def _in_file_order(parts: list[Collected]) -> Collected:
+    """All batches of all processes as one: the same arrays in each process."""
     joined = jax.tree.map(lambda *a: np.concatenate(a), *(vars(part) for part in parts))
-    return Collected(**joined)
+    turn = np.repeat(np.arange(len(parts)), [len(part.user) for part in parts])
+    number = turn * processes.count() + processes.index()
+    order = np.argsort(np.concatenate(processes.gathered(number)), kind="stable")
+    merged = jax.tree.map(lambda a: np.concatenate(processes.gathered(a))[order], joined)
+    return Collected(**merged)
 
 
 def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.nn.model import Model, gather_rows, make_catalogue, make_model
+from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.types import FIRST, Array, Batch, Catalogue, Outputs, PyTree, UserStates
 
 ITEM_CHUNK = 65_536  # items whose vectors are computed at once
@@ -20,40 +25,64 @@ ITEM_CHUNK = 65_536  # items whose vectors are computed at once
 
 @dataclass(frozen=True)
 class Inference:
-    """Compiled functions of one model; build it once and pass the parameters of the moment."""
+    """Compiled functions of one model; build it once and pass the parameters of the moment.
+
+    Over a mesh, what depends on the tables (item vectors, `states`) is computed by all devices of
+    all processes together, which therefore have to call it equally often; the rest is each one's.
+    """
 
     model: Model
     catalogue: Catalogue
     items: Callable[[PyTree, dict[str, jax.Array], Array], jax.Array]  # item ids -> [n, D]
     users: Callable[[PyTree, dict[str, jax.Array], Array, Batch], UserStates]
     rank: Callable[[PyTree, UserStates, Array, Array], Outputs]  # candidate ids [B, P]
+    mesh: Mesh | None = None  # of the parameters and tables; None: one device
+
+    def own(self, tree: PyTree) -> PyTree:
+        """What every device holds whole, such as `params`, as `rank` wants it."""
+        return tree if self.mesh is None else own_copy(tree, self.mesh)
+
+    def states(
+        self, params: PyTree, tables: dict[str, jax.Array], vectors: Array, batch: Batch
+    ) -> UserStates:
+        """`users` of this process's batch; batches of all processes are equally long."""
+        if self.mesh is None:
+            return self.users(params, tables, vectors, batch)
+        found = self.users(params, tables, vectors, put_own(batch, self.mesh))
+        return own_part(found, self.mesh)
 
     def item_vectors(
         self, params: PyTree, tables: dict[str, jax.Array]
     ) -> Float[jax.Array, "N2 D"]:
         """Vectors of all items by item id: [N + 2, D], computed in chunks of one shape."""
         n = self.catalogue.row.shape[0]
-        chunk = min(ITEM_CHUNK, n)
+        devices = 1 if self.mesh is None else self.mesh.size
+        chunk = -(-min(ITEM_CHUNK, n) // devices) * devices
         parts = []
         for start in range(0, n, chunk):
             ids = np.minimum(np.arange(start, start + chunk), n - 1).astype(np.int32)
-            parts.append(self.items(params, tables, jnp.asarray(ids)))
+            parts.append(self.items(params, tables, ids))
         return jnp.concatenate(parts)[:n] if len(parts) > 1 else parts[0][:n]
 
 
-def make_inference(model: Model, catalogue: Catalogue) -> Inference:
-    """Compile the passes of a model over a catalogue."""
+def make_inference(model: Model, catalogue: Catalogue, mesh: Mesh | None = None) -> Inference:
+    """Compile the passes of a model over a catalogue, on one device or over a mesh."""
+    whole = None if mesh is None else NamedSharding(mesh, P())
+    split = None if mesh is None else NamedSharding(mesh, P(AXES))
 
-    @jax.jit
-    def items(params: PyTree, tables: dict[str, jax.Array], ids: Array) -> jax.Array:
-        rows = gather_rows(params, tables, model.item_lookups(ids, catalogue))
-        return model.items(params, rows, catalogue, ids)
+    @functools.partial(jax.jit, out_shardings=whole)
+    def items(
+        known: Catalogue, params: PyTree, tables: dict[str, jax.Array], ids: Array
+    ) -> jax.Array:
+        ids = jnp.asarray(ids) if split is None else lax.with_sharding_constraint(ids, split)
+        rows = gather_rows(params, tables, model.item_lookups(ids, known))
+        return model.items(params, rows, known, ids)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=split)
     def users(
-        params: PyTree, tables: dict[str, jax.Array], vectors: Array, batch: Batch
+        known: Catalogue, params: PyTree, tables: dict[str, jax.Array], vectors: Array, batch: Batch
     ) -> UserStates:
-        looked = model.lookups(batch, catalogue, None)
+        looked = model.lookups(batch, known, None)
         wanted = ("context", "history")
         found = {
             stack: {role: a for role, a in roles.items() if role in wanted}
@@ -68,7 +97,8 @@ def make_inference(model: Model, catalogue: Catalogue) -> Inference:
         found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
         return model.rank(params, states, found, None)
 
-    return Inference(model, catalogue, items, users, rank)
+    bound = (functools.partial(passed, catalogue) for passed in (items, users))
+    return Inference(model, catalogue, *bound, rank, mesh)
 
 
 def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
@@ -84,10 +114,13 @@ def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
     )
 
 
-def prepared_inference(experiment: Experiment, prepared: Prepared) -> Inference:
+def prepared_inference(
+    experiment: Experiment, prepared: Prepared, mesh: Mesh | None = None
+) -> Inference:
     """Model and catalogue of an experiment, compiled for inference."""
     model = make_model(experiment, prepared.manifest)
-    return make_inference(model, load_catalogue(prepared, experiment))
+    catalogue = load_catalogue(prepared, experiment)
+    return make_inference(model, replicate(catalogue, mesh) if mesh else catalogue, mesh)
 
 
 def predictions(

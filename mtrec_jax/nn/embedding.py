@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mtrec_jax.nn.hashing import hash_rows
@@ -135,13 +138,38 @@ def pool(
 
 
 def initial_table(
-    key: jax.Array, fields: Sequence[Field], rows: int, width: int, dtype: jnp.dtype
+    key: jax.Array,
+    fields: Sequence[Field],
+    rows: int,
+    width: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "V D"]:
-    """Normal rows of length about 1 / 4; padding and unknown rows are zero: they say nothing."""
-    table = jax.random.normal(key, (rows, width), dtype) * (0.25 * width**-0.5)
+    """Normal rows of length about 1 / 4; padding and unknown rows are zero: they say nothing.
+
+    A stack that is spread is made part by part, by the devices of the mesh that will hold the
+    parts: what is in it does not depend on their number, and no device holds all of it.
+    """
     silent = np.concatenate([np.arange(f.offset, f.offset + FIRST) for f in fields])
-    spread_over = fields[0].spread
-    return table.at[spread(jnp.asarray(silent), rows) if spread_over else silent].set(0)
+    scale = 0.25 * width**-0.5
+    if not fields[0].spread:
+        return (jax.random.normal(key, (rows, width), dtype) * scale).at[silent].set(0)
+    size = rows // ROW_MULTIPLE
+
+    def part(number: Array) -> Array:
+        made = jax.random.normal(jax.random.fold_in(key, number), (size, width), dtype) * scale
+        own = jnp.where(silent % ROW_MULTIPLE == number, silent // ROW_MULTIPLE, size)
+        return made.at[own].set(0, mode="drop")
+
+    def parts(numbers: Array) -> Array:
+        return lax.map(part, numbers).reshape(-1, width)
+
+    numbers = jnp.arange(ROW_MULTIPLE, dtype=jnp.int32)
+    if mesh is None:
+        return parts(numbers)
+    by_row = P("table")
+    sharded = jax.shard_map(parts, mesh=mesh, in_specs=by_row, out_specs=by_row, check_vma=False)
+    return sharded(numbers)
 
 
 def _hashed(group: Group, ids: Int[Array, "... M"]) -> tuple[Group, Int[Array, "... N"]]:

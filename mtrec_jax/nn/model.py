@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
@@ -42,7 +43,7 @@ Rows = dict[str, dict[str, jax.Array]]  # {stack: {role: rows [..., D]}}
 class Model(NamedTuple):
     """A multi-task recommender; every function is pure and may be jitted."""
 
-    init: Callable[[jax.Array], tuple[PyTree, dict[str, jax.Array]]]  # key -> params, sparse tables
+    init: Callable[..., tuple[PyTree, dict[str, jax.Array]]]  # key, mesh=None -> params, tables
     lookups: Callable[[Batch, Catalogue, jax.Array | None], Lookups]
     items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # -> [U, D]
     users: Callable[[PyTree, Rows, Array, jax.Array, Batch, jax.Array | None], UserStates]
@@ -54,8 +55,8 @@ class Model(NamedTuple):
 def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     """Build the model of an experiment for a prepared data set.
 
-    Returns pure functions; `init(key)` gives `(params, tables)`: `params["network"]` are the dense
-    layers, `params["dense"]` the table stack that optax updates, `tables` the stacks that are
+    Returns pure functions; `init(key, mesh)` gives `(params, tables)`: `params["network"]` are the
+    dense layers, `params["dense"]` the table stack that optax updates, `tables` the stacks that are
     updated row by row, by the names of their rules (each only where something is declared so).
     """
     dtype = jnp.dtype(experiment.train.precision)
@@ -70,7 +71,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     def network(params: PyTree) -> Network:
         return nnx.merge(graph, nnx.State(params["network"]))
 
-    def init(key: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
+    def init(key: jax.Array, mesh: Mesh | None = None) -> tuple[PyTree, dict[str, jax.Array]]:
         key_network, key_tables = jax.random.split(key)
         made = Network(experiment, manifest, dtype=dtype, rngs=nnx.Rngs(params=key_network))
         params = {"network": nnx.to_pure_dict(nnx.state(made, nnx.Param))}
@@ -80,7 +81,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
             stack_key = jax.random.fold_in(key_tables, i)
             low = experiment.train.row_precision == "bfloat16" and stack != DENSE
             kept = jnp.dtype("bfloat16") if low else dtype
-            table = initial_table(stack_key, fields, rows, width, kept)
+            table = initial_table(stack_key, fields, rows, width, kept, mesh)
             if stack == DENSE:
                 params["dense"] = table
             else:

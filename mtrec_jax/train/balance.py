@@ -13,23 +13,29 @@ from mtrec_jax.types import PyTree
 
 
 class Balancer(NamedTuple):
-    """Pure functions `init() -> state` and `weights(state, losses, observed) -> (weights, state)`.
+    """Pure functions `init() -> state`, `weights(state) -> weights` and
+    `learn(state, losses, observed) -> state`.
 
-    Losses, weights and observed are [T]; a task without any label in the batch is not observed.
+    Losses, weights and observed are [T]; a task without any label in the batch is not observed. A
+    step's weights are known before its losses, as its batch may come in parts.
     """
 
     init: Callable[[], PyTree]
-    weights: Callable[[PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
+    weights: Callable[[PyTree], jax.Array]
+    learn: Callable[[PyTree, jax.Array, jax.Array], PyTree]
 
 
 def static(initial: Float[Array, " T"]) -> Balancer:
     """The declared weights, always: the baseline that balancing methods have to beat.
 
-    >>> seen = jnp.array([True, True])
-    >>> static(jnp.array([1.0, 2.0])).weights((), jnp.array([3.0, 4.0]), seen)[0].tolist()
+    >>> static(jnp.array([1.0, 2.0])).weights(()).tolist()
     [1.0, 2.0]
     """
-    return Balancer(init=lambda: (), weights=lambda state, losses, observed: (initial, state))
+    return Balancer(
+        init=lambda: (),
+        weights=lambda state: initial,
+        learn=lambda state, losses, observed: state,
+    )
 
 
 def uncertainty(initial: Float[Array, " T"], learning_rate: float = 0.02) -> Balancer:
@@ -43,12 +49,11 @@ def uncertainty(initial: Float[Array, " T"], learning_rate: float = 0.02) -> Bal
     def init() -> PyTree:
         return jnp.zeros_like(initial)
 
-    def weights(
-        log_variance: PyTree, losses: jax.Array, observed: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
-        precision = jnp.exp(-log_variance)
-        moved = log_variance - learning_rate * (1 - precision * losses)
-        moved = jnp.where(observed, jnp.clip(moved, -6, 6), log_variance)
-        return initial * precision, moved
+    def weights(log_variance: PyTree) -> jax.Array:
+        return initial * jnp.exp(-log_variance)
 
-    return Balancer(init, weights)
+    def learn(log_variance: PyTree, losses: jax.Array, observed: jax.Array) -> PyTree:
+        moved = log_variance - learning_rate * (1 - jnp.exp(-log_variance) * losses)
+        return jnp.where(observed, jnp.clip(moved, -6, 6), log_variance)
+
+    return Balancer(init, weights, learn)

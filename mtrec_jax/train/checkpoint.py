@@ -20,7 +20,9 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
+from mtrec_jax import processes
 from mtrec_jax.errors import CheckpointError
+from mtrec_jax.sharding import by_row_on, whole_on
 from mtrec_jax.train.tables import new_scratch
 from mtrec_jax.types import PyTree, TrainState
 
@@ -84,7 +86,7 @@ def save(
     notes = {
         **meta,
         "selected": selected,
-        "cursor": _text(batches.get_state()),
+        "cursor": json.dumps(batches.get_state()),
         "digests": digests(parts),
     }
     manager.save(
@@ -92,7 +94,6 @@ def save(
         args=ocp.args.Composite(
             model=ocp.args.StandardSave(parts["model"]),
             trainer=ocp.args.StandardSave(parts["trainer"]),
-            data=grain.checkpoint.CheckpointSave(batches),
             meta=ocp.args.JsonSave({**notes, "checksum": _checksum(notes)}),
         ),
         metrics=metrics,
@@ -107,6 +108,8 @@ def restore(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Restore a step into the shapes and shardings of `like`, and move `batches` to its position.
 
+    Nothing is read from `like`: it may be abstract.
+
     Raises:
       CheckpointError: the step is damaged or was written by another model.
     """
@@ -114,18 +117,15 @@ def restore(
         "model": ocp.args.StandardRestore(_abstract(_model_part(like))),
         "trainer": ocp.args.StandardRestore(_abstract(_trainer_part(like))),
         "meta": ocp.args.JsonRestore(),
-        "data": grain.checkpoint.CheckpointRestore(batches),
     }
     found = _restore(manager, step, items)
     _verify(manager, step, found)
-    if found["meta"]["cursor"] != _text(batches.get_state()):
-        raise _damaged(manager, step, "the position in the data is not the one that was saved")
-    state = TrainState(**found["model"], **found["trainer"], scratch={})
-    scratch = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), new_scratch(state.tables), like.scratch
-    )
+    batches.set_state(json.loads(found["meta"]["cursor"]))
+    shardings = jax.tree.map(lambda x: x.sharding, like.scratch)
+    scratch = jax.jit(lambda: new_scratch(like.tables), out_shardings=shardings)()
+    state = TrainState(**found["model"], **found["trainer"], scratch=scratch)
     meta = {name: value for name, value in found["meta"].items() if name not in _ADDED}
-    return state._replace(scratch=scratch), meta
+    return state, meta
 
 
 def restore_latest(
@@ -150,7 +150,7 @@ def restore_latest(
             first, damaged = first or error, [*damaged, step]
             continue
         folder = Path(manager.directory)
-        for number in damaged:
+        for number in damaged if processes.is_first() else ():
             place = _free(folder.parent / "damaged" / str(number))
             place.parent.mkdir(exist_ok=True)
             (folder / str(number)).rename(place)
@@ -159,6 +159,7 @@ def restore_latest(
                 f"going on from step {step}"
             )
         if damaged:
+            processes.wait("damaged checkpoints are moved")
             manager.reload()
         return found
     if first is not None:
@@ -168,11 +169,12 @@ def restore_latest(
 
 def set_aside_unreadable(folder: Path, note: Callable[[str], None]) -> None:
     """Move steps of which Orbax cannot even make a list into the folder `damaged` beside them."""
-    for path in _unreadable(folder):
+    for path in _unreadable(folder) if processes.is_first() else ():
         place = _free(folder.parent / "damaged" / path.name)
         place.parent.mkdir(exist_ok=True)
         path.rename(place)
         note(f"checkpoint {path} is damaged and was moved to {place}")
+    processes.wait("unreadable checkpoints are moved")
 
 
 def _unreadable(folder: Path) -> list[Path]:
@@ -191,21 +193,26 @@ def _free(path: Path) -> Path:
 
 
 def restore_model(
-    manager: ocp.CheckpointManager, step: int, like: tuple[PyTree, PyTree]
+    manager: ocp.CheckpointManager,
+    step: int,
+    like: tuple[PyTree, PyTree],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Restore only (params, sparse tables), into the shapes of `like`, which may be abstract.
 
-    What says nothing of its sharding comes to one device.
+    They come to one device, or over a mesh as a training state does.
 
     Raises:
       CheckpointError: the step is damaged or was written by another model.
     """
     params, tables = like
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or sharding),
-        {"params": params, "tables": tables},
-    )
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    whole, by_row = (one, one) if mesh is None else (whole_on(mesh), by_row_on(mesh))
+
+    def placed(tree: PyTree, where: jax.sharding.Sharding) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    wanted = {"params": placed(params, whole), "tables": placed(tables, by_row)}
     items = {"model": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
     found = _restore(manager, step, items)
     _verify(manager, step, found)
@@ -213,10 +220,15 @@ def restore_model(
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> Any:
+    found, failed = None, None
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
+        found = manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and tensorstore raise many kinds for damaged files
-        raise _damaged(manager, step, _first_line(error)) from error
+        failed = error
+    if processes.largest(failed is not None):
+        what = _first_line(failed) if failed else "another process could not read its part"
+        raise _damaged(manager, step, what) from failed
+    return found
 
 
 def _damaged(manager: ocp.CheckpointManager, step: int, what: str) -> CheckpointError:
@@ -278,10 +290,6 @@ def _verify(manager: ocp.CheckpointManager, step: int, found: Any) -> None:
 
 def _checksum(notes: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
-
-
-def _text(state: Any) -> str:
-    return json.dumps(state, sort_keys=True, default=repr)
 
 
 def _model_part(state: TrainState) -> dict[str, Any]:

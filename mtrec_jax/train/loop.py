@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
+import numpy as np
 import optax
 
+from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, instance
 from mtrec_jax.config import Experiment, select_metric
 from mtrec_jax.data.dataset import Prepared
@@ -27,6 +29,7 @@ from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_infer
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.train import checkpoint
+from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
@@ -74,7 +77,7 @@ def train(
     Raises:
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
         another one, or the run cannot begin, or has not begun, with `init_from`.
-      CheckpointError: a checkpoint is damaged.
+      CheckpointError: a checkpoint is damaged, or the disk is full.
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     instance("experiment", experiment, Experiment, "pass what load_experiment gives")
@@ -85,26 +88,33 @@ def train(
     check_start(experiment, folder)
     check_data(folder, experiment, prepared)
     with (
+        full_disk_named(folder),
         _sole_trainer(folder),
         _stop_signals() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too
-        begun = Run(folder, experiment, prepared)
-        _train(begun, optimizer, show_progress, stopped, find_source(init_from, begun))
-    return begun
+        new = Run(folder, experiment, prepared)
+        _train(new, optimizer, show_progress, stopped, find_source(init_from, new))
+    return new
 
 
 @contextlib.contextmanager
 def _sole_trainer(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, which a process that dies gives back."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "lock", blocking=False)
+    lock, is_taken = filelock.FileLock(folder / "lock", blocking=False), False
     try:
-        with lock:
-            yield
-    except filelock.Timeout as error:
+        if processes.is_first():
+            lock.acquire()
+    except filelock.Timeout:
+        is_taken = True
+    if processes.largest(is_taken):
         raise ConfigError(
             f"another process is training in {folder}; wait for it, stop it, or pass another --run"
-        ) from error
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_start(experiment: Experiment, folder: Path) -> None:
@@ -114,7 +124,8 @@ def check_start(experiment: Experiment, folder: Path) -> None:
         raise ConfigError(
             "train.precision: 'float64' needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment"
         )
-    check_batch_size(experiment.train.batch_size, make_mesh(experiment.train.mesh))
+    config = experiment.train
+    check_batch_size(config.batch_size, make_mesh(config.mesh), config.accumulate)
     check_folder(folder, experiment)
 
 
@@ -130,30 +141,30 @@ def _train(
     folder, experiment, prepared = run.folder, run.experiment, run.prepared
     job = _make_job(experiment, prepared, folder, optimizer)
     claim(folder, experiment, prepared)
-    state = job.step.init(jax.random.key(experiment.train.seed, impl="rbg"))
-    meta: dict[str, Any] = {"threads": os.cpu_count(), "best": None, "stale": 0, "done": False}
+    processes.wait("the run folder is claimed")
+    meta: dict[str, Any] = {"best": None, "stale": 0, "done": False} | _topology(job.mesh)
     _, _, larger = select_metric(experiment)
     notes: list[str] = []
     checkpoint.set_aside_unreadable(folder / "checkpoints", notes.append)
     with checkpoint.open_manager(folder / "checkpoints", larger) as manager:
-        restored = checkpoint.restore_latest(manager, state, job.batches, notes.append)
-        if restored is not None:
-            state, meta = restored
-        elif source is not None:
-            state, line = warm_start(state, run, source, job.mesh)
-            notes.append(line)
+        restored = checkpoint.restore_latest(manager, job.step.abstract, job.batches, notes.append)
+        key = jax.random.key(experiment.train.seed, impl="rbg")
+        state, meta = restored or (job.step.init(key), meta)
+        if restored is None and source is not None:
+            state = warm_start(state, run, source, job.mesh, notes.append)
         number = int(state.step)
-        bar = Progress(job.total, number, show_progress, experiment.name)
+        bar = Progress(job.total, number, show_progress and processes.is_first(), experiment.name)
         for line in notes:
             bar.note(line)
         if number >= job.total or meta["done"]:
             bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
             return
-        if meta["threads"] != os.cpu_count():
-            bar.note(
-                f"this run began on {meta['threads']} CPU threads and goes on with "
-                f"{os.cpu_count()}: results may differ in the last bits"
-            )
+        for what, now in _topology(job.mesh).items():
+            if meta[what] != now:
+                bar.note(
+                    f"this run began with {what} {meta[what]} and goes on with {now}: results may "
+                    "differ in the last bits"
+                )
         job.records.truncate(meta.get("bytes", 0))
         watched = Watched(job.batches, experiment.train.input_timeout, bar.note)
         with bar, contextlib.closing(watched) as reader:
@@ -163,6 +174,11 @@ def _train(
                 f"stopped early at step {number}: no improvement in {meta['stale']} evaluations"
             )
         job.records.add_timing(number, "seconds", time.perf_counter() - started)
+
+
+def _topology(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What the last bits of results depend on."""
+    return {"threads": os.cpu_count(), "mesh": list(mesh.devices.shape)}
 
 
 class _Job(NamedTuple):
@@ -203,8 +219,8 @@ def _make_job(
         batches=training_batches(source),
         step=make_step(experiment, prepared.manifest, model, mesh, total, optimizer),
         catalogue=catalogue,
-        inference=make_inference(model, catalogue),
-        records=Records(folder / "metrics.jsonl"),
+        inference=make_inference(model, catalogue, mesh),
+        records=Records(folder / "metrics.jsonl", processes.is_first()),
     )
 
 
@@ -246,11 +262,20 @@ def _run_steps(
         on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
         if evaluated is not None or on_schedule:
             save(evaluated if evaluated is not None and math.isfinite(evaluated) else None)
-        if stopped and number < job.total and not meta["done"]:
+        by = _asked_to_stop(stopped, number)
+        if by and number < job.total and not meta["done"]:
             if manager.latest_step() != number:
                 save(None)
-            raise _stopped_at(number, job.total, job.folder, stopped[0])
+            raise _stopped_at(number, job.total, job.folder, by)
     return number
+
+
+def _asked_to_stop(stopped: list[int], number: int) -> int:
+    """The signal by which to stop after this step, or 0; the same for all processes."""
+    here = stopped[0] if stopped else 0
+    if processes.count() == 1:
+        return here
+    return 0 if number % STEPS_IN_FLIGHT else processes.largest(here)
 
 
 def _check_finite(
@@ -315,7 +340,7 @@ def _log_losses(records: Records, state: TrainState, number: int) -> TrainState:
                 "train.learning_rate, or set train.clip_norm; earlier checkpoints are kept"
             )
         records.add(number, "train", name, "loss", float(numerator / max(weight, 1e-9)))
-    zeros = {name: jax.numpy.zeros_like(value) for name, value in state.sums.items()}
+    zeros = {name: np.zeros(value.shape, value.dtype) for name, value in state.sums.items()}
     placed = {n: jax.device_put(z, state.sums[n].sharding) for n, z in zeros.items()}
     return state._replace(sums=placed)
 

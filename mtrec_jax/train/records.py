@@ -17,16 +17,17 @@ class Records:
     Timings are records of the split "timing"; apart from them, equal runs write equal files.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self._writes = path, writes  # of several processes, one writes
         self.last_losses: dict[str, float] = {}
 
     def add(self, step: int, split: str, task: str, metric: str, value: float) -> None:
         """Append one record; what is not a number is written as null."""
         record = {"step": step, "split": split, "task": task, "metric": metric}
         record["value"] = value if math.isfinite(value) else None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self._writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         if split == "train":
             self.last_losses[task] = value
 
@@ -40,7 +41,7 @@ class Records:
 
     def truncate(self, size: int) -> None:
         """Forget what was written after a checkpoint, which will be written again."""
-        if self.path.exists():
+        if self._writes and self.path.exists():
             os.truncate(self.path, min(size, self.size()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, one_of
 from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
@@ -18,8 +19,9 @@ from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
 from mtrec_jax.experiments import load_experiment
 from mtrec_jax.nn.model import make_model
-from mtrec_jax.sharding import model_shardings
+from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
+from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.types import PyTree
 
@@ -28,6 +30,8 @@ _OWN_FILES = (
     *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl", "init_from.json"),
     *("checkpoints", "damaged", "lock"),
 )
+
+_MAY_CHANGE = ("train.mesh", "train.input_timeout")  # where a run goes on, not what it learns
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,9 @@ def load_best(
     _, _, larger = select_metric(run.experiment)
     model = make_model(run.experiment, run.prepared.manifest)
     like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
-    if mesh is not None:
-        like = model_shardings(like[0], like[1], mesh)
     with checkpoint.open_manager(run.folder / "checkpoints", larger, True) as manager:
         best = checkpoint.best_or_latest(manager, run.folder / "checkpoints")
-        params, tables = checkpoint.restore_model(manager, best, like)
+        params, tables = checkpoint.restore_model(manager, best, like, mesh)
     return params, tables, best
 
 
@@ -99,19 +101,28 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
       The evaluation, and how often the test set has been looked at, this time included.
 
     Raises:
-      CheckpointError: the run has no usable checkpoint.
+      CheckpointError: the run has no usable checkpoint, or the disk is full.
       ConfigError: there is no such split.
     """
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
-    params, tables, _ = load_best(run)
-    inference = prepared_inference(run.experiment, run.prepared)
+    mesh = shared_mesh(run.experiment)
+    params, tables, _ = load_best(run, mesh)
+    inference = prepared_inference(run.experiment, run.prepared, mesh)
     evaluation = evaluate(run.experiment, run.prepared, inference, params, tables, split)
     path = run.folder / "evaluation.json"
     looks = int(read_json(path)["test_looks"]) if path.exists() else 0
     looks += split == "test"
-    write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+    processes.wait("the looks are read")
+    if processes.is_first():
+        with full_disk_named(run.folder):
+            write_json(path, {**evaluation.to_dict(), "test_looks": looks})
     return evaluation, looks
+
+
+def shared_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
+    """The devices of all processes, where there are several; one device does for one process."""
+    return make_mesh(experiment.train.mesh) if processes.count() > 1 else None
 
 
 def check_folder(folder: Path, experiment: Experiment) -> None:
@@ -119,6 +130,7 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     path = folder / "config.toml"
     if path.exists() and has_checkpoint(folder):
         keys = _differences(to_dict(load_experiment(path)), to_dict(experiment))
+        keys = [key for key in keys if key[0] not in _MAY_CHANGE]
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
             raise ConfigError(
@@ -192,7 +204,7 @@ def _trained_on(folder: Path) -> dict[str, Any] | None:
 
 def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     """Write configuration and origin of the data into a new run folder, each file whole."""
-    if has_checkpoint(folder):
+    if has_checkpoint(folder) or not processes.is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
     notes = {

@@ -10,31 +10,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtrec_jax.config import Experiment, Train, fusion_objective
+from mtrec_jax.config import Experiment, Train
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import DENSE
-from mtrec_jax.nn.layers import unit_length
-from mtrec_jax.nn.model import Model, Rows, gather_rows
+from mtrec_jax.nn.model import Model
 from mtrec_jax.sharding import state_shardings
-from mtrec_jax.train.balance import Balancer, static, uncertainty
-from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
+from mtrec_jax.train.balance import static, uncertainty
+from mtrec_jax.train.gradients import Differentiate, make_differentiate
+from mtrec_jax.train.objective import loss_names
 from mtrec_jax.train.sparse import RULES, bounded
-from mtrec_jax.train.tables import Fetched, apply_gradients, fetch, new_scratch
-from mtrec_jax.types import Batch, Catalogue, Lookups, Outputs, PyTree, TrainState, UserStates
-
-FUSION_CANDIDATES = 16  # the target and its hardest sampled negatives, at one position an example
-
-Sums = dict[str, tuple[jax.Array, jax.Array]]  # {task: (sum of weighted losses, sum of weights)}
+from mtrec_jax.train.tables import apply_gradients, new_scratch
+from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 
 
 class Step(NamedTuple):
     """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once.
+    `abstract` has the shapes and shardings of a state.
 
     A step whose loss or gradient is not finite changes nothing but its count in `state.bad`; with
     `train.not_finite = "stop"` neither do the steps after it. `inspect(state, batch, catalogue)`
     tells which losses and gradients of this batch are finite, by name, losses first.
     """
 
+    abstract: TrainState
     init: Callable[[jax.Array], TrainState]
     update: Callable[[TrainState, Batch, Catalogue], TrainState]
     inspect: Callable[[TrainState, Batch, Catalogue], dict[str, bool]]
@@ -71,7 +68,7 @@ def make_step(
 
     def init(key: jax.Array) -> TrainState:
         key_model, key_run = jax.random.split(key)
-        params, tables = model.init(key_model)
+        params, tables = model.init(key_model, mesh)
         return TrainState(
             params=params,
             tables=tables,
@@ -85,7 +82,7 @@ def make_step(
             bad=jnp.zeros(2, jnp.int32),
         )
 
-    differentiate = _differentiate(experiment, manifest, model, mesh, balancer)
+    differentiate = make_differentiate(experiment, manifest, model, mesh, balancer)
 
     def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         found = differentiate(state, batch, catalogue)
@@ -112,57 +109,18 @@ def make_step(
         }
         return _after(state, is_good, new)._replace(**tables)
 
-    abstract = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
-    shardings = state_shardings(abstract, mesh)
+    shapes = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
+    shardings = state_shardings(shapes, mesh)
     return Step(
+        abstract=jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            shardings,
+        ),
         init=jax.jit(init, out_shardings=shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
         inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, differentiate))),
     )
-
-
-class _Differentiated(NamedTuple):
-    """What a batch says, before anything is changed."""
-
-    fetched: Fetched
-    sums: Sums
-    balance: PyTree
-    to_params: PyTree
-    to_rows: Rows
-
-
-def _differentiate(
-    experiment: Experiment,
-    manifest: Manifest,
-    model: Model,
-    mesh: jax.sharding.Mesh,
-    balancer: Balancer,
-) -> Callable[[TrainState, Batch, Catalogue], _Differentiated]:
-    """Losses and gradients of a batch as a function of the state."""
-    names = loss_names(experiment)
-
-    def differentiate(state: TrainState, batch: Batch, catalogue: Catalogue) -> _Differentiated:
-        key_rows, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
-        looked = model.lookups(batch, catalogue, key_rows)
-        fetched = fetch(state.tables, state.scratch, _only(looked.addresses, sparse=True), mesh)
-
-        def objective(params: PyTree, rows: Rows) -> tuple[jax.Array, tuple[Sums, PyTree]]:
-            dense_rows = gather_rows(params, {}, _only(looked.addresses, sparse=False))
-            fetched = {**rows, **dense_rows}
-            sums = batch_losses(
-                experiment, manifest, model, params, fetched, looked, batch, catalogue, key_loss
-            )
-            losses = jnp.stack([sums[n][0] / jnp.maximum(sums[n][1], 1e-9) for n in names])
-            fixed = jax.lax.stop_gradient(losses)
-            weights, balance = balancer.weights(state.balance, fixed, _observed(sums, names))
-            return jnp.sum(weights * losses), (sums, balance)
-
-        gradients, (sums, balance) = jax.grad(objective, argnums=(0, 1), has_aux=True)(
-            state.params, fetched.rows
-        )
-        return _Differentiated(fetched, sums, balance, *gradients)
-
-    return differentiate
 
 
 def _inspect(finite: Callable[..., dict[str, jax.Array]], *arguments: Any) -> dict[str, bool]:
@@ -172,7 +130,7 @@ def _inspect(finite: Callable[..., dict[str, jax.Array]], *arguments: Any) -> di
 
 
 def _finite(
-    differentiate: Callable[[TrainState, Batch, Catalogue], _Differentiated],
+    differentiate: Differentiate,
     state: TrainState,
     batch: Batch,
     catalogue: Catalogue,
@@ -200,139 +158,11 @@ def _all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def batch_losses(
-    experiment: Experiment,
-    manifest: Manifest,
-    model: Model,
-    params: PyTree,
-    rows: Rows,
-    looked: Lookups,
-    batch: Batch,
-    catalogue: Catalogue,
-    key: jax.Array,
-) -> Sums:
-    """Forward pass and every loss of a batch, as sums and weights."""
-    key_users, key_rank, key_fusion = jax.random.split(key, 3)
-    vectors = model.items(params, rows, catalogue, looked.item_ids)
-    states = model.users(params, rows, vectors, looked.event_index, batch, key_users)
-    candidates = None
-    if vectors.shape[0]:
-        candidates = jnp.take(vectors, looked.candidate_index, axis=0)
-    outputs = model.rank(params, states, candidates, key_rank)
-    sums: Sums = {}
-    for name, task in experiment.tasks.items():
-        weight = batch.weight * batch.mask[name]
-        if task.kind == "retrieval":
-            assert candidates is not None
-            total = sampled_softmax(
-                jnp.asarray(states.vectors),
-                candidates,
-                jnp.asarray(batch.candidate),
-                jnp.take(vectors, looked.negative_index, axis=0),
-                looked.negatives,
-                catalogue,
-                experiment.model.temperature,
-                jnp.asarray(weight),
-            )
-        else:
-            logits, labels = outputs.logits[name], jnp.asarray(batch.labels[name])
-            total = jnp.sum(task_loss(task, manifest.tasks[name], logits, labels) * weight)
-        sums[name] = (total, jnp.sum(weight))
-    if "fusion" in loss_names(experiment):
-        sums["fusion"] = _fusion_loss(
-            experiment, model, params, states, outputs, vectors, looked, batch, key_fusion
-        )
-    return sums
-
-
-def _fusion_loss(
-    experiment: Experiment,
-    model: Model,
-    params: PyTree,
-    states: UserStates,
-    outputs: Outputs,
-    vectors: jax.Array,
-    looked: Lookups,
-    batch: Batch,
-    key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Teach the fused score its objective.
-
-    The worth of an example is the worth-weighted mean of the objective's labels. With a retrieval
-    task in the objective the fused score must put the target above hard negatives, the more the
-    target is worth: at one random position an example, a softmax over the target and the sampled
-    negatives that the retrieval scores highest. Without one it is the log-odds of the worth at
-    every observed position.
-    """
-    objective = fusion_objective(experiment)
-    retrieval = next((n for n in objective if experiment.tasks[n].kind == "retrieval"), None)
-    worth, seen = utility(objective, batch.labels, batch.mask)  # type: ignore[arg-type]
-    if retrieval is None:
-        losses = optax.sigmoid_binary_cross_entropy(outputs.fused, worth)
-        weight = seen * batch.weight
-        return jnp.sum(losses * weight), jnp.sum(weight)
-    weight = worth * batch.mask[retrieval] * batch.weight
-    return _listwise_loss(model, params, states, vectors, looked, batch, weight, key)
-
-
-def _listwise_loss(
-    model: Model,
-    params: PyTree,
-    states: UserStates,
-    vectors: jax.Array,
-    looked: Lookups,
-    batch: Batch,
-    weight: jax.Array,
-    key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Softmax cross-entropy of the fused score at one position an example: sum and weight."""
-    states, vectors = jax.lax.stop_gradient((states, vectors))
-    lottery = jax.random.uniform(key, weight.shape, weight.dtype) * (weight > 0)
-    chosen = jnp.argmax(lottery, axis=1)[:, None]  # one random position of those that count
-    weight = jnp.take_along_axis(weight, chosen, axis=1)[:, 0]
-    user = jnp.take_along_axis(states.vectors, chosen[..., None], axis=1)  # (B, 1, D)
-    target = jnp.take_along_axis(jnp.asarray(looked.candidate_index), chosen, axis=1)  # (B, 1)
-    target_id = jnp.take_along_axis(jnp.asarray(batch.candidate), chosen, axis=1)
-    negatives = unit_length(jnp.take(vectors, looked.negative_index, axis=0))
-    scores = jnp.einsum("bd,nd->bn", user[:, 0], negatives)
-    scores = jnp.where(target_id == looked.negatives[None], -jnp.inf, scores)
-    hard_scores, hardest = jax.lax.top_k(scores, min(FUSION_CANDIDATES - 1, scores.shape[1]))
-    # Only targets that would be retrieved beside these negatives teach, as only they are reranked:
-    # with the others, a low cosine would be the mark of a target.
-    own = jnp.take(vectors, target[:, 0], axis=0)
-    retrieved = jnp.sum(user[:, 0] * unit_length(own), axis=-1) >= hard_scores[:, -1]
-    weight = weight * retrieved
-    index = jnp.concatenate([target, looked.negative_index[hardest]], axis=1)  # (B, K)
-    users = jnp.broadcast_to(user, (*index.shape, user.shape[-1]))
-    candidates = jnp.take(vectors, index, axis=0)
-    cutoff = jnp.take_along_axis(jnp.asarray(states.cutoff), chosen, axis=1)
-    alone = states._replace(vectors=users, cutoff=jnp.broadcast_to(cutoff, index.shape))
-    outputs = model.rank(params, alone, candidates, None)
-    # where negatives are few, the target itself can be among the hardest
-    ids = jnp.concatenate([target_id, looked.negatives[hardest]], axis=1)
-    again = (ids == target_id).at[:, 0].set(False)
-    logits = jnp.where(again, -jnp.inf, outputs.fused)
-    losses = jax.nn.logsumexp(logits, axis=1) - logits[:, 0]
-    return jnp.sum(losses * weight), jnp.sum(weight)
-
-
-def _observed(sums: Sums, names: tuple[str, ...]) -> jax.Array:
-    """Which losses have any label in the batch: [T]."""
-    return jnp.stack([sums[name][1] > 0 for name in names])
-
-
 def _initial_weights(experiment: Experiment) -> jax.Array:
     """Declared weight of each loss, 1 for the fusion: [T]."""
     names = loss_names(experiment)
     declared = [experiment.tasks[n].weight if n in experiment.tasks else 1.0 for n in names]
     return jnp.array(declared, jnp.dtype(experiment.train.precision))
-
-
-def loss_names(experiment: Experiment) -> tuple[str, ...]:
-    """Tasks, and "fusion" where a fused order is trained."""
-    ranked = any(task.kind != "retrieval" for task in experiment.tasks.values())
-    fused = experiment.model.fusion != "none" and ranked and fusion_objective(experiment)
-    return (*experiment.tasks, "fusion") if fused else tuple(experiment.tasks)
 
 
 def learning_rate(config: Train, peak: float, total_steps: int) -> optax.Schedule:
@@ -362,7 +192,3 @@ def dense_optimizer(config: Train, total_steps: int) -> optax.GradientTransforma
     }[config.optimizer]()
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, rule)
-
-
-def _only(found: dict[str, dict[str, jax.Array]], sparse: bool) -> dict[str, dict[str, jax.Array]]:
-    return {stack: roles for stack, roles in found.items() if (stack != DENSE) == sparse}

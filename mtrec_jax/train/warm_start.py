@@ -7,7 +7,7 @@ random numbers and the position in the data start afresh.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mtrec_jax import processes
 from mtrec_jax.arguments import a_path
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.features import one_array
@@ -64,7 +65,8 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
                 "without --init-from, or pass another --run"
             )
         return None
-    path.unlink(missing_ok=True)  # of a start that failed before its first checkpoint
+    if processes.is_first():
+        path.unlink(missing_ok=True)  # of a start that failed before its first checkpoint
     if wanted is None:
         return None
     if wanted == run.folder.resolve():
@@ -77,8 +79,12 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
 
 
 def warm_start(
-    state: TrainState, run: Run, source: Run, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, str]:
+    state: TrainState,
+    run: Run,
+    source: Run,
+    mesh: jax.sharding.Mesh,
+    note: Callable[[str], None],
+) -> TrainState:
     """The state with the parameters and tables of another run's best checkpoint.
 
     Args:
@@ -86,9 +92,7 @@ def warm_start(
       run: the run that begins; what it was initialised from is written to its folder.
       source: the run that is taken over.
       mesh: the devices of the state.
-
-    Returns:
-      The new state, and one line that says what was taken over.
+      note: called with one line that says what was taken over.
 
     Raises:
       ConfigError: a dense parameter has another shape there.
@@ -117,10 +121,12 @@ def warm_start(
         line += f" (all of {', '.join(nothing)})"
     notes = {"run": str(source.folder.resolve()), "step": step}
     notes |= {"fingerprint": source.prepared.manifest.fingerprint, "carried": carried, "new": fresh}
-    write_json(run.folder / NOTES, notes)
+    if processes.is_first():
+        write_json(run.folder / NOTES, notes)
+    note(line)
     new_params = {**_dense(taken), "network": network}
     tables = {stack: table for stack, table in taken.items() if stack != DENSE}
-    return state._replace(params=new_params, tables=tables), line
+    return state._replace(params=new_params, tables=tables)
 
 
 def _dense(stacks: PyTree) -> dict[str, jax.Array]:

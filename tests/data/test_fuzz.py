@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from mtrec_jax.data.prepare import prepare
 from mtrec_jax.data.read import stage
 from mtrec_jax.errors import DataError, Error
 from mtrec_jax.experiments import parse_experiment
+from tests.disks import small_disk
 
 SAMPLES = int(os.environ.get("MTREC_FUZZ", "15"))
 COLUMNS = ("user", "item", "rating", "kind", "price", "time")
@@ -380,23 +380,6 @@ def test_any_bytes_are_staged_or_refused(
     assert len(rows) + len(bad) == staged.rows == len({*rows, *bad})
     assert all(0 <= row < staged.next_row for row in (*rows, *bad))
     assert len(bad) == staged.bad
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of that size, where mounting one is allowed."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no mount: {error}")
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted: {done.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("size", ["8k", "64k", "160k", "240k", "360k", "4m"])

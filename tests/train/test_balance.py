@@ -15,8 +15,7 @@ SEEN = jnp.array([True, True, True])
 
 def _after(balancer: Balancer, steps: int) -> np.ndarray:
     def step(state: object, _: None) -> tuple[object, jax.Array]:
-        weights, state = balancer.weights(state, LOSSES, SEEN)
-        return state, weights
+        return balancer.learn(state, LOSSES, SEEN), balancer.weights(state)
 
     return np.asarray(jax.lax.scan(step, balancer.init(), length=steps)[1])
 
@@ -35,16 +34,15 @@ def test_uncertainty_starts_at_the_declared_weights_and_tends_to_weight_over_los
 
 
 def test_uncertainty_stays_finite_for_a_task_that_is_never_observed() -> None:
-    weights, state = uncertainty(DECLARED, learning_rate=10.0).weights(
-        jnp.zeros(3), jnp.array([0.0, 0.0, 1e12]), SEEN
-    )
-    assert np.isfinite(np.asarray(weights)).all()
+    balancer = uncertainty(DECLARED, learning_rate=10.0)
+    state = balancer.learn(jnp.zeros(3), jnp.array([0.0, 0.0, 1e12]), SEEN)
+    assert np.isfinite(np.asarray(balancer.weights(state))).all()
     assert np.isfinite(np.exp(np.asarray(state))).all()
 
 
 def test_a_task_without_labels_in_the_batch_keeps_its_uncertainty() -> None:
     observed = jnp.array([True, False, True])
     state = jnp.array([0.5, 0.5, 0.5])
-    _, moved = uncertainty(DECLARED).weights(state, jnp.array([0.5, 0.0, 0.5]), observed)
+    moved = uncertainty(DECLARED).learn(state, jnp.array([0.5, 0.0, 0.5]), observed)
     assert float(moved[1]) == 0.5
     assert float(moved[0]) != 0.5

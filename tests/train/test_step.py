@@ -12,7 +12,8 @@ import pytest
 
 from mtrec_jax.nn.model import gather_rows, make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
-from mtrec_jax.train.step import Step, batch_losses, make_step
+from mtrec_jax.train.objective import batch_losses, draw
+from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 from tests import tiny
 
@@ -154,7 +155,8 @@ def test_losses_and_weights_of_a_batch_worked_out(single: Compiled) -> None:
     def run(params: PyTree, tables: dict[str, jax.Array], batch: Batch) -> tuple[Any, Any]:
         looked = model.lookups(batch, single.catalogue, key)
         rows = gather_rows(params, tables, looked.addresses)
-        parts = params, rows, looked, batch, single.catalogue, key
+        draws = draw(key, batch)
+        parts = params, params, rows, looked, batch, single.catalogue, draws
         sums = batch_losses(experiment, manifest, model, *parts)
         return sums, tiny.forward(model, params, tables, single.catalogue, batch)[2]
 

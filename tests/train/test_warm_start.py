@@ -102,10 +102,11 @@ def begin(
     folder.mkdir()
     source = find_source(world.run.folder, Run(folder, experiment, prepared))
     assert source is not None
-    state, line = warm_start(fresh, Run(folder, experiment, prepared), source, mesh)
     kept = {s: t.sharding for s, t in stacks(fresh).items()}
+    said: list[str] = []
+    state = warm_start(fresh, Run(folder, experiment, prepared), source, mesh, said.append)
     assert {s: t.sharding for s, t in stacks(state).items()} == kept
-    return before, state, line
+    return before, state, said[0]
 
 
 def stacks(state: TrainState) -> dict[str, jax.Array]:

@@ -1,0 +1,121 @@
+"""Several processes that train as one: how they start, what they agree on, who writes.
+
+Every process runs the same program on its own devices, and JAX's runtime joins them. Only the first
+one writes to the run folder (Orbax apart, which writes from where the arrays are). A decision that
+depends on what one process alone sees is made by all, with `largest`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mtrec_jax.errors import ConfigError
+
+
+def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """Join the processes, before anything else is done with JAX.
+
+    Args:
+      coordinator: HOST:PORT of the first process, the same for all. Empty: what Slurm, MPI or a
+        TPU pod says; `processes` and `process` are then not needed.
+      processes: how many there are.
+      process: the number of this one, from 0.
+
+    Raises:
+      ConfigError: numbers that do not fit each other, or no cluster that says them.
+    """
+    if not coordinator:
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no cluster tells this process who the others are ({error}); pass "
+                "--coordinator HOST:PORT --processes N --process I"
+            ) from error
+        return
+    if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
+        raise ConfigError(f"--coordinator: {coordinator!r} is not HOST:PORT")
+    if not 0 <= process < processes:
+        raise ConfigError(
+            f"--process {process} of --processes {processes}: the processes are numbered from 0"
+        )
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
+def index() -> int:
+    """The number of this one."""
+    return jax.process_index()
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def wait(where: str) -> None:
+    """Go on when all processes are here."""
+    if count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values, for all."""
+    return value if count() == 1 else max(int(v[0]) for v in gathered(np.array([value])))
+
+
+def total(value: int) -> int:
+    """The sum of all processes' values, for all."""
+    return sum(int(v[0]) for v in gathered(np.array([value])))
+
+
+def own_file(path: Path) -> Path:
+    """Where this process writes its part of a file: beside the others, with its number.
+
+    >>> own_file(Path("all.csv")).name
+    'all.csv'
+    """
+    if count() == 1:
+        return path
+    return path.with_name(f"{path.stem}-{index():05}-of-{count():05}{path.suffix}")
+
+
+def leave(status: int) -> None:
+    """End this process at once, so that the others learn of it: they cannot go on without it.
+
+    Ending as usual would wait for them, and they for this one.
+    """
+    if count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def gathered(array: np.ndarray) -> list[np.ndarray]:
+    """The arrays of all processes in their order, bit by bit; their lengths may differ.
+
+    >>> [a.tolist() for a in gathered(np.array([1, 2]))]
+    [[1, 2]]
+    """
+    if count() == 1:
+        return [array]
+    # As bytes: devices hold 32 bits, the host has more.
+    raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(raw)], np.int32)).reshape(-1)
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: len(raw)] = raw
+    parts = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        np.frombuffer(part[:size].tobytes(), array.dtype).reshape(-1, *array.shape[1:])
+        for part, size in zip(parts, sizes, strict=True)
+    ]

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Train on machines that ssh reaches, one process a machine, or on one machine in several processes:
+#   scripts/launch/addresses.sh "host1 host2" train CONFIG --run RUN
+#   scripts/launch/addresses.sh "localhost localhost" train CONFIG --run RUN
+# The first address is the coordinator; PORT (9911) has to be open on it. On every machine, this
+# folder is at the same path, with its .venv; prepared data and RUN are on storage that all see.
+# The exit status is that of the first process that fails.
+set -euo pipefail
+if [ "$#" -lt 3 ]; then
+  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+read -r -a hosts <<<"$1"
+shift
+port="${PORT:-9911}"
+here="$(cd "$(dirname "$0")/../.." && pwd)"
+python="${VENV:-$here/.venv}/bin/python"
+processes=()
+stop() { kill -TERM "${processes[@]}" 2>/dev/null || true; }
+trap stop INT TERM
+for number in "${!hosts[@]}"; do
+  host="${hosts[$number]}"
+  command=("$python" "$here/scripts/train.py" --coordinator "${hosts[0]}:$port"
+    --processes "${#hosts[@]}" --process "$number" "$@")
+  if [ "$host" = localhost ]; then
+    "${command[@]}" &
+  else
+    ssh -tt "$host" "cd $(printf '%q' "$PWD") && exec$(printf ' %q' "${command[@]}")" </dev/null &
+  fi
+  processes+=("$!")
+done
+status=0
+for process in "${processes[@]}"; do
+  code=0
+  wait "$process" || code=$?
+  while [ "$code" -gt 128 ] && kill -0 "$process" 2>/dev/null; do  # a signal came: wait on
+    code=0
+    wait "$process" || code=$?
+  done
+  [ "$status" -ne 0 ] || status="$code"
+done
+exit "$status"

@@ -1,0 +1,137 @@
+"""A run whose disk becomes full says so, keeps what it has, and is continued."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mtrec_jax.config import Experiment, to_toml
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.errors import CheckpointError
+from mtrec_jax.train.disk import full_disk_named
+from tests.disks import small_disk
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+# `mtrec train` in which files may not grow any more from its 25th step on.
+LIMITED = """
+import resource, sys, time
+from pathlib import Path
+from mtrec_jax.cli import main
+from mtrec_jax.train import loop
+
+put, calls = loop.put_batch, []
+
+def put_and_limit(batch, mesh):
+    calls.append(0)
+    if len(calls) == limited:
+        while not any(run.glob("checkpoints/20")):  # which is written by a thread
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    return put(batch, mesh)
+
+limited, run = int(sys.argv.pop(1)), Path(sys.argv[-1])
+loop.put_batch = put_and_limit
+main()
+"""
+Train = Callable[[int, Path], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def train(
+    shop_experiment: Experiment,
+    shop_prepared: Prepared,
+    compiled_programs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Train:
+    """Of 40 steps, with a checkpoint every 10: (step from which files are limited, run folder)."""
+    folder = tmp_path_factory.mktemp("disk")
+    model = replace(
+        shop_experiment.model, towers="shared_bottom", fusion="none", item_placement="sparse"
+    )
+    steps = replace(
+        shop_experiment.train, steps=40, log_every=10, evaluate_every=40, checkpoint_every=10
+    )
+    config = folder / "shop.toml"
+    config.write_text(to_toml(replace(shop_experiment, model=model, train=steps)), "utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def run(limited: int, run: Path) -> subprocess.CompletedProcess[str]:
+        places = ["--prepared", str(shop_prepared.folder), "--run", str(run)]
+        return subprocess.run(
+            [sys.executable, "-c", LIMITED, str(limited), "train", str(config), *places],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an undisturbed run."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    done = train(0, run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def _records(run: Path) -> list[bytes]:
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    return [line for line in lines if b"timing" not in line]
+
+
+def _steps(run: Path) -> list[int]:
+    return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def _assert_full(done: subprocess.CompletedProcess[str], run: Path, step: int, why: str) -> None:
+    assert done.returncode == 2, done.stderr
+    expected = f"mtrec: no space left in {run} while saving step {step} ({why}). Earlier steps are"
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+
+
+def test_a_small_disk_that_fills_up(train: Train, straight: Path, tmp_path: Path) -> None:
+    kept = straight / "checkpoints" / "40"
+    blocks = sum(-(-p.stat().st_size // 4096) for p in kept.rglob("*") if p.is_file())
+    with small_disk(tmp_path / "disk", f"{4 * blocks * 5 // 2}k") as disk:
+        run = disk / "run"
+        _assert_full(train(0, run), run, 30, "No space left on device")
+        assert _steps(run) == [10, 20]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        done = train(0, run)
+        assert done.returncode == 0, done.stderr
+        assert _records(run) == _records(straight)
+
+
+def test_files_that_may_not_grow(train: Train, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _assert_full(train(25, run), run, 30, "File too large")
+    assert _steps(run) == [10, 20]
+    done = train(0, run)
+    assert done.returncode == 0, done.stderr
+    assert _records(run) == _records(straight)
+
+
+def test_only_a_lack_of_room_is_renamed(tmp_path: Path) -> None:
+    message = r"^no space left in .* while writing \(Disk quota exceeded\)"
+    with pytest.raises(CheckpointError, match=message), full_disk_named(tmp_path):
+        raise ValueError("writing has failed") from OSError(errno.EDQUOT, "Disk quota exceeded")
+    with pytest.raises(OSError, match="Permission"), full_disk_named(tmp_path):
+        raise OSError(errno.EACCES, "Permission denied")

@@ -1,0 +1,224 @@
+"""A batch that is taken in parts gives what the whole batch gives, in the memory of a part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.nn.model import make_model
+from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
+from mtrec_jax.train.balance import static
+from mtrec_jax.train.gradients import make_differentiate
+from mtrec_jax.train.objective import loss_names
+from mtrec_jax.train.step import Step, make_step
+from mtrec_jax.types import Batch, PyTree, TrainState
+from tests import tiny
+
+SIZE, STEPS = 32, 3
+UNUSED = "key.bias"  # a softmax does not see this bias: its gradient is rounding noise
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _history(precision: str, model: dict[str, Any], train: dict[str, Any]) -> Experiment:
+    """All kinds of tasks; negatives, and a fusion that learns lists."""
+    settings = {"precision": precision, "batch_size": SIZE, "learning_rate": 5e-3}
+    return tiny.experiment(model={"dropout": 0.0} | model, train=settings | train)
+
+
+def _rows(precision: str, train: dict[str, Any]) -> tuple[Experiment, Manifest]:
+    """Single rows without users and items."""
+    experiment = parse_experiment(
+        {
+            "name": "rows",
+            "data": {"kind": "rows"},
+            "split": {"kind": "random"},
+            "features": {"segment": {}},
+            "tasks": {name: task for name, task in tiny.TASKS.items() if name != "next"},
+            "model": {
+                "encoder": "none",
+                "width": 8,
+                "dropout": 0.0,
+                "experts": 2,
+                "expert_hidden": [8],
+                "tower_hidden": [6],
+            },
+            "train": {"steps": 20, "precision": precision, "batch_size": SIZE} | train,
+        }
+    )
+    none: dict[str, Any] = {"item_ids": (), "item_numbers": (), "history": ()}
+    manifest = dataclasses.replace(
+        tiny.manifest(), kind="rows", items=0, trained_items=0, history_length=0, **none
+    )
+    return experiment, manifest
+
+
+def _first_position(batch: Batch) -> Batch:
+    """The examples of a batch of histories as single rows."""
+    labels, mask = (
+        {name: values[:, :1] for name, values in part.items() if name != "next"}
+        for part in (batch.labels, batch.mask)
+    )
+    none = np.zeros((len(batch.user), 1), np.int32)
+    return batch._replace(
+        events={},
+        cutoff=none,
+        candidate=none,
+        labels=labels,
+        mask=mask,
+        weight=batch.weight[:, :1],
+        row=batch.row[:, :1],
+    )
+
+
+def _case(
+    kind: str, precision: str, balance: str, parts: int, shape: tuple[int, int]
+) -> tuple[Step, jax.sharding.Mesh]:
+    train = {"balance": balance, "accumulate": parts}
+    if kind == "rows":
+        experiment, manifest = _rows(precision, train)
+    else:
+        placement = {"item_placement": "dense"} if kind == "history, dense items" else {}
+        experiment, manifest = _history(precision, placement, train), tiny.manifest()
+    mesh = make_mesh(shape)
+    return make_step(experiment, manifest, make_model(experiment, manifest), mesh, 20), mesh
+
+
+def _trained(
+    kind: str,
+    precision: str,
+    balance: str,
+    parts: int,
+    shape: tuple[int, int],
+    start: TrainState | None = None,
+) -> tuple[dict[str, np.ndarray], TrainState]:
+    """Everything that a few steps have changed, by path, and the state that they began from."""
+    step, mesh = _case(kind, precision, balance, parts, shape)
+    start = start or step.init(jax.random.key(3, impl="rbg"))
+    own = jax.tree.map(lambda leaf: leaf.sharding, start)
+    state = jax.device_put(start, own, may_alias=False)
+    state = jax.device_put(state, state_shardings(state, mesh))
+    catalogue = replicate(tiny.catalogue(precision), mesh)
+    for s in range(STEPS):
+        batch = tiny.batch(s, SIZE, precision)
+        batch = put_batch(_first_position(batch) if kind == "rows" else batch, mesh)
+        state = jax.block_until_ready(step.update(state, batch, catalogue))
+    assert int(state.bad[0]) == 0
+    kept = {n: v for n, v in state._asdict().items() if n not in ("key", "scratch")}
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(kept))
+    return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}, start
+
+
+@pytest.mark.parametrize(
+    ("kind", "balance", "ways"),
+    [
+        ("rows", "static", [(4, (1, 1))]),
+        ("rows", "uncertainty", [(2, (2, 4))]),
+        ("history", "uncertainty", [(2, (1, 1)), (4, (2, 4))]),
+        ("history, dense items", "static", [(4, (1, 1))]),
+    ],
+)
+def test_parts_learn_what_the_whole_batch_learns(
+    kind: str, balance: str, ways: list[tuple[int, tuple[int, int]]]
+) -> None:
+    with jax.enable_x64(True):
+        whole, start = _trained(kind, "float64", balance, 1, (1, 1))
+        assert len(whole) > 20
+        for parts, shape in ways:
+            found, _ = _trained(kind, "float64", balance, parts, shape, start)
+            assert found.keys() == whole.keys()
+            for name in whole:
+                if UNUSED not in name:
+                    scale = max(np.abs(whole[name]).max(), 1e-3)
+                    assert np.abs(found[name] - whole[name]).max() <= 1e-10 * scale, name
+    moved = [n for n, v in whole.items() if n.startswith("tables.")]
+    before = jax.device_get(start.tables)
+    assert moved
+    assert all((whole[n] != before[n.removeprefix("tables.")]).any() for n in moved)
+
+
+@pytest.fixture(scope="module")
+def start() -> TrainState:
+    """In single precision; only to be read."""
+    return _case("history", "float32", "uncertainty", 4, (1, 1))[0].init(
+        jax.random.key(3, impl="rbg")
+    )
+
+
+def _gradients(state: TrainState, parts: int) -> dict[str, np.ndarray]:
+    experiment, manifest = _history("float32", {}, {"accumulate": parts}), tiny.manifest()
+    model, mesh = make_model(experiment, manifest), make_mesh((1, 1))
+    weights = jnp.ones(len(loss_names(experiment)))
+    differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights))
+    found = jax.jit(differentiate)(state, tiny.batch(0, SIZE), tiny.catalogue())
+    ids = found.fetched.addresses["lazy_adam"]
+    table = np.zeros((state.tables["lazy_adam"].shape[0], 8))
+    for role, address in ids.items():  # of padding too, which gets nothing
+        flat = np.asarray(address).reshape(-1)
+        np.add.at(table, flat, np.asarray(found.to_rows["lazy_adam"][role]).reshape(-1, 8))
+    tree: PyTree = {"params": found.to_params, "sums": found.sums, "table": table}
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}
+
+
+def test_gradients_agree_in_single_precision(start: TrainState) -> None:
+    whole = _gradients(start, 1)
+    for name, values in _gradients(start, 4).items():
+        if UNUSED not in name:
+            scale = np.abs(whole[name]).max()
+            assert np.abs(values - whole[name]).max() <= 1e-5 * scale, name
+
+
+def test_one_part_that_is_not_finite_spoils_the_step(start: TrainState) -> None:
+    step, mesh = _case("history", "float32", "uncertainty", 4, (1, 1))
+    own = jax.tree.map(lambda leaf: leaf.sharding, start)
+    state = jax.device_put(start, own, may_alias=False)
+    batch = tiny.batch(0, SIZE)
+    stars = batch.labels["stars"].copy()
+    stars[np.argwhere(batch.mask["stars"])[-1][0]] = np.nan  # in one of the parts
+    bad = batch._replace(labels={**batch.labels, "stars": stars})
+    kept = ("params", "tables", "slots", "optimizer", "balance", "sums")
+
+    def bits(state: TrainState) -> list[bytes]:
+        leaves = jax.tree.leaves([getattr(state, name) for name in kept])
+        return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+    before, catalogue = bits(state), replicate(tiny.catalogue(), mesh)
+    state = step.update(state, put_batch(bad, mesh), catalogue)
+    assert bits(state) == before
+    assert state.bad.tolist() == [1, 1]
+
+
+def test_memory_is_that_of_a_part() -> None:
+    manifest, size = tiny.manifest(), 512
+
+    def temporary(parts: int) -> int:
+        wide = {"width": 32, "expert_hidden": [256, 32], "dropout": 0.0}
+        train = {"batch_size": size, "accumulate": parts}
+        experiment = tiny.experiment(model=wide, train=train)
+        model, mesh = make_model(experiment, manifest), make_mesh((1, 1))
+        step = make_step(experiment, manifest, model, mesh, 20)
+        state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+        weights = jnp.ones(len(loss_names(experiment)))
+        differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights))
+        lowered = jax.jit(differentiate).lower(state, tiny.batch(0, size), tiny.catalogue())
+        return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+
+    whole, halves, eighths = (temporary(parts) for parts in (1, 2, 8))
+    assert halves < 0.7 * whole
+    assert eighths < 0.35 * whole

@@ -1,0 +1,204 @@
+"""Several processes train, evaluate and recommend as one, and hand their runs to fewer devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+
+from mtrec_jax.config import Experiment, to_toml
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.recommender import Recommender
+from mtrec_jax.train import loop
+from mtrec_jax.train.loop import Stopped, train
+from mtrec_jax.train.records import read_records
+from mtrec_jax.train.run import load_best, open_run
+
+ROOT = Path(__file__).parents[2]
+STEPS = 50
+
+WHERE = ("step", "split", "task", "metric")
+
+# A command that asks itself to stop once it has been given a number of batches; 0: never.
+STOPPER = """
+import os, runpy, signal, sys
+from mtrec_jax.train import loop
+
+at, script = int(sys.argv.pop(1)), sys.argv.pop(1)
+put, given = loop.put_batch, []
+
+def put_and_stop(batch, mesh):
+    given.append(0)
+    if len(given) == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return put(batch, mesh)
+
+loop.put_batch = put_and_stop
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+class Two:
+    """`mtrec ARGUMENTS` in two processes with four virtual devices each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, *arguments: object, stop: int = 0) -> list[subprocess.CompletedProcess[str]]:
+        """Both processes, ended; the first asks to stop when it has got `stop` batches."""
+        environment = os.environ | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_ENABLE_X64": "1",
+            # No cache of programs: it would serve the first process alone, and the other one would
+            # be late for the first exchange, for which they wait 30 seconds.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        started = []
+        for number in range(2):
+            program = ["-c", STOPPER, 0 if number else stop, ROOT / "scripts" / "train.py"]
+            joined = ["--coordinator", address, "--processes", 2, "--process", number]
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, [*program, *joined, *arguments])],
+                    cwd=self.folder,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        ended = []
+        for process in started:
+            out, err = process.communicate(timeout=300)
+            ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        return ended
+
+
+@pytest.fixture(scope="module")
+def experiment(shop_experiment: Experiment) -> Experiment:
+    model = replace(
+        shop_experiment.model, towers="shared_bottom", item_placement="sparse", dropout=0.0
+    )
+    steps = replace(
+        shop_experiment.train,
+        **{"steps": STEPS, "evaluate_every": 25, "checkpoint_every": 10, "batch_size": 16},
+        **{"precision": "float64", "mesh": (2, 4)},
+    )
+    return replace(shop_experiment, model=model, train=steps)
+
+
+@pytest.fixture(scope="module")
+def two(
+    experiment: Experiment, compiled_programs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Two:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "shop.toml").write_text(to_toml(experiment), "utf-8")
+    return Two(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(experiment: Experiment, shop_prepared: Prepared, two: Two) -> Path:
+    """The run of one process with one device."""
+    return _go_on(experiment, shop_prepared, two.folder / "alone", (1, 1))
+
+
+def _go_on(experiment: Experiment, prepared: Prepared, folder: Path, mesh: tuple[int, int]) -> Path:
+    """Train in this process."""
+    config = replace(experiment, train=replace(experiment.train, mesh=mesh))
+    with jax.enable_x64(True):
+        train(config, prepared, folder, show_progress=False)
+    return folder
+
+
+def _learned(folder: Path) -> list[np.ndarray]:
+    with jax.enable_x64(True):
+        params, tables, _ = load_best(open_run(folder))
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((params, tables))]
+
+
+def _assert_same(one: Path, other: Path) -> None:
+    for a, b in zip(_records(one), _records(other), strict=True):
+        assert [a[key] for key in WHERE] == [b[key] for key in WHERE]
+        assert a["value"] == pytest.approx(b["value"], rel=1e-7)
+    for left, right in zip(_learned(one), _learned(other), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-10)
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [r for r in read_records(folder / "metrics.jsonl") if r["split"] != "timing"]
+
+
+def test_two_processes_learn_and_recommend_what_one_does(
+    two: Two, alone: Path, shop_prepared: Prepared
+) -> None:
+    done = two("train", "shop.toml", "--prepared", shop_prepared.folder, "--run", "both")
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr + done[1].stderr
+    both = two.folder / "both"
+    _assert_same(alone, both)
+    done = two("recommend", both, "--all-users", "--k", 5, "--out", "all.csv")
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr + done[1].stderr
+    parts = [two.folder / f"all-0000{i}-of-00002.csv" for i in range(2)]
+    shared = [row for part in parts for row in pyarrow.csv.read_csv(part).to_pylist()]
+    with jax.enable_x64(True):
+        one = pa.concat_tables(Recommender(both).recommend_all(5)).to_pylist()
+    assert [(r["user"], r["item"]) for r in one] == [(r["user"], r["item"]) for r in shared]
+
+
+def test_a_run_goes_on_with_fewer_processes_and_devices(
+    two: Two, alone: Path, experiment: Experiment, shop_prepared: Prepared
+) -> None:
+    folder = two.folder / "elastic"
+    arguments = ("train", "shop.toml", "--prepared", shop_prepared.folder, "--run", folder)
+    done = two(*arguments, stop=7)
+    assert [p.returncode for p in done] == [143, 143], done[0].stderr + done[1].stderr
+    assert "stopped at step 8 of 50" in done[0].stderr  # all agree, after every fourth step
+    for mesh, more in (((2, 4), 4), ((1, 4), 9), ((2, 1), 6)):
+        with _stopping_after(more), pytest.raises(Stopped):
+            _go_on(experiment, shop_prepared, folder, mesh)
+    _go_on(experiment, shop_prepared, folder, (1, 1))
+    _assert_same(alone, folder)
+
+
+@contextlib.contextmanager
+def _stopping_after(batches: int) -> Iterator[None]:
+    given: list[int] = []
+
+    def put_and_stop(*arguments: Any) -> Any:
+        given.append(0)
+        if len(given) == batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(*arguments)
+
+    put, loop.put_batch = loop.put_batch, put_and_stop
+    try:
+        yield
+    finally:
+        loop.put_batch = put
+
+
+def test_a_second_group_of_processes_is_refused(
+    two: Two, alone: Path, shop_prepared: Prepared
+) -> None:
+    arguments = ("train", "shop.toml", "--prepared", shop_prepared.folder, "--run", alone)
+    with filelock.FileLock(alone / "lock"):
+        done = two(*arguments)
+    assert done[0].returncode == 2
+    assert "another process is training" in done[0].stderr
+    assert done[1].returncode != 0
