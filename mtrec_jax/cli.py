@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mtrec_jax.cli_data import SHOPS, fetch, generate_shop
 from mtrec_jax.cli_options import (
     Config,
     DataFolder,
@@ -49,8 +50,6 @@ SIGTERM: training is saved, other commands leave nothing partial.
 """,
 )
 
-SHOPS = ("shop", "shop-social")  # generated, from a seed
-
 
 @app.command()
 def data(
@@ -70,9 +69,9 @@ def data(
             typer.echo(f"{known.name:16} {known.title}. Terms: {known.terms}.")
         return
     if name in SHOPS:
-        _generate_shop(to, name, seed or 0)
+        generate_shop(to, name, seed or 0)
     else:
-        _fetch(name, to)
+        fetch(name, to)
 
 
 @app.command()
@@ -80,6 +79,10 @@ def prepare(
     config: Config,
     data: DataFolder = Path("data"),
     out: Annotated[Path | None, typer.Option(help="Default prepared/NAME.")] = None,
+    grow_from: Annotated[
+        Path | None,
+        typer.Option(help="Prepared folder whose ids, bins and scales stay; new values follow."),
+    ] = None,
     overrides: Set = None,
     engine: EngineOption = "duckdb",
     memory: Memory = "",
@@ -91,7 +94,7 @@ def prepare(
     experiment = load_experiment(config, overrides or [])
     out = out or Path("prepared") / experiment.name
     remedy = "Name another folder with --out"
-    _prepare(experiment, data, out, None, remedy, engine, memory, master)
+    _prepare(experiment, data, out, None, remedy, engine, memory, master, grow_from)
 
 
 @app.command()
@@ -100,6 +103,10 @@ def train(
     prepared: PreparedFolder = None,
     run: RunOption = None,
     overrides: Set = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Run whose best parameters and tables a new RUN begins with."),
+    ] = None,
 ) -> None:
     """Train; a RUN with a checkpoint of the same configuration is continued by itself."""
     from mtrec_jax.data.dataset import open_prepared
@@ -107,7 +114,7 @@ def train(
 
     experiment = load_experiment(config, overrides or [])
     opened = open_prepared(prepared or Path("prepared") / experiment.name)
-    _train(experiment, opened, run or Path("runs") / experiment.name)
+    _train(experiment, opened, run or Path("runs") / experiment.name, init_from)
 
 
 @app.command()
@@ -145,10 +152,9 @@ def predict(
     if "known" in result.columns:
         unknown = result["known"].count(False)
         if unknown:
-            typer.echo(
+            _say(
                 f"mtrec: {unknown} pairs have a user or an item that is not in the prepared data; "
-                "their column 'known' is false",
-                err=True,
+                "their column 'known' is false"
             )
     result.save(out)
     typer.echo(f"{len(result):,} predictions in {out}", err=True)
@@ -213,10 +219,9 @@ def recommend(
         typer.echo(f"{rows:,} recommendations in {out}", err=True)
     if rows < wanted:
         hint = ", and items of the history are left out: --include-seen keeps them"
-        typer.echo(
+        _say(
             f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
-            f"more{hint if exclude_seen else ''}",
-            err=True,
+            f"more{hint if exclude_seen else ''}"
         )
 
 
@@ -241,15 +246,14 @@ def run(
     check_start(experiment, folder)
     public = experiment.data.public
     if public in SHOPS and (data / public / "events.csv").exists():
-        typer.echo(
+        _say(
             f"{public} in {data / public} is there already and stays as it is; "
-            f"`mtrec data {public} --to {data}` generates it anew",
-            err=True,
+            f"`mtrec data {public} --to {data}` generates it anew"
         )
     elif public in SHOPS:
-        _generate_shop(data, public, 0)
+        generate_shop(data, public, 0)
     elif public:
-        _fetch(public, data)
+        fetch(public, data)
     remedy = "Name other folders for the new data with --run and --prepared"
     opened = _prepare(experiment, data, out, folder, remedy, engine, memory, master)
     _evaluate(_train(experiment, opened, folder), "validation")
@@ -296,46 +300,6 @@ def _leave(status: int) -> None:
         processes.leave(status)
 
 
-def _generate_shop(to: Path, name: str, seed: int) -> None:
-    from mtrec_jax.data import shop
-
-    folder, social = to / name, name == "shop-social"
-    if shop.is_generated(folder, seed, social):
-        typer.echo(f"{name} in {folder} is there already (generated, seed {seed})", err=True)
-        return
-    truth = shop.generate(folder, seed=seed, social=social)
-    best = ", ".join(
-        f"{task} {metric} {value:.4f}"
-        for task, metrics in truth["best"].items()
-        for metric, value in metrics.items()
-    )
-    typer.echo(f"{name} in {folder} (generated, seed {seed}). Best possible: {best}", err=True)
-
-
-def _fetch(name: str, to: Path) -> None:
-    from mtrec_jax.data import public
-
-    with _download_bar() as bar:
-        task = bar.add_task(f"fetch {name}", total=None)
-        folder = public.fetch(
-            name, to, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    typer.echo(f"{name} in {folder}. Terms: {public.PUBLIC[name].terms}", err=True)
-
-
-def _download_bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
 def _prepare(
     experiment: Any,
     data: Path,
@@ -345,6 +309,7 @@ def _prepare(
     engine: Literal["duckdb", "spark"],
     memory: str,
     master: str,
+    grow_from: Path | None = None,
 ) -> Any:
     from mtrec_jax.data.prepare import prepare as prepare_data
     from mtrec_jax.data.report import print_report
@@ -356,14 +321,7 @@ def _prepare(
 
     folder = data / experiment.data.public if experiment.data.public else data
     opened = prepare_data(
-        experiment,
-        folder,
-        out,
-        progress=_say,
-        engine=engine,
-        memory=memory,
-        master=master,
-        accept=accept,
+        experiment, folder, out, None, _say, engine, memory, master, accept, grow_from
     )
     print_report(opened.manifest)
     typer.echo(f"{opened!r} in {out}; report: {out / 'report.html'}", err=True)
@@ -374,10 +332,10 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _train(experiment: Any, prepared: Any, folder: Path) -> Any:
+def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None = None) -> Any:
     from mtrec_jax.train.loop import train as train_run
 
-    finished = train_run(experiment, prepared, folder)
+    finished = train_run(experiment, prepared, folder, init_from=init_from)
     typer.echo(f"trained: {folder}", err=True)
     return finished
 
@@ -388,9 +346,7 @@ def _evaluate(opened: Any, split: str) -> None:
 
     evaluation, looks = evaluate_run(opened, split)
     print_evaluation(opened.experiment, evaluation)
-    typer.echo(
-        f"looks at the test set so far: {looks} · {opened.folder / 'evaluation.json'}", err=True
-    )
+    _say(f"looks at the test set so far: {looks} · {opened.folder / 'evaluation.json'}")
 
 
 def _progress(tables: Any, recommender: Any) -> Any:
@@ -407,8 +363,7 @@ def _progress(tables: Any, recommender: Any) -> Any:
 def _warn_unknown(users: list[str]) -> None:
     if users:
         shown = ", ".join(repr(user) for user in users[:5]) + (" …" if len(users) > 5 else "")
-        typer.echo(
+        _say(
             f"mtrec: {len(users)} unknown user{'s' if len(users) > 1 else ''} ({shown}): not in "
-            "the prepared data; the most popular items stand in, and 'known' is false",
-            err=True,
+            "the prepared data; the most popular items stand in, and 'known' is false"
         )

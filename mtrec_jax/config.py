@@ -153,6 +153,9 @@ class Feature:
     label: str = ""  # past_rate, friends_taste: which task's label
     smoothing: float = 20.0  # past_rate, friends_taste: events that the overall mean counts for
     placement: Literal["dense", "sparse"] = "dense"  # sparse: row-wise updates, for large tables
+    capacity: int = 0  # values that its vocabulary may grow to without moving a row; 0: as they are
+    hash_rows: int = 0  # rows that all its ids share, several rows each; 0: each has one of its own
+    hash_functions: int = 2  # with hash_rows: rows of an id, whose sum is its vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,7 @@ class Model:
     heads: int = 1
     dropout: float = 0.1
     item_placement: Literal["dense", "sparse"] = "sparse"
+    item_capacity: int = 0  # items that their own table may grow to without moving a row
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
     towers: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
     experts: int = 4  # shared experts

@@ -309,6 +309,7 @@ def _check_numbers(e: Experiment) -> list[str]:
         ("clean.min_item_events", e.clean.min_item_events, 0),
         ("clean.max_bad_fraction", e.clean.max_bad_fraction, 0),
         ("split.seed", e.split.seed, 0),
+        ("model.item_capacity", e.model.item_capacity, 0),
         ("model.layers", e.model.layers, 1 if e.model.encoder == "transformer" else 0),
         ("model.experts", e.model.experts, 1),
         ("model.task_experts", e.model.task_experts, 1),

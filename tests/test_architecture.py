@@ -43,7 +43,7 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "duckdb": (),
     "fsspec": ("data/locate.py",),
     "pandas": (),
-    "typer": ("cli.py", "cli_options.py", "cli_plan.py"),
+    "typer": ("cli.py", "cli_data.py", "cli_options.py", "cli_plan.py"),
 }
 
 

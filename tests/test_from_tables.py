@@ -13,7 +13,7 @@ import mtrec_jax
 from mtrec_jax import from_tables
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.from_tables import fit
-from mtrec_jax.train.loop import Stopped
+from mtrec_jax.train.stopping import Stopped
 
 pandas = pytest.importorskip("pandas")
 

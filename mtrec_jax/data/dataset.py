@@ -23,6 +23,9 @@ users.parquet                     row r is user id r + 2, every event in time or
 vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
                                   of texts, or lower edges of bins; "": the id of missing values
                                   (numeric and hashed features have no such file)
+item_vocabulary.parquet           only where the folder continues another one: row r is row r + 2 of
+                                  the items' own table: value string. Otherwise it has the trained
+                                  items, in the order of their ids
 past/<feature>.parquet            rows: what new ones are told, value string, number float64; the
                                   last row, of value null, is for values without training rows
 ```
@@ -43,12 +46,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydantic
 
 from mtrec_jax.arguments import a_path
 from mtrec_jax.errors import DataError
-from mtrec_jax.types import FIRST
+from mtrec_jax.types import FIRST, PAD, UNKNOWN
 
 FORMAT = 2
 BLOCK = 4096  # examples a Parquet row group holds
@@ -60,10 +64,18 @@ class IdField:
     """A feature that is looked up in an embedding table."""
 
     name: str
-    size: int  # rows of its table: padding, unknown, then the vocabulary
+    size: int  # ids: padding, unknown, then the vocabulary
     slots: int  # ids per example: 1, or max_values of a multi-valued feature
     placement: Literal["dense", "sparse"]
     missing: int = 0  # the id that a missing value takes: padding, unless it is imputed
+    capacity: int = 0  # values that the vocabulary may grow to
+    hash_rows: int = 0  # rows that the ids share; 0: each has one of its own
+    hash_functions: int = 0  # rows that an id has of them
+
+    @property
+    def rows(self) -> int:
+        """Rows of its table: one an id, also of ids to come, or what the ids share."""
+        return FIRST + self.hash_rows if self.hash_rows else max(self.size, FIRST + self.capacity)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -150,6 +162,8 @@ class Manifest:
     report: tuple[Rule, ...] = ()
     bounds: dict[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)
     summary: Summary | None = None
+    continues: str = ""  # fingerprint of the folder whose vocabularies have grown to these
+    item_values: int = 0  # rows of item_vocabulary.parquet, where there is one
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""
@@ -241,6 +255,20 @@ class Prepared:
     def vocabulary(self, feature: str) -> pa.Table:
         """Values of a feature, row r is local id r + 2."""
         return pq.read_table(self.folder / "vocabularies" / f"{feature}.parquet")
+
+    @functools.cached_property
+    def item_vocabulary(self) -> pa.ChunkedArray:
+        """Raw id of each row of the items' own table, row r is local id r + 2."""
+        path = self.folder / "item_vocabulary.parquet"
+        if path.is_file():
+            return pq.read_table(path)["value"]
+        return self.items["id"].slice(0, self.manifest.trained_items)
+
+    def item_rows(self) -> np.ndarray:
+        """The row of each item in their own table, by item id: [N + 2]; unknown without one."""
+        found = pc.index_in(self.items["id"], value_set=self.item_vocabulary.combine_chunks())
+        rows = pc.fill_null(found, UNKNOWN - FIRST).to_numpy() + FIRST
+        return np.concatenate([[PAD, UNKNOWN], rows]).astype(np.int32)
 
     def catalogue(self) -> dict[str, np.ndarray]:
         """Item features by item id: `{"ids": [N + 2, M], "numbers": [N + 2, C]}`; 0, 1 are zero."""

@@ -7,9 +7,9 @@ import json
 import re
 from typing import Any
 
-from mtrec_jax.config import Experiment, Split, to_dict
+from mtrec_jax.config import Experiment, Feature, Split, to_dict
 from mtrec_jax.data.dataset import FORMAT
-from mtrec_jax.data.features import CLOCK, NUMBER, NUMERIC, PAST
+from mtrec_jax.data.features import CLOCK, GROWING, MOST_IDS, NUMBER, NUMERIC, PAST
 from mtrec_jax.errors import ConfigError, DataError, nearest
 
 
@@ -123,6 +123,7 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
         for key, least in limits.items()
         if not getattr(feature, key) >= least
     ]
+    problems += _check_table(feature)
     if feature.impute != "none" and kind in ("text", "ties", "friends_taste"):
         problems.append(f".impute: kind '{kind}' knows no missing value; use 'none'")
     if feature.impute == "median" and kind not in NUMERIC:
@@ -131,6 +132,29 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
         problems.append(".impute, .constant: impute = 'constant' and its value go together")
     elif feature.constant and kind in NUMERIC and not re.fullmatch(NUMBER, feature.constant):
         problems.append(f".constant: '{feature.constant}' is no number, which '{kind}' needs")
+    return problems
+
+
+def _check_table(feature: Feature) -> list[str]:
+    """What is wrong with the size of a feature's table."""
+    limits = {"capacity": 0, "hash_rows": 0, "hash_functions": 1}
+    problems = [
+        f".{key}: must be {least} or more, not {getattr(feature, key)}"
+        for key, least in limits.items()
+        if getattr(feature, key) < least
+    ]
+    for key, kinds in (("capacity", GROWING), ("hash_rows", (*GROWING, "hashed"))):
+        if getattr(feature, key) and feature.kind not in kinds:
+            known = ", ".join(f"'{kind}'" for kind in kinds)
+            problems.append(f".{key}: for features of kind {known}; remove it")
+    if feature.capacity and feature.hash_rows:
+        problems.append(
+            ".capacity: hash_rows has room for any number of values; remove one of them"
+        )
+    if 0 < feature.hash_rows < feature.hash_functions:
+        problems.append(".hash_functions: at most hash_rows")
+    if feature.kind == "hashed" and feature.buckets > MOST_IDS:
+        problems.append(f".buckets: at most {MOST_IDS:,}, which 32 bits hold")
     return problems
 
 

@@ -21,6 +21,8 @@ NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 PAST = ("past_count", "past_rate")
 NUMERIC = ("numeric", "binned", "piecewise", "gap", *PAST)  # kinds whose cells are numbers
 WRITTEN = ("numeric", "binned", "piecewise")  # of them: numbers that stand in the raw data
+GROWING = ("categorical", "multi_valued", "ties")  # kinds whose vocabulary new data extend
+MOST_IDS = 2**31 - 4  # of a hashed feature, beside padding, unknown and missing
 CLOCK = {"hour": 24, "weekday": 7}  # kinds with a vocabulary that is known before, and its size
 
 
@@ -74,6 +76,9 @@ class Encoding:
             slots=self.slots,
             placement=self.feature.placement,
             missing=missing_id,
+            capacity=self.feature.capacity,
+            hash_rows=self.feature.hash_rows,
+            hash_functions=self.feature.hash_functions if self.feature.hash_rows else 0,
         )
 
 
@@ -224,7 +229,7 @@ def restore(prepared: Prepared, name: str) -> Encoding:
     groups = (manifest.context_ids, manifest.context_numbers, manifest.item_ids)
     fields = [f for group in (*groups, manifest.item_numbers, manifest.history) for f in group]
     [field] = (f for f in fields if f.name == name)
-    scaled = isinstance(field, NumberField) and feature.kind != "piecewise"
+    scaled = isinstance(field, NumberField) and feature.kind not in ("piecewise", "friends_taste")
     known = nothing if scaled or feature.kind == "hashed" else prepared.vocabulary(name)
     encoding = Encoding(name, feature, one_array(known["value"]), known["count"].to_numpy())
     if isinstance(field, IdField):

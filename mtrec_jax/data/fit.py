@@ -10,19 +10,21 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import describe, features
-from mtrec_jax.data.dataset import Rule, TaskField
+from mtrec_jax.data.dataset import Prepared, Rule, TaskField
 from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.growth import earlier_task, grown
 
 # {task: {split: (its labels, their mean if they are numbers)}}
 Labels = dict[str, dict[int, tuple[int, float | None]]]
 
 
 def fit_tasks(
-    events: Any, experiment: Experiment
+    events: Any, experiment: Experiment, base: Prepared | None = None
 ) -> tuple[dict[str, TaskField], list[Rule], Labels]:
     """Classes, means and scales of the training labels, a report, and how many labels there are.
 
-    Every figure is made of exact counts, so that it is the same on every engine.
+    Every figure is made of exact counts, so that it is the same on every engine. Classes and scales
+    that `base` has learned stay what they are; new classes follow.
     """
     tasks, rules, labels = {}, [], Labels()
     for name, task in experiment.tasks.items():
@@ -44,9 +46,12 @@ def fit_tasks(
             continue
         counts = dict(zip(train["label"].to_pylist(), train["n"].to_pylist(), strict=True))
         describe.check_labels(experiment, name, counts)
+        old = earlier_task(base, name)
         if task.kind == "multiclass":
-            tasks[name] = TaskField(classes=tuple(sorted(counts, key=_class_order)))
-            learned = pc.is_in(found["label"], value_set=one_array(train["label"]))
+            first = old.classes if old else ()
+            classes = (*first, *sorted(counts.keys() - set(first), key=_class_order))
+            tasks[name] = TaskField(classes=classes)
+            learned = pc.is_in(found["label"], value_set=pa.array(classes, found["label"].type))
             unseen = found.filter(pc.invert(learned))
             if len(unseen):
                 shown = tuple(sorted(map(repr, unseen["label"].unique().to_pylist()))[:3])
@@ -55,13 +60,18 @@ def fit_tasks(
             continue
         mean, std = _moments(train)
         tasks[name] = TaskField(mean=mean, std=std or 1.0)
+        if old and task.kind == "regression":
+            tasks[name] = old
     return tasks, rules, labels
 
 
 def fit_side(
-    experiment: Experiment, table: pa.Table, key: str, on: str
+    experiment: Experiment, table: pa.Table, key: str, on: str, base: Prepared | None = None
 ) -> tuple[list[Encoding], dict[str, pa.Array]]:
-    """Features of users or items, fitted on those with training events; and all their cells."""
+    """Features of users or items, fitted on those with training events; and all their cells.
+
+    They continue what `base` has learned.
+    """
     trained = pc.greater(table["count"], 0)
     encodings, cells = [], {}
     for name, feature in experiment.features.items():
@@ -72,7 +82,8 @@ def fit_side(
             sizes = table["count"].to_numpy() if own else np.ones(len(table), np.int64)
             known = trained.to_numpy()
             chosen = cells[name].filter(pa.array(known))
-            encodings.append(features.fit(name, feature, chosen, sizes[known]))
+            fresh = features.fit(name, feature, chosen, sizes[known])
+            encodings.append(grown(base, fresh, chosen, sizes[known]))
     return encodings, cells
 
 
@@ -91,15 +102,19 @@ def text_columns(experiment: Experiment, table: pa.Table, on: str) -> dict[str, 
     }
 
 
-def fit_events(events: Any, experiment: Experiment) -> list[Encoding]:
-    """Features that stand in the events: of the history, or the context of rows."""
+def fit_events(events: Any, experiment: Experiment, base: Prepared | None = None) -> list[Encoding]:
+    """Features that stand in the events: of the history, or the context of rows.
+
+    They continue what `base` has learned.
+    """
     encodings = []
     train = events.filter(events["split"] == 0)
     for name, feature in experiment.features.items():
         if f"feature_{name}" in events.columns:
             cells = train.group_by(cell=train[f"feature_{name}"]).agg(n=train.count()).to_pyarrow()
             column, sizes = one_array(cells["cell"]), cells["n"].to_numpy()
-            encodings.append(features.fit(name, feature, column, sizes))
+            fresh = features.fit(name, feature, column, sizes)
+            encodings.append(grown(base, fresh, column, sizes))
     return encodings
 
 

@@ -34,8 +34,9 @@ from mtrec_jax.data.dataset import (
 )
 from mtrec_jax.data.encode import event_log, row_streams, sequence_streams
 from mtrec_jax.data.engine import Engine, Name, count, open_engine
-from mtrec_jax.data.features import Encoding, one_array
-from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, text_columns, values_report
+from mtrec_jax.data.features import Encoding
+from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, values_report
+from mtrec_jax.data.growth import item_vocabulary, open_base
 from mtrec_jax.data.index import side_table, with_ids
 from mtrec_jax.data.schema import check_times
 from mtrec_jax.data.social import fit_tastes
@@ -43,6 +44,7 @@ from mtrec_jax.data.social_tables import friend_lists, read_queries, with_querie
 from mtrec_jax.data.sources import EVENTS, Source, read_sources
 from mtrec_jax.data.split import describe_split
 from mtrec_jax.data.twins import row_in_two_splits
+from mtrec_jax.data.write import write_examples, write_items, write_users, write_vocabularies
 from mtrec_jax.errors import DataError
 
 Say = Callable[[str], None]
@@ -58,6 +60,7 @@ def prepare(
     memory: str = "",
     master: str = "local[*]",
     accept: Callable[[Manifest], None] | None = None,
+    grow_from: str | Path | None = None,
 ) -> Prepared:
     """Clean, split, index and encode raw tables, and write them as the folder `out`.
 
@@ -75,6 +78,8 @@ def prepare(
       memory: most memory of the engine, such as "4GB"; by default a quarter of the machine's.
       master: of Spark; a cluster must see the folders `data` and `out`.
       accept: called with the new manifest before `out` is replaced; if it raises, `out` stays.
+      grow_from: a prepared folder of the same features, whose vocabularies these begin with, so
+        that known values keep their ids; its bins, scales and classes stay as they are.
 
     Returns:
       The opened folder.
@@ -100,6 +105,7 @@ def prepare(
             f"{out} exists and is no prepared folder (no manifest.json), so it is not replaced. "
             "Name another folder, or remove it"
         )
+    base = None if grow_from is None else open_base(grow_from, experiment)
     partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -107,7 +113,7 @@ def prepare(
         with open_engine(partial / "work", engine, memory, master) as opened:
             say = progress or (lambda text: None)
             sources = read_sources(opened, experiment, data, tables or {}, say)
-            manifest = _build(opened, experiment, sources, partial, say)
+            manifest = _build(opened, experiment, sources, partial, say, base)
         shutil.rmtree(partial / "work", ignore_errors=True)
         report.write_report(Prepared(partial, manifest), partial / "report.html")
         manifest.save(partial)
@@ -166,34 +172,41 @@ class _Fitted(NamedTuple):
 
 
 def _build(
-    engine: Engine, experiment: Experiment, sources: dict[str, Source], folder: Path, say: Say
+    engine: Engine,
+    experiment: Experiment,
+    sources: dict[str, Source],
+    folder: Path,
+    say: Say,
+    base: Prepared | None,
 ) -> Manifest:
     """Everything between the raw tables and the manifest; writes all other files."""
     data = experiment.data
-    cleaned = _clean(engine, experiment, sources, folder, say)
-    events, fitted = _fit(engine, experiment, cleaned, folder)
+    cleaned = _clean(engine, experiment, sources, folder, say, base)
+    events, fitted = _fit(engine, experiment, cleaned, folder, base)
     say(f"index: {len(cleaned.users):,} users, {len(cleaned.items):,} items")
-    _write_items(folder, experiment, cleaned.items, fitted.item_arrays)
+    write_items(folder, experiment, cleaned.items, fitted.item_arrays)
     if data.kind == "sequences":
         context, positions, streams = _sequences(
-            engine, experiment, cleaned, fitted, events, folder
+            engine, experiment, cleaned, fitted, events, folder, base
         )
     else:
         context, positions = fitted.events, dict.fromkeys(SPLITS, 1)
         log = _log(engine, experiment, cleaned, [], events) if data.user else None
-        _write_users(folder, experiment, cleaned.users, fitted.user_arrays, log)
+        write_users(folder, experiment, cleaned.users, fitted.user_arrays, log)
         streams = row_streams(engine, events, experiment, fitted.events, cleaned.tasks)
-    written = _write_examples(folder, streams, say)
+    written = write_examples(folder, streams, say)
     history = fitted.events if data.kind == "sequences" else []
-    _write_vocabularies(folder, [*fitted.items, *context, *history])
+    own = item_vocabulary(base, cleaned.items)
+    write_vocabularies(folder, [*fitted.items, *context, *history], own)
     digests = [digest for source in sources.values() for digest in source.staged.digests]
+    continues = base.manifest.fingerprint if base else ""
     users, items, total = len(cleaned.users), len(cleaned.items), sum(cleaned.split.sizes.values())
     return Manifest(
         format=FORMAT,
         name=experiment.name,
         kind=data.kind,
         protocol=describe.protocol(experiment, users, items, total),
-        fingerprint=describe.fingerprint(experiment, digests),
+        fingerprint=describe.fingerprint(experiment, digests + [continues] * bool(base)),
         config=describe.configuration(experiment),
         users=users,
         items=items,
@@ -214,11 +227,18 @@ def _build(
         report=(*cleaned.rules, *values_report([*context, *fitted.items, *history])),
         bounds=cleaned.bounds,
         summary=cleaned.summary,
+        continues=continues,
+        item_values=0 if own is None else len(own),
     )
 
 
 def _clean(
-    engine: Engine, experiment: Experiment, sources: dict[str, Source], folder: Path, say: Say
+    engine: Engine,
+    experiment: Experiment,
+    sources: dict[str, Source],
+    folder: Path,
+    say: Say,
+    base: Prepared | None,
 ) -> _Cleaned:
     """Clean and split the raw tables, give ids, and stop on leaks before anything is fitted."""
     events, rules, removed, bounds = clean.clean_events(engine, experiment, sources)
@@ -227,7 +247,7 @@ def _clean(
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)
     say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
-    tasks, task_rules, labels = fit_tasks(events, experiment)
+    tasks, task_rules, labels = fit_tasks(events, experiment, base)
     users, user_rules = side_table(engine, experiment, events, "user", sources.get("users"))
     items, item_rules = side_table(engine, experiment, events, "item", sources.get("items"))
     queries, query_rules = read_queries(engine, experiment, sources.get("queries"), events)
@@ -244,21 +264,21 @@ def _clean(
 
 
 def _fit(
-    engine: Engine, experiment: Experiment, cleaned: _Cleaned, folder: Path
+    engine: Engine, experiment: Experiment, cleaned: _Cleaned, folder: Path, base: Prepared | None
 ) -> tuple[Any, _Fitted]:
     """Learn the features, and give the events with ids, searches and counts of the past."""
     users: list[Encoding] = []
     user_cells: dict[str, pa.Array] = {}
     if experiment.data.kind == "sequences":
-        users, user_cells = fit_side(experiment, cleaned.users, "user", "context")
-    items, item_cells = fit_side(experiment, cleaned.items, "item", "item")
+        users, user_cells = fit_side(experiment, cleaned.users, "user", "context", base)
+    items, item_cells = fit_side(experiment, cleaned.items, "item", "item", base)
     for name, table in past.final(cleaned.events, experiment).items():  # for new rows
         (folder / "past").mkdir(exist_ok=True)
         pq.write_table(table, folder / "past" / f"{name}.parquet")
     events = past.add(engine, cleaned.events, experiment)
-    on_events = fit_events(events, experiment)
+    on_events = fit_events(events, experiment, base)
     if cleaned.queries is not None:
-        on_events += fit_events(cleaned.queries, experiment)
+        on_events += fit_events(cleaned.queries, experiment, base)
     events = with_queries(engine, with_ids(engine, events), cleaned.queries)
     return events, _Fitted(
         users,
@@ -285,14 +305,15 @@ def _sequences(
     fitted: _Fitted,
     events: Any,
     folder: Path,
+    base: Prepared | None,
 ) -> tuple[list[Encoding], dict[str, int], dict[str, Iterator[dict[str, np.ndarray]]]]:
     """Context features, positions and examples of users' histories; writes the users."""
     log = _log(engine, experiment, cleaned, fitted.events, events)
     guards.next_event_known(log, experiment)
-    tastes = fit_tastes(experiment, log, cleaned.friends, cleaned.items, cleaned.tasks)
+    tastes = fit_tastes(experiment, log, cleaned.friends, cleaned.items, cleaned.tasks, base)
     ids, numbers = fitted.user_arrays
     at_end = np.concatenate([numbers, tastes.of_users], axis=1) if tastes else numbers
-    _write_users(folder, experiment, cleaned.users, (ids, at_end), log)
+    write_users(folder, experiment, cleaned.users, (ids, at_end), log)
     names, hide_ties = cleaned.users["user"], experiment.data.hide_ties
     guards.log_out_of_order(log, names)
     check = functools.partial(guards.future_in_history, log, hide_ties, names)
@@ -335,55 +356,3 @@ def _quarantine(
     if kept + gone != read:
         raise AssertionError(f"{read:,} rows read, {kept:,} kept, {gone:,} removed")
     return written
-
-
-def _write_examples(
-    folder: Path, streams: dict[str, Iterator[dict[str, np.ndarray]]], say: Say
-) -> dict[str, tuple[int, int]]:
-    """Write the examples of each split; returns how many there are, and how many targets."""
-    written = {}
-    for name, stream in streams.items():
-        written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
-        say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
-    return written
-
-
-def _write_vocabularies(folder: Path, encodings: list[Encoding]) -> None:
-    for encoding in encodings:
-        if len(encoding.values):
-            vocabulary = pa.table({"value": encoding.values, "count": encoding.counts})
-            pq.write_table(vocabulary, folder / "vocabularies" / f"{encoding.name}.parquet")
-
-
-def _write_items(
-    folder: Path, experiment: Experiment, items: pa.Table, encoded: tuple[np.ndarray, np.ndarray]
-) -> None:
-    title = f"column_{experiment.data.title}"
-    titles = items[title] if title in items.column_names else pa.nulls(len(items), pa.string())
-    columns = {
-        "id": one_array(items["item"]),
-        "title": pc.fill_null(one_array(titles), ""),
-        "count": items["count"].to_numpy(),
-        "item_ids": encoded[0],
-        "item_numbers": encoded[1],
-        **text_columns(experiment, items, "item"),
-    }
-    pq.write_table(examples.to_table(columns), folder / "items.parquet")
-
-
-def _write_users(
-    folder: Path,
-    experiment: Experiment,
-    users: pa.Table,
-    encoded: tuple[np.ndarray, np.ndarray],
-    log: examples.Log | None,
-) -> None:
-    columns = {"id": one_array(users["user"])}
-    if experiment.data.kind == "sequences":
-        columns |= {"context_ids": encoded[0], "context_numbers": encoded[1]}
-        columns |= text_columns(experiment, users, "context")
-    if log is not None:
-        offsets = pa.array(log.offsets(len(users)), pa.int32())
-        lists = {f"event_{field}": ids for field, ids in log.events.items()} | {"split": log.split}
-        columns |= {n: pa.ListArray.from_arrays(offsets, pa.array(v)) for n, v in lists.items()}
-    pq.write_table(examples.to_table(columns), folder / "users.parquet")

@@ -13,9 +13,10 @@ from jaxtyping import Float, Float32, Int
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import features
-from mtrec_jax.data.dataset import Lists, TaskField
+from mtrec_jax.data.dataset import Lists, Prepared, TaskField
 from mtrec_jax.data.examples import VISIBLE, Log, Numbers
 from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.growth import earlier
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
@@ -36,12 +37,14 @@ def fit_tastes(
     friends: Lists | None,
     items: pa.Table,
     tasks: dict[str, TaskField],
+    base: Prepared | None = None,
 ) -> Tastes | None:
     """Learn the features of kind "friends_taste": their values, and the scale of their numbers.
 
     The values are the most frequent ones in the training events. A number is divided by the
     standard deviation of what users' friends have shown by the end of the training events; it is
-    not centred, so that 0 remains to know nothing. None without a log, or without ties.
+    not centred, so that 0 remains to know nothing. None without a log, or without ties. What `base`
+    has learned stays what it is.
 
     Raises:
       DataError: an item has several values, or none is frequent enough.
@@ -60,7 +63,8 @@ def fit_tastes(
             raise DataError(f"feature '{name}': items have several values of '{column}', not one")
         plain, counts = dataclasses.replace(feature, kind="categorical"), items["count"].to_numpy()
         ranked = features.fit(name, plain, cells.filter(pa.array(counts > 0)), counts[counts > 0])
-        values = ranked.values[: feature.bins]
+        old = earlier(base, name)
+        values = old.values if old else ranked.values[: feature.bins]
         number = pc.fill_null(pc.index_in(cells, value_set=values), -1).to_numpy()
         events = Responses(
             begins,
@@ -72,8 +76,9 @@ def fit_tastes(
         )
         shape = (len(values), tasks[feature.label].mean, feature.smoothing)
         known = friends_taste(friends, events, everyone, end, (0,), *shape)
-        encoding = Encoding(name, feature, values, ranked.counts[: feature.bins])
-        encodings.append(dataclasses.replace(encoding, std=float(known.std()) or 1.0))
+        std = old.std if old else float(known.std()) or 1.0
+        often = old.counts if old else ranked.counts[: feature.bins]
+        encodings.append(Encoding(name, feature, values, often, std=std))
         problems.append((events, shape))
 
     def numbers(user: np.ndarray, at: np.ndarray, splits: tuple[int, ...]) -> np.ndarray:

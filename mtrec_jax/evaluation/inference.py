@@ -112,6 +112,7 @@ def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
         prepared.manifest.trained_items,
         experiment.train.negative_power,
         experiment.train.precision,
+        prepared.item_rows(),
     )
 
 

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.nn.hashing import hash_rows
 from mtrec_jax.sharding import ROW_MULTIPLE
 from mtrec_jax.types import FIRST, PAD
 
@@ -39,6 +40,12 @@ class Field:
     size: int  # rows: padding, unknown, vocabulary
     slots: int  # ids per example
     spread: int = 0  # rows of the stack over which neighbours are spread; 0: they are not
+    functions: int = 0  # hash functions that give each id its rows; 0: it has one of its own
+
+    @property
+    def lookups(self) -> int:
+        """Rows per example."""
+        return self.slots * max(1, self.functions)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,11 @@ def spread(number: Int[Array, "..."], rows: int) -> Int[Array, "..."]:
 
 
 def addresses(group: Group, ids: Int[Array, "... M"]) -> dict[str, Int[Array, "... M_stack"]]:
-    """Local ids of a group's slots to addresses by stack; padding becomes -1 in every stack."""
+    """Local ids of a group's slots to addresses by stack; padding becomes -1 in every stack.
+
+    An id of a hashed field becomes as many addresses as it has hash functions, side by side.
+    """
+    group, ids = _hashed(group, ids)
     found = {}
     for stack in _stacks(group):
         offsets = [
@@ -144,14 +155,17 @@ def computed_dtype(table: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
 def pool(
     group: Group, ids: Int[Array, "... M"], rows: dict[str, Float[Array, "... M_stack D"]]
 ) -> Float[Array, "... F D"]:
-    """One vector per field: the row of a single id, the mean of several; zero for padding."""
+    """One vector per field: the row of a single id, the mean of several; zero for padding.
+
+    The vector of a hashed id is the sum of its rows.
+    """
     taken = dict.fromkeys(_stacks(group), 0)
-    if all(f.slots == 1 for f in group.fields) and len(taken) == 1:
+    if all(f.lookups == 1 for f in group.fields) and len(taken) == 1:
         return rows[group.fields[0].stack]
     vectors = []
     for f, start in zip(group.fields, _starts(group), strict=True):
-        part = rows[f.stack][..., taken[f.stack] : taken[f.stack] + f.slots, :]
-        taken[f.stack] += f.slots
+        part = rows[f.stack][..., taken[f.stack] : taken[f.stack] + f.lookups, :]
+        taken[f.stack] += f.lookups
         count = jnp.sum(ids[..., start : start + f.slots] != PAD, axis=-1)[..., None]
         vectors.append(jnp.sum(part, axis=-2) / jnp.maximum(count, 1).astype(part.dtype))
     return jnp.stack(vectors, axis=-2)
@@ -190,6 +204,18 @@ def initial_table(
     by_row = P("table")
     sharded = jax.shard_map(parts, mesh=mesh, in_specs=by_row, out_specs=by_row, check_vma=False)
     return sharded(numbers)
+
+
+def _hashed(group: Group, ids: Int[Array, "... M"]) -> tuple[Group, Int[Array, "... N"]]:
+    """The group with the rows of hashed ids in their place, as if these were its ids."""
+    if not any(f.functions for f in group.fields):
+        return group, ids
+    parts = []
+    for f, start in zip(group.fields, _starts(group), strict=True):
+        part = ids[..., start : start + f.slots]
+        parts.append(hash_rows(part, f.owner, f.size - FIRST, f.functions) if f.functions else part)
+    fields = tuple(replace(f, slots=f.lookups, functions=0) for f in group.fields)
+    return Group(fields), jnp.concatenate(parts, axis=-1)
 
 
 def _stacks(group: Group) -> list[str]:

@@ -156,13 +156,22 @@ def gather_rows(
 
 
 def make_catalogue(
-    features: dict[str, np.ndarray], counts: np.ndarray, trained: int, power: float, dtype: str
+    features: dict[str, np.ndarray],
+    counts: np.ndarray,
+    trained: int,
+    power: float,
+    dtype: str,
+    row: np.ndarray | None = None,
 ) -> Catalogue:
-    """Item features and training counts [N] -> the catalogue; negatives follow counts ** power."""
+    """Item features and training counts [N] -> the catalogue; negatives follow counts ** power.
+
+    `row` [N + 2] says where each item's own row is; by default the trained items come first.
+    """
     n = len(counts)
-    row = np.full(n + FIRST, UNKNOWN, np.int32)
-    row[0] = 0
-    row[FIRST : FIRST + trained] = np.arange(FIRST, FIRST + trained)
+    if row is None:
+        row = np.full(n + FIRST, UNKNOWN, np.int32)
+        row[0] = 0
+        row[FIRST : FIRST + trained] = np.arange(FIRST, FIRST + trained)
     weights = np.zeros(n + FIRST)
     weights[FIRST : FIRST + trained] = counts[:trained].astype(np.float64) ** power
     probability = weights / max(weights.sum(), 1e-300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -40,9 +41,8 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
     has_items = manifest.items > 0
     owners = []
     if has_items:
-        size = manifest.trained_items + FIRST
         stack = _stack(experiment, "item", experiment.model.item_placement)
-        owners.append(("item", stack, size, 1))
+        owners.append(("item", stack, _item_rows(experiment, manifest), 1))
     roles: dict[str, tuple[IdField, ...]] = {
         "context": manifest.context_ids,
         "item": manifest.item_ids,
@@ -51,7 +51,7 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
     for role, declared in roles.items():
         for f in declared:
             stack = _stack(experiment, f.name, f.placement)
-            owners.append((f"{role}.{f.name}", stack, f.size, f.slots))
+            owners.append((f"{role}.{f.name}", stack, f.rows, f.slots))
     by_row = {owner.split(".", 1)[-1] for owner, stack, _, _ in owners if stack != DENSE}
     if unknown := set(experiment.train.row_optimizers) - by_row:
         raise ConfigError(
@@ -59,6 +59,10 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
             f"there are {', '.join(sorted(by_row)) or 'none: set placement = sparse'}"
         )
     fields, rows = layout(owners)
+    for role, declared in roles.items():
+        for f in declared:
+            owner = f"{role}.{f.name}"
+            fields[owner] = replace(fields[owner], functions=f.hash_functions)
     group = {
         role: Group(tuple(fields[f"{role}.{f.name}"] for f in declared))
         for role, declared in roles.items()
@@ -79,6 +83,19 @@ def make_plan(experiment: Experiment, manifest: Manifest) -> Plan:
         has_items=has_items,
         has_events=experiment.model.encoder != "none",
     )
+
+
+def _item_rows(experiment: Experiment, manifest: Manifest) -> int:
+    """Rows of the items' own table; `ConfigError` where there are more than its capacity."""
+    values = manifest.item_values or manifest.trained_items
+    capacity = experiment.model.item_capacity
+    if capacity and values > capacity:
+        raise ConfigError(
+            f"item: {values:,} items have a row of their own, more than model.item_capacity = "
+            f"{capacity:,}. Raise it; rows of an earlier run are then carried over by "
+            "mtrec train --init-from"
+        )
+    return FIRST + max(values, capacity)
 
 
 def _stack(experiment: Experiment, name: str, placement: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -36,23 +34,13 @@ from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
+from mtrec_jax.train.stopping import asked_to_stop, stop_signals, stopped_at
+from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.train.watchdog import Watched
 from mtrec_jax.types import Batch, Catalogue, TrainState
 
 _MOST_LEFT_OUT = 100  # steps, with train.not_finite = "skip"
 STEPS_IN_FLIGHT = 4  # more un-awaited collectives than a few can starve virtual CPU devices
-STOPPED_BY: dict[int, int] = {
-    signal.SIGINT: 130,
-    signal.SIGTERM: 143,
-}  # exit status of a run that was asked to stop
-
-
-class Stopped(Error):
-    """The run was asked to stop; everything is saved and the same command continues it."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
 
 
 def train(
@@ -61,6 +49,7 @@ def train(
     run: str | Path,
     optimizer: optax.GradientTransformation | None = None,
     show_progress: bool = True,
+    init_from: str | Path | Run | None = None,
 ) -> Run:
     """Train an experiment into a run folder; a folder with a checkpoint of it is continued.
 
@@ -71,10 +60,12 @@ def train(
       optimizer: optax chain for the dense parameters instead of the configured one. It is not
         stored: pass the same one to continue.
       show_progress: draw a progress bar on a terminal.
+      init_from: a run, or its folder, whose best parameters and tables the run begins with; see
+        `train.warm_start`. A run that has begun already goes on from its checkpoint.
 
     Raises:
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
-        another one.
+        another one, or the run cannot begin, or has not begun, with `init_from`.
       CheckpointError: a checkpoint is damaged, or the disk is full.
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
@@ -88,10 +79,11 @@ def train(
     with (
         full_disk_named(folder),
         _sole_trainer(folder),
-        _stop_signals() as stopped,
+        stop_signals() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too
-        _train(experiment, prepared, folder, optimizer, show_progress, stopped)
-    return Run(folder, experiment, prepared)
+        new = Run(folder, experiment, prepared)
+        _train(new, optimizer, show_progress, stopped, find_source(init_from, new))
+    return new
 
 
 @contextlib.contextmanager
@@ -127,15 +119,15 @@ def check_start(experiment: Experiment, folder: Path) -> None:
 
 
 def _train(
-    experiment: Experiment,
-    prepared: Prepared,
-    folder: Path,
+    run: Run,
     optimizer: optax.GradientTransformation | None,
     show_progress: bool,
     stopped: list[int],
+    source: Run | None,
 ) -> None:
     """Build or restore the state, and run the steps that are left."""
     started = time.perf_counter()
+    folder, experiment, prepared = run.folder, run.experiment, run.prepared
     job = _make_job(experiment, prepared, folder, optimizer)
     claim(folder, experiment, prepared)
     processes.wait("the run folder is claimed")
@@ -147,6 +139,8 @@ def _train(
         restored = checkpoint.restore_latest(manager, job.step.abstract, job.batches, notes.append)
         key = jax.random.key(experiment.train.seed, impl="rbg")
         state, meta = restored or (job.step.init(key), meta)
+        if restored is None and source is not None:
+            state = warm_start(state, run, source, job.mesh, notes.append)
         number = int(state.step)
         bar = Progress(job.total, number, show_progress and processes.is_first(), experiment.name)
         for line in notes:
@@ -261,20 +255,12 @@ def _run_steps(
         on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
         if evaluated is not None or on_schedule:
             save(evaluated if evaluated is not None and math.isfinite(evaluated) else None)
-        by = _asked_to_stop(stopped, number)
+        by = asked_to_stop(stopped, number, STEPS_IN_FLIGHT)
         if by and number < job.total and not meta["done"]:
             if manager.latest_step() != number:
                 save(None)
-            raise _stopped_at(number, job.total, job.folder, by)
+            raise stopped_at(number, job.total, job.folder, by)
     return number
-
-
-def _asked_to_stop(stopped: list[int], number: int) -> int:
-    """The signal by which to stop after this step, or 0; the same for all processes."""
-    here = stopped[0] if stopped else 0
-    if processes.count() == 1:
-        return here
-    return 0 if number % STEPS_IN_FLIGHT else processes.largest(here)
 
 
 def _check_finite(
@@ -307,14 +293,6 @@ def _check_finite(
         )
     bar.note(f"{message}; left out, {found} so far")
     return found
-
-
-def _stopped_at(number: int, total: int, folder: Path, by: int) -> Stopped:
-    return Stopped(
-        f"stopped at step {number} of {total}; everything is saved in {folder}. "
-        "Run the same command to continue",
-        STOPPED_BY[by],
-    )
 
 
 def _schedule(experiment: Experiment, prepared: Prepared) -> tuple[BatchSource, int, int]:
@@ -375,25 +353,3 @@ def _judge(meta: dict[str, Any], value: float, larger: bool, patience: int) -> N
     else:
         meta["stale"] += 1
     meta["done"] = bool(patience and meta["stale"] >= patience)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one has its usual effect."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may install handlers
-        return
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in STOPPED_BY:
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -27,7 +27,7 @@ from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
 _OWN_FILES = (
-    *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl"),
+    *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl", "init_from.json"),
     *("checkpoints", "damaged", "lock"),
 )
 
@@ -128,7 +128,7 @@ def shared_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
 def check_folder(folder: Path, experiment: Experiment) -> None:
     """Raise `ConfigError` unless the folder is free, or holds a run of this experiment."""
     path = folder / "config.toml"
-    if path.exists() and _has_checkpoint(folder):
+    if path.exists() and has_checkpoint(folder):
         keys = _differences(to_dict(load_experiment(path)), to_dict(experiment))
         keys = [key for key in keys if key[0] not in _MAY_CHANGE]
         if keys:
@@ -197,14 +197,14 @@ def check_replacement(
 
 def _trained_on(folder: Path) -> dict[str, Any] | None:
     """Folder and fingerprint of the data of a run; None where there is no run."""
-    if not (folder / "config.toml").is_file() or not _has_checkpoint(folder):
+    if not (folder / "config.toml").is_file() or not has_checkpoint(folder):
         return None
     return read_json(folder / "prepared.json")
 
 
 def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     """Write configuration and origin of the data into a new run folder, each file whole."""
-    if _has_checkpoint(folder) or not processes.is_first():
+    if has_checkpoint(folder) or not processes.is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
     notes = {
@@ -217,8 +217,8 @@ def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     partial.replace(folder / "config.toml")
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    """A start that failed before its first checkpoint has nothing to lose."""
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has begun: a start that failed before has nothing to lose."""
     checkpoints = folder / "checkpoints"
     return checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
 

@@ -39,7 +39,7 @@ COMMANDS = [
     for line in block.text.splitlines()
     if line.startswith("mtrec")
 ]
-PREPARED = [pair for pair in COMMANDS if "prepare" in pair[0] and "spark" not in pair[0]]
+PREPARED = [pair for pair in COMMANDS if "mtrec prepare" in pair[0] and "spark" not in pair[0]]
 
 
 def words(text: str) -> str:

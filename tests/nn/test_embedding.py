@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,8 @@ from mtrec_jax.nn.embedding import (
     rule_of,
     spread,
 )
+from mtrec_jax.nn.network import Plan, make_plan
+from tests import tiny
 
 # ids stand side by side: segment | tags, tags, tags | city
 SEGMENT = Field("context.segment", "dense", 10, 5, 1)
@@ -127,3 +131,53 @@ def test_initial_padding_and_unknown_rows_are_zero() -> None:
     real = np.delete(lengths, silent)
     assert real.min() > 0.15
     assert real.max() < 0.35
+
+
+def test_a_hashed_id_is_the_sum_of_its_rows_and_a_bag_the_mean_of_its_ids() -> None:
+    users = Field("context.user", "sgd", 40, 12, 2, spread=128, functions=2)
+    group = Group((SEGMENT, users))
+    ids = jnp.array([[2, 7, 9], [0, 7, 0], [3, 1, 0], [4, 0, 0]], jnp.int32)
+    found = addresses(group, ids)
+    np.testing.assert_array_equal(found["dense"], [[12], [-1], [13], [14]])
+    at = np.asarray(found["sgd"])
+    numbers = np.where(at < 0, -1, at)  # one part of 128 rows is spread to itself
+    assert numbers.shape == (4, 4)
+    real = numbers[0]
+    assert ((real >= 42) & (real < 52)).all()
+    assert len(set(real[:2])) == 2  # these two functions differ here
+    assert numbers[1].tolist() == [*real[:2], -1, -1]
+    assert numbers[2].tolist() == [41, -1, -1, -1]  # unknown has a row of its own
+    assert numbers[3].tolist() == [-1] * 4
+    rng = np.random.default_rng(0)
+    tables = {s: jnp.asarray(rng.normal(size=(128, 4)), jnp.float32) for s in ("dense", "sgd")}
+
+    def vectors(tables: dict[str, jax.Array]) -> jax.Array:
+        return pool(group, ids, {s: gather(tables[s], a) for s, a in addresses(group, ids).items()})
+
+    pooled, table = vectors(tables)[:, 1], np.asarray(tables["sgd"])
+    np.testing.assert_allclose(pooled[0], table[real].sum(0) / 2, rtol=1e-5)
+    np.testing.assert_allclose(pooled[1], table[real[:2]].sum(0), rtol=1e-5)
+    np.testing.assert_allclose(pooled[2], table[41], rtol=1e-5)
+    np.testing.assert_array_equal(pooled[3], np.zeros(4))
+
+    gradient = jax.grad(lambda t: jnp.sum(vectors(t)[1]))(tables)["sgd"]  # of one id alone
+    assert sorted(np.flatnonzero(np.asarray(gradient).any(axis=1))) == sorted(real[:2])
+
+
+def test_owners_stay_where_they_are_while_vocabularies_grow() -> None:
+    def plan(sizes: dict[str, int], capacity: int) -> Plan:
+        before = tiny.manifest()
+        tags = replace(before.context_ids[1], size=sizes["tags"], capacity=capacity)
+        context = (before.context_ids[0], tags)
+        grown = replace(before, context_ids=context, item_values=sizes["items"])
+        declared = tiny.experiment(model={"item_placement": "sparse", "item_capacity": capacity})
+        return make_plan(declared, grown)
+
+    small, large = plan({"tags": 7, "items": 10}, 40), plan({"tags": 42, "items": 40}, 40)
+    assert small.fields == large.fields
+    assert small.rows == large.rows
+    assert small.fields["context.tags"].size == small.fields["item"].size == 42
+    assert plan({"tags": 7, "items": 10}, 0).fields != plan({"tags": 8, "items": 10}, 0).fields
+    message = r"item: 41 items have a row .* model\.item_capacity = 40.* --init-from"
+    with pytest.raises(ConfigError, match=message):
+        plan({"tags": 7, "items": 41}, 40)

@@ -24,7 +24,8 @@ from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.recommender import Recommender
 from mtrec_jax.train import loop
-from mtrec_jax.train.loop import Stopped, train
+from mtrec_jax.train.loop import train
+from mtrec_jax.train.stopping import Stopped
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import load_best, open_run
 from mtrec_jax.types import Batch

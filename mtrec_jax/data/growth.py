@@ -1,0 +1,125 @@
+"""Vocabularies that begin with those of an earlier prepared folder.
+
+A model that was trained on that folder goes on with the new one: known values keep their ids, new
+ones follow, and what turns numbers into inputs (bins, scales, classes) stays as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int
+
+from mtrec_jax.config import Experiment, Feature
+from mtrec_jax.data import features
+from mtrec_jax.data.dataset import Prepared, TaskField, open_prepared
+from mtrec_jax.data.features import NUMERIC, Encoding, one_array
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.types import FIRST
+
+# without another meaning of an id
+_MAY_CHANGE = ("min_count", "placement", "capacity", "hash_rows", "hash_functions")
+
+
+def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
+    """The folder whose vocabularies are to grow.
+
+    Raises:
+      DataError: it is no prepared folder.
+      ConfigError: the experiment gives a feature or a task of that name another meaning.
+    """
+    base = open_prepared(folder)
+    config, problems = base.manifest.config, []
+    if base.manifest.kind != experiment.data.kind:
+        problems.append(f"data.kind: {base.manifest.kind!r} there")
+    for name, feature in experiment.features.items():
+        if name in config["features"]:
+            old = Feature(**config["features"][name])
+            problems += [
+                f"features.{name}.{key}: {getattr(old, key)!r} there, {value!r} here"
+                for key, value in dataclasses.asdict(feature).items()
+                if key not in _MAY_CHANGE and getattr(old, key) != value
+            ]
+    for name, task in experiment.tasks.items():
+        kind = config["tasks"].get(name, {}).get("kind", task.kind)
+        if kind != task.kind:
+            problems.append(f"tasks.{name}.kind: {kind!r} there, {task.kind!r} here")
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:8])
+        raise ConfigError(
+            f"{folder} cannot grow to experiment '{experiment.name}', which means something else:\n"
+            f"{shown}\nName the folder of the same features, or prepare without --grow-from"
+        )
+    return base
+
+
+def grown(
+    base: Prepared | None, fresh: Encoding, cells: pa.Array, counts: Int[np.ndarray, " n"]
+) -> Encoding:
+    """A feature that was fitted on these cells as the continuation of the same one in `base`.
+
+    Raises:
+      DataError: there are more values than the feature's capacity.
+    """
+    old = earlier(base, fresh.name)
+    if old is None:
+        return _within_capacity(fresh)
+    missing = old.missing if old.missing >= FIRST else fresh.missing
+    if fresh.is_number:
+        same = {"values": old.values, "counts": old.counts, "mean": old.mean, "std": old.std}
+        return dataclasses.replace(fresh, **same, missing=old.missing)
+    if fresh.feature.kind == "hashed":
+        return dataclasses.replace(fresh, missing=missing)
+    numeric = fresh.feature.kind in NUMERIC
+    found = fresh.values.filter(pc.equal(fresh.values, "")) if numeric else fresh.values
+    new = found.filter(pc.invert(pc.is_in(found, value_set=old.values)))
+    values = pa.concat_arrays([old.values, new])
+    if missing >= FIRST and missing != old.missing:  # the id that its value has now
+        missing = FIRST + pc.index(values, fresh.values[missing - FIRST]).as_py()
+    merged = dataclasses.replace(fresh, values=values, missing=missing)
+    ids = features.encode(merged, cells)
+    often = np.bincount(ids.reshape(-1), np.repeat(counts, ids.shape[1]), FIRST + len(values))
+    return _within_capacity(dataclasses.replace(merged, counts=often[FIRST:].astype(np.int64)))
+
+
+def earlier(base: Prepared | None, name: str) -> Encoding | None:
+    """The feature of this name as `base` has learned it; None where there is none."""
+    if base is None or name not in base.manifest.config["features"]:
+        return None
+    return features.restore(base, name)
+
+
+def earlier_task(base: Prepared | None, name: str) -> TaskField | None:
+    """What `base` has learned about the task of this name; None where it has no such task."""
+    return base.manifest.tasks.get(name) if base else None
+
+
+def item_vocabulary(base: Prepared | None, items: pa.Table) -> pa.Array | None:
+    """Raw ids of the rows of the items' own table: those of `base`, then those that train now.
+
+    Args:
+      base: the folder that grows; None: the trained items have their ids as rows, and the result
+        is None.
+      items: the items in the order of their ids, with `item` and `count`.
+    """
+    if base is None:
+        return None
+    old = one_array(base.item_vocabulary)
+    trained = one_array(items.filter(pc.greater(items["count"], 0))["item"])
+    new = trained.filter(pc.invert(pc.is_in(trained, value_set=old)))
+    return pa.concat_arrays([old.cast(new.type), new])
+
+
+def _within_capacity(encoding: Encoding) -> Encoding:
+    capacity, name = encoding.feature.capacity, encoding.name
+    if capacity and len(encoding.values) > capacity:
+        raise DataError(
+            f"feature '{name}': {len(encoding.values):,} values, more than features.{name}.capacity"
+            f" = {capacity:,}. Raise it; rows of an earlier run are then carried over by "
+            "mtrec train --init-from. Or leave rare values out with min_count"
+        )
+    return encoding

@@ -1,0 +1,68 @@
+"""Runs that are asked to stop: by which signal, after which step, with which exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtrec_jax import processes
+from mtrec_jax.errors import Error
+
+STOPPED_BY: dict[int, int] = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+}  # exit status of a run that was asked to stop
+
+
+class Stopped(Error):
+    """The run was asked to stop; everything is saved and the same command continues it."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+def stopped_at(number: int, total: int, folder: Path, by: int) -> Stopped:
+    """The error that ends a run which has saved step `number`."""
+    return Stopped(
+        f"stopped at step {number} of {total}; everything is saved in {folder}. "
+        "Run the same command to continue",
+        STOPPED_BY[by],
+    )
+
+
+def asked_to_stop(stopped: list[int], number: int, every: int) -> int:
+    """The signal by which to stop after step `number`, or 0.
+
+    Several processes agree on it, after every `every` steps.
+    """
+    here = stopped[0] if stopped else 0
+    if processes.count() == 1:
+        return here
+    return 0 if number % every else processes.largest(here)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one has its usual effect."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may install handlers
+        return
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in STOPPED_BY:
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

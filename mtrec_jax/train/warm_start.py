@@ -1,0 +1,249 @@
+"""A new run that begins with what another run has learned: its parameters and tables.
+
+Rows are carried over table by table: a vocabulary value keeps its row wherever that row lies now,
+and a value that the other run did not know keeps its initial one. Optimizer state, step, schedule,
+random numbers and the position in the data start afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtrec_jax import processes
+from mtrec_jax.arguments import a_path
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.features import one_array
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.nn.embedding import DENSE, Field, spread
+from mtrec_jax.nn.network import Plan, make_plan
+from mtrec_jax.train.records import read_json, write_json
+from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
+from mtrec_jax.types import FIRST, UNKNOWN, PyTree, TrainState
+
+NOTES = "init_from.json"  # in the run folder
+_ROWS_AT_ONCE = 1 << 18  # that are in flight between two tables
+
+
+class _Match(NamedTuple):
+    """Which rows of an owner are carried over, as local ids there and here."""
+
+    of: np.ndarray
+    to: np.ndarray
+    carried: int  # values that keep their row
+    fresh: int  # values that have their initial one
+    same: bool  # the two vocabularies are one
+
+
+def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
+    """The run whose model `run` begins with, opened; None where it begins with none, or has begun.
+
+    Args:
+      init_from: a run folder, or an opened run (where its prepared data has moved).
+      run: the new run; its folder may not exist yet.
+
+    Raises:
+      ConfigError: the folder holds a run that has begun otherwise, or the two are the same.
+      CheckpointError, DataError: there is no run, or its prepared data is gone.
+    """
+    wanted = init_from.folder if isinstance(init_from, Run) else init_from
+    wanted = None if wanted is None else a_path("init_from", wanted).resolve()
+    path = run.folder / NOTES
+    if has_checkpoint(run.folder):
+        begun = Path(read_json(path)["run"]) if path.exists() else None
+        if wanted is not None and wanted != begun:
+            what = f"was initialised from {begun}" if begun else "was initialised at random"
+            raise ConfigError(
+                f"{run.folder} {what}, not from {wanted}, and has begun already. Continue it "
+                "without --init-from, or pass another --run"
+            )
+        return None
+    if processes.is_first():
+        path.unlink(missing_ok=True)  # of a start that failed before its first checkpoint
+    if wanted is None:
+        return None
+    if wanted == run.folder.resolve():
+        raise ConfigError(f"--init-from names {run.folder} itself; pass another --run")
+    if isinstance(init_from, Run):
+        return init_from
+    notes = read_json(wanted / "prepared.json") if (wanted / "prepared.json").exists() else {}
+    same = notes.get("fingerprint") == run.prepared.manifest.fingerprint
+    return open_run(wanted, run.prepared.folder if same else None)
+
+
+def warm_start(
+    state: TrainState,
+    run: Run,
+    source: Run,
+    mesh: jax.sharding.Mesh,
+    note: Callable[[str], None],
+) -> TrainState:
+    """The state with the parameters and tables of another run's best checkpoint.
+
+    Args:
+      state: a fresh one, which is donated; its shapes and shardings stay.
+      run: the run that begins; what it was initialised from is written to its folder.
+      source: the run that is taken over.
+      mesh: the devices of the state.
+      note: called with one line that says what was taken over.
+
+    Raises:
+      ConfigError: a dense parameter has another shape there.
+      CheckpointError: the other run has no usable checkpoint.
+    """
+    params, tables, step = load_best(source, mesh)
+    network = _same_shapes(state.params["network"], params["network"], source)
+    old, new = ({**t, **_dense(p)} for t, p in ((tables, params), (state.tables, state.params)))
+    plans = [make_plan(r.experiment, r.prepared.manifest) for r in (source, run)]
+    matches = {
+        owner: _rows_of(_match(owner, source, run), plans[0].fields.get(owner), field)
+        for owner, field in plans[1].fields.items()
+    }
+    if plans[0][:2] == plans[1][:2] and all(match.same for match in matches.values()):
+        taken = {stack: _placed(old[stack], new[stack]) for stack in new}
+    else:
+        taken = _carry(old, new, plans, matches)
+    carried = {owner: match.carried for owner, match in matches.items()}
+    fresh = {owner: match.fresh for owner, match in matches.items()}
+    line = (
+        f"initialised from {source.folder} (step {step}): {len(jax.tree.leaves(network))} dense "
+        f"parameters and {len(matches)} tables, {sum(carried.values()):,} rows carried over, "
+        f"{sum(fresh.values()):,} new"
+    )
+    if nothing := [owner for owner in carried if fresh[owner] and not carried[owner]]:
+        line += f" (all of {', '.join(nothing)})"
+    notes = {"run": str(source.folder.resolve()), "step": step}
+    notes |= {"fingerprint": source.prepared.manifest.fingerprint, "carried": carried, "new": fresh}
+    if processes.is_first():
+        write_json(run.folder / NOTES, notes)
+    note(line)
+    new_params = {**_dense(taken), "network": network}
+    tables = {stack: table for stack, table in taken.items() if stack != DENSE}
+    return state._replace(params=new_params, tables=tables)
+
+
+def _dense(stacks: PyTree) -> dict[str, jax.Array]:
+    return {DENSE: stacks[DENSE]} if DENSE in stacks else {}
+
+
+def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.device_put(array.astype(like.dtype), like.sharding)
+
+
+def _same_shapes(new: PyTree, old: PyTree, source: Run) -> PyTree:
+    """The old dense parameters in the places of the new ones."""
+    theirs, ours = (
+        {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (old, new)
+    )
+    for name in sorted(theirs.keys() | ours.keys()):
+        shapes = [list(x[name]) if name in x else "missing" for x in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"parameter network{name} is {shapes[0]} in {source.folder} and {shapes[1]} here: "
+                "[model], the tasks, their classes and what the features are have to be those of "
+                f"{source.folder / 'config.toml'}. Set them alike (prepare new data with "
+                f"--grow-from {source.prepared.folder}), or train without --init-from"
+            )
+    return jax.tree.map(_placed, old, new)
+
+
+def _match(owner: str, source: Run, run: Run) -> _Match:
+    """Which local ids of an owner stand for the same values in the other run."""
+    ours, theirs = (_values(r.prepared, owner) for r in (run, source))
+    values, others = (_size(r.prepared, owner) for r in (run, source))
+    nothing = np.zeros(0, np.int64)
+    if (ours is None) != (theirs is None):
+        return _Match(nothing, nothing, 0, values, False)
+    if ours is None or theirs is None:  # the ids are hashes, the same ones where they are as many
+        every = np.arange(UNKNOWN, FIRST + values)
+        if values != others:
+            return _Match(nothing, nothing, 0, values, False)
+        return _Match(every, every, values, 0, True)
+    found = pc.index_in(ours, value_set=theirs)
+    known = found.is_valid().to_numpy(zero_copy_only=False)
+    places = pc.fill_null(found, 0).to_numpy(zero_copy_only=False)[known].astype(np.int64)
+    of = np.concatenate([[UNKNOWN], places + FIRST])
+    to = np.concatenate([[UNKNOWN], np.flatnonzero(known) + FIRST])
+    carried = len(places)
+    same = carried == values == others and bool((of == to).all())
+    return _Match(of, to, carried, values - carried, same)
+
+
+def _rows_of(match: _Match, there: Field | None, here: Field) -> _Match:
+    """The rows of these ids. Rows that hashed ids share are carried over if no id has changed."""
+    nothing = match.of[:0]
+    none = _Match(nothing, nothing, 0, match.carried + match.fresh, False)
+    if there is None or there.functions != here.functions:
+        return none
+    if not here.functions:
+        return match
+    if there.size != here.size or not match.carried or (match.of != match.to).any():
+        return none
+    every = np.arange(UNKNOWN, here.size)
+    return match._replace(of=every, to=every)
+
+
+def _size(prepared: Prepared, owner: str) -> int:
+    """Values that an owner's local ids stand for."""
+    m = prepared.manifest
+    if owner == "item":
+        return m.item_values or m.trained_items
+    role, _, name = owner.partition(".")
+    fields = {"context": m.context_ids, "item": m.item_ids, "history": m.history}[role]
+    return next((f.size - FIRST for f in fields if f.name == name), 0)
+
+
+def _values(prepared: Prepared, owner: str) -> pa.Array | None:
+    """Raw value of each local id from `FIRST` on; None where ids are hashes of the values."""
+    if owner == "item":
+        return one_array(prepared.item_vocabulary)
+    name = owner.partition(".")[2]
+    if not (prepared.folder / "vocabularies" / f"{name}.parquet").is_file():
+        return None
+    return one_array(prepared.vocabulary(name)["value"])
+
+
+def _carry(
+    old: dict[str, jax.Array],
+    new: dict[str, jax.Array],
+    plans: Sequence[Plan],
+    matches: dict[str, _Match],
+) -> dict[str, jax.Array]:
+    """The new stacks with the rows of the old ones; the new ones are donated."""
+    moves: dict[tuple[str, str], list[np.ndarray]] = {}
+    for owner, match in matches.items():
+        if len(match.to):
+            there, here = plans[0].fields[owner], plans[1].fields[owner]
+            numbers = np.stack([match.of + there.offset, match.to + here.offset])
+            moves.setdefault((there.stack, here.stack), []).append(numbers)
+    new = dict(new)
+    for (of_stack, to_stack), parts in moves.items():
+        numbers = np.concatenate(parts, axis=1)
+        move = _mover(old[of_stack], new[to_stack], of_stack != DENSE, to_stack != DENSE)
+        size = min(_ROWS_AT_ONCE, numbers.shape[1])
+        for start in range(0, numbers.shape[1], size):
+            part = numbers[:, start : start + size]
+            part = np.pad(part, ((0, 0), (0, size - part.shape[1])), constant_values=-1)
+            new[to_stack] = move(new[to_stack], old[of_stack], *part.astype(np.int32))
+    return new
+
+
+def _mover(old: jax.Array, new: jax.Array, spread_old: bool, spread_new: bool) -> Any:
+    """A compiled function that sets the rows of some numbers to those of others, -1 to none."""
+
+    def move(new: jax.Array, old: jax.Array, of: jax.Array, to: jax.Array) -> jax.Array:
+        of = spread(of, old.shape[0]) if spread_old else of
+        to = spread(to, new.shape[0]) if spread_new else to
+        to = jnp.where(to < 0, new.shape[0], to)  # dropped
+        rows = old.at[of].get(mode="clip").astype(new.dtype)
+        return new.at[to].set(rows, mode="drop")
+
+    return jax.jit(move, donate_argnums=0, out_shardings=new.sharding)

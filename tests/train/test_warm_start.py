@@ -1,0 +1,262 @@
+"""A run that begins with another one: what it takes over, row by row, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtrec_jax.config import Experiment, to_toml
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.prepare import prepare
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.nn.embedding import DENSE, spread
+from mtrec_jax.nn.model import make_model
+from mtrec_jax.nn.network import make_plan
+from mtrec_jax.sharding import make_mesh
+from mtrec_jax.train.loop import train
+from mtrec_jax.train.run import Run, load_best
+from mtrec_jax.train.step import make_step
+from mtrec_jax.train.warm_start import find_source, warm_start
+from mtrec_jax.types import TrainState
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+CAPACITY, ITEMS = 64, 80
+Mtrec = Callable[..., tuple[int, str, str]]
+
+
+class World(NamedTuple):
+    """A run on the first two thirds of a log, and the whole log prepared twice."""
+
+    experiment: Experiment
+    run: Run
+    grown: Prepared  # as a continuation
+    anew: Prepared  # by itself
+
+
+def declared(experiment: Experiment, capacity: int = CAPACITY, **model: Any) -> Experiment:
+    user = replace(experiment.features["segment"], column="user", placement="sparse")
+    bucket = replace(experiment.features["segment"], kind="hashed", column="user", buckets=7)
+    hashed = replace(user, hash_rows=20, hash_functions=2)
+    return replace(
+        experiment,
+        data=replace(experiment.data, public=""),
+        features={
+            **experiment.features,
+            "user_id": replace(user, capacity=capacity),
+            "bucket": bucket,
+            "user_hash": hashed,
+        },
+        model=replace(
+            experiment.model,
+            **{"towers": "shared_bottom", "fusion": "none", "item_placement": "sparse"}
+            | {"item_capacity": ITEMS if capacity else 0}
+            | model,
+        ),
+        train=replace(experiment.train, steps=6, evaluate_every=6, checkpoint_every=3),
+    )
+
+
+@pytest.fixture(scope="module")
+def world(
+    shop_data: Path, shop_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory
+) -> World:
+    place, experiment = tmp_path_factory.mktemp("warm"), declared(shop_experiment)
+    folders = {}
+    for name in ("first", "whole"):
+        folders[name] = place / name
+        folders[name].mkdir()
+        for path in shop_data.glob("*.csv"):
+            lines = path.read_text("utf-8").splitlines(keepends=True)
+            if name == "first" and path.name == "events.csv":
+                users = next(csv.reader(lines)).index("user")
+                some = [x for x in lines[1:] if next(csv.reader([x]))[users] > "u00015"]
+                lines = [lines[0], *some[: len(some) * 2 // 3]]
+            (folders[name] / path.name).write_text("".join(lines), encoding="utf-8")
+    first = prepare(experiment, folders["first"], place / "prepared")
+    grown = prepare(experiment, folders["whole"], place / "grown", grow_from=first.folder)
+    anew = prepare(experiment, folders["whole"], place / "anew")
+    run = train(experiment, first, place / "run", show_progress=False)
+    return World(experiment, run, grown, anew)
+
+
+def begin(
+    world: World, experiment: Experiment, prepared: Prepared, folder: Path
+) -> tuple[dict[str, np.ndarray], TrainState, str]:
+    """The stacks of a fresh state, the state after the warm start, and what was said."""
+    mesh = make_mesh(experiment.train.mesh)
+    model = make_model(experiment, prepared.manifest)
+    step = make_step(experiment, prepared.manifest, model, mesh, 6)
+    fresh = step.init(jax.random.key(5, impl="rbg"))
+    before = {s: np.asarray(t).copy() for s, t in stacks(fresh).items()}
+    folder.mkdir()
+    source = find_source(world.run.folder, Run(folder, experiment, prepared))
+    assert source is not None
+    kept = {s: t.sharding for s, t in stacks(fresh).items()}
+    said: list[str] = []
+    state = warm_start(fresh, Run(folder, experiment, prepared), source, mesh, said.append)
+    assert {s: t.sharding for s, t in stacks(state).items()} == kept
+    return before, state, said[0]
+
+
+def stacks(state: TrainState) -> dict[str, jax.Array]:
+    dense = {DENSE: state.params[DENSE]} if DENSE in state.params else {}
+    return {**state.tables, **dense}
+
+
+def rows_of(
+    experiment: Experiment, prepared: Prepared, tables: Any, owner: str
+) -> dict[str, np.ndarray]:
+    """{raw value: its row} of an owner; "?" is the unknown one."""
+    plan = make_plan(experiment, prepared.manifest)
+    field = plan.fields[owner]
+    values = prepared.item_vocabulary
+    if owner != "item":
+        values = prepared.vocabulary(owner.partition(".")[2])["value"]
+    number = jnp.arange(len(values) + 1) + field.offset + 1
+    address = spread(number, plan.rows[field.stack]) if field.stack != DENSE else number
+    rows = np.asarray(tables[field.stack])[np.asarray(address)]
+    return dict(zip(["?", *values.to_pylist()], rows, strict=True))
+
+
+OWNERS = ("item", "context.user_id", "context.segment", "item.brand", "item.price_bin")
+
+
+@pytest.mark.parametrize(
+    ("which", "changes"),
+    [
+        ("grown", {}),
+        ("grown", {"capacity": 0}),
+        ("anew", {}),
+        ("anew", {"item_placement": "dense"}),
+        ("anew", {"mesh": (2, 4)}),
+    ],
+)
+def test_rows_are_carried_over_by_raw_value(
+    world: World, shop_experiment: Experiment, tmp_path: Path, which: str, changes: dict[str, Any]
+) -> None:
+    prepared = world.grown if which == "grown" else world.anew
+    mesh = changes.get("mesh", (1, 1))
+    experiment = declared(shop_experiment, **{k: v for k, v in changes.items() if k != "mesh"})
+    experiment = replace(experiment, train=replace(experiment.train, mesh=mesh))
+    params, tables, step = load_best(world.run)
+    old = {**tables, DENSE: params[DENSE]}
+    before, state, line = begin(world, experiment, prepared, tmp_path / "new")
+    carried = fresh = 0
+    for owner in OWNERS:
+        theirs = rows_of(world.experiment, world.run.prepared, old, owner)
+        ours = rows_of(experiment, prepared, stacks(state), owner)
+        initial = rows_of(experiment, prepared, before, owner)
+        known, new = ours.keys() & theirs.keys(), ours.keys() - theirs.keys()
+        if owner in ("item", "context.user_id"):
+            assert known - {"?"}
+        if owner == "context.user_id":
+            assert new
+        for value in known:
+            np.testing.assert_array_equal(ours[value], theirs[value], f"{owner} {value}")
+        for value in new:
+            np.testing.assert_array_equal(ours[value], initial[value], f"{owner} {value}")
+            assert (ours[value] != 0).any()
+        carried, fresh = carried + len(known) - 1, fresh + len(new)
+    for a, b in zip(
+        jax.tree.leaves(state.params["network"]), jax.tree.leaves(params["network"]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert int(state.step) == 0
+    assert f"(step {step}): " in line
+    notes = json.loads((tmp_path / "new" / "init_from.json").read_text("utf-8"))
+    assert notes["run"] == str(world.run.folder.resolve())
+    assert notes["carried"]["context.bucket"] == 7  # ids that are hashes mean the same everywhere
+    assert sum(notes["carried"][o] for o in OWNERS) == carried
+    assert sum(notes["new"][o] for o in OWNERS) == fresh
+    assert f"{sum(notes['carried'].values()):,} rows carried over" in line
+    assert f"{sum(notes['new'].values()):,} new" in line
+    # shared rows mean the same while ids do
+    assert (notes["carried"]["context.user_hash"] > 0) == (which == "grown")
+    assert ("(all of context.user_hash)" in line) == (which == "anew")
+
+
+def test_a_grown_vocabulary_keeps_the_addresses(world: World) -> None:
+    old, new = (make_plan(world.experiment, p.manifest) for p in (world.run.prepared, world.grown))
+    assert world.grown.manifest.context_ids != world.run.prepared.manifest.context_ids
+    moved = {owner for owner in old.fields if old.fields[owner] != new.fields[owner]}
+    assert not {"item", "context.user_id", "context.user_hash"} & moved
+
+
+def test_the_same_data_are_taken_over_whole(world: World, tmp_path: Path) -> None:
+    params, tables, _ = load_best(world.run)
+    before, state, line = begin(world, world.experiment, world.run.prepared, tmp_path / "new")
+    assert line.endswith(", 0 new")
+    ours, theirs = (jax.tree.leaves(x) for x in ((state.params, state.tables), (params, tables)))
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert all((np.asarray(t) != before[s]).any() for s, t in stacks(state).items())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"width": 16}, r"parameter network.* is .* in .*run and .* here: \[model\]"),
+        ({"expert_hidden": (4,)}, r"parameter network\['experts'\].* Set them alike"),
+        ({"layers": 2}, r"parameter network\['transformer'\].* is missing in .* and \["),
+    ],
+)
+def test_another_shape_is_named(
+    world: World, shop_experiment: Experiment, tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        begin(world, declared(shop_experiment, **model), world.grown, tmp_path / "new")
+    assert not (tmp_path / "new" / "init_from.json").exists()
+
+
+def test_a_run_begins_so_once(
+    mtrec: Mtrec, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    longer = replace(world.experiment, train=replace(world.experiment.train, learning_rate=1e-4))
+    (tmp_path / "mine.toml").write_text(to_toml(longer), encoding="utf-8")
+    old, new = world.run.folder, tmp_path / "runs" / "new"
+    command = ("train", "mine.toml", "--prepared", world.grown.folder, "--run", new)
+    status, _, err = mtrec(*command, "--init-from", old)
+    assert (status, f"initialised from {old}" in " ".join(err.split())) == (0, True), err
+    losses = [json.loads(x) for x in (new / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert losses
+    # the same command, with and without the option, finds it trained already
+    for more in (("--init-from", old), ()):
+        status, _, err = mtrec(*command, *more)
+        assert (status, "is trained already" in " ".join(err.split())) == (0, True), err
+    status, _, err = mtrec(*command, "--init-from", tmp_path / "other")
+    assert status == 2
+    assert f"{new.relative_to(tmp_path)} was initialised from {old}, not from" in err or (
+        f"{new} was initialised from {old}, not from" in err
+    )
+    with pytest.raises(ConfigError, match="was initialised at random, not from"):
+        train(world.experiment, world.run.prepared, old, init_from=new, show_progress=False)
+    with pytest.raises(ConfigError, match=r"names .* itself"):
+        find_source(tmp_path, Run(tmp_path, world.experiment, world.grown))
+
+
+def test_a_start_that_failed_leaves_no_trace(world: World, tmp_path: Path) -> None:
+    (tmp_path / "init_from.json").write_text('{"run": "elsewhere"}', encoding="utf-8")
+    assert find_source(None, Run(tmp_path, world.experiment, world.grown)) is None
+    assert not (tmp_path / "init_from.json").exists()
+
+
+def test_a_run_with_shared_rows_resumes_to_the_bit(world: World, tmp_path: Path) -> None:
+    params, tables, step = load_best(world.run)
+    shutil.copytree(world.run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    again = train(world.experiment, world.run.prepared, tmp_path / "run", show_progress=False)
+    ours, theirs = load_best(again), (params, tables, step)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
