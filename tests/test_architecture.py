@@ -25,7 +25,7 @@ LAYERS = (
     ("train",),
     ("requests", "result", "recommender"),
     ("from_tables", "planner", "planner_tables"),
-    ("cli_options", "cli_plan", "cli"),
+    ("cli_data", "cli_options", "cli_plan", "cli"),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

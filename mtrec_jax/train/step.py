@@ -62,8 +62,7 @@ def make_step(
     dense = optimizer or dense_optimizer(config, total_steps)
     row_schedule = learning_rate(config, config.row_learning_rate, total_steps)
     rules = _row_rules(config)
-    names = loss_names(experiment)
-    initial = _initial_weights(experiment)
+    names, initial = loss_names(experiment), _initial_weights(experiment)
     balancer = {"static": static, "uncertainty": uncertainty}[config.balance](initial)
 
     def init(key: jax.Array) -> TrainState:
@@ -114,15 +113,15 @@ def make_step(
     shapes = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
     shardings = state_shardings(shapes, mesh)
     return Step(
-        abstract=jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            shapes,
-            shardings,
-        ),
+        abstract=jax.tree.map(_placed, shapes, shardings),
         init=jax.jit(init, out_shardings=shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
         inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, differentiate))),
     )
+
+
+def _placed(shape: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
 def _row_rules(config: Train) -> dict[str, RowOptimizer]:

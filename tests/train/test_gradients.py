@@ -130,7 +130,6 @@ def _trained(
         ("rows", "static", 4, (1, 1)),
         ("rows", "uncertainty", 2, (2, 4)),
         ("history", "uncertainty", 4, (2, 4)),
-        ("history, dense items", "static", 2, (1, 1)),
     ],
 )
 def test_parts_learn_what_the_whole_batch_learns(

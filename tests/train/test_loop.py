@@ -24,10 +24,10 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.train import loop
 from mtrec_jax.train.loop import train
-from mtrec_jax.train.stopping import Stopped
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import Run, load_best, open_run
+from mtrec_jax.train.stopping import Stopped
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
