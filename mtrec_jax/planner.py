@@ -321,7 +321,7 @@ def _refusal(
             if bytes_ <= 0.95 * device.memory:  # the exchange needs a little as well
                 where = f"{what}train.mesh=[{count // shards},{shards}]"
                 return f"{text}The nearest that fits: {where} ({quantity_text(bytes_)} on each)"
-    return text + "Nothing near fits: smaller tables (kind = hashed), a smaller model.width"
+    return text + "Nothing near fits: smaller tables (hash_rows), a smaller model.width"
 
 
 def _changes(experiment: Experiment, devices: int) -> Iterator[tuple[str, Experiment, int]]:

@@ -23,7 +23,7 @@ from mtrec_jax.nn.embedding import spread
 from mtrec_jax.nn.network import make_plan
 from mtrec_jax.planner import check_placement
 from mtrec_jax.sharding import make_mesh, put_batch
-from mtrec_jax.train.costs import state_shapes
+from mtrec_jax.train.costs import places_of_batch, state_shapes
 
 POD = """
 name = "pod"
@@ -171,3 +171,24 @@ def test_prepared_data_gives_sizes_shapes_and_buffers(
     assert found.measured
     # a device's 33 places of 60 items, over four owners
     assert 2 < found.buffers["lazy_adam"].places < 33
+
+
+def test_shared_rows_and_capacities_are_the_size_of_a_table(pod: Path) -> None:
+    sizes = dict.fromkeys(FEATURES, 1000)
+    del sizes["page"], sizes["user"]
+    changes = ["features.page.capacity=5000", "features.user.hash_rows=3_000_000"]
+    found = plan(mtrec_jax.load_experiment(pod, changes), devices=8, rows=sizes)
+    rows = {table.owner.removeprefix("context."): table.rows for table in found.tables}
+    assert rows == dict.fromkeys(sizes, 1002) | {"page": 5002, "user": 3_000_002}
+    experiment = mtrec_jax.load_experiment(pod, changes)
+    places = places_of_batch(experiment, assumed_manifest(experiment, sizes))
+    assert places == {"rowwise_adagrad": 6 * 65536}  # a hashed id asks for two rows
+
+
+def test_items_have_room_for_their_capacity() -> None:
+    changes = ["model.item_placement=sparse", "model.item_capacity=9000"]
+    shop = mtrec_jax.load_experiment("shop", changes)
+    sizes = dict.fromkeys(["segment", "age_group", "category", "brand"], 10)
+    sizes |= dict.fromkeys(["click", "cart", "buy", "stars"], 2)
+    found = plan(replace(shop, train=replace(shop.train, batch_size=64)), devices=1, rows=sizes)
+    assert {table.owner: table.rows for table in found.tables}["item"] == 9002

@@ -23,7 +23,8 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     Args:
       experiment: says which features, tasks and positions there are.
       rows: {feature: values of its vocabulary}, "item": trained items, and for a multiclass task
-        its classes. What the configuration fixes (hashed, binned, hours) need not be named.
+        its classes. What the configuration fixes (hashed, binned, hours, capacities) need not be
+        named.
 
     Raises:
       ConfigError: a size is missing, or belongs to nothing.
@@ -33,7 +34,8 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     chosen = {n: f for n, f in experiment.features.items() if f.kind != "text"}
     missing = [n for n, f in chosen.items() if n not in rows and _size(f) == 0]
     missing += [n for n, t in experiment.tasks.items() if t.kind == "multiclass" and n not in rows]
-    missing += ["item"] * (bool(data.item) and "item" not in rows)
+    items = rows.get("item", experiment.model.item_capacity) if data.item else 0
+    missing += ["item"] * (bool(data.item) and not items)
     if missing:
         raise ConfigError(
             f"the sizes of {', '.join(missing)} are not known without prepared data: give them, "
@@ -46,7 +48,6 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     numbers = {on: tuple(f for f in x if isinstance(f, NumberField)) for on, x in fields.items()}
     sequences = data.kind == "sequences"
     positions = (data.positions or data.history_length) if sequences else 1
-    items = rows.get("item", 0) if data.item else 0
     return Manifest(
         format=FORMAT,
         name=experiment.name,
@@ -101,6 +102,7 @@ def resized(manifest: Manifest, experiment: Experiment, rows: Mapping[str, int])
         manifest,
         items=rows.get("item", manifest.items),
         trained_items=rows.get("item", manifest.trained_items),
+        item_values=0 if "item" in rows else manifest.item_values,
         context_ids=changed(manifest.context_ids),
         item_ids=changed(manifest.item_ids),
         history=changed(manifest.history),
@@ -160,7 +162,7 @@ def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
 
 
 def _size(feature: Feature) -> int:
-    """Values that the configuration alone tells; 0: it does not."""
+    """Values that the configuration alone tells, or has room for; 0: it does not."""
     if feature.kind == "hashed":
         return feature.buckets + (feature.impute == "own")
     if feature.kind in CLOCK:
@@ -168,7 +170,9 @@ def _size(feature: Feature) -> int:
     counts = feature.kind in PAST and feature.on == "context"
     if counts or feature.kind == "numeric":
         return 1
-    return feature.bins if feature.kind in ("binned", "piecewise", "gap", *PAST) else 0
+    if feature.kind in ("binned", "piecewise", "gap", *PAST):
+        return feature.bins
+    return feature.hash_rows or feature.capacity
 
 
 def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:
@@ -182,4 +186,7 @@ def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:
         size=FIRST + values,
         slots=feature.max_values if feature.kind in ("multi_valued", "ties") else 1,
         placement=feature.placement,
+        capacity=feature.capacity,
+        hash_rows=feature.hash_rows,
+        hash_functions=feature.hash_functions if feature.hash_rows else 0,
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.assumed import batch_shapes, catalogue_shapes, resized
-from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.data.dataset import IdField, Manifest
 from mtrec_jax.nn.embedding import DENSE, computed_dtype
 from mtrec_jax.nn.exchange import Buffers
 from mtrec_jax.nn.model import make_model
@@ -100,7 +100,7 @@ def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> W
     share = max(1, experiment.train.batch_size // devices)
     train = dataclasses.replace(experiment.train, batch_size=share, mesh=(1, 1))
     experiment = dataclasses.replace(experiment, train=train)
-    small = _with_small_tables(experiment, manifest)
+    experiment, small = _with_small_tables(experiment, manifest)
     model = make_model(experiment, small)
     step = make_step(experiment, small, model, make_mesh((1, 1)), 1)
     state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
@@ -233,11 +233,29 @@ def working_memory(
     return max(backward, update)
 
 
-def _with_small_tables(experiment: Experiment, manifest: Manifest) -> Manifest:
+def _with_small_tables(experiment: Experiment, manifest: Manifest) -> tuple[Experiment, Manifest]:
     """Tables that are updated row by row get a few rows; the catalogue keeps its size."""
-    fields = (*manifest.context_ids, *manifest.item_ids, *manifest.history)
-    few = {f.name: _FEW for f in fields if f.placement != DENSE and f.size > _FEW}
-    small = resized(manifest, experiment, few)
+
+    def small(fields: tuple[IdField, ...]) -> tuple[IdField, ...]:
+        return tuple(
+            f
+            if f.placement == DENSE
+            else dataclasses.replace(
+                f, size=min(f.size, FIRST + _FEW), capacity=0, hash_rows=min(f.hash_rows, _FEW)
+            )
+            for f in fields
+        )
+
+    made = resized(manifest, experiment, {})  # with the placements of the experiment
+    made = dataclasses.replace(
+        made,
+        context_ids=small(made.context_ids),
+        item_ids=small(made.item_ids),
+        history=small(made.history),
+    )
     if experiment.model.item_placement == DENSE:
-        return small
-    return dataclasses.replace(small, trained_items=min(_FEW, small.trained_items))
+        return experiment, made
+    items = min(_FEW, made.item_values or made.trained_items)
+    model = dataclasses.replace(experiment.model, item_capacity=0)
+    made = dataclasses.replace(made, trained_items=items, item_values=0)
+    return dataclasses.replace(experiment, model=model), made
