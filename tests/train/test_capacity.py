@@ -94,6 +94,7 @@ def test_whole_tables_need_no_buffers() -> None:
     assert measured_buffers(model, tiny.catalogue(), [], make_mesh((8, 1)), {}, seed=0) == {}
 
 
+@pytest.mark.slow
 def test_a_run_on_shards_records_its_rounds(
     shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -120,6 +120,7 @@ def test_a_small_disk_that_fills_up(train: Train, straight: Path, tmp_path: Path
         assert _records(run) == _records(straight)
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(train: Train, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     _assert_full(train(25, run), run, 30, "File too large")

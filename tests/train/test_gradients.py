@@ -182,6 +182,7 @@ def test_gradients_agree_in_single_precision(start: TrainState) -> None:
             assert np.abs(values - whole[name]).max() <= 1e-5 * scale, name
 
 
+@pytest.mark.slow
 def test_one_part_that_is_not_finite_spoils_the_step(start: TrainState) -> None:
     step, mesh = _case("history", "float32", "uncertainty", 4, (1, 1))
     own = jax.tree.map(lambda leaf: leaf.sharding, start)
@@ -202,6 +203,7 @@ def test_one_part_that_is_not_finite_spoils_the_step(start: TrainState) -> None:
     assert state.bad.tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_part() -> None:
     manifest, size, mesh = tiny.manifest(), 512, make_mesh((1, 1))
     wide = {"width": 32, "expert_hidden": [256, 32], "dropout": 0.0}

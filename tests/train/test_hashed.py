@@ -90,6 +90,7 @@ def test_it_learns(single: list[TrainState]) -> None:
         assert now < 0.95 * first[task][0] / first[task][1]
 
 
+@pytest.mark.slow
 def test_devices_agree(single: list[TrainState]) -> None:
     """Through the exchange of rows between the shards of a table."""
 

@@ -219,6 +219,7 @@ def test_another_shape_is_named(
     assert not (tmp_path / "new" / "init_from.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_begins_so_once(
     mtrec: Mtrec, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +253,7 @@ def test_a_start_that_failed_leaves_no_trace(world: World, tmp_path: Path) -> No
     assert not (tmp_path / "init_from.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_shared_rows_resumes_to_the_bit(world: World, tmp_path: Path) -> None:
     params, tables, step = load_best(world.run)
     shutil.copytree(world.run.folder, tmp_path / "run")
