@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh dev
-exec "${VENV:-.venv}/bin/python" -m pytest -n 2 "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadscope "$@"
