@@ -185,6 +185,7 @@ def test_shared_rows_and_capacities_are_the_size_of_a_table(pod: Path) -> None:
     assert places == {"rowwise_adagrad": 6 * 65536}  # a hashed id asks for two rows
 
 
+@pytest.mark.slow
 def test_items_have_room_for_their_capacity() -> None:
     changes = ["model.item_placement=sparse", "model.item_capacity=9000"]
     shop = mtrec_jax.load_experiment("shop", changes)

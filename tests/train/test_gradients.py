@@ -129,7 +129,7 @@ def _trained(
     [
         ("rows", "static", 4, (1, 1)),
         ("rows", "uncertainty", 2, (2, 4)),
-        ("history", "uncertainty", 4, (2, 4)),
+        pytest.param("history", "uncertainty", 4, (2, 4), marks=pytest.mark.slow),
     ],
 )
 def test_parts_learn_what_the_whole_batch_learns(

@@ -296,6 +296,7 @@ def command(
     return start
 
 
+@pytest.mark.slow
 def test_a_terminated_process_continues_to_the_same_bits(
     command: Callable[[str], subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -218,6 +218,7 @@ def test_devices_agree_in_double_precision() -> None:
         _assert_same(expected, found, 1e-10)
 
 
+@pytest.mark.slow
 def test_devices_agree_in_single_precision(single: Compiled) -> None:
     expected = _learned(_train(single))
     split = _compiled((4, 2), start=single.start)
