@@ -196,6 +196,8 @@ def recommend(
     chosen = list(dict.fromkeys([*(users or []), *(more_users or [])]))
     if bool(chosen) == all_users:
         raise typer.BadParameter("name --users, or ask for --all-users (with --out FILE)")
+    if processes.count() > 1 and not all_users:
+        raise typer.BadParameter("several processes share --all-users; name --users to one process")
     if all_users and out is None:
         raise typer.BadParameter("--all-users writes a file: add --out FILE")
     recommender = Recommender(open_run(run, prepared))

@@ -7,6 +7,7 @@ depends on what one process alone sees is made by all, with `largest`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -45,7 +46,12 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
         raise ConfigError(
             f"--process {process} of --processes {processes}: the processes are numbered from 0"
         )
-    jax.distributed.initialize(coordinator, processes, process)
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--coordinator {coordinator}: the processes do not meet ({error})"
+        ) from error
 
 
 def count() -> int:
@@ -95,10 +101,22 @@ def leave(status: int) -> None:
 
     Ending as usual would wait for them, and they for this one.
     """
-    if count() > 1:
+    if jax.distributed.is_initialized() and count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def check_same(what: str, text: str) -> None:
+    """Raise `ConfigError` unless all processes have the same text."""
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    every = gathered(own)
+    odd = [number for number, other in enumerate(every) if (other != every[0]).any()]
+    if odd:
+        raise ConfigError(
+            f"{what}: process {odd[0]} has another than process 0. All processes need the same "
+            "configuration, and storage that they share for prepared data and the run folder"
+        )
 
 
 def gathered(array: np.ndarray) -> list[np.ndarray]:

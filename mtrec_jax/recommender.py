@@ -237,11 +237,11 @@ class Recommender:
         chosen = candidates[row, place] - FIRST
         raw, titles = self.prepared.item_names, self.prepared.titles
         columns: dict[str, Any] = {
-            "user": [users[i] for i in row],
+            "user": pa.array([users[i] for i in row], pa.string()),  # of a type, even if empty
             "known": encoded.known[row],
             "rank": rank + 1,
-            "item": [raw[i] for i in chosen],
-            "title": [titles[i] for i in chosen],
+            "item": pa.array([raw[i] for i in chosen], pa.string()),
+            "title": pa.array([titles[i] for i in chosen], pa.string()),
             "score": fused[row, place],
         }
         columns |= self._task_columns(outputs, n, (row, place))

@@ -280,7 +280,11 @@ def _numbered(
     has_one = (number >= 0) & (number < count) & (rows.at[number].get(mode="clip") == row)
     is_new = (wanted >= 0) & ~has_one
     outside = len(scratch)
-    scratch = scratch.at[jnp.where(is_new, row, outside)].set(position, **_DROP)
+    # The first of equal rows wins, and not the last that is written: all replicas of a shard have
+    # to agree, and the order of writes to one place is nowhere promised.
+    target = jnp.where(is_new, row, outside)
+    scratch = scratch.at[target].set(jnp.iinfo(jnp.int32).max, **_DROP)
+    scratch = scratch.at[target].min(position, **_DROP)
     wins = is_new & (scratch[row] == position)
     given = count + jnp.cumsum(wins, dtype=jnp.int32) - 1
     rows = rows.at[jnp.where(wins, given, len(rows))].set(row, **_DROP)

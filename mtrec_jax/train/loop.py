@@ -18,7 +18,7 @@ import optax
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, instance
-from mtrec_jax.config import Experiment, select_metric
+from mtrec_jax.config import Experiment, select_metric, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
@@ -76,6 +76,9 @@ def train(
     folder = a_path("run", run)
     check_start(experiment, folder)
     check_data(folder, experiment, prepared)
+    there = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+    same = to_toml(experiment), prepared.manifest.fingerprint, str(there)
+    processes.check_same("what is trained", "\n".join(same))
     with (
         full_disk_named(folder),
         _sole_trainer(folder),
@@ -149,10 +152,10 @@ def _train(
             bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
             return
         for what, now in _topology(job.mesh).items():
-            if meta[what] != now:
+            if meta.get(what) != now:
                 bar.note(
-                    f"this run began with {what} {meta[what]} and goes on with {now}: results may "
-                    "differ in the last bits"
+                    f"this run began with {what} {meta.get(what)} and goes on with {now}: results "
+                    "may differ in the last bits"
                 )
         job.records.truncate(meta.get("bytes", 0))
         watched = Watched(job.batches, experiment.train.input_timeout, bar.note)
@@ -167,7 +170,8 @@ def _train(
 
 def _topology(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """What the last bits of results depend on."""
-    return {"threads": os.cpu_count(), "mesh": list(mesh.devices.shape)}
+    shape = list(mesh.devices.shape)
+    return {"threads": os.cpu_count(), "mesh": shape, "processes": processes.count()}
 
 
 class _Job(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,15 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
 
 
 def shared_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
-    """The devices of all processes, where there are several; one device does for one process."""
-    return make_mesh(experiment.train.mesh) if processes.count() > 1 else None
+    """The devices of all processes, where there are several; one device does for one process.
+
+    Tables are split as in training, as far as that divides the devices that are here.
+    """
+    if processes.count() == 1:
+        return None
+    devices = jax.device_count()
+    table = math.gcd(experiment.train.mesh[1] or devices, devices)
+    return make_mesh((devices // table, table))
 
 
 def check_folder(folder: Path, experiment: Experiment) -> None:

@@ -72,10 +72,21 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
     if wanted == run.folder.resolve():
         raise ConfigError(f"--init-from names {run.folder} itself; pass another --run")
     if isinstance(init_from, Run):
-        return init_from
+        return _split_alike(init_from, run)
     notes = read_json(wanted / "prepared.json") if (wanted / "prepared.json").exists() else {}
     same = notes.get("fingerprint") == run.prepared.manifest.fingerprint
-    return open_run(wanted, run.prepared.folder if same else None)
+    return _split_alike(open_run(wanted, run.prepared.folder if same else None), run)
+
+
+def _split_alike(source: Run, run: Run) -> Run:
+    """The source, unless it has trained on what the new run holds back by its own split."""
+    there, here = (r.prepared.manifest.config.get("split") for r in (source, run))
+    if there != here:
+        raise ConfigError(
+            f"--init-from: {source.folder} was split by {there}, the new run by {here}: it may "
+            "have trained on rows that are now for validation or test. Prepare with the same [split]"
+        )
+    return source
 
 
 def warm_start(

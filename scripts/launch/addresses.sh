@@ -4,10 +4,11 @@
 #   scripts/launch/addresses.sh "localhost localhost" train CONFIG --run RUN
 # The first address is the coordinator; PORT (9911) has to be open on it. On every machine, this
 # folder is at the same path, with its .venv; prepared data and RUN are on storage that all see.
-# The exit status is that of the first process that fails.
+# The exit status is that of the first process in this order that fails. To stop a run on other
+# machines so that it saves, send SIGTERM to its processes there.
 set -euo pipefail
 if [ "$#" -lt 3 ]; then
-  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 read -r -a hosts <<<"$1"

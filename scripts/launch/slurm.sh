@@ -15,4 +15,4 @@ if [ "$#" -lt 2 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
   exit 2
 fi
 cd "$SLURM_SUBMIT_DIR"
-exec srun --kill-on-bad-exit=1 "${VENV:-.venv}/bin/python" scripts/train.py "$@"
+exec srun --kill-on-bad-exit=1 --gpu-bind=none "${VENV:-.venv}/bin/python" scripts/train.py "$@"
