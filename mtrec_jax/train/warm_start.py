@@ -84,7 +84,7 @@ def _split_alike(source: Run, run: Run) -> Run:
     if there != here:
         raise ConfigError(
             f"--init-from: {source.folder} was split by {there}, the new run by {here}: it may "
-            "have trained on rows that are now for validation or test. Prepare with the same [split]"
+            "have trained on what is now held back. Prepare with the same [split]"
         )
     return source
 
