@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -31,14 +30,6 @@ EXPERIMENT = tiny.experiment(
     data={"history_length": LENGTH},
     train={"batch_size": SIZE, "negatives": 256},
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def zipf_batch(seed: int) -> Batch:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,15 +26,6 @@ from mtrec_jax.train.step import make_step
 from tests import tiny
 
 LENGTH, SIZE = 24, 256
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Fewer optimizations, for both sides of each comparison."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 class Case(NamedTuple):

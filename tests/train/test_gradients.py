@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,14 +24,6 @@ from tests import tiny
 
 SIZE, STEPS = 32, 3
 UNUSED = "key.bias"  # a softmax does not see this bias: its gradient is rounding noise
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _history(precision: str, model: dict[str, Any], train: dict[str, Any]) -> Experiment:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,15 +38,6 @@ class Compiled(NamedTuple):
 
     def update(self, state: TrainState, examples: Batch) -> TrainState:
         return self.step.update(state, put_batch(examples, self.mesh), self.catalogue)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """XLA takes a third longer to optimize a program that these tests run for milliseconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _compiled(
