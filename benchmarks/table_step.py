@@ -106,19 +106,18 @@ def _ours(name: str, dedup: bool = True) -> Callable[[Problem], Call]:
                     x = jax.nn.relu(x) if i < len(dense) - 1 else x
                 return jnp.mean(optax.sigmoid_binary_cross_entropy(x[:, 0], label))
 
-            value, (to_dense, to_rows) = jax.value_and_grad(loss, argnums=(0, 1))(
-                dense, gather(table, address)
-            )
+            rows = gather(table, address)
+            value, (to_dense, to_rows) = jax.value_and_grad(loss, argnums=(0, 1))(dense, rows)
             updates, moments = adam.update(to_dense, moments)
             dense = optax.apply_updates(dense, updates)
             flat, grads = address.reshape(-1), to_rows.reshape(-1, _WIDTH)
             if dedup:
                 table, slots, scratch = sparse.apply_rows(
-                    rule, table, slots, scratch, flat, grads, _RATE
+                    rule, table, slots, scratch, flat, grads, _RATE, rows=rows.reshape(-1, _WIDTH)
                 )
             else:
                 old = jax.tree.map(lambda s: s[flat], slots)
-                new, new_slots = rule.update(table[flat], old, grads, _RATE)
+                new, new_slots = rule.update(rows.reshape(-1, _WIDTH), old, grads, _RATE)
                 table = table.at[flat].set(new)
                 slots = jax.tree.map(lambda s, n: s.at[flat].set(n), slots, new_slots)
             return (dense, moments, table, slots, scratch), value

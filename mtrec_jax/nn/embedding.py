@@ -10,7 +10,7 @@ neighbours are spread over all parts, the same way for any number of devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.nn.hashing import hash_rows
 from mtrec_jax.sharding import ROW_MULTIPLE
-from mtrec_jax.types import FIRST, PAD
+from mtrec_jax.types import FIRST, PAD, PyTree
 
 DENSE = "dense"
 MOST_ROWS = 2**31 - 2**24  # of a stack; addresses beyond it, of what must not be written, are int32
@@ -145,6 +145,32 @@ def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Arra
     """Rows at the addresses, zero where the address is -1; bfloat16 tables give float32."""
     rows = table.at[address].get(mode="clip").astype(computed_dtype(table))
     return jnp.where((address >= 0)[..., None], rows, 0)
+
+
+RowUpdate = Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+
+
+def update_rows(
+    rule: RowUpdate,
+    table: Float[Array, "V D"],
+    slots: PyTree,
+    address: Int[Array, " n"],
+    grads: Float[Array, "n D"],
+    rows: Float[Array, "n D"] | None = None,
+) -> tuple[Float[Array, "V D"], PyTree]:
+    """Apply `rule(rows, slots, grads)` to different rows and their slots, in place if donated.
+
+    Addresses beyond the table are dropped; a caller who has the `rows` need not fetch them anew.
+    """
+    old = table.at[address].get(mode="clip").astype(grads.dtype) if rows is None else rows
+    old_slots = jax.tree.map(lambda s: s.at[address].get(mode="clip"), slots)
+    new, new_slots = rule(old, old_slots, grads)
+
+    def write(whole: Array, part: Array) -> Array:
+        part = part.astype(whole.dtype)
+        return whole.at[address].set(part, mode="drop", unique_indices=True)
+
+    return write(table, new), jax.tree.map(write, slots, new_slots)
 
 
 def computed_dtype(table: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:

@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from mtrec_jax.nn.embedding import RowUpdate, update_rows
 from mtrec_jax.types import PyTree
 
 _BOTH = ("data", "table")
@@ -136,11 +137,8 @@ def look_up(
     return _sharded(local, mesh, (shard, shard, each), (each, shard, asked))(table, scratch, ids)
 
 
-Update = Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
-
-
 def update(
-    rule: Update,
+    rule: RowUpdate,
     table: Float[Array, "V D"],
     slots: PyTree,
     asked: Asked,
@@ -192,7 +190,7 @@ def update(
             here = jnp.arange(window, dtype=jnp.int32)
             target = lax.dynamic_slice_in_dim(rows, first, window)
             target = jnp.where(first + here < count, target, shard.shape[0] + here)
-            return _written(rule, shard, slots, target, total)
+            return update_rows(rule, shard, slots, target, total)
 
         windows = lax.pmax(-(-count // window), _BOTH)
         return lax.fori_loop(jnp.int32(0), windows, one_window, (shard, slots))
@@ -290,17 +288,3 @@ def _numbered(
     rows = rows.at[jnp.where(wins, given, len(rows))].set(row, **_DROP)
     scratch = scratch.at[jnp.where(wins, row, outside)].set(given, **_DROP)
     return scratch, (rows, count + jnp.sum(wins, dtype=jnp.int32))
-
-
-def _written(
-    rule: Update, table: Array, slots: PyTree, target: Array, grads: Array
-) -> tuple[Array, PyTree]:
-    """Apply the rule to different rows; targets beyond the table are dropped."""
-    old = table.at[target].get(mode="clip").astype(grads.dtype)
-    old_slots = jax.tree.map(lambda s: s.at[target].get(mode="clip"), slots)
-    new, new_slots = rule(old, old_slots, grads)
-
-    def write(whole: Array, part: Array) -> Array:
-        return whole.at[target].set(part.astype(whole.dtype), mode="drop", unique_indices=True)
-
-    return write(table, new), jax.tree.map(write, slots, new_slots)

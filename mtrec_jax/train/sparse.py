@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mtrec_jax.nn.embedding import computed_dtype
+from mtrec_jax.nn.embedding import RowUpdate, computed_dtype, update_rows
 from mtrec_jax.types import PyTree
 
 Rate = jax.Array | float
@@ -133,6 +133,9 @@ RULES = {
 }
 
 
+_BLOCK = 2**14  # rows that are updated at once: it bounds the work space
+
+
 def apply_rows(
     optimizer: RowOptimizer,
     table: Float[Array, "V D"],
@@ -142,6 +145,7 @@ def apply_rows(
     grads: Float[Array, "n D"],
     learning_rate: Rate,
     key: jax.Array | None = None,
+    rows: Float[Array, "n D"] | None = None,
 ) -> tuple[Float[Array, "V D"], PyTree, Int[Array, " V"]]:
     """Sum the gradients of equal ids, update each touched row once; ids below 0 are padding.
 
@@ -149,6 +153,7 @@ def apply_rows(
     winner among its equals; gradients are added up at the winner. `scratch` is work space whose
     content means nothing between calls. Returns (table, slots, scratch), updated in place when the
     caller donates them. A bfloat16 table is updated in float32 and rounded at random, by `key`.
+    Whoever has the `rows` of the ids already, from `nn.embedding.gather`, saves fetching them anew.
     """
     n, rows_total = ids.shape[0], table.shape[0]
     position = jnp.arange(n, dtype=jnp.int32)
@@ -161,15 +166,38 @@ def apply_rows(
     grads = grads.astype(computed_dtype(table))
     summed = jnp.zeros_like(grads).at[winner].add(grads)
     target = jnp.where(valid & (winner == position), ids, outside)
-    old = table.at[target].get(mode="clip").astype(summed.dtype)
-    old_slots = jax.tree.map(lambda s: s.at[target].get(mode="clip"), slots)
-    new, new_slots = optimizer.update(old, old_slots, summed, learning_rate)
-    new = stochastic_round(new, key) if table.dtype == jnp.bfloat16 else new
+    blocks = max(1, -(-n // _BLOCK))
+    block = -(-n // blocks)
+    more = blocks * block - n
+    outside = rows_total + n + jnp.arange(more, dtype=jnp.int32)
+    of_places = [jnp.concatenate([target, outside]), _padded(summed, more)]
+    if rows is not None:
+        of_places.append(_padded(rows, more))
 
-    def write(whole: jax.Array, part: jax.Array) -> jax.Array:
-        return whole.at[target].set(part, mode="drop", unique_indices=True)
+    def one_block(number: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        part = [jax.lax.dynamic_slice_in_dim(a, number * block, block) for a in of_places]
+        own = None if key is None else jax.random.fold_in(key, number)
+        rule = row_update(optimizer, learning_rate, own, table.dtype)
+        return update_rows(rule, *state, *part)
 
-    return write(table, new), jax.tree.map(write, slots, new_slots), scratch
+    table, slots = jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), one_block, (table, slots))
+    return table, slots, scratch
+
+
+def _padded(array: Array, more: int) -> Array:
+    return jnp.pad(array, ((0, more), (0, 0)))
+
+
+def row_update(
+    optimizer: RowOptimizer, learning_rate: Rate, key: jax.Array | None, dtype: jnp.dtype
+) -> RowUpdate:
+    """The rule as a function of (rows, slots, grads); the rows of a bfloat16 table are rounded."""
+
+    def update(rows: jax.Array, slots: PyTree, grads: jax.Array) -> tuple[jax.Array, PyTree]:
+        new, slots = optimizer.update(rows, slots, grads, learning_rate)
+        return stochastic_round(new, key) if dtype == jnp.bfloat16 else new, slots
+
+    return update
 
 
 def stochastic_round(x: Float[Array, "n D"], key: jax.Array | None) -> Float[Array, "n D"]:

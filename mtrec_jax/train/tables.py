@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.nn import exchange
-from mtrec_jax.nn.embedding import computed_dtype, rule_of
+from mtrec_jax.nn.embedding import RowUpdate, computed_dtype, rule_of
 from mtrec_jax.nn.model import Rows, gather_rows
-from mtrec_jax.train.sparse import RowOptimizer, apply_rows, stochastic_round
+from mtrec_jax.train.sparse import RowOptimizer, apply_rows, row_update
 from mtrec_jax.types import PyTree, TrainState
 
 Addresses = dict[str, dict[str, jax.Array]]  # {stack: {role: addresses, -1 where nothing}}
@@ -77,15 +77,16 @@ def apply_gradients(
     most = state.rounds
     for stack, by_role in fetched.addresses.items():
         table, optimizer = tables[stack], rules[rule_of(stack)]
-        of_roles = [gradients[stack][role].reshape(-1, table.shape[1]) for role in sorted(by_role)]
-        grads = _part_by_part(of_roles, mesh.size, 0)
+        grads = _joined(gradients[stack], mesh.size)
         if stack not in fetched.asked:
             # Every device updates its own copy: it takes the gradients of all, once.
             all_of = flat(by_role, mesh.size), grads
             ids, grads = jax.lax.with_sharding_constraint(all_of, NamedSharding(mesh, P()))
             ids = jnp.where(wanted, ids, -1)
+            # A copy fetches from its own memory what other devices would have to send.
+            rows = _joined(fetched.rows[stack], 1) if mesh.size == 1 else None
             tables[stack], slots[stack], scratch[stack] = apply_rows(
-                optimizer, table, slots[stack], scratch[stack], ids, grads, rate, key
+                optimizer, table, slots[stack], scratch[stack], ids, grads, rate, key, rows
             )
             continue
         asked = fetched.asked[stack]
@@ -101,13 +102,10 @@ def apply_gradients(
 
 def _rule(
     optimizer: RowOptimizer, rate: jax.Array | float, key: jax.Array, dtype: Any
-) -> exchange.Update:
+) -> RowUpdate:
     def rule(rows: jax.Array, slots: PyTree, grads: jax.Array) -> tuple[jax.Array, PyTree]:
-        new, slots = optimizer.update(rows, slots, grads, rate)
-        if dtype == jnp.bfloat16:
-            own = jax.random.fold_in(key, jax.lax.axis_index("table"))
-            new = stochastic_round(new, own)
-        return new, slots
+        own = jax.random.fold_in(key, jax.lax.axis_index("table"))
+        return row_update(optimizer, rate, own, dtype)(rows, slots, grads)
 
     return rule
 
@@ -121,6 +119,12 @@ def flat(by_role: dict[str, jax.Array], parts: int) -> jax.Array:
     [1, 2, 5, 6, 3, 4, 7, -1]
     """
     return _part_by_part([by_role[role].reshape(-1) for role in sorted(by_role)], parts, -1)
+
+
+def _joined(by_role: dict[str, jax.Array], parts: int) -> jax.Array:
+    """The rows of all roles [n, D], in the order of their `flat` addresses."""
+    rows = [by_role[role].reshape(-1, by_role[role].shape[-1]) for role in sorted(by_role)]
+    return _part_by_part(rows, parts, 0)
 
 
 def _part_by_part(arrays: list[jax.Array], parts: int, fill: int) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from mtrec_jax.nn.embedding import gather
 from mtrec_jax.train.sparse import (
     RowOptimizer,
     adagrad,
@@ -166,6 +167,43 @@ def test_nothing_but_padding_changes_nothing(name: str) -> None:
     found = _apply[name](*state, jnp.full(6, -1, jnp.int32), _grads(6, 0))
     for old, new in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(found[:2]), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@every_rule
+def test_a_large_batch_is_updated_block_by_block_with_rows_that_are_known(name: str) -> None:
+    size, n = 50_000, 2 * 2**14 + 3
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(size, D)), jnp.float32)
+    ids, grads = rng.integers(-1, size, n).astype(np.int32), _grads(n, 1)
+    state = table, RULES[name].init(table), jnp.zeros(size, jnp.int32)
+    at_once = _apply[name](*state, ids, grads)
+    known = _apply[name](*state, ids, grads, rows=gather(table, jnp.asarray(ids)))
+    jax.tree.map(np.testing.assert_array_equal, at_once[:2], known[:2])
+    # The same sums, a part of the table after the other in small batches.
+    unique, inverse = np.unique(ids, return_inverse=True)
+    sums = np.zeros((len(unique), D), np.float64)
+    np.add.at(sums, inverse, grads)
+    for part in range(0, len(unique), 10_000):
+        chosen = slice(part, part + 10_000)
+        state = _apply[name](*state, unique[chosen], sums[chosen].astype(np.float32))
+    for old, new in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(at_once[:2]), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-5)
+
+
+def test_the_work_space_does_not_grow_with_the_table() -> None:
+    def memory(size: int) -> Any:
+        table = jax.ShapeDtypeStruct((size, 32), jnp.float32)
+        ids = jax.ShapeDtypeStruct((40_960,), jnp.int32)
+        grads = jax.ShapeDtypeStruct((40_960, 32), jnp.float32)
+        scratch = jax.ShapeDtypeStruct((size,), jnp.int32)
+        step = jax.jit(partial(apply_rows, adagrad(), learning_rate=RATE), donate_argnums=(0, 1, 2))
+        return step.lower(table, table, scratch, ids, grads).compile().memory_analysis()
+
+    small, large = memory(100_000), memory(10_000_000)
+    assert large.temp_size_in_bytes == small.temp_size_in_bytes < 8 * 40_960 * 32 * 4
+    # Tables, slots and 4 bytes a row are updated in place; nothing else is returned.
+    assert large.alias_size_in_bytes == 10_000_000 * (2 * 32 * 4 + 4)
+    assert large.output_size_in_bytes - large.alias_size_in_bytes < 1_000
 
 
 def test_rounding_at_random_is_right_on_average_and_keeps_small_updates() -> None:
