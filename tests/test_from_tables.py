@@ -83,6 +83,7 @@ def test_the_history_shows_past_labels_by_default(recommender: Any) -> None:
     assert np.isfinite(liked["like"]).all()
 
 
+@pytest.mark.slow
 def test_past_labels_are_inputs_whatever_their_type_and_column(
     tmp_path: Path, compiled_programs: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_values_on_duckdb(duckdb: Engine) -> None:
     check_engine(duckdb)
 
 
+@pytest.mark.slow
 def test_values_on_spark(spark: Engine) -> None:
     check_engine(spark)
 

@@ -202,6 +202,7 @@ def test_the_fingerprint_sees_every_move_and_no_order(
     assert fingerprint(order, moved) != plain
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PySpark's own, of pandas 3
 def test_spark_splits_as_duckdb_does(spark: Engine, duckdb: Engine) -> None:
     rng = np.random.default_rng(1)

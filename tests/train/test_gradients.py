@@ -119,7 +119,7 @@ def _trained(
     ("kind", "balance", "parts", "shape"),
     [
         ("rows", "static", 4, (1, 1)),
-        ("rows", "uncertainty", 2, (2, 4)),
+        pytest.param("rows", "uncertainty", 2, (2, 4), marks=pytest.mark.slow),
         pytest.param("history", "uncertainty", 4, (2, 4), marks=pytest.mark.slow),
     ],
 )
@@ -165,6 +165,7 @@ def _gradients(state: TrainState, parts: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}
 
 
+@pytest.mark.slow
 def test_gradients_agree_in_single_precision(start: TrainState) -> None:
     whole = _gradients(start, 1)
     for name, values in _gradients(start, 4).items():

@@ -174,6 +174,7 @@ def test_two_processes_learn_and_recommend_what_one_does(
     assert [(r["user"], r["item"]) for r in one] == [(r["user"], r["item"]) for r in shared]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes_and_devices(
     two: Two, alone: Path, experiment: Experiment, shop_prepared: Prepared
 ) -> None:
