@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_path
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import NumberField, Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.nn.embedding import DENSE, Field, spread
+from mtrec_jax.nn.embedding import DENSE, Field, Group, spread
 from mtrec_jax.nn.network import Plan, make_plan
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
@@ -106,13 +106,14 @@ def warm_start(
       note: called with one line that says what was taken over.
 
     Raises:
-      ConfigError: a dense parameter has another shape there.
+      ConfigError: a dense parameter has another shape there, or means something else.
       CheckpointError: the other run has no usable checkpoint.
     """
     params, tables, step = load_best(source, mesh)
     network = _same_shapes(state.params["network"], params["network"], source)
     old, new = ({**t, **_dense(p)} for t, p in ((tables, params), (state.tables, state.params)))
     plans = [make_plan(r.experiment, r.prepared.manifest) for r in (source, run)]
+    _same_meaning(plans, source, run)
     matches = {
         owner: _rows_of(_match(owner, source, run), plans[0].fields.get(owner), field)
         for owner, field in plans[1].fields.items()
@@ -164,6 +165,30 @@ def _same_shapes(new: PyTree, old: PyTree, source: Run) -> PyTree:
                 f"--grow-from {source.prepared.folder}), or train without --init-from"
             )
     return jax.tree.map(_placed, old, new)
+
+
+def _same_meaning(plans: Sequence[Plan], source: Run, run: Run) -> None:
+    """Equal shapes could still mean others: tasks or inputs that have changed places or names."""
+    there, here = (
+        {
+            "tasks": list(plan.task_names),
+            "inputs of a row": _inputs(plan.context, r.prepared.manifest.context_numbers),
+            "inputs of an item": _inputs(plan.item, r.prepared.manifest.item_numbers),
+            "inputs of an event": [f.owner for f in plan.history.fields],
+        }
+        for plan, r in zip(plans, (source, run), strict=True)
+    )
+    for what in here:
+        if there[what] != here[what]:
+            raise ConfigError(
+                f"the {what} are {', '.join(there[what])} in {source.folder} and "
+                f"{', '.join(here[what])} here: name them alike, in the same order, or train "
+                "without --init-from"
+            )
+
+
+def _inputs(group: Group, numbers: Sequence[NumberField]) -> list[str]:
+    return [f.owner for f in group.fields] + [f.name for f in numbers]
 
 
 def _match(owner: str, source: Run, run: Run) -> _Match:

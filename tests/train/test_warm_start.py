@@ -219,6 +219,25 @@ def test_another_shape_is_named(
     assert not (tmp_path / "new" / "init_from.json").exists()
 
 
+@pytest.mark.parametrize("what", ["tasks", "inputs of a row"])
+def test_places_that_have_changed_are_named(world: World, tmp_path: Path, what: str) -> None:
+    """Two tasks, or two features, that have changed places: every shape is as it was."""
+    experiment, manifest = world.experiment, world.grown.manifest
+    if what == "tasks":
+        names = list(experiment.tasks)
+        first, second = [n for n in names if experiment.tasks[n].kind == "binary"][:2]
+        swapped = {first: second, second: first}
+        tasks = {swapped.get(n, n): experiment.tasks[swapped.get(n, n)] for n in names}
+        experiment = replace(experiment, tasks=tasks)
+        fields = {swapped.get(n, n): manifest.tasks[swapped.get(n, n)] for n in manifest.tasks}
+        manifest = replace(manifest, tasks=fields)
+    else:
+        manifest = replace(manifest, context_ids=manifest.context_ids[::-1])
+    prepared = replace(world.grown, manifest=manifest)
+    with pytest.raises(ConfigError, match=f"the {what} are .* name them alike, in the same order"):
+        begin(world, experiment, prepared, tmp_path / "new")
+
+
 @pytest.mark.slow
 def test_a_run_begins_so_once(
     mtrec: Mtrec, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
