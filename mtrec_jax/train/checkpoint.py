@@ -271,7 +271,11 @@ def _digest(array: jax.Array) -> jax.Array:
     for axis in reversed(range(words.ndim)):
         steps = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         place, stride = place + steps * jnp.uint32(stride % 2**32), stride * words.shape[axis]
-    return jnp.sum(words * (place * jnp.uint32(2654435762) + jnp.uint32(1)), dtype=jnp.uint32)
+    # Two sums at once: XLA would split a single one into steps that take as much memory as a table.
+    zeros, every = (jnp.uint32(0), jnp.uint32(0)), tuple(range(words.ndim))
+    terms = words * (place * jnp.uint32(2654435762)), words
+    by_place, plain = lax.reduce(terms, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), every)
+    return by_place + plain
 
 
 def _verify(manager: ocp.CheckpointManager, step: int, found: Any) -> None:
