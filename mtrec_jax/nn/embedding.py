@@ -147,6 +147,7 @@ def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Arra
     return jnp.where((address >= 0)[..., None], rows, 0)
 
 
+# (rows [n, D], slots, grads [n, D]) -> (rows, slots), each slot with a row for each of n
 RowUpdate = Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
 
 
@@ -160,7 +161,8 @@ def update_rows(
 ) -> tuple[Float[Array, "V D"], PyTree]:
     """Apply `rule(rows, slots, grads)` to different rows and their slots, in place if donated.
 
-    Addresses beyond the table are dropped; a caller who has the `rows` need not fetch them anew.
+    Addresses beyond the table are dropped. A caller who has the `rows` already, in the type of the
+    gradients, saves fetching them anew.
     """
     old = table.at[address].get(mode="clip").astype(grads.dtype) if rows is None else rows
     old_slots = jax.tree.map(lambda s: s.at[address].get(mode="clip"), slots)
