@@ -121,6 +121,8 @@ class SplitInfo:
     seed: int
     sizes: dict[str, int]  # events of "train", "validation", "test", and "shown" if there are any
     fingerprint: str  # 16 hex digits over all pairs of source row and split
+    times: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    # {split: seconds of its first and last event}, if the data has a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,7 @@ class Manifest:
     summary: Summary | None = None
     continues: str = ""  # fingerprint of the folder whose vocabularies have grown to these
     item_values: int = 0  # rows of item_vocabulary.parquet, where there is one
+    event_files: tuple[str, ...] = ()  # SHA-256 of the files of events, in the order of their rows
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""

@@ -229,6 +229,7 @@ def _build(
         summary=cleaned.summary,
         continues=continues,
         item_values=0 if own is None else len(own),
+        event_files=sources["events"].staged.digests,
     )
 
 

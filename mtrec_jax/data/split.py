@@ -68,17 +68,28 @@ def split_events(events: Any, experiment: Experiment) -> Any:
 
 
 def describe_split(events: Any, experiment: Experiment) -> SplitInfo:
-    """Sizes and fingerprint of events with `row` and `split`, in any order and on any engine.
+    """Sizes, times and fingerprint of events with `row`, `split` and, if there is one, `time`, in
+    any order and on any engine.
 
     The fingerprint is made of sums over mixed numbers below 2^31, which stay below 2^63.
     """
     pair = events.row * 4 + events["split"].cast("int64")
+    time = events["time"] if "time" in events.columns else ibis.null("float64")
     found = rows(
-        events.select("split", a=mix(pair, 1), b=mix(pair, 2))
+        events.select("split", a=mix(pair, 1), b=mix(pair, 2), time=time)
         .group_by("split")
-        .agg(lambda t: t.count().name("n"), a=lambda t: t.a.sum(), b=lambda t: t.b.sum())
+        .agg(
+            lambda t: t.count().name("n"),
+            a=lambda t: t.a.sum(),
+            b=lambda t: t.b.sum(),
+            first=lambda t: t.time.min(),
+            last=lambda t: t.time.max(),
+        )
     )
     names = dict(zip((*SPLITS, "shown"), (0, 1, 2, SHOWN), strict=True))
+    by_code = {
+        r["split"]: (float(r["first"]), float(r["last"])) for r in found if r["first"] is not None
+    }
     sizes = {n: sum(int(r["n"]) for r in found if r["split"] == code) for n, code in names.items()}
     sums = [sum(int(r[name]) for r in found) for name in ("n", "a", "b")]
     return SplitInfo(
@@ -86,6 +97,7 @@ def describe_split(events: Any, experiment: Experiment) -> SplitInfo:
         seed=experiment.split.seed,
         sizes={name: size for name, size in sizes.items() if size or name in SPLITS},
         fingerprint=hashlib.sha256(" ".join(map(str, sums)).encode()).hexdigest()[:16],
+        times={name: by_code[code] for name, code in names.items() if code in by_code},
     )
 
 

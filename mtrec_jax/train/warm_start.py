@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_path
-from mtrec_jax.data.dataset import NumberField, Prepared
+from mtrec_jax.data.dataset import SPLITS, Manifest, NumberField, Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.nn.embedding import DENSE, Field, Group, spread
@@ -29,6 +29,7 @@ from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
 from mtrec_jax.types import FIRST, UNKNOWN, PyTree, TrainState
 
 NOTES = "init_from.json"  # in the run folder
+_HELD = SPLITS[1:]
 _ROWS_AT_ONCE = 1 << 18  # that are in flight between two tables
 
 
@@ -79,14 +80,52 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
 
 
 def _split_alike(source: Run, run: Run) -> Run:
-    """The source, unless it has trained on what the new run holds back by its own split."""
-    there, here = (r.prepared.manifest.config.get("split") for r in (source, run))
+    """The source, unless it may have trained on what the new run holds back."""
+    old, new = source.prepared.manifest, run.prepared.manifest
+    there, here = (m.config.get("split") for m in (old, new))
     if there != here:
         raise ConfigError(
             f"--init-from: {source.folder} was split by {there}, the new run by {here}: it may "
             "have trained on what is now held back. Prepare with the same [split]"
         )
+    if why := "" if old.fingerprint == new.fingerprint else _leak(old, new):
+        raise ConfigError(
+            f"--init-from: {source.folder} may have trained on what is held back here: {why}, or "
+            "train without --init-from"
+        )
     return source
+
+
+def _leak(old: Manifest, new: Manifest) -> str:
+    """Why events that trained in one folder may be held back in another of the same [split]."""
+    kind, known = new.split.kind, len(old.event_files)
+    if kind in ("random", "folds", "files"):
+        if known and new.event_files[:known] == old.event_files:
+            return ""
+        return (
+            f"split.kind = '{kind}' goes by the numbers of rows, and the files of events there "
+            "are not the first ones here. Put new rows into files of their own, whose names sort "
+            "behind the old ones, and prepare both anew, or split by time or by users"
+        )
+    times, earlier = new.split.times, old.split.times
+    held = min((times[name][0] for name in _HELD if name in times), default=None)
+    if kind == "time" and held is not None and "train" in earlier and earlier["train"][1] >= held:
+        return (
+            f"events until {_shown(earlier['train'][1])} trained there, those from {_shown(held)} "
+            "on are held back here. Prepare a log that goes on after the other"
+        )
+    if kind in ("leave_one_out", "user_ratio") and times and earlier:
+        last, before = (max(span[1] for span in t.values()) for t in (times, earlier))
+        if last < before:
+            return (
+                f"the log there goes on until {_shown(before)}, here it ends at {_shown(last)}. "
+                "Prepare the longer log"
+            )
+    return ""
+
+
+def _shown(seconds: float) -> str:
+    return str(np.datetime64(int(seconds), "s")).replace("T", " ")
 
 
 def warm_start(

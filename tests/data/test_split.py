@@ -202,6 +202,16 @@ def test_the_fingerprint_sees_every_move_and_no_order(
     assert fingerprint(order, moved) != plain
 
 
+def test_first_and_last_times_of_the_splits(duckdb: Engine) -> None:
+    _, info = split(duckdb, of("time"), log(["a"] * 10))
+    assert list(info.times) == ["train", "validation", "test"]
+    assert info.times["train"][0] == 0.0
+    assert info.times["test"][1] == 9.0
+    assert info.times["train"][1] + 1 == info.times["validation"][0]
+    events = pa.table({"row": [0, 1], "split": [0, 2]})
+    assert describe_split(duckdb.load("untimed", events), of("random")).times == {}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PySpark's own, of pandas 3
 def test_spark_splits_as_duckdb_does(spark: Engine, duckdb: Engine) -> None:

@@ -238,6 +238,46 @@ def test_places_that_have_changed_are_named(world: World, tmp_path: Path, what: 
         begin(world, experiment, prepared, tmp_path / "new")
 
 
+def test_a_source_that_may_have_trained_on_what_is_held_back_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    def found(kind: str, old: dict[str, Any], new: dict[str, Any]) -> Run | None:
+        runs = []
+        for place, prepared, values in (("a", world.run.prepared, old), ("b", world.grown, new)):
+            manifest = prepared.manifest
+            split = replace(manifest.split, kind=kind, times=values.get("times", {}))
+            files, config = values.get("files", ()), manifest.config | {"split": values.get("seed")}
+            fingerprint = values.get("fingerprint", place)
+            manifest = replace(manifest, split=split, event_files=files, config=config)
+            prepared = replace(prepared, manifest=replace(manifest, fingerprint=fingerprint))
+            runs.append(Run(tmp_path / place, world.experiment, prepared))
+        return find_source(*runs)
+
+    held_back = "may have trained on what is held back here: "
+    with pytest.raises(ConfigError, match=r"was split by 1, .* Prepare with the same \[split\]"):
+        found("random", {"seed": 1}, {"seed": 2})
+    for kind in ("random", "folds", "files"):
+        assert found(kind, {"files": ("x", "y")}, {"files": ("x", "y", "z")})
+        for files in (("z", "x", "y"), ("x",)):
+            with pytest.raises(ConfigError, match=f"{held_back}split.kind = '{kind}' goes by the"):
+                found(kind, {"files": ("x", "y")}, {"files": files})
+    early, late = (
+        {"times": {"train": (0.0, t), "validation": (t + 1, t + 9)}} for t in (50.0, 90.0)
+    )
+    assert found("time", early, late)
+    with pytest.raises(ConfigError, match=f"{held_back}events until 1970-01-01 00:01:30 trained"):
+        found("time", late, early)
+    for kind in ("leave_one_out", "user_ratio"):
+        assert found(kind, early, late)
+        with pytest.raises(ConfigError, match=r"1970-01-01 00:01:39, here it ends at .* 00:00:59"):
+            found(kind, late, early)
+    for kind in ("cold_user", "user_holdout", "cold_item"):
+        assert found(kind, late, early), "users and items fall where their ids do"
+    for kind in ("random", "time"):
+        same = {"fingerprint": "same"}
+        assert found(kind, late | same, early | same)
+
+
 @pytest.mark.slow
 def test_a_run_begins_so_once(
     mtrec: Mtrec, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
