@@ -45,8 +45,8 @@ CONFIG is a TOML file or a built-in one: **shop**, **shop-social**, **ml-1m**, *
 
 Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u00007 --k 5`.
 
-Exit status: 0 done · 1 a bug · 2 wrong usage or input · 3 no network · 130, 143 stopped by Ctrl-C,
-SIGTERM: training is saved, other commands leave nothing partial.
+Exit status: 0 done · 1 a bug · 2 wrong usage or input · 3 no network · 129, 130, 143 stopped
+by SIGHUP, Ctrl-C, SIGTERM: training is saved, other commands leave nothing partial.
 """,
 )
 
@@ -284,7 +284,7 @@ def main(begin: Callable[[], None] | None = None) -> None:
             if isinstance(error, Error):
                 typer.echo(f"mtrec: {error}", err=True)
                 status = getattr(error, "status", 2)
-                if status not in (130, 143):  # where all processes have stopped at the same step
+                if status <= 128:  # in the others all processes have stopped at the same step
                     _leave(status)
                 sys.exit(status)
             if not isinstance(error, SystemExit):

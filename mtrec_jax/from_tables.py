@@ -55,7 +55,7 @@ def fit(
 
     Raises:
       ConfigError, DataError: as `load_experiment`, `prepare` and `train`.
-      Stopped: SIGINT or SIGTERM arrived; with `folder` the state is saved, otherwise nothing is.
+      Stopped: a signal asked to stop; with `folder` the state is saved, otherwise nothing is.
     """
     experiment = experiment_of(user, item, time, tasks, title, features, settings)
     if events is None:

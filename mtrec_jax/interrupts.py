@@ -1,9 +1,10 @@
-"""SIGINT and SIGTERM stop a command cleanly, whatever the libraries under way make of them."""
+"""SIGINT, SIGTERM and SIGHUP stop a command cleanly, whatever libraries under way make of them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,9 +12,31 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def stop_signals() -> tuple[int, ...]:
+    """The signals that stop a command; SIGHUP is not one where it is ignored, as by `nohup`.
+
+    >>> signal.SIGINT in stop_signals()
+    True
+    """
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (hangup,)))
+
+
+def leave_terminal(number: int) -> None:
+    """After a hang-up nobody reads what is said: writing to the terminal would fail."""
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
 @contextmanager
 def unwinding() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, and raise `KeyboardInterrupt` for each, so that every `finally`
+    """Collect `stop_signals`, and raise `KeyboardInterrupt` for each, so that every `finally`
     removes what is partial.
 
     Python drops what is raised inside callbacks, such as JAX's at a garbage collection; after that
@@ -31,6 +54,7 @@ def unwinding() -> Iterator[list[int]]:
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)
+        leave_terminal(number)
         raise KeyboardInterrupt
 
     def dropped(unraisable: Any) -> None:
@@ -40,7 +64,7 @@ def unwinding() -> Iterator[list[int]]:
             hook(unraisable)
 
     hook = sys.unraisablehook
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: signal.signal(n, handle) for n in stop_signals()}
     sys.unraisablehook = dropped
     try:
         yield received

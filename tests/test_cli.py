@@ -67,7 +67,7 @@ assert not heavy, heavy
     assert all(f" {name} " in shown for name in COMMANDS)
     for option in ("--set", "--prepared", "--run", "--split", "--all-users", "--k", "--rows"):
         assert option in shown
-    assert "130, 143 stopped by Ctrl-C" in shown
+    assert "129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM" in shown
 
 
 def test_no_arguments_show_the_help(mtrec: Mtrec) -> None:

@@ -1,10 +1,14 @@
-"""Ctrl-C and SIGTERM at the worst moments: one line, the right status, nothing partial."""
+"""Ctrl-C, SIGTERM and SIGHUP at the worst moments: one line, the right status, nothing partial."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -46,7 +50,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("made", ["another error", "dropped"])
 def test_an_interrupt_counts_whatever_becomes_of_it(
     tmp_path: Path, made: str, number: signal.Signals
@@ -60,6 +64,74 @@ def test_an_interrupt_counts_whatever_becomes_of_it(
     assert ran.stderr.strip() == "mtrec: interrupted"
     assert not list(tmp_path.iterdir())
     assert time.monotonic() - started < 20, "it went on"
+
+
+# a training that is asked to stop says so and exits as the command line does
+TRAINING = """
+import sys, time
+from pathlib import Path
+from mtrec_jax import cli
+from mtrec_jax.train.stopping import collecting, stopped_at
+
+@cli.app.command()
+def work() -> None:
+    with collecting() as stopped:
+        print("ready", flush=True)
+        for number in range(200):
+            time.sleep(0.05)
+            print("step", number, file=sys.stderr, flush=True)
+            if stopped:
+                open("saved", "w").close()
+                raise stopped_at(number, 200, Path("here"), stopped[0])
+
+cli.main()
+"""
+
+
+def test_a_run_whose_terminal_is_lost_saves(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and then every write to the terminal fails."""
+    ours, theirs = pty.openpty()
+
+    def own_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, "work"],
+        cwd=tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=own_terminal,
+    )
+    os.close(theirs)
+    while b"ready" not in os.read(ours, 1000):
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_run_that_ignores_lost_terminals_goes_on(tmp_path: Path) -> None:
+    """`nohup` starts a process so."""
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-c", TRAINING, "work"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    assert not (tmp_path / "saved").exists()
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "everything is saved in here" in said
 
 
 @pytest.mark.parametrize("command", ["prepare", "recommend"])

@@ -34,7 +34,7 @@ from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
-from mtrec_jax.train.stopping import asked_to_stop, stop_signals, stopped_at
+from mtrec_jax.train.stopping import asked_to_stop, collecting, stopped_at
 from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.train.watchdog import Watched
 from mtrec_jax.types import Batch, Catalogue, TrainState
@@ -67,7 +67,7 @@ def train(
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
         another one, or the run cannot begin, or has not begun, with `init_from`.
       CheckpointError: a checkpoint is damaged, or the disk is full.
-      Stopped: SIGINT or SIGTERM arrived; the state is saved.
+      Stopped: SIGINT, SIGTERM or SIGHUP arrived; the state is saved.
     """
     instance("experiment", experiment, Experiment, "pass what load_experiment gives")
     instance("prepared", prepared, Prepared, "pass what prepare or open_prepared gives")
@@ -82,7 +82,7 @@ def train(
     with (
         full_disk_named(folder),
         _sole_trainer(folder),
-        stop_signals() as stopped,
+        collecting() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too
         new = Run(folder, experiment, prepared)
         _train(new, optimizer, show_progress, stopped, find_source(init_from, new))

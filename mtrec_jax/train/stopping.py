@@ -11,11 +11,7 @@ from typing import Any
 
 from mtrec_jax import processes
 from mtrec_jax.errors import Error
-
-STOPPED_BY: dict[int, int] = {
-    signal.SIGINT: 130,
-    signal.SIGTERM: 143,
-}  # exit status of a run that was asked to stop
+from mtrec_jax.interrupts import leave_terminal, stop_signals
 
 
 class Stopped(Error):
@@ -23,7 +19,7 @@ class Stopped(Error):
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
-        self.status = status
+        self.status = status  # for the process to exit with: 128 and the number of the signal
 
 
 def stopped_at(number: int, total: int, folder: Path, by: int) -> Stopped:
@@ -31,7 +27,7 @@ def stopped_at(number: int, total: int, folder: Path, by: int) -> Stopped:
     return Stopped(
         f"stopped at step {number} of {total}; everything is saved in {folder}. "
         "Run the same command to continue",
-        STOPPED_BY[by],
+        128 + by,
     )
 
 
@@ -47,8 +43,8 @@ def asked_to_stop(stopped: list[int], number: int, every: int) -> int:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one has its usual effect."""
+def collecting() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP instead of dying; a second one has its usual effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may install handlers
@@ -57,9 +53,10 @@ def stop_signals() -> Iterator[list[int]]:
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)
+        leave_terminal(number)
         signal.signal(number, previous[number])
 
-    for number in STOPPED_BY:
+    for number in stop_signals():
         previous[number] = signal.signal(number, handle)
     try:
         yield received
