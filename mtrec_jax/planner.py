@@ -131,7 +131,8 @@ def plan(
         manifest = assumed_manifest(experiment, rows)
     else:
         manifest = resized(prepared.manifest, experiment, rows)
-    check_batch_size(experiment.train.batch_size, _mesh((devices, 1)))
+    train = experiment.train
+    check_batch_size(train.batch_size, _mesh((devices, 1)), train.accumulate)
     work = work_of_share(experiment, manifest, devices)
     state = state_shapes(experiment, manifest)
     fixed = _fixed_mesh(experiment, devices)
@@ -349,7 +350,7 @@ def _changes(experiment: Experiment, devices: int) -> Iterator[tuple[str, Experi
     yield "model.item_placement=sparse and placement=sparse of the features, ", sparse, devices
     count = 2 * devices
     while count <= _MOST_DEVICES:
-        if experiment.train.batch_size % count == 0:
+        if experiment.train.batch_size % (count * experiment.train.accumulate) == 0:
             yield f"{count} devices with ", experiment, count
             yield f"{count} devices with {low}{rule}", both, count
         count *= 2

@@ -117,17 +117,18 @@ def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> W
 
 def places_of_batch(experiment: Experiment, manifest: Manifest) -> dict[str, int]:
     """{stack: ids of a whole batch, repeated or not}, of the stacks that are updated row by row."""
-    addresses = _looked_up(experiment, manifest)
+    addresses, parts = _looked_up(experiment, manifest), experiment.train.accumulate
     return {
-        stack: sum(address.size for address in by_role.values())
+        stack: parts * sum(address.size for address in by_role.values())
         for stack, by_role in addresses.items()
         if stack != DENSE
     }
 
 
 def _looked_up(experiment: Experiment, manifest: Manifest) -> PyTree:
-    """{stack: {role: shape and type of its addresses}}"""
-    batch = batch_shapes(experiment, manifest, experiment.train.batch_size)
+    """{stack: {role: shape and type of its addresses}}, of a part of the batch where it has some."""
+    train = experiment.train
+    batch = batch_shapes(experiment, manifest, train.batch_size // train.accumulate)
     catalogue, key = catalogue_shapes(experiment, manifest), jax.random.key(0, impl="rbg")
     looked = jax.eval_shape(make_model(experiment, manifest).lookups, batch, catalogue, key)
     return looked.addresses

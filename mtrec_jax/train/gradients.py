@@ -80,7 +80,8 @@ def make_differentiate(
         draws, search = draw(key_loss, batch), lookups
         if parts > 1:
             batch, draws = _cut(batch, draws, parts, mesh)
-            search, found = jax.vmap(lookups), _added_up(found)
+            # parts are the second axis of rows, so that each device looks up its own examples
+            search, found = jax.vmap(lookups, out_axes=1), _added_up(found)
         addresses = _of_stacks(search(batch), dense=False)
         fetched = fetch(state.tables, state.scratch, addresses, mesh, buffers)
         (sums, to_params, to_fusing), to_rows = found(fetched.rows, batch, draws)
@@ -112,15 +113,21 @@ def _cut(batch: Batch, draws: Draws, parts: int, mesh: jax.sharding.Mesh) -> tup
 
 
 def _added_up(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply to each part, along the first axis; of what is found the first is summed over them."""
+    """Apply to each part; of what is found the first is summed over them, the second has their axis.
 
-    def of_all(*arguments: PyTree) -> tuple[PyTree, PyTree]:
+    Parts are the second axis of the rows and of their gradients, and the first of all else.
+    """
+
+    def of_all(rows: Rows, batch: Batch, draws: Draws) -> tuple[PyTree, Rows]:
+        arguments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), rows), batch, draws
+
         def add(total: PyTree, part: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
             found, own = function(*part)
             return jax.tree.map(jnp.add, total, found), own
 
         first = jax.eval_shape(lambda: function(*jax.tree.map(lambda a: a[0], arguments))[0])
         zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), first)
-        return jax.lax.scan(add, zeros, arguments)
+        total, own = jax.lax.scan(add, zeros, arguments)
+        return total, jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), own)
 
     return of_all
