@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -150,7 +151,7 @@ def apply_rows(
     """Sum the gradients of equal ids, update each touched row once; ids below 0 are padding.
 
     The exact dedup needs no sort: every id writes its position into `scratch` and reads back one
-    winner among its equals; gradients are added up at the winner. `scratch` is work space whose
+    winner among its equals; gradients of the others are added to the winner's. `scratch` is work space whose
     content means nothing between calls. Returns (table, slots, scratch), updated in place when the
     caller donates them. A bfloat16 table is updated in float32 and rounded at random, by `key`.
     Whoever has the `rows` of the ids already, from `nn.embedding.gather`, saves fetching them anew.
@@ -164,28 +165,27 @@ def apply_rows(
     scratch = scratch.at[jnp.where(valid, ids, outside)].set(position, mode="drop")
     winner = jnp.where(valid, scratch.at[ids].get(mode="clip"), position)
     grads = grads.astype(computed_dtype(table))
-    summed = jnp.zeros_like(grads).at[winner].add(grads)
+    # The winner has its own gradient already: only those of its equals are added.
+    summed = grads.at[jnp.where(winner == position, n, winner)].add(grads, mode="drop")
     target = jnp.where(valid & (winner == position), ids, outside)
     blocks = max(1, -(-n // _BLOCK))
     block = -(-n // blocks)
-    more = blocks * block - n
-    outside = rows_total + n + jnp.arange(more, dtype=jnp.int32)
-    of_places = [jnp.concatenate([target, outside]), _padded(summed, more)]
-    if rows is not None:
-        of_places.append(_padded(rows, more))
 
     def one_block(number: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        part = [jax.lax.dynamic_slice_in_dim(a, number * block, block) for a in of_places]
+        first = number * block
+        start = jnp.minimum(first, n - block)  # the last block begins inside the one before it
+        of_block = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block
+        )
+        place = start + jnp.arange(block, dtype=jnp.int32)
+        address = jnp.where(place >= first, of_block(target), rows_total + place)
         own = None if key is None else jax.random.fold_in(key, number)
         rule = row_update(optimizer, learning_rate, own, table.dtype)
-        return update_rows(rule, *state, *part)
+        old = None if rows is None else of_block(rows)
+        return update_rows(rule, *state, address, of_block(summed), old)
 
     table, slots = jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), one_block, (table, slots))
     return table, slots, scratch
-
-
-def _padded(array: Array, more: int) -> Array:
-    return jnp.pad(array, ((0, more), (0, 0)))
 
 
 def row_update(
