@@ -233,6 +233,7 @@ class Train:
     negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
     evaluate_every: int = 0  # steps; 0: each epoch
     checkpoint_every: int = 0  # steps; 0: with each evaluation
+    checkpoint_wait: bool = False  # steps wait until it is written: tables need no second copy
     log_every: int = 50
     not_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient of NaN or infinity does
     input_timeout: int = 600  # seconds without a batch before training stops; 0: never

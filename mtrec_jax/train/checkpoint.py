@@ -26,6 +26,7 @@ from mtrec_jax.sharding import by_row_on, whole_on
 from mtrec_jax.train.tables import new_scratch
 from mtrec_jax.types import PyTree, TrainState
 
+_CHUNK = 2**26  # bytes of an array that are compressed and written at a time
 _ADDED = ("selected", "cursor", "digests", "checksum")  # to the notes of the loop
 
 
@@ -92,12 +93,23 @@ def save(
     manager.save(
         int(state.step),
         args=ocp.args.Composite(
-            model=ocp.args.StandardSave(parts["model"]),
-            trainer=ocp.args.StandardSave(parts["trainer"]),
+            model=_written(parts["model"]),
+            trainer=_written(parts["trainer"]),
             meta=ocp.args.JsonSave({**notes, "checksum": _checksum(notes)}),
         ),
         metrics=metrics,
     )
+
+
+def _written(tree: PyTree) -> ocp.args.PyTreeSave:
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree)
+    return ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=2 * _CHUNK)
+
+
+def _read(like: PyTree) -> ocp.args.PyTreeRestore:
+    """`like` holds shapes, types and shardings."""
+    how = ocp.checkpoint_utils.construct_restore_args(like)
+    return ocp.args.PyTreeRestore(like, restore_args=how)
 
 
 def restore(
@@ -114,8 +126,8 @@ def restore(
       CheckpointError: the step is damaged or was written by another model.
     """
     items = {
-        "model": ocp.args.StandardRestore(_abstract(_model_part(like))),
-        "trainer": ocp.args.StandardRestore(_abstract(_trainer_part(like))),
+        "model": _read(_abstract(_model_part(like))),
+        "trainer": _read(_abstract(_trainer_part(like))),
         "meta": ocp.args.JsonRestore(),
     }
     found = _restore(manager, step, items)
@@ -213,7 +225,7 @@ def restore_model(
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
     wanted = {"params": placed(params, whole), "tables": placed(tables, by_row)}
-    items = {"model": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
+    items = {"model": _read(wanted), "meta": ocp.args.JsonRestore()}
     found = _restore(manager, step, items)
     _verify(manager, step, found)
     return found["model"]["params"], found["model"]["tables"]

@@ -237,6 +237,8 @@ def _run_steps(
     def save(selected: float | None) -> None:
         meta["bytes"] = job.records.size()
         checkpoint.save(manager, state, job.batches, meta, selected)
+        if config.checkpoint_wait:
+            manager.wait_until_finished()
 
     recent: deque[Batch] = deque(maxlen=STEPS_IN_FLIGHT)
     left_out = int(state.bad[0])

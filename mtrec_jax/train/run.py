@@ -32,7 +32,8 @@ _OWN_FILES = (
     *("checkpoints", "damaged", "lock"),
 )
 
-_MAY_CHANGE = ("train.mesh", "train.input_timeout")  # where a run goes on, not what it learns
+# where and how a run goes on, not what it learns
+_MAY_CHANGE = ("train.mesh", "train.input_timeout", "train.checkpoint_wait")
 
 
 @dataclass(frozen=True)
