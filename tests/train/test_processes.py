@@ -149,7 +149,8 @@ def _assert_same(one: Path, other: Path) -> None:
         assert [a[key] for key in WHERE] == [b[key] for key in WHERE]
         assert a["value"] == pytest.approx(b["value"], rel=1e-7)
     for left, right in zip(_learned(one), _learned(other), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-10)
+        # the gradient of a bias that a softmax does not see is rounding noise, about 1e-19
+        assert np.abs(left - right).max() <= 1e-10 * max(np.abs(right).max(), 1e-6)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
