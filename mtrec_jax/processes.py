@@ -119,8 +119,10 @@ def check_same(what: str, text: str) -> None:
         )
 
 
-def gathered(array: np.ndarray) -> list[np.ndarray]:
+def gathered(array: np.ndarray, piece: int = 2**30) -> list[np.ndarray]:
     """The arrays of all processes in their order, bit by bit; their lengths may differ.
+
+    At most `piece` bytes of each are sent at once.
 
     >>> [a.tolist() for a in gathered(np.array([1, 2]))]
     [[1, 2]]
@@ -129,11 +131,15 @@ def gathered(array: np.ndarray) -> list[np.ndarray]:
         return [array]
     # As bytes: devices hold 32 bits, the host has more.
     raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([len(raw)], np.int32)).reshape(-1)
-    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
-    padded[: len(raw)] = raw
-    parts = np.asarray(multihost_utils.process_allgather(padded))
+    size = np.array(divmod(len(raw), piece), np.int32)
+    sizes = multihost_utils.process_allgather(size).reshape(-1, 2) @ np.array([piece, 1])
+    longest, parts = int(sizes.max()), [np.zeros((count(), 0), np.uint8)]
+    for start in range(0, longest, piece):
+        own = np.zeros(min(piece, longest - start), np.uint8)
+        own[: max(0, len(raw) - start)] = raw[start : start + len(own)]
+        parts.append(np.asarray(multihost_utils.process_allgather(own)))
+    joined = np.concatenate(parts, axis=1)
     return [
         np.frombuffer(part[:size].tobytes(), array.dtype).reshape(-1, *array.shape[1:])
-        for part, size in zip(parts, sizes, strict=True)
+        for part, size in zip(joined, sizes, strict=True)
     ]

@@ -126,7 +126,7 @@ def places_of_batch(experiment: Experiment, manifest: Manifest) -> dict[str, int
 
 
 def _looked_up(experiment: Experiment, manifest: Manifest) -> PyTree:
-    """{stack: {role: shape and type of its addresses}}, of a part of the batch where it has some."""
+    """{stack: {role: shape and type of its addresses}}, of a part of an accumulated batch."""
     train = experiment.train
     batch = batch_shapes(experiment, manifest, train.batch_size // train.accumulate)
     catalogue, key = catalogue_shapes(experiment, manifest), jax.random.key(0, impl="rbg")

@@ -113,7 +113,7 @@ def _cut(batch: Batch, draws: Draws, parts: int, mesh: jax.sharding.Mesh) -> tup
 
 
 def _added_up(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply to each part; of what is found the first is summed over them, the second has their axis.
+    """Apply to each part; what is found first is summed over them, the second has their axis.
 
     Parts are the second axis of the rows and of their gradients, and the first of all else.
     """

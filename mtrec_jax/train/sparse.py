@@ -151,9 +151,10 @@ def apply_rows(
     """Sum the gradients of equal ids, update each touched row once; ids below 0 are padding.
 
     The exact dedup needs no sort: every id writes its position into `scratch` and reads back one
-    winner among its equals; gradients of the others are added to the winner's. `scratch` is work space whose
-    content means nothing between calls. Returns (table, slots, scratch), updated in place when the
-    caller donates them. A bfloat16 table is updated in float32 and rounded at random, by `key`.
+    winner among its equals; gradients of the others are added to the winner's. `scratch` is work
+    space whose content means nothing between calls. Returns (table, slots, scratch), updated in
+    place when the caller donates them. A bfloat16 table is updated in float32 and rounded at
+    random, by `key`.
     Whoever has the `rows` of the ids already, from `nn.embedding.gather`, saves fetching them anew.
     """
     n, rows_total = ids.shape[0], table.shape[0]

@@ -68,11 +68,8 @@ class Two:
             # No cache of programs: it would serve the first process alone, and the other one would
             # be late for the first exchange, for which they wait 30 seconds.
         }
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
         started = []
-        for number in range(2):
+        for number, (address, _) in enumerate(_arguments_of_two()):
             program = ["-c", STOPPER, 0 if number else stop, ROOT / "scripts" / "train.py"]
             joined = ["--coordinator", address, "--processes", 2, "--process", number]
             started.append(
@@ -217,3 +214,33 @@ def test_a_second_group_of_processes_is_refused(
     assert done[0].returncode == 2
     assert "another process is training" in done[0].stderr
     assert done[1].returncode != 0
+
+
+GATHER = """
+import sys
+import numpy as np
+from mtrec_jax import processes
+
+address, number = sys.argv[1], int(sys.argv[2])
+processes.start(address, 2, number)
+own = np.arange(5 * number).reshape(-1, 5) + 2**40
+print([part.tolist() for part in processes.gathered(own, piece=7)])
+"""
+
+
+def test_arrays_of_all_processes_are_gathered_in_pieces() -> None:
+    started = [
+        subprocess.Popen([sys.executable, "-c", GATHER, *arguments], stdout=subprocess.PIPE)
+        for arguments in _arguments_of_two()
+    ]
+    for process in started:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert out.decode().splitlines()[-1] == str([[], [[2**40 + i for i in range(5)]]])
+
+
+def _arguments_of_two() -> list[tuple[str, str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [(address, str(number)) for number in range(2)]
