@@ -11,15 +11,17 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.assumed import batch_shapes, catalogue_shapes, resized
 from mtrec_jax.data.dataset import IdField, Manifest
-from mtrec_jax.nn.embedding import DENSE, computed_dtype
+from mtrec_jax.nn.embedding import DENSE, computed_dtype, rule_of, update_rows
 from mtrec_jax.nn.exchange import Buffers
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import ROW_MULTIPLE, make_mesh
-from mtrec_jax.train.step import make_step
+from mtrec_jax.train.sparse import apply_rows, row_update
+from mtrec_jax.train.step import make_step, row_rules
 from mtrec_jax.train.tables import BuffersOf
 from mtrec_jax.types import FIRST, PyTree, TrainState
 
@@ -143,13 +145,15 @@ def moved_by_step(
 ) -> list[Moved]:
     """The collectives of a step in which each exchange of rows takes one round.
 
+    A step that takes its batch in parts exchanges rows once, all else once for each part.
+
     Args:
       experiment, manifest: of the run.
       state: from `state_shapes` of these.
       buffers: of each stack that is split.
       mesh: devices on ("data", "table").
     """
-    devices, found = mesh[0] * mesh[1], list[Moved]()
+    devices, parts, found = mesh[0] * mesh[1], experiment.train.accumulate, list[Moved]()
     if devices == 1:
         return found
     for stack, sizes in buffers.items():
@@ -163,18 +167,18 @@ def moved_by_step(
     retrieves = any(task.kind == "retrieval" for task in experiment.tasks.values())
     each = experiment.model.width * jnp.dtype(experiment.train.precision).itemsize
     if manifest.items and experiment.model.item_placement == DENSE:
-        size = (manifest.items + FIRST) * each
+        size = parts * (manifest.items + FIRST) * each
         found.append(Moved("item vectors", "all-gather", devices, size))
         found.append(Moved("their gradients", "all-reduce", devices, 2 * size))
     elif retrieves:
-        size = experiment.train.negatives * each
+        size = parts * experiment.train.negatives * each
         found.append(Moved("negatives", "all-gather", devices, size))
         found.append(Moved("their gradients", "all-reduce", devices, size))
     dense = size_of(state.params)
     roles = _looked_up(experiment, manifest).get(DENSE, {})
     if roles:  # each role's gradient is summed by itself
         dense += (len(roles) - 1) * size_of(state.params[DENSE])
-    found.append(Moved("dense gradients", "all-reduce", devices, dense))
+    found.append(Moved("dense gradients", "all-reduce", devices, parts * dense))
     return found
 
 
@@ -218,20 +222,44 @@ def working_memory(
         return work.temporary
     places = places_of_batch(experiment, manifest)
     backward, update = work.temporary + size_of(state.params), 0
-    if mesh[1] == 1:  # every device holds the gradients, rows and slots of all places
+    if mesh[1] == 1:  # every device holds the ids and gradients of all places
         for stack, count in places.items():
-            table, slots = state.tables[stack], state.slots[stack]
-            gradient = table.shape[1] * computed_dtype(table).itemsize
-            update = max(update, count * (5 * gradient + 2 * size_of(slots) // table.shape[0]))
+            each = 4 + state.tables[stack].shape[1] * computed_dtype(state.tables[stack]).itemsize
+            moment = count * each + _update_memory(experiment, state, stack, count, True)
+            update = max(update, moment)
     for stack, sizes in buffers.items():
-        table, slots = state.tables[stack], state.slots[stack]
+        table = state.tables[stack]
         own, rows = places[stack] // devices, table.shape[0]
         gradient = table.shape[1] * computed_dtype(table).itemsize
         backward += 4 * (3 * own + min(places[stack], rows // mesh[1]))
-        sent = mesh[1] * sizes.places * (gradient + 4)
-        window = sizes.window * (3 * gradient + 2 * size_of(slots) // rows)
-        update = max(update, 2 * own * gradient + 2 * sent + window)
+        sent = own * gradient + 2 * mesh[1] * sizes.places * (gradient + 4)
+        updated = _update_memory(experiment, state, stack, sizes.window, False)
+        update = max(update, gradient * (own + sizes.window) + max(sent, updated))
     return max(backward, update)
+
+
+def _update_memory(
+    experiment: Experiment, state: TrainState, stack: str, count: int, repeated: bool
+) -> int:
+    """Working memory of the update of a stack's rows, by XLA: `count` ids, distinct or not."""
+    rule = row_rules(experiment.train)[rule_of(stack)]
+
+    def update(
+        table: Array, slots: PyTree, scratch: Array, ids: Array, grads: Array, key: Array
+    ) -> PyTree:
+        if repeated:
+            return apply_rows(rule, table, slots, scratch, ids, grads, 0.1, key)
+        change = row_update(rule, 0.1, key, table.dtype)
+        return update_rows(change, table, slots, ids, grads), scratch
+
+    parts = state.tables[stack], state.slots[stack], state.scratch[stack]
+    few = jax.tree.map(lambda x: jax.ShapeDtypeStruct((_FEW, *x.shape[1:]), x.dtype), parts)
+    ids = jax.ShapeDtypeStruct((count,), jnp.int32)
+    grads = jax.ShapeDtypeStruct((count, parts[0].shape[1]), computed_dtype(parts[0]))
+    program = jax.jit(update, donate_argnums=(0, 1, 2)).lower(*few, ids, grads, state.key)
+    memory = program.compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def _with_small_tables(experiment: Experiment, manifest: Manifest) -> tuple[Experiment, Manifest]:

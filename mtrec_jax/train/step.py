@@ -61,7 +61,7 @@ def make_step(
     config, buffers = experiment.train, buffers or {}
     dense = optimizer or dense_optimizer(config, total_steps)
     row_schedule = learning_rate(config, config.row_learning_rate, total_steps)
-    rules = _row_rules(config)
+    rules = row_rules(config)
     names, initial = loss_names(experiment), _initial_weights(experiment)
     balancer = {"static": static, "uncertainty": uncertainty}[config.balance](initial)
 
@@ -124,7 +124,8 @@ def _placed(shape: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.Sh
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
-def _row_rules(config: Train) -> dict[str, RowOptimizer]:
+def row_rules(config: Train) -> dict[str, RowOptimizer]:
+    """{name: rule} with the configured weight decay and clipping."""
     return {
         name: bounded(rule(), config.row_weight_decay, config.row_clip_norm)
         for name, rule in RULES.items()

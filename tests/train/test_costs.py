@@ -91,6 +91,7 @@ CASES = {
     "sequences, (2, 4), lazy Adam, bfloat16": lambda: _sequences((2, 4), row_precision="bfloat16"),
     "sequences, (8, 1), dense items": _dense_items,
     "rows, (4, 2), FTRL": lambda: _rows((4, 2)),
+    "sequences, (2, 4), in 4 parts": lambda: _sequences((2, 4), accumulate=4),
 }
 
 
@@ -134,12 +135,18 @@ COLLECTIVE = re.compile(
 
 
 def moved_in(text: str) -> dict[str, int]:
-    """Bytes of the results of all collectives in a compiled program; a loop's body counts once.
+    """Bytes of the results of all collectives in a compiled program.
 
-    Those over an axis of one device move nothing.
+    The body of a loop counts as often as it runs where that is known, else once. Those over an
+    axis of one device move nothing.
     """
+    counted = re.findall(r'body=(%[^,]+),.*"known_trip_count":\{"n":"(\d+)"', text)
+    runs = {body: int(n) for body, n in counted}
     found: dict[str, int] = {}
+    times = 1
     for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?(%\S+) \(", line):
+            times = runs.get(header[1], 1)
         match = COLLECTIVE.search(line)
         if match and not re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", line):
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
@@ -147,11 +154,13 @@ def moved_in(text: str) -> dict[str, int]:
                 SIZES[kind] * math.prod(map(int, filter(None, dims.split(","))))
                 for kind, dims in arrays
             )
-            found[match[2]] = found.get(match[2], 0) + size
+            found[match[2]] = found.get(match[2], 0) + times * size
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "parts" in n else ()) for n in CASES]
+)
 def test_memory_is_what_the_compiled_step_takes(name: str) -> None:
     experiment, manifest, mesh = CASES[name]()
     state = costs.state_shapes(experiment, manifest)
@@ -171,7 +180,9 @@ def test_memory_is_what_the_compiled_step_takes(name: str) -> None:
     assert found.bytes == pytest.approx(stored + actual.temp_size_in_bytes, rel=0.1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "parts" in n else ()) for n in CASES]
+)
 def test_bytes_are_what_the_compiled_collectives_move(name: str) -> None:
     experiment, manifest, mesh = CASES[name]()
     state = costs.state_shapes(experiment, manifest)
