@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -28,10 +28,15 @@ def leave_terminal(number: int) -> None:
     if number in (signal.SIGINT, signal.SIGTERM):
         return
     for descriptor in (1, 2):
-        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+        with suppress(OSError):  # closed already
+            _to_nowhere(descriptor)
+
+
+def _to_nowhere(terminal: int) -> None:
+    if stat.S_ISCHR(os.fstat(terminal).st_mode):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, terminal)
+        os.close(nowhere)
 
 
 @contextmanager

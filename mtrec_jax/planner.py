@@ -131,6 +131,7 @@ def plan(
         manifest = assumed_manifest(experiment, rows)
     else:
         manifest = resized(prepared.manifest, experiment, rows)
+        prepared = None if rows else prepared  # its batches say nothing of tables of other sizes
     train = experiment.train
     check_batch_size(train.batch_size, _mesh((devices, 1)), train.accumulate)
     work = work_of_share(experiment, manifest, devices)

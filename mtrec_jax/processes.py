@@ -31,6 +31,8 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     Raises:
       ConfigError: numbers that do not fit each other, or no cluster that says them.
     """
+    # It would take SIGTERM for itself; this package stops on it.
+    jax.config.update("jax_enable_preemption_service", False)
     if not coordinator:
         try:
             jax.distributed.initialize()

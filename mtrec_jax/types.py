@@ -96,4 +96,4 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32
     sums: dict[str, jax.Array]  # {task: [2]} loss numerator and weight since the last record
     rounds: jax.Array  # [] int32: of the slowest exchange of rows since the last record
-    bad: jax.Array  # [2] int32: steps left out as their loss or gradient was not finite; the first
+    bad: jax.Array  # [2] int32: steps left out as something was not finite; the first or last

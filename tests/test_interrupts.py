@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -91,18 +89,15 @@ cli.main()
 def test_a_run_whose_terminal_is_lost_saves(tmp_path: Path) -> None:
     """The kernel sends SIGHUP, and then every write to the terminal fails."""
     ours, theirs = pty.openpty()
-
-    def own_terminal() -> None:
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+    own_terminal = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 
     process = subprocess.Popen(
-        [sys.executable, "-c", TRAINING, "work"],
+        [sys.executable, "-c", own_terminal + TRAINING, "work"],
         cwd=tmp_path,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=own_terminal,
     )
     os.close(theirs)
     while b"ready" not in os.read(ours, 1000):
@@ -132,6 +127,14 @@ def test_a_run_that_ignores_lost_terminals_goes_on(tmp_path: Path) -> None:
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "everything is saved in here" in said
+
+
+def test_a_lost_terminal_is_no_error_where_outputs_are_closed() -> None:
+    code = (
+        "import os, signal, sys; from mtrec_jax.interrupts import leave_terminal\n"
+        "os.close(1); os.close(2); leave_terminal(signal.SIGHUP); os._exit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 7
 
 
 @pytest.mark.parametrize("command", ["prepare", "recommend"])

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.nn.hashing import hash_rows
@@ -27,6 +27,9 @@ from mtrec_jax.sharding import ROW_MULTIPLE
 from mtrec_jax.types import FIRST, PAD, PyTree
 
 DENSE = "dense"
+# A table of bfloat16 rows is an array of their bits: for a scatter of bfloat16 itself, XLA on CPUs
+# makes a float32 copy of the whole table in every step.
+BITS = jnp.dtype(jnp.uint16)
 MOST_ROWS = 2**31 - 2**24  # of a stack; addresses beyond it, of what must not be written, are int32
 
 
@@ -141,9 +144,9 @@ def addresses(group: Group, ids: Int[Array, "... M"]) -> dict[str, Int[Array, ".
     return found
 
 
-def gather(table: Float[Array, "V D"], address: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Rows at the addresses, zero where the address is -1; bfloat16 tables give float32."""
-    rows = table.at[address].get(mode="clip").astype(computed_dtype(table))
+def gather(table: Num[Array, "V D"], address: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Rows at the addresses, zero where the address is -1; tables of `BITS` give float32."""
+    rows = as_numbers(table.at[address].get(mode="clip"))
     return jnp.where((address >= 0)[..., None], rows, 0)
 
 
@@ -153,31 +156,49 @@ RowUpdate = Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
 
 def update_rows(
     rule: RowUpdate,
-    table: Float[Array, "V D"],
+    table: Num[Array, "V D"],
     slots: PyTree,
     address: Int[Array, " n"],
     grads: Float[Array, "n D"],
     rows: Float[Array, "n D"] | None = None,
-) -> tuple[Float[Array, "V D"], PyTree]:
+) -> tuple[Num[Array, "V D"], PyTree]:
     """Apply `rule(rows, slots, grads)` to different rows and their slots, in place if donated.
 
     Addresses beyond the table are dropped. A caller who has the `rows` already, in the type of the
     gradients, saves fetching them anew.
     """
-    old = table.at[address].get(mode="clip").astype(grads.dtype) if rows is None else rows
+    old = as_numbers(table.at[address].get(mode="clip")) if rows is None else rows
     old_slots = jax.tree.map(lambda s: s.at[address].get(mode="clip"), slots)
     new, new_slots = rule(old, old_slots, grads)
 
     def write(whole: Array, part: Array) -> Array:
-        part = part.astype(whole.dtype)
+        part = as_held(part, whole.dtype)
         return whole.at[address].set(part, mode="drop", unique_indices=True)
 
     return write(table, new), jax.tree.map(write, slots, new_slots)
 
 
 def computed_dtype(table: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
-    """Of arithmetic on rows: float32 for a bfloat16 table, else the table's own."""
-    return jnp.promote_types(table.dtype, jnp.float32)
+    """Of arithmetic on rows: float32 for a table of `BITS`, else the table's own."""
+    return jnp.dtype(jnp.float32) if table.dtype == BITS else table.dtype
+
+
+def as_numbers(rows: Array) -> Array:
+    """Rows of a table as numbers of its `computed_dtype`.
+
+    >>> as_numbers(as_held(jnp.array([0.1, 2.0]), BITS)).tolist()
+    [0.10009765625, 2.0]
+    """
+    if rows.dtype != BITS:
+        return rows
+    return lax.bitcast_convert_type(rows, jnp.bfloat16).astype(jnp.float32)
+
+
+def as_held(rows: Array, dtype: jnp.dtype) -> Array:
+    """Numbers as a table of `dtype` holds them; bfloat16 is rounded to the nearest."""
+    if dtype == BITS:
+        return lax.bitcast_convert_type(rows.astype(jnp.bfloat16), BITS)
+    return rows.astype(dtype)
 
 
 def pool(
@@ -206,22 +227,23 @@ def initial_table(
     width: int,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-) -> Float[Array, "V D"]:
+) -> Num[Array, "V D"]:
     """Normal rows of length about 1 / 4; padding and unknown rows are zero: they say nothing.
 
     A stack that is spread is made part by part, by the devices of the mesh that will hold the
     parts: what is in it does not depend on their number, and no device holds all of it.
     """
     silent = np.concatenate([np.arange(f.offset, f.offset + FIRST) for f in fields])
+    drawn = jnp.float32 if dtype == BITS else dtype
     scale = 0.25 * width**-0.5
     if not fields[0].spread:
         return (jax.random.normal(key, (rows, width), dtype) * scale).at[silent].set(0)
     size = rows // ROW_MULTIPLE
 
     def part(number: Array) -> Array:
-        made = jax.random.normal(jax.random.fold_in(key, number), (size, width), dtype) * scale
+        made = jax.random.normal(jax.random.fold_in(key, number), (size, width), drawn) * scale
         own = jnp.where(silent % ROW_MULTIPLE == number, silent // ROW_MULTIPLE, size)
-        return made.at[own].set(0, mode="drop")
+        return as_held(made.at[own].set(0, mode="drop"), dtype)
 
     def parts(numbers: Array) -> Array:
         return lax.map(part, numbers).reshape(-1, width)

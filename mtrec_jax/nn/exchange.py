@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mtrec_jax.nn.embedding import RowUpdate, update_rows
 from mtrec_jax.types import PyTree
@@ -77,19 +77,18 @@ def demand(
 
     def of_device(part: Array) -> Array:
         _, owner, _ = _route(part, rows // shards, shards)
-        every = jnp.arange(shards, dtype=jnp.int32)
-        return jnp.sum(owner[:, None] == every[None, :], axis=0, dtype=jnp.int32)
+        return jnp.zeros(shards, jnp.int32).at[owner].add(1, **_DROP)
 
     return jax.vmap(of_device)(ids.reshape(mesh.size, -1))
 
 
 def look_up(
-    table: Float[Array, "V D"],
+    table: Num[Array, "V D"],
     scratch: Int[Array, " V"],
     ids: Int[Array, " n"],
     mesh: Mesh,
     buffers: Buffers,
-) -> tuple[Float[Array, "n D"], Int[Array, " V"], Asked]:
+) -> tuple[Num[Array, "n D"], Int[Array, " V"], Asked]:
     """Rows of ids, zero where an id is below 0; in `jax.jit`.
 
     Args:
@@ -139,13 +138,13 @@ def look_up(
 
 def update(
     rule: RowUpdate,
-    table: Float[Array, "V D"],
+    table: Num[Array, "V D"],
     slots: PyTree,
     asked: Asked,
     grads: Float[Array, "n D"],
     mesh: Mesh,
     buffers: Buffers,
-) -> tuple[Float[Array, "V D"], PyTree]:
+) -> tuple[Num[Array, "V D"], PyTree]:
     """Sum the gradients of equal ids over all devices, and update each touched row once.
 
     Args:
@@ -220,9 +219,6 @@ def _sharded(
 
 def _exchanged(array: Array) -> Array:
     """Part s of the first axis to shard s, and from there what it has for this device."""
-    if array.dtype == jnp.bfloat16:  # some backends would send it as float32
-        bits = lax.bitcast_convert_type(array, jnp.uint16)
-        return lax.bitcast_convert_type(_exchanged(bits), jnp.bfloat16)
     return lax.all_to_all(array, "table", 0, 0, tiled=True)
 
 

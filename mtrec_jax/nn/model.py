@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import DENSE, gather, initial_table
+from mtrec_jax.nn.embedding import BITS, DENSE, gather, initial_table
 from mtrec_jax.nn.lookups import find_items, find_rows
 from mtrec_jax.nn.network import Network, make_plan
 from mtrec_jax.types import (
@@ -82,7 +82,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
             fields = [f for f in plan.fields.values() if f.stack == stack]
             stack_key = jax.random.fold_in(key_tables, i)
             low = experiment.train.row_precision == "bfloat16" and stack != DENSE
-            kept = jnp.dtype("bfloat16") if low else dtype
+            kept = BITS if low else dtype
             table = initial_table(stack_key, fields, rows, width, kept, mesh)
             if stack == DENSE:
                 params["dense"] = table

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from mtrec_jax import processes
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.nn.embedding import DENSE
 from mtrec_jax.nn.exchange import Buffers, demand
@@ -73,5 +74,7 @@ def measured_buffers(
 
 
 def _with_margin(count: int) -> int:
-    """Half a standard deviation of a count above the highest that was seen."""
+    """Half a standard deviation of a count above the highest that was seen, in any process: all
+    have to compile the same program."""
+    count = processes.largest(count)
     return max(1, count + math.ceil(math.sqrt(count) / 2))

@@ -180,8 +180,19 @@ def restore_latest(
 
 
 def set_aside_unreadable(folder: Path, note: Callable[[str], None]) -> None:
-    """Move steps of which Orbax cannot even make a list into the folder `damaged` beside them."""
-    for path in _unreadable(folder) if processes.is_first() else ():
+    """Move steps of which Orbax cannot even make a list into the folder `damaged` beside them.
+
+    Raises:
+      CheckpointError: there are no others; nothing was moved.
+    """
+    unreadable = _unreadable(folder)
+    if unreadable and len(unreadable) == sum(path.name.isdigit() for path in folder.iterdir()):
+        raise CheckpointError(
+            f"checkpoint {unreadable[-1]} is damaged (metrics), and {folder} has no other. Bring "
+            "a copy back, or train into a new --run folder; nothing was moved"
+        )
+    processes.wait("unreadable checkpoints are found")
+    for path in unreadable if processes.is_first() else ():
         place = _free(folder.parent / "damaged" / path.name)
         place.parent.mkdir(exist_ok=True)
         path.rename(place)
@@ -192,8 +203,12 @@ def set_aside_unreadable(folder: Path, note: Callable[[str], None]) -> None:
 def _unreadable(folder: Path) -> list[Path]:
     found = []
     for path in sorted(folder.glob("*/metrics/metrics")):
+        if not path.parent.parent.name.isdigit():  # it is being written
+            continue
         try:
             json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:  # a step that is being removed
+            continue
         except (OSError, ValueError):
             found.append(path.parent.parent)
     return found

@@ -278,11 +278,10 @@ def _check_finite(
     left_out: int,
 ) -> int:
     """Stop, or say so, where steps since the last check were left out; returns how many in all."""
-    found, first = (int(n) for n in jax.device_get(state.bad))
+    found, last = (int(n) for n in jax.device_get(state.bad))
     if found == left_out:
         return found
     stops = job.experiment.train.not_finite == "stop"
-    last = first if stops else number
     message = f"the loss or its gradient is not finite at step {last}"
     age = number - last + 1
     if age <= len(recent):
@@ -291,11 +290,13 @@ def _check_finite(
         bad = [name for name, is_finite in finite.items() if not is_finite]
         epoch, batch = divmod(last - 1, job.epoch)
         message += f" (epoch {epoch + 1}, batch {batch + 1}): first {bad[0]}" if bad else ""
+    skip = ', or leave such steps out with train.not_finite = "skip"' if stops else ""
     if stops or found > _MOST_LEFT_OUT:
         raise Error(
-            f"{message}. That step and the ones after it changed nothing; checkpoints hold only "
-            "what was finite. Lower train.learning_rate, set train.clip_norm, or leave such steps "
-            'out with train.not_finite = "skip"'
+            f"{message}. {'That step and the ones after it' if stops else f'{found} steps'} "
+            "changed nothing; checkpoints hold only what was finite. Lower train.learning_rate or "
+            f"set train.clip_norm{skip}, in a new --run; --init-from {job.folder} begins it with "
+            "the best checkpoint of this one"
         )
     bar.note(f"{message}; left out, {found} so far")
     return found
@@ -322,11 +323,6 @@ def _log_losses(
     """
     sums = {name: jax.device_get(value) for name, value in state.sums.items()}
     for name, (numerator, weight) in sums.items():
-        if not math.isfinite(numerator):
-            raise Error(
-                f"the loss of {name} is not finite at step {number}: training has diverged. Lower "
-                "train.learning_rate, or set train.clip_norm; earlier checkpoints are kept"
-            )
         records.add(number, "train", name, "loss", float(numerator / max(weight, 1e-9)))
     zeros = {name: np.zeros(value.shape, value.dtype) for name, value in state.sums.items()}
     placed = {n: jax.device_put(z, state.sums[n].sharding) for n, z in zeros.items()}

@@ -71,11 +71,13 @@ class Progress:
         if self._show:
             self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def evaluated(self, metric: str, value: float, best: float) -> None:
+    def evaluated(self, metric: str, value: float, best: float | None) -> None:
         """Print a validation result."""
         if self._show:
             step = int(self._bar.tasks[0].completed)
-            mark = "  (best so far)" if value == best else f"  (best {best:.4f})"
+            mark = "  (best so far)" if value == best else ""
+            if best is not None and value != best:
+                mark = f"  (best {best:.4f})"
             self._console.print(
                 f"step {step:>6} of {self._total}: validation {metric} {value:.4f}{mark}"
             )

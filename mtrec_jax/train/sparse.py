@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from mtrec_jax.nn.embedding import RowUpdate, computed_dtype, update_rows
+from mtrec_jax.nn.embedding import BITS, RowUpdate, computed_dtype, update_rows
 from mtrec_jax.types import PyTree
 
 Rate = jax.Array | float
@@ -20,7 +20,7 @@ class RowOptimizer(NamedTuple):
     """`init(table [V, D]) -> slots`, a pytree of [V, ...] arrays, and
     `update(rows, slots, grads, learning_rate) -> (rows, slots)` on the touched rows [n, D] only.
 
-    Rows, gradients and slots are float32 for a bfloat16 table, else of the table's own dtype."""
+    Rows, gradients and slots are of the table's `computed_dtype`: float32 for bfloat16 rows."""
 
     init: Callable[[jax.Array], PyTree]
     update: Callable[[jax.Array, PyTree, jax.Array, Rate], tuple[jax.Array, PyTree]]
@@ -87,7 +87,8 @@ def lazy_adam(b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8) -> RowO
 def ftrl(l1: float = 0.0, l2: float = 0.0, beta: float = 1.0) -> RowOptimizer:
     """FTRL-Proximal (McMahan et al., KDD 2013), algorithm 1; with `l1`, weights become exactly 0.
 
-    A row that has not been touched yet starts from its own values.
+    A row that has not been touched yet starts from its own values. The learning rate has to stay
+    the same over a run, as the sums in `z` are in its units: see `at_rate`.
     """
 
     def update(
@@ -107,6 +108,17 @@ def ftrl(l1: float = 0.0, l2: float = 0.0, beta: float = 1.0) -> RowOptimizer:
         return {"z": z, "n": n}
 
     return RowOptimizer(init, update)
+
+
+def at_rate(rule: RowOptimizer, learning_rate: float) -> RowOptimizer:
+    """A rule that keeps to one learning rate, whatever it is given."""
+
+    def update(
+        rows: jax.Array, slots: PyTree, grads: jax.Array, given: Rate
+    ) -> tuple[jax.Array, PyTree]:
+        return rule.update(rows, slots, grads, learning_rate)
+
+    return RowOptimizer(rule.init, update)
 
 
 def bounded(rule: RowOptimizer, weight_decay: float = 0.0, clip_norm: float = 0.0) -> RowOptimizer:
@@ -139,7 +151,7 @@ _BLOCK = 2**14  # rows that are updated at once: it bounds the work space
 
 def apply_rows(
     optimizer: RowOptimizer,
-    table: Float[Array, "V D"],
+    table: Num[Array, "V D"],
     slots: PyTree,
     scratch: Int[Array, " V"],
     ids: Int[Array, " n"],
@@ -147,14 +159,14 @@ def apply_rows(
     learning_rate: Rate,
     key: jax.Array | None = None,
     rows: Float[Array, "n D"] | None = None,
-) -> tuple[Float[Array, "V D"], PyTree, Int[Array, " V"]]:
+) -> tuple[Num[Array, "V D"], PyTree, Int[Array, " V"]]:
     """Sum the gradients of equal ids, update each touched row once; ids below 0 are padding.
 
     The exact dedup needs no sort: every id writes its position into `scratch` and reads back one
     winner among its equals; gradients of the others are added to the winner's. `scratch` is work
     space whose content means nothing between calls. Returns (table, slots, scratch), updated in
-    place when the caller donates them. A bfloat16 table is updated in float32 and rounded at
-    random, by `key`.
+    place when the caller donates them. bfloat16 rows (a table of `embedding.BITS`) are updated in
+    float32 and rounded at random, by `key`.
     Whoever has the `rows` of the ids already, from `nn.embedding.gather`, saves fetching them anew.
     """
     n, rows_total = ids.shape[0], table.shape[0]
@@ -192,11 +204,11 @@ def apply_rows(
 def row_update(
     optimizer: RowOptimizer, learning_rate: Rate, key: jax.Array | None, dtype: jnp.dtype
 ) -> RowUpdate:
-    """The rule as a function of (rows, slots, grads); the rows of a bfloat16 table are rounded."""
+    """The rule as a function of (rows, slots, grads); bfloat16 rows are rounded at random."""
 
     def update(rows: jax.Array, slots: PyTree, grads: jax.Array) -> tuple[jax.Array, PyTree]:
         new, slots = optimizer.update(rows, slots, grads, learning_rate)
-        return stochastic_round(new, key) if dtype == jnp.bfloat16 else new, slots
+        return stochastic_round(new, key) if dtype == BITS else new, slots
 
     return update
 
@@ -207,7 +219,7 @@ def stochastic_round(x: Float[Array, "n D"], key: jax.Array | None) -> Float[Arr
     Rounding to the nearest would lose every update below half a unit in the last of 8 bits.
     """
     if key is None:
-        raise ValueError("a bfloat16 table needs a key, to be rounded at random")
+        raise ValueError("a table of bfloat16 rows needs a key, to be rounded at random")
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # a carry moves to the next number
     down = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -18,7 +18,7 @@ from mtrec_jax.sharding import state_shardings
 from mtrec_jax.train.balance import static, uncertainty
 from mtrec_jax.train.gradients import Differentiate, make_differentiate
 from mtrec_jax.train.objective import loss_names
-from mtrec_jax.train.sparse import RULES, RowOptimizer, bounded
+from mtrec_jax.train.sparse import RULES, RowOptimizer, at_rate, bounded
 from mtrec_jax.train.tables import BuffersOf, apply_gradients, new_scratch
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 
@@ -108,7 +108,7 @@ def make_step(
             "balance": found.balance,
             "sums": {n: state.sums[n] + jnp.stack(found.sums[n]) for n in names},
         }
-        return _after(state, is_good, new)._replace(**tables)
+        return _after(state, is_good, new, config.not_finite == "stop")._replace(**tables)
 
     shapes = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
     shardings = state_shardings(shapes, mesh)
@@ -126,9 +126,11 @@ def _placed(shape: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.Sh
 
 def row_rules(config: Train) -> dict[str, RowOptimizer]:
     """{name: rule} with the configured weight decay and clipping."""
+    rules = {name: rule() for name, rule in RULES.items()}
+    rules["ftrl"] = at_rate(rules["ftrl"], config.row_learning_rate or config.learning_rate)
     return {
-        name: bounded(rule(), config.row_weight_decay, config.row_clip_norm)
-        for name, rule in RULES.items()
+        name: bounded(rule, config.row_weight_decay, config.row_clip_norm)
+        for name, rule in rules.items()
     }
 
 
@@ -153,13 +155,18 @@ def _finite(
     return finite
 
 
-def _after(state: TrainState, is_good: jax.Array, new: dict[str, PyTree]) -> TrainState:
-    """The state with the new parts, or with its own and one bad step more."""
+def _after(
+    state: TrainState, is_good: jax.Array, new: dict[str, PyTree], stops: bool
+) -> TrainState:
+    """The state with the new parts, or with its own and one bad step more.
+
+    `state.bad` holds their number, and which was the first of them, or the last if none stops.
+    """
     old = {name: getattr(state, name) for name in new}
     kept = jax.tree.map(lambda after, before: jnp.where(is_good, after, before), new, old)
     step = state.step + 1
-    first = jnp.where(state.bad[0] == 0, step, state.bad[1])
-    bad = jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, first]))
+    which = jnp.where(stops & (state.bad[0] > 0), state.bad[1], step)
+    bad = jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, which]))
     return state._replace(**kept, step=step, bad=bad)
 
 

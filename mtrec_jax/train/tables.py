@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.nn import exchange
-from mtrec_jax.nn.embedding import RowUpdate, computed_dtype, rule_of
+from mtrec_jax.nn.embedding import RowUpdate, as_numbers, rule_of
 from mtrec_jax.nn.model import Rows, gather_rows
 from mtrec_jax.train.sparse import RowOptimizer, apply_rows, row_update
 from mtrec_jax.types import PyTree, TrainState
@@ -53,7 +53,7 @@ def fetch(
         found, scratch[stack], asked[stack] = exchange.look_up(
             table, scratch[stack], ids, mesh, sizes
         )
-        rows[stack] = _by_role(found.astype(computed_dtype(table)), by_role, mesh.size)
+        rows[stack] = _by_role(as_numbers(found), by_role, mesh.size)
     return Fetched(rows, addresses, scratch, asked)
 
 

@@ -22,7 +22,7 @@ from mtrec_jax.arguments import a_path
 from mtrec_jax.data.dataset import SPLITS, Manifest, NumberField, Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.nn.embedding import DENSE, Field, Group, spread
+from mtrec_jax.nn.embedding import DENSE, Field, Group, as_held, as_numbers, spread
 from mtrec_jax.nn.network import Plan, make_plan
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
@@ -185,7 +185,7 @@ def _dense(stacks: PyTree) -> dict[str, jax.Array]:
 
 
 def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
-    return jax.device_put(array.astype(like.dtype), like.sharding)
+    return jax.device_put(as_held(as_numbers(array), like.dtype), like.sharding)
 
 
 def _same_shapes(new: PyTree, old: PyTree, source: Run) -> PyTree:
@@ -318,7 +318,7 @@ def _mover(old: jax.Array, new: jax.Array, spread_old: bool, spread_new: bool) -
         of = spread(of, old.shape[0]) if spread_old else of
         to = spread(to, new.shape[0]) if spread_new else to
         to = jnp.where(to < 0, new.shape[0], to)  # dropped
-        rows = old.at[of].get(mode="clip").astype(new.dtype)
+        rows = as_held(as_numbers(old.at[of].get(mode="clip")), new.dtype)
         return new.at[to].set(rows, mode="drop")
 
     return jax.jit(move, donate_argnums=0, out_shardings=new.sharding)

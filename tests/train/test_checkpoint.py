@@ -194,3 +194,34 @@ def test_reading_creates_nothing(tmp_path: Path) -> None:
     ):
         checkpoint.best_or_latest(manager, tmp_path / "checkpoints")
     assert not list(tmp_path.iterdir())
+
+
+def _steps(folder: Path, *metrics: tuple[str, str]) -> Path:
+    for step, text in metrics:
+        file = folder / step / "metrics" / "metrics"
+        file.parent.mkdir(parents=True)
+        file.write_text(text, "utf-8")
+    return folder
+
+
+def test_a_step_of_which_no_list_can_be_made_is_moved_if_there_is_another(tmp_path: Path) -> None:
+    notes: list[str] = []
+    folder = _steps(tmp_path / "checkpoints", ("10", '{"selected": 1}'), ("20", '{"sel'))
+    checkpoint.set_aside_unreadable(folder, notes.append)
+    assert sorted(path.name for path in folder.iterdir()) == ["10"]
+    assert (tmp_path / "damaged" / "20").is_dir()
+    assert len(notes) == 1
+    assert "20 is damaged and was moved to" in notes[0]
+
+
+def test_the_only_step_is_never_moved(tmp_path: Path) -> None:
+    folder = _steps(tmp_path / "checkpoints", ("10", '{"sel'))
+    with pytest.raises(CheckpointError, match=r"10 is damaged .* has no other\. .*nothing was mov"):
+        checkpoint.set_aside_unreadable(folder, print)
+    assert (folder / "10").is_dir()
+
+
+def test_a_step_that_is_being_written_is_not_damaged(tmp_path: Path) -> None:
+    folder = _steps(tmp_path, ("20.orbax-checkpoint-tmp", ""))
+    with checkpoint.open_manager(folder, read_only=True) as manager:
+        assert manager.all_steps() == []

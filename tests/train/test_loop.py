@@ -323,3 +323,11 @@ def test_a_terminated_process_continues_to_the_same_bits(
     assert process.returncode == 0, said
     assert without_timings(tmp_path / "stopped") == without_timings(tmp_path / "straight")
     assert_same_model(open_run(tmp_path / "straight"), open_run(tmp_path / "stopped"))
+
+
+def test_a_first_validation_that_is_not_a_number_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress(10, 0, True, "shop") as bar:
+        bar.evaluated("click/auc", float("nan"), None)
+    assert "validation click/auc nan\n" in capsys.readouterr().err

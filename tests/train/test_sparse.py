@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from mtrec_jax.nn.embedding import gather
+from mtrec_jax.config import Train
+from mtrec_jax.nn.embedding import BITS, as_held, as_numbers, gather
 from mtrec_jax.train.sparse import (
     RowOptimizer,
     adagrad,
@@ -25,6 +26,7 @@ from mtrec_jax.train.sparse import (
     sgd,
     stochastic_round,
 )
+from mtrec_jax.train.step import row_rules
 
 V, D, RATE = 9, 4, 0.1
 RULES = {
@@ -190,20 +192,35 @@ def test_a_large_batch_is_updated_block_by_block_with_rows_that_are_known(name: 
         np.testing.assert_allclose(new, old, atol=1e-5)
 
 
-def test_the_work_space_does_not_grow_with_the_table() -> None:
+@pytest.mark.parametrize("dtype", [jnp.dtype("float32"), BITS])
+def test_the_work_space_does_not_grow_with_the_table(dtype: jnp.dtype) -> None:
     def memory(size: int) -> Any:
-        table = jax.ShapeDtypeStruct((size, 32), jnp.float32)
+        table = jax.ShapeDtypeStruct((size, 32), dtype)
+        slots = jax.ShapeDtypeStruct((size, 32), jnp.float32)
         ids = jax.ShapeDtypeStruct((40_960,), jnp.int32)
         grads = jax.ShapeDtypeStruct((40_960, 32), jnp.float32)
         scratch = jax.ShapeDtypeStruct((size,), jnp.int32)
         step = jax.jit(partial(apply_rows, adagrad(), learning_rate=RATE), donate_argnums=(0, 1, 2))
-        return step.lower(table, table, scratch, ids, grads).compile().memory_analysis()
+        lowered = step.lower(table, slots, scratch, ids, grads, key=jax.random.key(0))
+        return lowered.compile().memory_analysis()
 
     small, large = memory(100_000), memory(10_000_000)
     assert large.temp_size_in_bytes == small.temp_size_in_bytes < 8 * 40_960 * 32 * 4
     # Tables, slots and 4 bytes a row are updated in place; nothing else is returned.
-    assert large.alias_size_in_bytes == 10_000_000 * (2 * 32 * 4 + 4)
+    assert large.alias_size_in_bytes == 10_000_000 * (32 * (dtype.itemsize + 4) + 4)
     assert large.output_size_in_bytes - large.alias_size_in_bytes < 1_000
+
+
+def test_ftrl_keeps_to_its_learning_rate_whatever_the_schedule() -> None:
+    """A warm-up begins at 0, by which it would divide."""
+    rule = row_rules(Train(row_optimizer="ftrl", learning_rate=RATE, warmup_steps=5))["ftrl"]
+    rows = jnp.full((3, 4), 0.1)
+    slots, grads = rule.init(rows), jnp.full((3, 4), 1e-6)
+    expected, _ = ftrl().update(rows, slots, grads, RATE)
+    for given in (0.0, 10 * RATE):
+        new, _ = rule.update(rows, slots, grads, given)
+        np.testing.assert_array_equal(new, expected)
+        np.testing.assert_allclose(new, rows, atol=1e-5)
 
 
 def test_rounding_at_random_is_right_on_average_and_keeps_small_updates() -> None:
@@ -218,13 +235,13 @@ def test_rounding_at_random_is_right_on_average_and_keeps_small_updates() -> Non
 
 def test_a_bfloat16_table_learns_from_updates_below_its_precision() -> None:
     """A step of 2**-10 is lost beside 1 when it is rounded to the nearest."""
-    table, rule = jnp.ones((V, 64), jnp.bfloat16), sgd()
+    table, rule = as_held(jnp.ones((V, 64)), BITS), sgd()
     apply = jax.jit(partial(apply_rows, rule, learning_rate=2.0**-10))
     state = table, rule.init(table), jnp.zeros(V, jnp.int32)
-    ids, grads = jnp.arange(V, dtype=jnp.int32), jnp.ones((V, 64), jnp.bfloat16)
+    ids, grads = jnp.arange(V, dtype=jnp.int32), jnp.ones((V, 64))
     for step in range(256):
         state = apply(*state, ids, grads, key=jax.random.key(step))
-    assert state[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(state[0], np.float32).mean(), 0.75, atol=0.02)
+    assert state[0].dtype == BITS
+    np.testing.assert_allclose(np.asarray(as_numbers(state[0])).mean(), 0.75, atol=0.02)
     with pytest.raises(ValueError, match="key"):
         apply(*state, ids, grads)
