@@ -10,6 +10,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 
+from mtrec_jax.nn.embedding import BITS
 from mtrec_jax.nn.model import gather_rows, make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
 from mtrec_jax.train.objective import batch_losses, draw
@@ -41,12 +42,14 @@ class Compiled(NamedTuple):
 
 
 def _compiled(
-    shape: tuple[int, int], precision: str = "float32", start: TrainState | None = None
+    shape: tuple[int, int],
+    precision: str = "float32",
+    start: TrainState | None = None,
+    **more: str,
 ) -> Compiled:
     """`start` spares the compilation of `init`."""
-    experiment = tiny.experiment(
-        train={"precision": precision, "batch_size": SIZE, "learning_rate": 5e-3}
-    )
+    train = {"precision": precision, "batch_size": SIZE, "learning_rate": 5e-3, **more}
+    experiment = tiny.experiment(train=train)
     mesh, manifest = make_mesh(shape), tiny.manifest()
     step = make_step(experiment, manifest, make_model(experiment, manifest), mesh, STEPS)
     catalogue = replicate(tiny.catalogue(precision), mesh)
@@ -226,3 +229,32 @@ def test_devices_agree_in_single_precision(single: Compiled) -> None:
         assert names  # the listener does hear compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.slow
+def test_bfloat16_rows_learn_over_devices_and_a_step_that_is_not_finite_leaves_them() -> None:
+    compiled = _compiled((2, 4), row_precision="bfloat16", not_finite="skip")
+    state = compiled.place()
+    bad = tiny.batch(0, SIZE)
+    nan = np.full_like(bad.labels["click"], np.nan)
+    bad = bad._replace(labels={**bad.labels, "click": nan})
+    parts = ("params", "tables", "slots", "optimizer")
+    before = [np.asarray(leaf) for part in parts for leaf in jax.tree.leaves(getattr(state, part))]
+    state = compiled.update(state, bad)
+    after = [np.asarray(leaf) for part in parts for leaf in jax.tree.leaves(getattr(state, part))]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert state.bad.tolist() == [1, 1]
+    assert state.tables["lazy_adam"].dtype == BITS
+    losses = []
+    for _ in range(30):
+        state = compiled.update(state, tiny.batch(0, SIZE))
+        losses.append(float(state.sums["next"][0]))
+    assert np.mean(np.diff(losses[-6:])) < 0.8 * np.mean(np.diff(losses[:6]))
+    # replicas have rounded alike
+    copies: dict[str, list[np.ndarray]] = {}
+    for shard in state.tables["lazy_adam"].addressable_shards:
+        copies.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    assert len(copies) == 4
+    for one, other in copies.values():
+        np.testing.assert_array_equal(one, other)
