@@ -20,6 +20,7 @@ from mtrec_jax.nn.embedding import DENSE, computed_dtype, rule_of, update_rows
 from mtrec_jax.nn.exchange import Buffers
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.sharding import ROW_MULTIPLE, make_mesh
+from mtrec_jax.train.loop import STEPS_IN_FLIGHT
 from mtrec_jax.train.sparse import apply_rows, row_update
 from mtrec_jax.train.step import make_step, row_rules
 from mtrec_jax.train.tables import BuffersOf
@@ -55,14 +56,13 @@ class Work(NamedTuple):
 def state_shapes(experiment: Experiment, manifest: Manifest) -> TrainState:
     """Shapes and types of a run's whole state."""
     model = make_model(experiment, manifest)
-    step = make_step(experiment, manifest, model, make_mesh((1, 1)), 1)
-    return jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+    return make_step(experiment, manifest, model, make_mesh((1, 1)), 1).abstract
 
 
 def stored_bytes(
     experiment: Experiment, manifest: Manifest, state: TrainState, devices: int, shards: int
 ) -> dict[str, int]:
-    """Bytes that lie on each device for the whole run, and of its part of a batch, by what it is.
+    """Bytes that lie on each device for the whole run, and of its parts of batches, by what it is.
 
     Args:
       experiment: its batch size is meant.
@@ -81,7 +81,7 @@ def stored_bytes(
         "their optimizer": size_of(state.optimizer)
         + sum(size_of(getattr(state, part)) for part in whole),
         "catalogue": size_of(catalogue_shapes(experiment, manifest)),
-        "batch": size_of(batch) // devices,
+        "batches": STEPS_IN_FLIGHT * size_of(batch) // devices,
     }
 
 
@@ -105,10 +105,9 @@ def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> W
     experiment, small = _with_small_tables(experiment, manifest)
     model = make_model(experiment, small)
     step = make_step(experiment, small, model, make_mesh((1, 1)), 1)
-    state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
     batch = batch_shapes(experiment, small, share)
     catalogue = catalogue_shapes(experiment, manifest)
-    compiled = step.update.lower(state, batch, catalogue).compile()  # type: ignore[attr-defined]
+    compiled = step.update.lower(step.abstract, batch, catalogue).compile()  # type: ignore[attr-defined]
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     return Work(
         memory.temp_size_in_bytes,

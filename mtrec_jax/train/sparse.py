@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -220,7 +221,20 @@ def stochastic_round(x: Float[Array, "n D"], key: jax.Array | None) -> Float[Arr
     """
     if key is None:
         raise ValueError("a table of bfloat16 rows needs a key, to be rounded at random")
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # a carry moves to the next number
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits += _noise(key, x.shape) >> 16  # a carry moves to the next number
     down = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), down, x.astype(jnp.bfloat16))
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...]) -> Array:
+    """32-bit words, mixed from a seed and their places by the finalizer of MurmurHash3 (Appleby).
+
+    Good enough to round by, and on CPUs far faster than as many `jax.random.bits`.
+    """
+    seed, more = jax.random.bits(key, (2,), jnp.uint32)
+    place = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    word = (place + seed) ^ more
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
