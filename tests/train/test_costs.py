@@ -67,7 +67,7 @@ def _dense_items() -> Case:
     return Case(dataclasses.replace(case.experiment, model=model), manifest, (8, 1))
 
 
-def _rows(mesh: tuple[int, int]) -> Case:
+def _rows(mesh: tuple[int, int], **train: Any) -> Case:
     """Rows of a click log with three large features and one small."""
     features = {n: {"placement": "sparse"} for n in ("user", "page", "advert")} | {"device": {}}
     experiment = parse_experiment(
@@ -78,7 +78,7 @@ def _rows(mesh: tuple[int, int]) -> Case:
             "features": features | {"age": {"kind": "numeric"}},
             "tasks": {"click": {"kind": "binary"}, "buy": {"kind": "binary"}},
             "model": {"encoder": "none", "width": 64, "fusion": "none"},
-            "train": {"steps": 10, "batch_size": 4096, "row_optimizer": "ftrl"},
+            "train": {"steps": 10, "batch_size": 4096, **train},
         }
     )
     sizes = {"user": 100_000, "page": 30_000, "advert": 5_000, "device": 900}
@@ -91,7 +91,8 @@ CASES = {
     ),
     "sequences, (2, 4), lazy Adam, bfloat16": lambda: _sequences((2, 4), row_precision="bfloat16"),
     "sequences, (8, 1), dense items": _dense_items,
-    "rows, (4, 2), FTRL": lambda: _rows((4, 2)),
+    "rows, (4, 2), FTRL": lambda: _rows((4, 2), row_optimizer="ftrl"),
+    "rows, (4, 2), lazy Adam, bfloat16": lambda: _rows((4, 2), row_precision="bfloat16"),
     "sequences, (2, 4), in 4 parts": lambda: _sequences((2, 4), accumulate=4),
 }
 
@@ -115,6 +116,10 @@ def _compiled(name: str) -> Any:
     ).compile()
 
 
+SLOW = ("rows, (4, 2), lazy Adam, bfloat16", "sequences, (2, 4), in 4 parts")
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+)
 SIZES = {
     "pred": 1,
     "s8": 1,
@@ -156,9 +161,7 @@ def moved_in(text: str) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if "parts" in n else ()) for n in CASES]
-)
+@every_case
 def test_memory_is_what_the_compiled_step_takes(name: str) -> None:
     experiment, manifest, mesh = CASES[name]()
     state = costs.state_shapes(experiment, manifest)
@@ -179,9 +182,7 @@ def test_memory_is_what_the_compiled_step_takes(name: str) -> None:
     assert one == pytest.approx(stored + actual.temp_size_in_bytes, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if "parts" in n else ()) for n in CASES]
-)
+@every_case
 def test_bytes_are_what_the_compiled_collectives_move(name: str) -> None:
     experiment, manifest, mesh = CASES[name]()
     state = costs.state_shapes(experiment, manifest)
