@@ -299,7 +299,7 @@ def _check_numbers(e: Experiment) -> list[str]:
         "evaluate.batch_size": e.evaluate.batch_size,
     }
     problems += [
-        f"{key}: must be above 0, not {value}" for key, value in positive.items() if value <= 0
+        f"{key}: must be above 0, not {value}" for key, value in positive.items() if not value > 0
     ]
     bounded: list[tuple[str, float, int]] = [
         ("data.history_length", e.data.history_length, 1),

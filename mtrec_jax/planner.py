@@ -21,7 +21,7 @@ from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.inference import load_catalogue
-from mtrec_jax.nn.embedding import DENSE, Field
+from mtrec_jax.nn.embedding import DENSE, MOST_ROWS, Field
 from mtrec_jax.nn.exchange import Buffers, default_buffers
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.nn.network import Plan as Layout
@@ -127,6 +127,12 @@ def plan(
     (8, 1)
     """
     devices, device, rows = devices or jax.device_count(), device or Device(), rows or {}
+    for name, size in rows.items():
+        if size > MOST_ROWS:
+            raise ConfigError(
+                f"--rows {name}: {size:,} rows are more than the {MOST_ROWS:,} of one array; hash "
+                "the values into fewer (hash_rows), or split the feature into several"
+            )
     if prepared is None:
         manifest = assumed_manifest(experiment, rows)
     else:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mtrec_jax.errors import ConfigError
+
+_PATIENCE = 300  # seconds for the first process to begin
 
 
 def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -31,9 +35,8 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     Raises:
       ConfigError: numbers that do not fit each other, or no cluster that says them.
     """
-    # It would take SIGTERM for itself; this package stops on it.
-    jax.config.update("jax_enable_preemption_service", False)
     if not coordinator:
+        _leave_signals()
         try:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
@@ -42,18 +45,46 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
                 "--coordinator HOST:PORT --processes N --process I"
             ) from error
         return
-    if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(f"--coordinator: {coordinator!r} is not HOST:PORT")
+    if process == -1 or not processes:
+        raise ConfigError("--coordinator: --processes N and --process I are needed as well")
     if not 0 <= process < processes:
         raise ConfigError(
             f"--process {process} of --processes {processes}: the processes are numbered from 0"
         )
+    if process:
+        _await(host.strip("[]"), int(port))
+    _leave_signals()
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
         raise ConfigError(
-            f"--coordinator {coordinator}: the processes do not meet ({error})"
-        ) from error
+            f"--coordinator {coordinator}: the processes do not meet ({first})"
+        ) from None
+
+
+def _leave_signals() -> None:
+    """JAX's runtime would take SIGTERM for itself, on which this package stops."""
+    jax.config.update("jax_enable_preemption_service", False)
+
+
+def _await(host: str, port: int) -> None:
+    """Wait until the first process listens; JAX's own wait could not be interrupted."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"--coordinator {host}:{port}: process 0 was not there within {_PATIENCE} s "
+                    f"({error}). Start it as well, and look at the address"
+                ) from error
+        time.sleep(0.5)
 
 
 def count() -> int:

@@ -29,6 +29,8 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     1
     """
     data, table = shape
+    if max(shape) < 1:
+        raise ConfigError(f"train.mesh: {list(shape)}: 0, all that are left, can stand once only")
     available = jax.device_count()
     left = max(1, available // max(data, table, 1))
     data, table = data or left, table or left
@@ -43,7 +45,10 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
             "[0, 1] takes all there are, [1, 1] takes one"
         )
     if ROW_MULTIPLE % table:
-        raise ConfigError(f"train.mesh: {table} table shards do not divide {ROW_MULTIPLE} rows")
+        raise ConfigError(
+            f"train.mesh: {table} table shards; tables have {ROW_MULTIPLE} equal parts, so that 1, "
+            "2, 4 ... 128 shards are possible"
+        )
     devices = np.asarray(jax.devices()[: data * table]).reshape(data, table)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -58,7 +63,7 @@ def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh, parts: int = 1)
     if batch_size % mesh.size:
         raise ConfigError(
             f"train.batch_size: {batch_size} does not divide over {mesh.size} devices; "
-            f"use a multiple of {mesh.size}, or fewer devices with train.mesh = [1, 1]"
+            f"use a multiple of {mesh.size}, or fewer devices (one trains with train.mesh = [1, 1])"
         )
 
 

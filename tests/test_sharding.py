@@ -28,6 +28,8 @@ def test_zero_stands_for_the_devices_that_are_left(
         ((4, 4), r"train\.mesh: \[4, 4\] needs 16 devices, there are 8; .*takes one"),
         ((9, 1), r"train\.mesh: \[9, 1\] needs 9 devices, there are 8; .*takes one"),
         ((0, 16), r"train\.mesh: \[0, 16\] needs 16 devices, there are 8; .*takes one"),
+        ((0, 0), r"train\.mesh: \[0, 0\]: 0, all that are left, can stand once only"),
+        ((2, 3), r"train\.mesh: 3 table shards; tables have 128 equal parts, .*128 shards are possible"),
     ],
 )
 def test_a_mesh_larger_than_the_machine_is_an_error(shape: tuple[int, int], message: str) -> None:
@@ -40,7 +42,7 @@ def test_a_batch_must_divide_over_the_devices() -> None:
     check_batch_size(64, mesh)
     message = (
         r"^train\.batch_size: 60 does not divide over 8 devices; use a multiple of 8, or fewer "
-        r"devices with train\.mesh = \[1, 1\]$"
+        r"devices \(one trains with train\.mesh = \[1, 1\]\)$"
     )
     with pytest.raises(ConfigError, match=message):
         check_batch_size(60, mesh)

@@ -175,7 +175,10 @@ def restore_latest(
             manager.reload()
         return found
     if first is not None:
-        raise first
+        raise CheckpointError(
+            f"none of the {len(damaged)} checkpoints in {manager.directory} can be restored; "
+            f"nothing was moved. Train into a new --run folder. The latest: {first}"
+        ) from first
     return None
 
 

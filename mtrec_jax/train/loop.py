@@ -157,7 +157,12 @@ def _train(
                     f"this run began with {what} {meta.get(what)} and goes on with {now}: results "
                     "may differ in the last bits"
                 )
-        job.records.truncate(meta.get("bytes", 0))
+        if restored is None and job.records.size():
+            bar.note(f"{folder} has records and no checkpoint: it is trained anew, from step 0")
+        if job.records.truncate(meta.get("bytes", 0)):
+            bar.note(
+                f"{job.records.path} is shorter than when step {number} was saved: some is lost"
+            )
         watched = Watched(job.batches, experiment.train.input_timeout, bar.note)
         with bar, contextlib.closing(watched) as reader:
             number = _run_steps(job, manager, bar, state, meta, stopped, reader)
@@ -289,7 +294,8 @@ def _check_finite(
         finite = job.step.inspect(before, recent[-age], job.catalogue)
         bad = [name for name, is_finite in finite.items() if not is_finite]
         epoch, batch = divmod(last - 1, job.epoch)
-        message += f" (epoch {epoch + 1}, batch {batch + 1}): first {bad[0]}" if bad else ""
+        first = bad[0] if bad else "the new parameters"
+        message += f" (epoch {epoch + 1}, batch {batch + 1}): first {first}"
     skip = ', or leave such steps out with train.not_finite = "skip"' if stops else ""
     if stops or found > _MOST_LEFT_OUT:
         raise Error(
@@ -323,7 +329,8 @@ def _log_losses(
     """
     sums = {name: jax.device_get(value) for name, value in state.sums.items()}
     for name, (numerator, weight) in sums.items():
-        records.add(number, "train", name, "loss", float(numerator / max(weight, 1e-9)))
+        if weight > 0:  # else no label was seen, or all steps were left out
+            records.add(number, "train", name, "loss", float(numerator / weight))
     zeros = {name: np.zeros(value.shape, value.dtype) for name, value in state.sums.items()}
     placed = {n: jax.device_put(z, state.sums[n].sharding) for n, z in zeros.items()}
     if mesh.shape["table"] == 1:

@@ -39,10 +39,18 @@ class Records:
         """Bytes on disk now."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def truncate(self, size: int) -> None:
-        """Forget what was written after a checkpoint, which will be written again."""
+    def truncate(self, size: int) -> bool:
+        """Forget what was written after a checkpoint, which will be written again.
+
+        Returns whether the file had fewer bytes; then a torn last line is cut off.
+        """
+        there = self.size()
+        is_short = there < size
         if self._writes and self.path.exists():
-            os.truncate(self.path, min(size, self.size()))
+            if is_short:
+                size = self.path.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.path, size)
+        return is_short
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

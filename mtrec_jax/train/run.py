@@ -137,7 +137,12 @@ def shared_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
 def check_folder(folder: Path, experiment: Experiment) -> None:
     """Raise `ConfigError` unless the folder is free, or holds a run of this experiment."""
     path = folder / "config.toml"
-    if path.exists() and has_checkpoint(folder):
+    if has_checkpoint(folder) and not path.exists():
+        raise ConfigError(
+            f"{folder} has checkpoints but no config.toml, which says what they are of; bring it "
+            "back, or pass another --run folder"
+        )
+    if has_checkpoint(folder):
         keys = _differences(to_dict(load_experiment(path)), to_dict(experiment))
         keys = [key for key in keys if key[0] not in _MAY_CHANGE]
         if keys:

@@ -27,9 +27,9 @@ class Step(NamedTuple):
     """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once.
     `abstract` has the shapes and shardings of a state.
 
-    A step whose loss or gradient is not finite changes nothing but its count in `state.bad`; with
-    `train.not_finite = "stop"` neither do the steps after it. `inspect(state, batch, catalogue)`
-    tells which losses and gradients of this batch are finite, by name, losses first.
+    A step whose loss, gradient or new parameters are not finite changes nothing but `state.bad`;
+    with `train.not_finite = "stop"` neither do the steps after it. `inspect(state, batch,
+    catalogue)` tells which losses and gradients of this batch are finite, by name, losses first.
     """
 
     abstract: TrainState
@@ -87,7 +87,8 @@ def make_step(
     def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         found = differentiate(state, batch, catalogue)
         updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
-        is_good = _all_finite((found.sums, found.to_params, found.to_rows))
+        params = optax.apply_updates(state.params, updates)
+        is_good = _all_finite((found.sums, found.to_params, found.to_rows, params))
         if config.not_finite == "stop":
             is_good &= state.bad[0] == 0
         key_round = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
@@ -103,7 +104,7 @@ def make_step(
             buffers,
         )
         new = {
-            "params": optax.apply_updates(state.params, updates),
+            "params": params,
             "optimizer": optimizer_state,
             "balance": found.balance,
             "sums": {n: state.sums[n] + jnp.stack(found.sums[n]) for n in names},

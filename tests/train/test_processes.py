@@ -22,6 +22,8 @@ import pytest
 
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.processes import start
 from mtrec_jax.recommender import Recommender
 from mtrec_jax.train import loop
 from mtrec_jax.train.loop import train
@@ -244,3 +246,28 @@ def _arguments_of_two() -> list[tuple[str, str]]:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     return [(address, str(number)) for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process", "message"),
+    [
+        ("localhost", 2, 0, "'localhost' is not HOST:PORT"),
+        ("localhost:99999", 2, 0, "'localhost:99999' is not HOST:PORT"),
+        ("localhost:9911", 0, -1, "--processes N and --process I are needed as well"),
+        ("localhost:9911", 2, 2, "--process 2 of --processes 2: the processes are numbered"),
+    ],
+)
+def test_what_does_not_name_a_process_is_refused(
+    coordinator: str, processes: int, process: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        start(coordinator, processes, process)
+
+
+def test_waiting_for_the_first_process_ends_with_its_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mtrec_jax.processes._PATIENCE", 1)
+    address, number = _arguments_of_two()[1]
+    with pytest.raises(ConfigError, match=rf"{address}: process 0 was not there within 1 s"):
+        start(address, 2, int(number))

@@ -68,3 +68,18 @@ def test_missing_and_damaged_json_name_the_file(tmp_path: Path, content: str | N
         path.write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"is no run folder \(prepared\.json: "):
         read_json(path)
+
+
+def test_a_torn_line_of_a_file_that_is_too_short_is_cut_off(tmp_path: Path) -> None:
+    records = Records(tmp_path / "metrics.jsonl")
+    records.add(5, "train", "click", "loss", 0.5)
+    one = records.size()
+    records.add(10, "train", "click", "loss", 0.25)
+    whole = records.size()
+    assert not records.truncate(whole)
+    with records.path.open("r+") as file:
+        file.truncate(one + 9)
+    assert records.truncate(whole)
+    assert records.size() == one
+    records.add(15, "train", "click", "loss", 0.125)
+    assert [r["step"] for r in read_records(records.path)] == [5, 15]
