@@ -29,7 +29,10 @@ def test_zero_stands_for_the_devices_that_are_left(
         ((9, 1), r"train\.mesh: \[9, 1\] needs 9 devices, there are 8; .*takes one"),
         ((0, 16), r"train\.mesh: \[0, 16\] needs 16 devices, there are 8; .*takes one"),
         ((0, 0), r"train\.mesh: \[0, 0\]: 0, all that are left, can stand once only"),
-        ((2, 3), r"train\.mesh: 3 table shards; tables have 128 equal parts, .*128 shards are possible"),
+        (
+            (2, 3),
+            r"train\.mesh: 3 table shards; tables have 128 equal parts, .*128 shards are possible",
+        ),
     ],
 )
 def test_a_mesh_larger_than_the_machine_is_an_error(shape: tuple[int, int], message: str) -> None:

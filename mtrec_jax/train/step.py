@@ -91,18 +91,10 @@ def make_step(
         is_good = _all_finite((found.sums, found.to_params, found.to_rows, params))
         if config.not_finite == "stop":
             is_good &= state.bad[0] == 0
-        key_round = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
-        tables = apply_gradients(
-            rules,
-            state,
-            found.fetched,
-            found.to_rows,
-            row_schedule(state.step),
-            key_round,  # of bfloat16 tables only
-            is_good,
-            mesh,
-            buffers,
-        )
+        rate = row_schedule(state.step)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)  # of bfloat16 rows
+        given = found.fetched, found.to_rows, rate, key, is_good, mesh, buffers
+        tables = apply_gradients(rules, state, *given)
         new = {
             "params": params,
             "optimizer": optimizer_state,
