@@ -116,7 +116,10 @@ def _compiled(name: str) -> Any:
     ).compile()
 
 
-SLOW = ("rows, (4, 2), lazy Adam, bfloat16", "sequences, (2, 4), in 4 parts")
+SLOW = (
+    *("rows, (4, 2), lazy Adam, bfloat16", "sequences, (2, 4), in 4 parts"),
+    "sequences, (8, 1), dense items",
+)
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
 )

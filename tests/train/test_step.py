@@ -62,10 +62,10 @@ def single() -> Compiled:
     return _compiled((1, 1))
 
 
-def _train(compiled: Compiled) -> TrainState:
+def _train(compiled: Compiled, steps: int = STEPS) -> TrainState:
     """Another batch at every step."""
     state = compiled.place()
-    for s in range(STEPS):
+    for s in range(steps):
         state = compiled.update(state, tiny.batch(s, SIZE, compiled.precision))
         jax.block_until_ready(state.step)  # virtual devices starve on many un-awaited collectives
     return state
@@ -191,13 +191,14 @@ def _assert_same(one: PyTree, other: PyTree, relative: float, except_for: str = 
         assert np.abs(one[name] - other[name]).max() <= relative * scale, name
 
 
-def test_devices_agree_in_double_precision() -> None:
+@pytest.mark.parametrize("steps", [8, pytest.param(STEPS, marks=pytest.mark.slow)])
+def test_devices_agree_in_double_precision(steps: int) -> None:
     """Dropout, negatives and the fusion's lottery included; the tables split over "table"."""
     with jax.enable_x64(True):
         single = _compiled((1, 1), "float64")
-        expected = _learned(_train(single))
-        data = _learned(_train(_compiled((8, 1), "float64", single.start)))
-        both = _train(_compiled((1, 8), "float64"))  # with an initialisation of its own
+        expected = _learned(_train(single, steps))
+        data = _learned(_train(_compiled((8, 1), "float64", single.start), steps))
+        both = _train(_compiled((1, 8), "float64"), steps)  # with an initialisation of its own
         shards = {shard.data.shape[0] for shard in both.tables["lazy_adam"].addressable_shards}
         assert shards == {both.tables["lazy_adam"].shape[0] // 8}
     for values in expected.values():
