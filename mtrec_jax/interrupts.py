@@ -7,9 +7,11 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+_Handlers = dict[int, Any]  # {signal: what handled it before}
 
 
 def stop_signals() -> tuple[int, ...]:
@@ -52,14 +54,8 @@ def unwinding() -> Iterator[list[int]]:
     ...     received
     []
     """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may install handlers
-        return
 
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        leave_terminal(number)
+    def interrupt(number: int, previous: _Handlers) -> None:
         raise KeyboardInterrupt
 
     def dropped(unraisable: Any) -> None:
@@ -68,12 +64,48 @@ def unwinding() -> Iterator[list[int]]:
         else:
             hook(unraisable)
 
-    hook = sys.unraisablehook
-    previous = {n: signal.signal(n, handle) for n in stop_signals()}
-    sys.unraisablehook = dropped
+    with _received(interrupt) as received:
+        hook, sys.unraisablehook = sys.unraisablehook, dropped
+        try:
+            yield received
+        finally:
+            sys.unraisablehook = hook
+
+
+@contextmanager
+def collecting() -> Iterator[list[int]]:
+    """Collect `stop_signals` instead of dying; a second one has its usual effect.
+
+    >>> with collecting() as received:
+    ...     received
+    []
+    """
+
+    def once(number: int, previous: _Handlers) -> None:
+        signal.signal(number, previous[number])
+
+    with _received(once) as received:
+        yield received
+
+
+@contextmanager
+def _received(react: Callable[[int, _Handlers], None]) -> Iterator[list[int]]:
+    """The `stop_signals` that have come so far; each is listed, then `react` is called."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may install handlers
+        return
+    previous: _Handlers = {}
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        leave_terminal(number)
+        react(number, previous)
+
+    for number in stop_signals():
+        previous[number] = signal.signal(number, handle)
     try:
         yield received
     finally:
-        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
@@ -27,7 +28,7 @@ from mtrec_jax.nn.model import make_model
 from mtrec_jax.nn.network import Plan as Layout
 from mtrec_jax.nn.network import make_plan
 from mtrec_jax.quantities import quantity_text
-from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size
+from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, mesh_shape
 from mtrec_jax.train.capacity import first_batches, measured_buffers
 from mtrec_jax.train.costs import (
     Moved,
@@ -40,6 +41,7 @@ from mtrec_jax.train.costs import (
     work_of_share,
     working_memory,
 )
+from mtrec_jax.train.run import check_prepared
 from mtrec_jax.types import TrainState
 
 _MOST_DEVICES = 1 << 20  # where the search for more devices ends
@@ -117,10 +119,12 @@ def plan(
       device: memory and speeds of one device.
 
     Raises:
-      ConfigError: it does not fit, and what would; or a size is missing.
+      ConfigError: it does not fit, and what would; or a size is missing, or the data were prepared
+        otherwise (placements apart).
 
     >>> from mtrec_jax import load_experiment
-    >>> shop = load_experiment("shop", ["train.batch_size=256", "model.item_placement=sparse"])
+    >>> small = ["train.batch_size=256", "model.towers=shared_bottom", "model.fusion=none"]
+    >>> shop = load_experiment("shop", [*small, "model.item_placement=sparse"])
     >>> sizes = dict.fromkeys(["item", "segment", "age_group", "category", "brand"], 1000)
     >>> sizes |= dict.fromkeys(["click", "cart", "buy", "stars"], 2)
     >>> plan(shop, devices=8, rows=sizes).mesh
@@ -136,6 +140,7 @@ def plan(
     if prepared is None:
         manifest = assumed_manifest(experiment, rows)
     else:
+        check_prepared(_placed_as(prepared, experiment), prepared)
         manifest = resized(prepared.manifest, experiment, rows)
         prepared = None if rows else prepared  # its batches say nothing of tables of other sizes
     train = experiment.train
@@ -151,6 +156,18 @@ def plan(
                 return found
     mesh = (devices // shards, shards)
     raise ConfigError(_refusal(experiment, manifest, state, work, mesh, device))
+
+
+def _placed_as(prepared: Prepared, experiment: Experiment) -> Experiment:
+    """The experiment with the placements that its data were prepared with."""
+    stored = prepared.manifest.config.get("features", {})
+    features = {
+        name: dataclasses.replace(
+            feature, placement=stored.get(name, {}).get("placement", feature.placement)
+        )
+        for name, feature in experiment.features.items()
+    }
+    return dataclasses.replace(experiment, features=features)
 
 
 def plan_on(
@@ -277,10 +294,9 @@ def _shard_counts(devices: int) -> list[int]:
 
 def _fixed_mesh(experiment: Experiment, devices: int) -> tuple[int, int] | None:
     """The mesh that the configuration names; None where it leaves the choice."""
-    data, table = experiment.train.mesh
-    if (data, table) == (0, 1):
+    if experiment.train.mesh == (0, 1):
         return None
-    data, table = data or devices // max(1, table), table or devices // max(1, data)
+    data, table = mesh_shape(experiment.train.mesh, devices)
     if data * table != devices or ROW_MULTIPLE % table:
         raise ConfigError(
             f"train.mesh: {list(experiment.train.mesh)} does not fill {devices} devices with "
@@ -320,44 +336,63 @@ def _refusal(
         f"{experiment.name} needs {quantity_text(needed)} on each of {devices} devices, which have "
         f"{quantity_text(device.memory)}; {quantity_text(stored[largest])} of it are {largest}. "
     )
+    works = {_placements(experiment): work}
     for what, changed, count in _changes(experiment, devices):
         sized = resized(manifest, changed, {})
         shapes = state if changed is experiment else state_shapes(changed, sized)
-        temporary = work._replace(temporary=work.temporary * devices // count)
+        placements = _placements(changed)
+        if placements not in works:  # a dense table has a gradient of its size
+            works[placements] = work_of_share(changed, sized, devices)
+        temporary = works[placements].temporary * devices // count
+        share = work._replace(temporary=temporary)
         for shards in _shard_counts(count):
-            bytes_ = _rough(changed, sized, shapes, temporary, (count // shards, shards))
+            bytes_ = _rough(changed, sized, shapes, share, (count // shards, shards))
             if bytes_ <= 0.95 * device.memory:  # the exchange needs a little as well
                 where = f"{what}train.mesh=[{count // shards},{shards}]"
                 return f"{text}The nearest that fits: {where} ({quantity_text(bytes_)} on each)"
     return text + "Nothing near fits: smaller tables (hash_rows), a smaller model.width"
 
 
+def _placements(experiment: Experiment) -> tuple[str, ...]:
+    features = (feature.placement for feature in experiment.features.values())
+    return (experiment.model.item_placement, *features)
+
+
 def _changes(experiment: Experiment, devices: int) -> Iterator[tuple[str, Experiment, int]]:
     """From cheap to dear: (overrides in words, experiment, devices)."""
-
-    def train(**keys: object) -> Experiment:
-        return dataclasses.replace(
-            experiment,
-            train=dataclasses.replace(experiment.train, **keys),  # type: ignore[arg-type]
-        )
-
-    low, rule = "train.row_precision=bfloat16 ", "train.row_optimizer=rowwise_adagrad "
-    small = {"row_optimizer": "rowwise_adagrad", "row_optimizers": {}}
-    yield "", experiment, devices
-    yield low, train(row_precision="bfloat16"), devices
-    yield rule, train(**small), devices
-    both = train(row_precision="bfloat16", **small)
-    yield low + rule, both, devices
-    features = {
-        name: dataclasses.replace(feature, placement="sparse")
-        for name, feature in experiment.features.items()
-    }
-    model = dataclasses.replace(experiment.model, item_placement="sparse")
-    sparse = dataclasses.replace(experiment, features=features, model=model)
-    yield "model.item_placement=sparse and placement=sparse of the features, ", sparse, devices
+    variants = list(_variants(experiment))
+    for words, changed in variants:
+        yield words, changed, devices
     count = 2 * devices
     while count <= _MOST_DEVICES:
         if experiment.train.batch_size % (count * experiment.train.accumulate) == 0:
-            yield f"{count} devices with ", experiment, count
-            yield f"{count} devices with {low}{rule}", both, count
+            for words, changed in variants[::3]:  # as it is, with all of a table's savings, sparse
+                yield f"{count} devices with {words}", changed, count
         count *= 2
+
+
+def _variants(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
+    """From cheap to dear: (overrides in words, experiment)."""
+    low, rule = "train.row_precision=bfloat16 ", "train.row_optimizer=rowwise_adagrad "
+    coarse: dict[str, Any] = {"row_precision": "bfloat16"}
+    small: dict[str, Any] = {"row_optimizer": "rowwise_adagrad", "row_optimizers": {}}
+    sparse = dataclasses.replace(
+        experiment,
+        features={
+            name: dataclasses.replace(feature, placement="sparse")
+            for name, feature in experiment.features.items()
+        },
+        model=dataclasses.replace(experiment.model, item_placement="sparse"),
+    )
+    placed = "model.item_placement=sparse and placement=sparse of the features, "
+    yield "", experiment
+    yield low, _training(experiment, **coarse)
+    yield rule, _training(experiment, **small)
+    yield low + rule, _training(experiment, **coarse, **small)
+    yield placed, sparse
+    yield placed + low, _training(sparse, **coarse)
+    yield placed + low + rule, _training(sparse, **coarse, **small)
+
+
+def _training(experiment: Experiment, **keys: Any) -> Experiment:
+    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, **keys))

@@ -16,12 +16,12 @@ def parse_quantity(name: str, text: str, unit: str) -> float:
     Raises:
       ConfigError: it is none; `name` opens the message.
 
-    >>> parse_quantity("--device-memory", "80GB", "B"), parse_quantity("--flops", "5e13", "FLOP/s")
+    >>> parse_quantity("--device-memory", "80GB", "B"), parse_quantity("--flops", "50T", "FLOP/s")
     (80000000000.0, 50000000000000.0)
     """
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([TGMk]?)(?:" + re.escape(unit) + ")?", text.strip())
+    found = re.fullmatch(rf"([\d.]+(?:e\d+)?)\s*([TGMk]?)((?:{re.escape(unit)})?)", text.strip())
     try:
-        value = float(found[1]) * _PREFIXES[found[2]] if found else 0.0
+        value = float(found[1]) * _PREFIXES[found[2]] if found and (found[2] or found[3]) else 0.0
     except ValueError:
         value = 0.0
     if not value > 0:

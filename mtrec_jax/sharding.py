@@ -28,12 +28,8 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     >>> make_mesh((1, 1)).shape["data"]
     1
     """
-    data, table = shape
-    if max(shape) < 1:
-        raise ConfigError(f"train.mesh: {list(shape)}: 0, all that are left, can stand once only")
     available = jax.device_count()
-    left = max(1, available // max(data, table, 1))
-    data, table = data or left, table or left
+    data, table = mesh_shape(shape, available)
     if jax.process_count() > 1 and data * table != available:
         raise ConfigError(
             f"train.mesh: {list(shape)} makes {data * table} devices; with several processes it "
@@ -51,6 +47,22 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
         )
     devices = np.asarray(jax.devices()[: data * table]).reshape(data, table)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def mesh_shape(shape: tuple[int, int], devices: int) -> tuple[int, int]:
+    """The shape with all devices that are left, at least one, in the place of 0.
+
+    Raises:
+      ConfigError: 0 stands twice.
+
+    >>> mesh_shape((0, 2), 8)
+    (4, 2)
+    """
+    data, table = shape
+    if max(shape) < 1:
+        raise ConfigError(f"train.mesh: {list(shape)}: 0, all that are left, can stand once only")
+    left = max(1, devices // max(shape))
+    return data or left, table or left
 
 
 def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh, parts: int = 1) -> None:

@@ -4,12 +4,12 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-
-# XLA takes a third longer to optimize programs that run for milliseconds here.
+# XLA takes twice as long to optimize programs that run for milliseconds here.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+QUICKLY = " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + QUICKLY + " --xla_force_host_platform_device_count=8"
+)
 
 from jaxtyping import install_import_hook
 
@@ -20,14 +20,18 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 import pytest
 
 import mtrec_jax
+
+gc.set_threshold(50_000, 20, 20)  # tracing makes many objects that live on
 
 if TYPE_CHECKING:  # the fixtures load what they need, and a test without them loads nothing
     from mtrec_jax.config import Experiment
@@ -58,24 +62,43 @@ SMALL_SHOP = (
 
 
 @pytest.fixture(scope="session")
-def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of compiled programs: the same model is compiled once a session, not once a run."""
-    folder = tmp_path_factory.mktemp("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # it may have been found switched off already
-    return folder
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all processes of the suite share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def shop_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled_programs(session_folder: Path) -> dict[str, str]:
+    """Keep compiled programs for the whole session: the settings, for other processes as well."""
+    settings = {
+        "jax_compilation_cache_dir": str(session_folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_compilation_cache_max_size": 2**32,  # with a limit, processes wait for each other
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it may have been found switched off already
+    return {name.upper(): str(value) for name, value in settings.items()}
+
+
+@pytest.fixture(scope="session")
+def one_device(compiled_programs: dict[str, str]) -> dict[str, str]:
+    """The environment of a process with one device that keeps compiled programs as well."""
+    return os.environ | compiled_programs | {"XLA_FLAGS": QUICKLY}
+
+
+@pytest.fixture(scope="session")
+def shop_data(session_folder: Path) -> Path:
     """Raw files of a shop with 48 users, 60 items and some 900 impressions; only to be read."""
     from mtrec_jax.data import shop
 
-    folder = tmp_path_factory.mktemp("raw")
-    shop.generate(folder / "shop", seed=3, users=48, items=60, impressions=20)
-    return folder / "shop"
+    folder = session_folder / "raw" / "shop"
+    with filelock.FileLock(session_folder / "raw.lock"):
+        if not folder.exists():
+            shop.generate(folder, seed=3, users=48, items=60, impressions=20)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -86,24 +109,27 @@ def shop_experiment() -> "Experiment":
 
 @pytest.fixture(scope="session")
 def shop_prepared(
-    shop_data: Path, shop_experiment: "Experiment", tmp_path_factory: pytest.TempPathFactory
+    shop_data: Path, shop_experiment: "Experiment", session_folder: Path
 ) -> "Prepared":
     """The small shop, prepared; only to be read."""
-    return mtrec_jax.prepare(
-        shop_experiment, shop_data, tmp_path_factory.mktemp("prepared") / "shop"
-    )
+    folder = session_folder / "prepared" / "shop"
+    with filelock.FileLock(session_folder / "prepared.lock"):
+        if folder.exists():
+            return mtrec_jax.open_prepared(folder)
+        return mtrec_jax.prepare(shop_experiment, shop_data, folder)
 
 
 @pytest.fixture(scope="session")
 def shop_run(
     shop_experiment: "Experiment",
     shop_prepared: "Prepared",
-    compiled_programs: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    compiled_programs: dict[str, str],
+    session_folder: Path,
 ) -> "Run":
     """A finished run of 27 steps on the small shop; only to be read."""
-    folder = tmp_path_factory.mktemp("runs") / "shop"
-    return mtrec_jax.train_run(shop_experiment, shop_prepared, folder, show_progress=False)
+    folder = session_folder / "runs" / "shop"
+    with filelock.FileLock(session_folder / "runs.lock"):  # the second process has nothing to do
+        return mtrec_jax.train_run(shop_experiment, shop_prepared, folder, show_progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def events() -> Any:
 
 
 @pytest.fixture(scope="module")
-def recommender(compiled_programs: Path) -> Any:
+def recommender(compiled_programs: dict[str, str]) -> Any:
     films = pandas.DataFrame({"film": range(9), "name": [f"Film {i}" for i in range(9)]})
     return mtrec_jax.fit(
         events(),
@@ -85,7 +85,7 @@ def test_the_history_shows_past_labels_by_default(recommender: Any) -> None:
 
 @pytest.mark.slow
 def test_past_labels_are_inputs_whatever_their_type_and_column(
-    tmp_path: Path, compiled_programs: Path
+    tmp_path: Path, compiled_programs: dict[str, str]
 ) -> None:
     frame = events()
     frame["did like"] = frame["rating"] >= 4

@@ -16,7 +16,8 @@ from mtrec_jax.train.run import Run
 
 # a command whose interrupt a library turns into another error, or drops inside a callback
 COMMAND = """
-import os, time
+import os, signal, time
+signal.signal({number}, signal.SIG_DFL)  # whatever started the tests may ignore it, like nohup
 from pathlib import Path
 from mtrec_jax import cli
 from mtrec_jax.result import save_tables
@@ -69,7 +70,8 @@ TRAINING = """
 import sys, time
 from pathlib import Path
 from mtrec_jax import cli
-from mtrec_jax.train.stopping import collecting, stopped_at
+from mtrec_jax.interrupts import collecting
+from mtrec_jax.train.stopping import stopped_at
 
 @cli.app.command()
 def work() -> None:
@@ -89,7 +91,10 @@ cli.main()
 def test_a_run_whose_terminal_is_lost_saves(tmp_path: Path) -> None:
     """The kernel sends SIGHUP, and then every write to the terminal fails."""
     ours, theirs = pty.openpty()
-    own_terminal = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    own_terminal = (
+        "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup may have started the tests
+    )
 
     process = subprocess.Popen(
         [sys.executable, "-c", own_terminal + TRAINING, "work"],

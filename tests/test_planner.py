@@ -93,6 +93,15 @@ def test_what_does_not_fit_names_the_cheapest_change_that_does(pod: Path) -> Non
     # eight devices hold a sixteenth of it
     assert "fits: 64 devices with train.row_precision=bfloat16" in refused(devices=8, memory=50e9)
     assert "Nothing near fits" in refused(memory=1e9)
+    # a table of 1 TB is whole on every device, with its moments
+    dense = "features.user.placement=dense"
+    assert "fits: model.item_placement=sparse and placement=sparse of the features, train" in (
+        refused(dense)
+    )
+    few = refused(dense, devices=8, memory=60e9)
+    assert "fits: 64 devices with model.item_placement=sparse and placement=sparse of" in few
+    assert "train.row_precision=bfloat16" in few
+    assert "Nothing near fits" in refused("train.batch_size=8", devices=8)  # not over 16
 
 
 def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
@@ -109,6 +118,7 @@ def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
     for option, text, message in (
         ("--device-memory", "lots", "--device-memory lots: write a number above 0 with its unit"),
         ("--bandwidth", "0GB/s", "such as 80GB/s"),
+        ("--bandwidth", "25", "--bandwidth 25: write a number above 0 with its unit"),
         ("--rows", "user", "--rows user: write it as item=1e9"),
     ):
         status, _, err = mtrec("plan", pod, option, text)
@@ -154,7 +164,9 @@ def test_prepared_data_gives_sizes_shapes_and_buffers(
         shapes = [jax.tree.leaves_with_path(tree) for tree in (actual, assumed)]
         for (path, one), (where, other) in zip(*shapes, strict=True):
             assert (path, one.shape, one.dtype) == (where, other.shape, other.dtype)
-    model = replace(shop_experiment.model, item_placement="sparse", fusion="none")
+    model = replace(
+        shop_experiment.model, item_placement="sparse", fusion="none", towers="shared_bottom"
+    )
     train = replace(shop_experiment.train, mesh=(0, 4))
     found = plan(
         replace(shop_experiment, model=model, train=train), devices=8, prepared=shop_prepared
@@ -163,6 +175,14 @@ def test_prepared_data_gives_sizes_shapes_and_buffers(
     assert found.measured
     # a device's 33 places of 60 items, over four owners
     assert 2 < found.buffers["lazy_adam"].places < 33
+
+
+def test_data_that_were_prepared_otherwise_are_refused(
+    shop_prepared: Prepared, shop_experiment: Experiment
+) -> None:
+    other = replace(shop_experiment, data=replace(shop_experiment.data, history_length=5))
+    with pytest.raises(ConfigError, match=r"was prepared with other \[data\] settings"):
+        plan(other, prepared=shop_prepared)
 
 
 def test_shared_rows_and_capacities_are_the_size_of_a_table(pod: Path) -> None:

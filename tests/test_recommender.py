@@ -336,7 +336,7 @@ ROWS = "colour,size,sold,kind\n" + "\n".join(
 
 @pytest.fixture(scope="module")
 def rows_recommender(
-    tmp_path_factory: pytest.TempPathFactory, compiled_programs: Path
+    tmp_path_factory: pytest.TempPathFactory, compiled_programs: dict[str, str]
 ) -> Recommender:
     """A run on rows without users and items, with a binary and a multiclass task."""
     folder = tmp_path_factory.mktemp("rows")

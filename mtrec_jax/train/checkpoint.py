@@ -163,13 +163,7 @@ def restore_latest(
             continue
         folder = Path(manager.directory)
         for number in damaged if processes.is_first() else ():
-            place = _free(folder.parent / "damaged" / str(number))
-            place.parent.mkdir(exist_ok=True)
-            (folder / str(number)).rename(place)
-            note(
-                f"checkpoint {folder / str(number)} is damaged and was moved to {place}; "
-                f"going on from step {step}"
-            )
+            _set_aside(folder / str(number), note, f"; going on from step {step}")
         if damaged:
             processes.wait("damaged checkpoints are moved")
             manager.reload()
@@ -196,10 +190,7 @@ def set_aside_unreadable(folder: Path, note: Callable[[str], None]) -> None:
         )
     processes.wait("unreadable checkpoints are found")
     for path in unreadable if processes.is_first() else ():
-        place = _free(folder.parent / "damaged" / path.name)
-        place.parent.mkdir(exist_ok=True)
-        path.rename(place)
-        note(f"checkpoint {path} is damaged and was moved to {place}")
+        _set_aside(path, note)
     processes.wait("unreadable checkpoints are moved")
 
 
@@ -217,9 +208,14 @@ def _unreadable(folder: Path) -> list[Path]:
     return found
 
 
-def _free(path: Path) -> Path:
-    numbers = (path.with_name(f"{path.name}.{n}") if n else path for n in itertools.count())
-    return next(place for place in numbers if not place.exists())
+def _set_aside(path: Path, note: Callable[[str], None], what_next: str = "") -> None:
+    """Move a step into the folder `damaged` beside the checkpoints, under a name that is free."""
+    folder = path.parent.parent / "damaged"
+    folder.mkdir(exist_ok=True)
+    numbers = (f"{path.name}.{n}" if n else path.name for n in itertools.count())
+    place = next(folder / name for name in numbers if not (folder / name).exists())
+    path.rename(place)
+    note(f"checkpoint {path} is damaged and was moved to {place}{what_next}")
 
 
 def restore_model(

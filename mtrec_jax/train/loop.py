@@ -24,6 +24,7 @@ from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_inference
+from mtrec_jax.interrupts import collecting
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.nn.network import make_plan
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
@@ -34,7 +35,7 @@ from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
-from mtrec_jax.train.stopping import asked_to_stop, collecting, stopped_at
+from mtrec_jax.train.stopping import asked_to_stop, stopped_at
 from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.train.watchdog import Watched
 from mtrec_jax.types import Batch, Catalogue, TrainState

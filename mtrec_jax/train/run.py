@@ -157,18 +157,23 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
 
 def check_data(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
     """Raise `ConfigError` unless the data suit the experiment, and a run that is in the folder."""
+    check_prepared(experiment, prepared)
+    trained_on = _trained_on(folder)
+    if trained_on and trained_on["fingerprint"] != prepared.manifest.fingerprint:
+        raise ConfigError(
+            f"{folder} was trained on other data ({trained_on['fingerprint']}) than "
+            f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
+        )
+
+
+def check_prepared(experiment: Experiment, prepared: Prepared) -> None:
+    """Raise `ConfigError` unless the data were prepared as the experiment says."""
     stored, wanted = prepared.manifest.config, configuration(experiment)
     differing = sorted(key for key in wanted if stored.get(key) != wanted[key])
     if differing:
         raise ConfigError(
             f"{prepared.folder} was prepared with other [{'], ['.join(differing)}] settings than "
             f"'{experiment.name}' has; run: mtrec prepare CONFIG, or pass another --prepared"
-        )
-    trained_on = _trained_on(folder)
-    if trained_on and trained_on["fingerprint"] != prepared.manifest.fingerprint:
-        raise ConfigError(
-            f"{folder} was trained on other data ({trained_on['fingerprint']}) than "
-            f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
         )
 
 

@@ -93,7 +93,7 @@ def make_step(
             is_good &= state.bad[0] == 0
         rate = row_schedule(state.step)
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)  # of bfloat16 rows
-        given = found.fetched, found.to_rows, rate, key, is_good, mesh, buffers
+        given = found.fetched, found.to_rows, rate, key, is_good, mesh
         tables = apply_gradients(rules, state, *given)
         new = {
             "params": params,

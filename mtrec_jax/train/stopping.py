@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mtrec_jax import processes
 from mtrec_jax.errors import Error
-from mtrec_jax.interrupts import leave_terminal, stop_signals
 
 
 class Stopped(Error):
@@ -40,26 +34,3 @@ def asked_to_stop(stopped: list[int], number: int, every: int) -> int:
     if processes.count() == 1:
         return here
     return 0 if number % every else processes.largest(here)
-
-
-@contextlib.contextmanager
-def collecting() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP instead of dying; a second one has its usual effect."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may install handlers
-        return
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        leave_terminal(number)
-        signal.signal(number, previous[number])
-
-    for number in stop_signals():
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -27,6 +27,7 @@ class Fetched(NamedTuple):
     addresses: Addresses
     scratch: dict[str, jax.Array]
     asked: dict[str, exchange.Asked]  # {} where every device holds whole tables
+    buffers: BuffersOf  # of the stacks in `asked`
 
 
 def new_scratch(
@@ -45,16 +46,16 @@ def fetch(
 ) -> Fetched:
     """The rows at the addresses; differentiate with respect to `rows`."""
     if mesh.shape["table"] == 1:
-        return Fetched(gather_rows({}, tables, addresses), addresses, scratch, {})
-    rows, asked, scratch = {}, {}, dict(scratch)
+        return Fetched(gather_rows({}, tables, addresses), addresses, scratch, {}, {})
+    rows, asked, used, scratch = {}, {}, dict[str, exchange.Buffers](), dict(scratch)
     for stack, by_role in addresses.items():
         table, ids = tables[stack], flat(by_role, mesh.size)
-        sizes = buffers.get(stack) or exchange.default_buffers(len(ids), mesh)
+        used[stack] = buffers.get(stack) or exchange.default_buffers(len(ids), mesh)
         found, scratch[stack], asked[stack] = exchange.look_up(
-            table, scratch[stack], ids, mesh, sizes
+            table, scratch[stack], ids, mesh, used[stack]
         )
         rows[stack] = _by_role(as_numbers(found), by_role, mesh.size)
-    return Fetched(rows, addresses, scratch, asked)
+    return Fetched(rows, addresses, scratch, asked, used)
 
 
 def apply_gradients(
@@ -66,7 +67,6 @@ def apply_gradients(
     key: jax.Array,
     wanted: jax.Array,
     mesh: jax.sharding.Mesh,
-    buffers: BuffersOf,
 ) -> dict[str, Any]:
     """`tables`, `slots`, `scratch` after the row-wise update with the gradients of all roles, and
     the `rounds` of the slowest exchange so far.
@@ -89,9 +89,8 @@ def apply_gradients(
                 optimizer, table, slots[stack], scratch[stack], ids, grads, rate, key, rows
             )
             continue
-        asked = fetched.asked[stack]
+        asked, sizes = fetched.asked[stack], fetched.buffers[stack]
         rule = _rule(optimizer, rate, key, table.dtype)
-        sizes = buffers.get(stack) or exchange.default_buffers(len(grads), mesh)
         most = jnp.maximum(most, exchange.rounds(asked, sizes))
         asked = asked._replace(numbers=jnp.where(wanted, asked.numbers, 0))
         tables[stack], slots[stack] = exchange.update(

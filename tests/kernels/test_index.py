@@ -36,7 +36,11 @@ def test_limits_as_in_the_reference(limits: dict[str, Any]) -> None:
         np.testing.assert_array_equal(found[0], expected[0])
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "+".join(limits) or "all")
+@pytest.mark.parametrize(
+    "limits",
+    [pytest.param(one, marks=pytest.mark.slow) for one in LIMITS[1:3]] + [LIMITS[0], LIMITS[3]],
+    ids=lambda limits: "+".join(limits) or "all",
+)
 def test_eight_devices_give_the_answer_of_one(limits: dict[str, Any]) -> None:
     assert len(jax.devices()) == 8
     mesh = jax.make_mesh((2, 4), ("data", "table"), (jax.sharding.AxisType.Auto,) * 2)

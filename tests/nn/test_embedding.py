@@ -137,7 +137,7 @@ def test_a_hashed_id_is_the_sum_of_its_rows_and_a_bag_the_mean_of_its_ids() -> N
     users = Field("context.user", "sgd", 40, 12, 2, spread=128, functions=2)
     group = Group((SEGMENT, users))
     ids = jnp.array([[2, 7, 9], [0, 7, 0], [3, 1, 0], [4, 0, 0]], jnp.int32)
-    found = addresses(group, ids)
+    found = jax.jit(lambda: addresses(group, ids))()
     np.testing.assert_array_equal(found["dense"], [[12], [-1], [13], [14]])
     at = np.asarray(found["sgd"])
     numbers = np.where(at < 0, -1, at)  # one part of 128 rows is spread to itself
@@ -151,6 +151,7 @@ def test_a_hashed_id_is_the_sum_of_its_rows_and_a_bag_the_mean_of_its_ids() -> N
     rng = np.random.default_rng(0)
     tables = {s: jnp.asarray(rng.normal(size=(128, 4)), jnp.float32) for s in ("dense", "sgd")}
 
+    @jax.jit
     def vectors(tables: dict[str, jax.Array]) -> jax.Array:
         return pool(group, ids, {s: gather(tables[s], a) for s, a in addresses(group, ids).items()})
 

@@ -43,6 +43,7 @@ class Built:
         self.params["dense"] = stacks["dense"]
         self.tables = {"lazy_adam": stacks["lazy_adam"]}
         self.run = jax.jit(partial(tiny.forward, self.model))
+        self.look_up = jax.jit(self.model.lookups)
 
     def forward(self, examples: Batch) -> tuple[jax.Array, UserStates, Outputs]:
         return self.run(self.params, self.tables, ITEMS, examples)
@@ -144,7 +145,7 @@ def test_retrieval_logit_is_the_cosine_over_the_temperature(sparse: Built) -> No
 
 def test_lookups_touch_the_rows_of_the_batch_and_no_others(sparse: Built) -> None:
     examples, plan = tiny.batch(4), sparse.plan
-    looked = sparse.model.lookups(examples, ITEMS, KEY)
+    looked = sparse.look_up(examples, ITEMS, KEY)
     offset = plan.fields["item"].offset
     places = np.concatenate([examples.events["item"], examples.candidate], axis=1)
     for role, expected in (("item", places), ("negative", np.asarray(looked.negatives))):
@@ -175,13 +176,13 @@ def test_negatives_are_drawn_by_their_probability_and_never_cold() -> None:
 
 def test_rows_fetched_for_padding_are_zero_and_get_no_gradient(sparse: Built) -> None:
     examples = tiny.batch(5)
-    looked = sparse.model.lookups(examples, ITEMS, None)
+    looked = sparse.look_up(examples, ITEMS, None)
 
     def total(tables: PyTree) -> jax.Array:
         rows = gather_rows({}, tables, {"lazy_adam": looked.addresses["lazy_adam"]})
         return sum((jnp.sum(part) for part in rows["lazy_adam"].values()), jnp.zeros(()))
 
-    gradient = np.asarray(jax.grad(total)(sparse.tables)["lazy_adam"])
+    gradient = np.asarray(jax.jit(jax.grad(total))(sparse.tables)["lazy_adam"])
     for field in sparse.plan.fields.values():
         if field.stack == "lazy_adam":
             np.testing.assert_array_equal(gradient[field.offset], 0)

@@ -62,7 +62,7 @@ def test_a_zipf_batch_moves_at_most_1_3_of_what_it_needs(shape: tuple[int, int])
     exchanged = sum(m.size for m in moved if m.how == "all-to-all") * mesh.size
 
     # what is needed: each distinct id of a device once, its row, and its gradient
-    looked = model.lookups(
+    looked = jax.jit(model.lookups)(
         batches[0]._replace(row=batches[0].row.astype(np.int32)), catalogue, None
     )
     places = [np.asarray(a).reshape(mesh.size, -1) for a in looked.addresses["lazy_adam"].values()]

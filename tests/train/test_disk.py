@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,30 +47,25 @@ Train = Callable[[int, Path], subprocess.CompletedProcess[str]]
 def train(
     shop_experiment: Experiment,
     shop_prepared: Prepared,
-    compiled_programs: Path,
+    one_device: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Train:
-    """Of 40 steps, with a checkpoint every 10: (step from which files are limited, run folder)."""
+    """Of 60 steps, with a checkpoint every 10: (step from which files are limited, run folder)."""
     folder = tmp_path_factory.mktemp("disk")
     model = replace(
         shop_experiment.model, towers="shared_bottom", fusion="none", item_placement="sparse"
     )
     steps = replace(
-        shop_experiment.train, steps=40, log_every=10, evaluate_every=40, checkpoint_every=10
+        shop_experiment.train, steps=60, log_every=10, evaluate_every=60, checkpoint_every=10
     )
     config = folder / "shop.toml"
     config.write_text(to_toml(replace(shop_experiment, model=model, train=steps)), "utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
     def run(limited: int, run: Path) -> subprocess.CompletedProcess[str]:
         places = ["--prepared", str(shop_prepared.folder), "--run", str(run)]
         return subprocess.run(
             [sys.executable, "-c", LIMITED, str(limited), "train", str(config), *places],
-            env=environment,
+            env=one_device,
             capture_output=True,
             text=True,
             timeout=300,
@@ -108,7 +102,7 @@ def _assert_full(done: subprocess.CompletedProcess[str], run: Path, step: int, w
 
 
 def test_a_small_disk_that_fills_up(train: Train, straight: Path, tmp_path: Path) -> None:
-    kept = straight / "checkpoints" / "40"
+    kept = straight / "checkpoints" / "60"
     blocks = sum(-(-p.stat().st_size // 4096) for p in kept.rglob("*") if p.is_file())
     with small_disk(tmp_path / "disk", f"{4 * blocks * 5 // 2}k") as disk:
         run = disk / "run"

@@ -20,7 +20,8 @@ from tests import tiny
 
 SIZE, STEPS = 16, 12
 EXPERIMENT = tiny.experiment(
-    train={"batch_size": SIZE, "learning_rate": 5e-3}, model={"item_placement": "dense"}
+    train={"batch_size": SIZE, "learning_rate": 5e-3},
+    model={"item_placement": "dense", "towers": "shared_bottom", "fusion": "none"},
 )
 
 
@@ -63,8 +64,8 @@ def test_exactly_the_rows_of_the_ids_of_a_batch_are_trained(single: list[TrainSt
     before, after = single[0], single[-1]
     plan, ids = make_plan(EXPERIMENT, manifest()), tiny.batch(0, SIZE).context["ids"]
     assert plan.rows["lazy_adam"] == 5 * 128  # two tables of 302 rows
-    tags = np.asarray(addresses(plan.context, jax.numpy.asarray(ids))["lazy_adam"])
-    brands = np.asarray(addresses(plan.item, jax.numpy.asarray(tiny.catalogue().ids))["lazy_adam"])
+    find = jax.jit(lambda ids, items: (addresses(plan.context, ids), addresses(plan.item, items)))
+    tags, brands = (np.asarray(a["lazy_adam"]) for a in find(ids, tiny.catalogue().ids))
     assert tags.shape == (SIZE, 6)
     assert brands.shape == (tiny.ITEMS + 2, 3)
     moved = np.flatnonzero((before.tables["lazy_adam"] != after.tables["lazy_adam"]).any(axis=1))

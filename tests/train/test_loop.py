@@ -271,16 +271,11 @@ def test_64_bits_must_be_switched_on(
 
 @pytest.fixture
 def command(
-    plain: Experiment, shop_prepared: Prepared, compiled_programs: Path, tmp_path: Path
+    plain: Experiment, shop_prepared: Prepared, one_device: dict[str, str], tmp_path: Path
 ) -> Callable[[str], subprocess.Popen[str]]:
     """Start `mtrec train` of 600 steps as a process of its own."""
     config, steps = tmp_path / "shop.toml", {"steps": 600, "log_every": 10, "evaluate_every": 300}
     config.write_text(to_toml(changed(plain, **steps, checkpoint_every=250)), encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
     def start(run: str) -> subprocess.Popen[str]:
         mtrec = [sys.executable, "-c", "from mtrec_jax.cli import main; main()"]
@@ -288,7 +283,7 @@ def command(
         return subprocess.Popen(
             [*mtrec, "train", str(config), *folders],
             cwd=tmp_path,
-            env=environment,
+            env=one_device,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -37,18 +37,18 @@ STEPS = 50
 
 WHERE = ("step", "split", "task", "metric")
 
-# A command that asks itself to stop once it has been given a number of batches; 0: never.
+# A command that sends itself a signal once it has been given a number of batches; 0: never.
 STOPPER = """
 import os, runpy, signal, sys
 from mtrec_jax.train import loop
 
-at, script = int(sys.argv.pop(1)), sys.argv.pop(1)
+at, by, script = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
 put, given = loop.put_batch, []
 
 def put_and_stop(batch, mesh):
     given.append(0)
     if len(given) == at:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), by)
     return put(batch, mesh)
 
 loop.put_batch = put_and_stop
@@ -62,8 +62,14 @@ class Two:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def __call__(self, *arguments: object, stop: int = 0) -> list[subprocess.CompletedProcess[str]]:
-        """Both processes, ended; the first asks to stop when it has got `stop` batches."""
+    def __call__(
+        self,
+        *arguments: object,
+        stop: int = 0,
+        which: int = 0,
+        by: signal.Signals = signal.SIGTERM,
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """Both processes, ended; one gets a signal when it has got `stop` batches."""
         environment = os.environ | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
             "JAX_ENABLE_X64": "1",
@@ -72,7 +78,8 @@ class Two:
         }
         started = []
         for number, (address, _) in enumerate(_arguments_of_two()):
-            program = ["-c", STOPPER, 0 if number else stop, ROOT / "scripts" / "train.py"]
+            moment = stop if number == which else 0
+            program = ["-c", STOPPER, moment, int(by), ROOT / "scripts" / "train.py"]
             joined = ["--coordinator", address, "--processes", 2, "--process", number]
             started.append(
                 subprocess.Popen(
@@ -116,7 +123,9 @@ def experiment(shop_experiment: Experiment) -> Experiment:
 
 @pytest.fixture(scope="module")
 def two(
-    experiment: Experiment, compiled_programs: Path, tmp_path_factory: pytest.TempPathFactory
+    experiment: Experiment,
+    compiled_programs: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Two:
     folder = tmp_path_factory.mktemp("processes")
     (folder / "shop.toml").write_text(to_toml(experiment), "utf-8")
@@ -158,12 +167,15 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_two_processes_learn_and_recommend_what_one_does(
-    two: Two, alone: Path, shop_prepared: Prepared
-) -> None:
+@pytest.fixture(scope="module")
+def both(two: Two, shop_prepared: Prepared) -> Path:
+    """The run of two processes."""
     done = two("train", "shop.toml", "--prepared", shop_prepared.folder, "--run", "both")
     assert [p.returncode for p in done] == [0, 0], done[0].stderr + done[1].stderr
-    both = two.folder / "both"
+    return two.folder / "both"
+
+
+def test_two_processes_learn_and_recommend_what_one_does(two: Two, alone: Path, both: Path) -> None:
     _assert_same(alone, both)
     done = two("recommend", both, "--all-users", "--k", 5, "--out", "all.csv")
     assert [p.returncode for p in done] == [0, 0], done[0].stderr + done[1].stderr
@@ -188,6 +200,41 @@ def test_a_run_goes_on_with_fewer_processes_and_devices(
             _go_on(experiment, shop_prepared, folder, mesh)
     _go_on(experiment, shop_prepared, folder, (1, 1))
     _assert_same(alone, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_bits(
+    two: Two, both: Path, shop_prepared: Prepared, which: int
+) -> None:
+    folder = two.folder / f"killed-{which}"
+    arguments = ("train", "shop.toml", "--prepared", shop_prepared.folder, "--run", folder)
+    done = two(*arguments, stop=33, which=which, by=signal.SIGKILL)
+    assert done[which].returncode == -signal.SIGKILL
+    assert done[1 - which].returncode not in (0, None), done[1 - which].stderr
+    assert max(int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")) < STEPS
+    done = two(*arguments)
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr + done[1].stderr
+    for one, other in zip(_learned(both), _learned(folder), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert _records(both) == _records(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_begin_with_what_a_run_has_learned(
+    two: Two, alone: Path, experiment: Experiment, shop_prepared: Prepared
+) -> None:
+    """Tables that are split over four shards take over those of one device, bit by bit."""
+    short = replace(experiment, train=replace(experiment.train, learning_rate=1e-30))
+    (two.folder / "short.toml").write_text(to_toml(short), "utf-8")
+    done = two(
+        *("train", "short.toml", "--prepared", shop_prepared.folder, "--run", "warm"),
+        *("--init-from", alone),
+    )
+    assert [p.returncode for p in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "initialised from" in done[0].stderr
+    for one, other in zip(_learned(alone), _learned(two.folder / "warm"), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @contextlib.contextmanager
