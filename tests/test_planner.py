@@ -25,6 +25,8 @@ from mtrec_jax.planner import check_placement
 from mtrec_jax.sharding import make_mesh, put_batch
 from mtrec_jax.train.costs import places_of_batch, state_shapes
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
 POD = """
 name = "pod"
 data = { kind = "rows" }
@@ -195,6 +197,28 @@ def test_shared_rows_and_capacities_are_the_size_of_a_table(pod: Path) -> None:
     experiment = mtrec_jax.load_experiment(pod, changes)
     places = places_of_batch(experiment, assumed_manifest(experiment, sizes))
     assert places == {"rowwise_adagrad": 6 * 65536}  # a hashed id asks for two rows
+
+
+def test_what_a_step_reads_does_not_grow_with_the_catalogue(shop_experiment: Experiment) -> None:
+    model = replace(
+        shop_experiment.model, item_placement="sparse", fusion="none", towers="shared_bottom"
+    )
+    experiment = replace(
+        shop_experiment, model=model, train=replace(shop_experiment.train, mesh=(0, 1))
+    )
+    sizes = dict.fromkeys(["segment", "age_group", "category", "brand"], 10)
+    sizes |= dict.fromkeys(["click", "cart", "buy", "stars"], 2)
+    small, large = (
+        plan(
+            experiment,
+            devices=8,
+            rows=sizes | {"item": items},
+            device=Device(memory=1e12),
+        )
+        for items in (10**6, 10**9)
+    )
+    assert small.seconds["memory reads"] == large.seconds["memory reads"]
+    assert 900 < large.memory["catalogue"] / small.memory["catalogue"] < 1100
 
 
 @pytest.mark.slow

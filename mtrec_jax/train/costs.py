@@ -106,7 +106,7 @@ def work_of_share(experiment: Experiment, manifest: Manifest, devices: int) -> W
     model = make_model(experiment, small)
     step = make_step(experiment, small, model, make_mesh((1, 1)), 1)
     batch = batch_shapes(experiment, small, share)
-    catalogue = catalogue_shapes(experiment, manifest)
+    catalogue = catalogue_shapes(experiment, small)
     compiled = step.update.lower(step.abstract, batch, catalogue).compile()  # type: ignore[attr-defined]
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     return Work(
@@ -262,7 +262,8 @@ def _update_memory(
 
 
 def _with_small_tables(experiment: Experiment, manifest: Manifest) -> tuple[Experiment, Manifest]:
-    """Tables that are updated row by row get a few rows; the catalogue keeps its size."""
+    """Tables that are updated row by row get a few rows, and with them the catalogue: XLA takes a
+    lookup for a read of everything."""
 
     def small(fields: tuple[IdField, ...]) -> tuple[IdField, ...]:
         return tuple(
@@ -285,5 +286,5 @@ def _with_small_tables(experiment: Experiment, manifest: Manifest) -> tuple[Expe
         return experiment, made
     items = min(_FEW, made.item_values or made.trained_items)
     model = dataclasses.replace(experiment.model, item_capacity=0)
-    made = dataclasses.replace(made, trained_items=items, item_values=0)
+    made = dataclasses.replace(made, items=items, trained_items=items, item_values=0)
     return dataclasses.replace(experiment, model=model), made

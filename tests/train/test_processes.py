@@ -59,8 +59,8 @@ runpy.run_path(script, run_name="__main__")
 class Two:
     """`mtrec ARGUMENTS` in two processes with four virtual devices each."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, flags: str):
+        self.folder, self.flags = folder, flags
 
     def __call__(
         self,
@@ -71,7 +71,7 @@ class Two:
     ) -> list[subprocess.CompletedProcess[str]]:
         """Both processes, ended; one gets a signal when it has got `stop` batches."""
         environment = os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": f"{self.flags} --xla_force_host_platform_device_count=4",
             "JAX_ENABLE_X64": "1",
             # No cache of programs: it would serve the first process alone, and the other one would
             # be late for the first exchange, for which they wait 30 seconds.
@@ -123,13 +123,11 @@ def experiment(shop_experiment: Experiment) -> Experiment:
 
 @pytest.fixture(scope="module")
 def two(
-    experiment: Experiment,
-    compiled_programs: dict[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
+    experiment: Experiment, one_device: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Two:
     folder = tmp_path_factory.mktemp("processes")
     (folder / "shop.toml").write_text(to_toml(experiment), "utf-8")
-    return Two(folder)
+    return Two(folder, one_device["XLA_FLAGS"])
 
 
 @pytest.fixture(scope="module")
