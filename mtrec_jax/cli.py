@@ -28,7 +28,7 @@ from mtrec_jax.cli_options import (
     Set,
 )
 from mtrec_jax.cli_plan import plan
-from mtrec_jax.errors import Error
+from mtrec_jax.errors import Error, Stalled
 from mtrec_jax.interrupts import unwinding
 from mtrec_jax.quiet import quieten
 
@@ -284,6 +284,8 @@ def main(begin: Callable[[], None] | None = None) -> None:
             if isinstance(error, Error):
                 typer.echo(f"mtrec: {error}", err=True)
                 status = getattr(error, "status", 2)
+                if isinstance(error, Stalled):
+                    os._exit(status)
                 if status <= 128:  # in the others all processes have stopped at the same step
                     _leave(status)
                 sys.exit(status)

@@ -21,7 +21,7 @@ def plan(
     flops: Annotated[str, typer.Option(help="Of one device, float32 products.")] = "50TFLOP/s",
     rows: Annotated[
         list[str] | None,
-        typer.Option(help="Size of a table: item=1e9, user=1e10. May be repeated."),
+        typer.Option(help="Size of a table: item=1e6, user=1e9. May be repeated."),
     ] = None,
     prepared: PreparedFolder = None,
     overrides: Set = None,

@@ -22,6 +22,10 @@ class CheckpointError(Error):
     """A run folder or a checkpoint cannot be used."""
 
 
+class Stalled(Error):
+    """Storage does not answer. A thread still waits for it, which only the process's end stops."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint `" Did you mean 'x'?"` for a misspelt `name`, or `""` when nothing known is close.
 

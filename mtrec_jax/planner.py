@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
@@ -27,6 +26,7 @@ from mtrec_jax.nn.exchange import Buffers, default_buffers
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.nn.network import Plan as Layout
 from mtrec_jax.nn.network import make_plan
+from mtrec_jax.planner_changes import changes, placements_of
 from mtrec_jax.quantities import quantity_text
 from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, mesh_shape
 from mtrec_jax.train.capacity import first_batches, measured_buffers
@@ -43,8 +43,6 @@ from mtrec_jax.train.costs import (
 )
 from mtrec_jax.train.run import check_prepared
 from mtrec_jax.types import TrainState
-
-_MOST_DEVICES = 1 << 20  # where the search for more devices ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +131,10 @@ def plan(
     devices, device, rows = devices or jax.device_count(), device or Device(), rows or {}
     for name, size in rows.items():
         if size > MOST_ROWS:
+            remedy = '; hash them into fewer (kind = "hashed", buckets = 1_000_000_000)'
             raise ConfigError(
-                f"--rows {name}: {size:,} rows are more than the {MOST_ROWS:,} of one array; hash "
-                "the values into fewer (hash_rows), or split the feature into several"
+                f"--rows {name}: {size:,} values are more than the {MOST_ROWS:,} that can have a "
+                f"number{'' if name == 'item' else remedy}"
             )
     if prepared is None:
         manifest = assumed_manifest(experiment, rows)
@@ -150,12 +149,13 @@ def plan(
     fixed = _fixed_mesh(experiment, devices)
     for shards in [fixed[1]] if fixed else _shard_counts(devices):
         mesh = (devices // shards, shards)
-        if _rough(experiment, manifest, state, work, mesh) <= device.memory:
+        needed = _rough(experiment, manifest, state, work, mesh)
+        if needed <= device.memory:
             found = plan_on(experiment, manifest, prepared, state, work, mesh, device)
-            if found.bytes <= device.memory:
+            needed = found.bytes
+            if needed <= device.memory:
                 return found
-    mesh = (devices // shards, shards)
-    raise ConfigError(_refusal(experiment, manifest, state, work, mesh, device))
+    raise ConfigError(_refusal(experiment, manifest, state, work, mesh, needed, device))
 
 
 def _placed_as(prepared: Prepared, experiment: Experiment) -> Experiment:
@@ -325,74 +325,33 @@ def _refusal(
     state: TrainState,
     work: Work,
     mesh: tuple[int, int],
+    needed: int,
     device: Device,
 ) -> str:
     """What does not fit, and the cheapest change that does."""
-    needed = _rough(experiment, manifest, state, work, mesh)
     devices = mesh[0] * mesh[1]
-    stored = stored_bytes(experiment, manifest, state, devices, mesh[1])
-    largest = max(stored, key=lambda part: stored[part])
+    parts = stored_bytes(experiment, manifest, state, devices, mesh[1])
+    parts["working memory"] = needed - sum(parts.values())
+    largest = max(parts, key=lambda part: parts[part])
     text = (
         f"{experiment.name} needs {quantity_text(needed)} on each of {devices} devices, which have "
-        f"{quantity_text(device.memory)}; {quantity_text(stored[largest])} of it are {largest}. "
+        f"{quantity_text(device.memory)}; {quantity_text(parts[largest])} of it: {largest}. "
     )
-    works = {_placements(experiment): work}
-    for what, changed, count in _changes(experiment, devices):
+    works = {placements_of(experiment): work}
+    for what, changed, count in changes(experiment, devices):
         sized = resized(manifest, changed, {})
         shapes = state if changed is experiment else state_shapes(changed, sized)
-        placements = _placements(changed)
+        placements = placements_of(changed)
         if placements not in works:  # a dense table has a gradient of its size
             works[placements] = work_of_share(changed, sized, devices)
         temporary = works[placements].temporary * devices // count
         share = work._replace(temporary=temporary)
         for shards in _shard_counts(count):
-            bytes_ = _rough(changed, sized, shapes, share, (count // shards, shards))
-            if bytes_ <= 0.95 * device.memory:  # the exchange needs a little as well
-                where = f"{what}train.mesh=[{count // shards},{shards}]"
+            new = (count // shards, shards)
+            if _rough(changed, sized, shapes, share, new) > device.memory:
+                continue
+            bytes_ = plan_on(changed, sized, None, shapes, share, new, device).bytes
+            if bytes_ <= device.memory:
+                where = f"{what}train.mesh=[{new[0]},{new[1]}]"
                 return f"{text}The nearest that fits: {where} ({quantity_text(bytes_)} on each)"
     return text + "Nothing near fits: smaller tables (hash_rows), a smaller model.width"
-
-
-def _placements(experiment: Experiment) -> tuple[str, ...]:
-    features = (feature.placement for feature in experiment.features.values())
-    return (experiment.model.item_placement, *features)
-
-
-def _changes(experiment: Experiment, devices: int) -> Iterator[tuple[str, Experiment, int]]:
-    """From cheap to dear: (overrides in words, experiment, devices)."""
-    variants = list(_variants(experiment))
-    for words, changed in variants:
-        yield words, changed, devices
-    count = 2 * devices
-    while count <= _MOST_DEVICES:
-        if experiment.train.batch_size % (count * experiment.train.accumulate) == 0:
-            for words, changed in variants[::3]:  # as it is, with all of a table's savings, sparse
-                yield f"{count} devices with {words}", changed, count
-        count *= 2
-
-
-def _variants(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
-    """From cheap to dear: (overrides in words, experiment)."""
-    low, rule = "train.row_precision=bfloat16 ", "train.row_optimizer=rowwise_adagrad "
-    coarse: dict[str, Any] = {"row_precision": "bfloat16"}
-    small: dict[str, Any] = {"row_optimizer": "rowwise_adagrad", "row_optimizers": {}}
-    sparse = dataclasses.replace(
-        experiment,
-        features={
-            name: dataclasses.replace(feature, placement="sparse")
-            for name, feature in experiment.features.items()
-        },
-        model=dataclasses.replace(experiment.model, item_placement="sparse"),
-    )
-    placed = "model.item_placement=sparse and placement=sparse of the features, "
-    yield "", experiment
-    yield low, _training(experiment, **coarse)
-    yield rule, _training(experiment, **small)
-    yield low + rule, _training(experiment, **coarse, **small)
-    yield placed, sparse
-    yield placed + low, _training(sparse, **coarse)
-    yield placed + low + rule, _training(sparse, **coarse, **small)
-
-
-def _training(experiment: Experiment, **keys: Any) -> Experiment:
-    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, **keys))

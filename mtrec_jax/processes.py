@@ -36,6 +36,8 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
       ConfigError: numbers that do not fit each other, or no cluster that says them.
     """
     if not coordinator:
+        if processes or process != -1:
+            raise ConfigError("--processes, --process: --coordinator HOST:PORT is needed as well")
         _leave_signals()
         try:
             jax.distributed.initialize()

@@ -24,7 +24,7 @@ LAYERS = (
     ("evaluation",),
     ("train",),
     ("requests", "result", "recommender"),
-    ("from_tables", "planner", "planner_tables"),
+    ("from_tables", "planner", "planner_changes", "planner_tables"),
     ("cli_data", "cli_options", "cli_plan", "cli"),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

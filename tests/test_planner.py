@@ -22,6 +22,7 @@ from mtrec_jax.evaluation.inference import load_catalogue
 from mtrec_jax.nn.embedding import spread
 from mtrec_jax.nn.network import make_plan
 from mtrec_jax.planner import check_placement
+from mtrec_jax.quantities import quantity_text
 from mtrec_jax.sharding import make_mesh, put_batch
 from mtrec_jax.train.costs import places_of_batch, state_shapes
 
@@ -104,6 +105,18 @@ def test_what_does_not_fit_names_the_cheapest_change_that_does(pod: Path) -> Non
     assert "fits: 64 devices with model.item_placement=sparse and placement=sparse of" in few
     assert "train.row_precision=bfloat16" in few
     assert "Nothing near fits" in refused("train.batch_size=8", devices=8)  # not over 16
+
+
+def test_what_the_exchange_needs_is_part_of_a_refusal(pod: Path) -> None:
+    experiment = mtrec_jax.load_experiment(pod, ["train.mesh=[0,8]", "train.accumulate=64"])
+    rows = dict.fromkeys(FEATURES, 1000)
+    needed = plan(experiment, devices=8, rows=rows).bytes
+    with pytest.raises(ConfigError) as error:
+        plan(experiment, devices=8, rows=rows, device=Device(memory=needed - 1.0))
+    said = str(error.value)
+    assert f"pod needs {quantity_text(needed)} on each of 8 devices" in said
+    assert "of it: working memory" in said
+    assert "fits: train.mesh=[1,8]" not in said
 
 
 def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
@@ -189,6 +202,8 @@ def test_data_that_were_prepared_otherwise_are_refused(
 
 def test_shared_rows_and_capacities_are_the_size_of_a_table(pod: Path) -> None:
     sizes = dict.fromkeys(FEATURES, 1000)
+    with pytest.raises(ConfigError, match=r"--rows user: 10,000,000,000 values .* hash them"):
+        plan(mtrec_jax.load_experiment(pod), devices=8, rows=sizes | {"user": 10**10})
     del sizes["page"], sizes["user"]
     changes = ["features.page.capacity=5000", "features.user.hash_rows=3_000_000"]
     found = plan(mtrec_jax.load_experiment(pod, changes), devices=8, rows=sizes)

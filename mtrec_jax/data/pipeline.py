@@ -11,18 +11,21 @@ few, which is cheaper than handing batches from thread to thread.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import grain
 import jax
 import numpy as np
 
 from mtrec_jax.data.dataset import Prepared, to_arrays
+from mtrec_jax.errors import Stalled
 from mtrec_jax.types import Batch
 
 CACHE_BYTES = 1 << 30  # a split that takes less, with its masks, stays in memory, decoded
+_PATIENCE = 60  # seconds between notes that nothing comes
 _READER = ThreadPoolExecutor(1, "mtrec-reader")  # one: files and caches are its alone
 
 
@@ -38,6 +41,8 @@ class BatchSource:
       seed: of the order; None keeps the order on disk.
       epochs: how many times the split is visited.
       dtype: of floating-point arrays.
+      timeout: seconds without an answer of the storage before a batch raises `Stalled`; 0: never.
+        Each minute a note goes to standard error.
     """
 
     def __init__(
@@ -48,7 +53,9 @@ class BatchSource:
         seed: int | None = None,
         epochs: int = 1,
         dtype: str = "float32",
+        timeout: int = 0,
     ):
+        self._timeout = timeout
         self._file, self._lock = prepared.parquet(split), threading.Lock()
         self._seed, self._batch_size, self._dtype = seed, batch_size, dtype
         groups = [self._file.metadata.row_group(g) for g in range(self._file.num_row_groups)]
@@ -109,7 +116,21 @@ class BatchSource:
         if last and (epoch + 1) * self.batches_per_epoch >= self._length:
             wanted.pop()
         self._ahead = {key: self._ahead.get(key) or self._begin(*key) for key in wanted}
-        return self._ahead[epoch, place].result()
+        return self._answer(self._ahead[epoch, place])
+
+    def _answer(self, reading: Future[Batch]) -> Batch:
+        """What is read, once it is there: storage that hangs must not hang a run in silence."""
+        patience, waited = min(_PATIENCE, self._timeout or _PATIENCE), 0
+        while not wait([reading], patience).done:
+            waited += patience
+            if self._timeout and waited >= self._timeout:
+                raise Stalled(
+                    f"no batch came for {waited} s: the storage of the prepared data does not "
+                    "answer. Run the same command to continue from the last checkpoint, or raise "
+                    "train.input_timeout"
+                )
+            print(f"waiting for a batch, {waited} s so far: is the storage slow?", file=sys.stderr)
+        return reading.result()
 
     def _begin(self, epoch: int, place: int) -> Future[Batch]:
         same = epoch == self._order[0]

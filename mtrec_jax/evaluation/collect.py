@@ -91,7 +91,10 @@ def _own_batches(
     """This process's batches of a split; the processes take turns and have equally many."""
     devices = 1 if inference.mesh is None else inference.mesh.size // processes.count()
     size = -(-experiment.evaluate.batch_size // devices) * devices
-    source = BatchSource(prepared, split, size, dtype=experiment.train.precision)
+    config = experiment.train
+    source = BatchSource(
+        prepared, split, size, dtype=config.precision, timeout=config.input_timeout
+    )
     for first in range(0, len(source), processes.count()):
         number = first + processes.index()
         yield _for_device(source[number] if number < len(source) else source.empty(size))

@@ -21,7 +21,7 @@ from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
 from mtrec_jax import processes
-from mtrec_jax.errors import CheckpointError
+from mtrec_jax.errors import CheckpointError, Error
 from mtrec_jax.sharding import by_row_on, whole_on
 from mtrec_jax.train.tables import new_scratch
 from mtrec_jax.types import PyTree, TrainState
@@ -230,6 +230,7 @@ def restore_model(
 
     Raises:
       CheckpointError: the step is damaged or was written by another model.
+      Error: the devices have too little memory.
     """
     params, tables = like
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -253,6 +254,11 @@ def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -
         failed = error
     if processes.largest(failed is not None):
         what = _first_line(failed) if failed else "another process could not read its part"
+        if isinstance(failed, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+            raise Error(
+                f"checkpoint {manager.directory / str(step)} does not fit in the memory of the "
+                f"devices ({what}). It needs as many as in training: see train.mesh, mtrec plan"
+            ) from failed
         raise _damaged(manager, step, what) from failed
     return found
 

@@ -230,8 +230,9 @@ def working_memory(
         table = state.tables[stack]
         own, rows = places[stack] // devices, table.shape[0]
         gradient = table.shape[1] * computed_dtype(table).itemsize
+        ranks = 4 * own * mesh[1]  # how many ids of each owner come before an id
         backward += 4 * (3 * own + min(places[stack], rows // mesh[1]))
-        sent = own * gradient + 2 * mesh[1] * sizes.places * (gradient + 4)
+        sent = own * gradient + 2 * mesh[1] * sizes.places * (gradient + 4) + ranks
         updated = _update_memory(experiment, state, stack, sizes.window, False)
         update = max(update, gradient * (own + sizes.window) + max(sent, updated))
     return max(backward, update)

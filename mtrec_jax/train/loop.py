@@ -37,7 +37,6 @@ from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.train.stopping import asked_to_stop, stopped_at
 from mtrec_jax.train.warm_start import find_source, warm_start
-from mtrec_jax.train.watchdog import Watched
 from mtrec_jax.types import Batch, Catalogue, TrainState
 
 _MOST_LEFT_OUT = 100  # steps, with train.not_finite = "skip"
@@ -164,9 +163,8 @@ def _train(
             bar.note(
                 f"{job.records.path} is shorter than when step {number} was saved: some is lost"
             )
-        watched = Watched(job.batches, experiment.train.input_timeout, bar.note)
-        with bar, contextlib.closing(watched) as reader:
-            number = _run_steps(job, manager, bar, state, meta, stopped, reader)
+        with bar:
+            number = _run_steps(job, manager, bar, state, meta, stopped)
         if meta["done"]:
             bar.note(
                 f"stopped early at step {number}: no improvement in {meta['stale']} evaluations"
@@ -234,7 +232,6 @@ def _run_steps(
     state: TrainState,
     meta: dict[str, Any],
     stopped: list[int],
-    reader: Watched,
 ) -> int:
     """Step, record, evaluate and save until the end, early stopping or a signal."""
     config, number = job.experiment.train, int(state.step)
@@ -249,7 +246,7 @@ def _run_steps(
     recent: deque[Batch] = deque(maxlen=STEPS_IN_FLIGHT)
     left_out = int(state.bad[0])
     while number < job.total and not meta["done"]:
-        batch = put_batch(reader.next(), job.mesh)
+        batch = put_batch(next(job.batches), job.mesh)
         recent.append(batch)
         state = job.step.update(state, batch, job.catalogue)
         number += 1
@@ -295,8 +292,10 @@ def _check_finite(
         finite = job.step.inspect(before, recent[-age], job.catalogue)
         bad = [name for name, is_finite in finite.items() if not is_finite]
         epoch, batch = divmod(last - 1, job.epoch)
-        first = bad[0] if bad else "the new parameters"
-        message += f" (epoch {epoch + 1}, batch {batch + 1}): first {first}"
+        what = f"first {bad[0]}" if bad else "first the new parameters"
+        if not bad and age > 1 and not stops:  # better steps have followed
+            what = "with the parameters of now it would be"
+        message += f" (epoch {epoch + 1}, batch {batch + 1}): {what}"
     skip = ', or leave such steps out with train.not_finite = "skip"' if stops else ""
     if stops or found > _MOST_LEFT_OUT:
         raise Error(
@@ -315,9 +314,8 @@ def _schedule(experiment: Experiment, prepared: Prepared) -> tuple[BatchSource, 
     one = BatchSource(prepared, "train", config.batch_size)
     epochs = config.epochs or -(-config.steps // one.batches_per_epoch)
     total = config.steps or epochs * one.batches_per_epoch
-    source = BatchSource(
-        prepared, "train", config.batch_size, config.seed, epochs, config.precision
-    )
+    order = config.seed, epochs, config.precision, config.input_timeout
+    source = BatchSource(prepared, "train", config.batch_size, *order)
     return source, total, config.evaluate_every or one.batches_per_epoch
 
 

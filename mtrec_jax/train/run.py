@@ -28,7 +28,7 @@ from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
 _OWN_FILES = (
-    *("prepared.json", "config.toml", "config.toml.partial", "metrics.jsonl", "init_from.json"),
+    *("prepared.json", "config.toml", "metrics.jsonl", "init_from.json"),
     *("checkpoints", "damaged", "lock"),
 )
 
@@ -86,10 +86,15 @@ def load_best(
     _, _, larger = select_metric(run.experiment)
     model = make_model(run.experiment, run.prepared.manifest)
     like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
-    with checkpoint.open_manager(run.folder / "checkpoints", larger, True) as manager:
-        best = checkpoint.best_or_latest(manager, run.folder / "checkpoints")
-        params, tables = checkpoint.restore_model(manager, best, like, mesh)
-    return params, tables, best
+    folder = run.folder / "checkpoints"
+    while True:
+        with checkpoint.open_manager(folder, larger, True) as manager:
+            best = checkpoint.best_or_latest(manager, folder)
+            try:
+                return *checkpoint.restore_model(manager, best, like, mesh), best
+            except CheckpointError:
+                if (folder / str(best)).exists():
+                    raise  # otherwise training goes on, and has found a better one
 
 
 def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Evaluation, int]:
@@ -123,14 +128,15 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
 
 
 def shared_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
-    """The devices of all processes, where there are several; one device does for one process.
+    """The devices that evaluate and recommend: all of them where there are several processes, in
+    one process as many as hold the tables in training. None: one device does.
 
     Tables are split as in training, as far as that divides the devices that are here.
     """
-    if processes.count() == 1:
-        return None
     devices = jax.device_count()
     table = math.gcd(experiment.train.mesh[1] or devices, devices)
+    if processes.count() == 1:
+        return make_mesh((1, table)) if table > 1 else None
     return make_mesh((devices // table, table))
 
 
@@ -151,7 +157,9 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
                 f"{folder} is a run of another configuration:\n{shown}\n"
                 "Pass another --run folder, or the configuration it was started with"
             )
-    elif folder.exists() and any(p.name not in _OWN_FILES for p in folder.iterdir()):
+    elif folder.exists() and any(
+        p.name.removesuffix(".partial") not in _OWN_FILES for p in folder.iterdir()
+    ):
         raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
 
 

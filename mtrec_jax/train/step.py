@@ -27,9 +27,10 @@ class Step(NamedTuple):
     """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once.
     `abstract` has the shapes and shardings of a state.
 
-    A step whose loss, gradient or new parameters are not finite changes nothing but `state.bad`;
-    with `train.not_finite = "stop"` neither do the steps after it. `inspect(state, batch,
-    catalogue)` tells which losses and gradients of this batch are finite, by name, losses first.
+    A step whose loss, gradient (squared, of rows) or new parameters are not finite changes nothing
+    but `state.bad`; with `train.not_finite = "stop"` neither do the steps after it.
+    `inspect(state, batch, catalogue)` tells which losses and gradients of this batch are finite,
+    by name, losses first.
     """
 
     abstract: TrainState
@@ -88,7 +89,8 @@ def make_step(
         found = differentiate(state, batch, catalogue)
         updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        is_good = _all_finite((found.sums, found.to_params, found.to_rows, params))
+        squares = _largest_squares(found.to_rows)
+        is_good = _all_finite((found.sums, found.to_params, found.to_rows, params, squares))
         if config.not_finite == "stop":
             is_good &= state.bad[0] == 0
         rate = row_schedule(state.step)
@@ -145,6 +147,8 @@ def _finite(
         for path, leaf in jax.tree.leaves_with_path(tree):
             where = ".".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
             finite[f"the gradient of {name}.{where}"] = _all_finite(leaf)
+    for stack, bound in _largest_squares(found.to_rows).items():
+        finite[f"the squared gradient of rows.{stack}"] = _all_finite(bound)
     return finite
 
 
@@ -165,6 +169,22 @@ def _after(
 
 def _all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _largest_squares(to_rows: PyTree) -> dict[str, jax.Array]:
+    """Bounds of the square of a row's gradient, which row optimizers add up: {stack: bound}.
+
+    All gradients may belong to one row.
+    """
+
+    def sum_of(gradients: jax.Array) -> jax.Array:
+        count = gradients.size // gradients.shape[-1]
+        return count * jnp.max(jnp.abs(gradients), initial=0)
+
+    return {
+        stack: jnp.square(sum(map(sum_of, by_role.values()), jnp.float32(0)))
+        for stack, by_role in to_rows.items()
+    }
 
 
 def _initial_weights(experiment: Experiment) -> jax.Array:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, fixed_size
 from mtrec_jax.data.pipeline import BatchSource, evaluation_batches, training_batches
+from mtrec_jax.errors import Stalled
 from mtrec_jax.types import Batch
 from tests import tiny
 
@@ -180,3 +186,51 @@ def test_threads_may_share_a_source(prepared: Prepared) -> None:
     with ThreadPoolExecutor(4) as pool:
         for s, found in enumerate(pool.map(shared.__getitem__, range(30))):
             _assert_equal(found, expected[s])
+
+
+def test_a_batch_that_does_not_come_is_noticed(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers, decode = threading.Event(), BatchSource._decode
+
+    def slow(source: BatchSource, block: int | None) -> Batch:
+        if block is not None:
+            answers.wait(60)
+        return decode(source, block)
+
+    monkeypatch.setattr(BatchSource, "_decode", slow)
+    monkeypatch.setattr("mtrec_jax.data.pipeline._PATIENCE", 1)
+    source = BatchSource(prepared, "train", SIZE, timeout=2)
+    batches = training_batches(source)
+    with pytest.raises(Stalled, match="no batch came for 2 s"):
+        next(batches)
+    assert capsys.readouterr().err == "waiting for a batch, 1 s so far: is the storage slow?\n"
+    answers.set()
+    assert len(source[0].user) == SIZE
+
+
+STALLED = """
+import sys, threading
+from mtrec_jax import cli
+from mtrec_jax.data.pipeline import BatchSource
+
+BatchSource._read = lambda *arguments: threading.Event().wait()
+cli.main()
+"""
+
+
+def test_a_command_ends_although_storage_still_hangs(
+    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    train = replace(shop_experiment.train, input_timeout=1)
+    (tmp_path / "shop.toml").write_text(to_toml(replace(shop_experiment, train=train)), "utf-8")
+    arguments = ["train", "shop.toml", "--prepared", str(shop_prepared.folder), "--run", "run"]
+    done = subprocess.run(
+        [sys.executable, "-c", STALLED, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "mtrec: no batch came for 1 s" in done.stderr

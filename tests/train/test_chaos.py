@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
@@ -19,9 +20,10 @@ import pytest
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.train import checkpoint
 from mtrec_jax.train.loop import train
 from mtrec_jax.train.records import read_records
-from mtrec_jax.train.run import load_best, open_run
+from mtrec_jax.train.run import Run, check_folder, load_best, open_run
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
@@ -197,6 +199,35 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert damage == "no metric" or "going on from step 50" in done.stderr
     assert (run / "damaged" / "60").is_dir()
     assert_same(straight, run)
+
+
+def test_a_start_that_is_killed_while_it_claims_its_folder_leaves_it_free(
+    shop_experiment: Experiment, tmp_path: Path
+) -> None:
+    for name in ("prepared.json", "config.toml", "init_from.json"):
+        (tmp_path / f"{name}.partial").write_text("{")
+    check_folder(tmp_path, shop_experiment)
+    (tmp_path / "thesis.txt.partial").write_text("")
+    with pytest.raises(ConfigError, match="is not empty and no run folder"):
+        check_folder(tmp_path, shop_experiment)
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_the_new_best(
+    shop_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that trains has found a better one."""
+    run = replace(shop_run, folder=tmp_path / "run")
+    shutil.copytree(shop_run.folder, run.folder)
+    _, _, best = load_best(run)
+    restore = checkpoint.restore_model
+
+    def removed_first(manager: Any, step: int, *rest: Any) -> Any:
+        if step == best:
+            shutil.rmtree(run.folder / "checkpoints" / str(best))
+        return restore(manager, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "restore_model", removed_first)
+    assert load_best(run)[2] != best
 
 
 def test_the_second_trainer_in_a_run_folder_is_refused(

@@ -1,9 +1,8 @@
-"""Steps whose loss is not finite, and batches that do not come."""
+"""Steps whose loss is not finite."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from mtrec_jax.train import loop
 from mtrec_jax.train.loop import train
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import load_best, open_run
-from mtrec_jax.train.watchdog import Watched
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
@@ -114,32 +112,3 @@ def test_the_step_itself_moves_nothing_but_its_count(
         state = job.step.update(state, loop.put_batch(good, job.mesh), job.catalogue)
         assert (bits(state) != before) == again
         assert state.bad.tolist() == ([1, 1] if again else [2, 1])
-
-
-def test_a_batch_that_does_not_come_is_noticed() -> None:
-    hangs = threading.Event()
-    notes: list[str] = []
-
-    def slow() -> Iterator[int]:
-        yield 1
-        hangs.wait(20)
-        yield 2
-
-    watched = Watched(slow(), 3, notes.append, patience=1)
-    assert watched.next() == 1
-    with pytest.raises(Error, match="no batch came for 3 s"):
-        watched.next()
-    assert [note.split(":")[0] for note in notes] == [
-        "waiting for a batch, 1 s so far",
-        "waiting for a batch, 2 s so far",
-    ]
-    hangs.set()
-    watched.close()
-
-
-def test_what_reading_raises_is_raised() -> None:
-    watched = Watched(iter([5]), 0, print)
-    assert watched.next() == 5
-    with pytest.raises(StopIteration):
-        watched.next()
-    watched.close()

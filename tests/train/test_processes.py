@@ -92,9 +92,14 @@ class Two:
                 )
             )
         ended = []
-        for process in started:
-            out, err = process.communicate(timeout=300)
-            ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        try:
+            for process in started:
+                out, err = process.communicate(timeout=300)
+                done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+                ended.append(done)
+        finally:
+            for process in started:
+                process.kill()
         return ended
 
 
@@ -299,6 +304,7 @@ def _arguments_of_two() -> list[tuple[str, str]]:
         ("localhost", 2, 0, "'localhost' is not HOST:PORT"),
         ("localhost:99999", 2, 0, "'localhost:99999' is not HOST:PORT"),
         ("localhost:9911", 0, -1, "--processes N and --process I are needed as well"),
+        ("", 2, 0, "--processes, --process: --coordinator HOST:PORT is needed as well"),
         ("localhost:9911", 2, 2, "--process 2 of --processes 2: the processes are numbered"),
     ],
 )
