@@ -16,7 +16,7 @@ from mtrec_jax.nn.embedding import rule_of
 from mtrec_jax.nn.model import Model
 from mtrec_jax.sharding import state_shardings
 from mtrec_jax.train.balance import static, uncertainty
-from mtrec_jax.train.gradients import Differentiate, make_differentiate
+from mtrec_jax.train.gradients import Differentiate, Differentiated, make_differentiate
 from mtrec_jax.train.objective import loss_names
 from mtrec_jax.train.sparse import RULES, RowOptimizer, at_rate, bounded
 from mtrec_jax.train.tables import BuffersOf, apply_gradients, new_scratch
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once.
     `abstract` has the shapes and shardings of a state.
 
-    A step whose loss, gradient (squared, of rows) or new parameters are not finite changes nothing
+    A step whose loss, squared gradient or new parameters are not finite changes nothing
     but `state.bad`; with `train.not_finite = "stop"` neither do the steps after it.
     `inspect(state, batch, catalogue)` tells which losses and gradients of this batch are finite,
     by name, losses first.
@@ -89,8 +89,7 @@ def make_step(
         found = differentiate(state, batch, catalogue)
         updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        squares = _largest_squares(found.to_rows)
-        is_good = _all_finite((found.sums, found.to_params, found.to_rows, params, squares))
+        is_good = _all_finite((found.sums, _squares(found), params))
         if config.not_finite == "stop":
             is_good &= state.bad[0] == 0
         rate = row_schedule(state.step)
@@ -145,11 +144,14 @@ def _finite(
     finite = {f"the loss of {n}": _all_finite(found.sums[n]) for n in found.sums}
     for name, tree in (("params", found.to_params), ("rows", found.to_rows)):
         for path, leaf in jax.tree.leaves_with_path(tree):
-            where = ".".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)
-            finite[f"the gradient of {name}.{where}"] = _all_finite(leaf)
-    for stack, bound in _largest_squares(found.to_rows).items():
-        finite[f"the squared gradient of rows.{stack}"] = _all_finite(bound)
+            finite[f"the gradient of {name}{_dotted(path)}"] = _all_finite(leaf)
+    for path, square in jax.tree.leaves_with_path(_squares(found)):
+        finite[f"the squared gradient of {_dotted(path)[1:]}"] = _all_finite(square)
     return finite
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return "".join(f".{getattr(p, 'key', getattr(p, 'idx', p))}" for p in path)
 
 
 def _after(
@@ -171,19 +173,17 @@ def _all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _largest_squares(to_rows: PyTree) -> dict[str, jax.Array]:
-    """Bounds of the square of a row's gradient, which row optimizers add up: {stack: bound}.
+def _squares(found: Differentiated) -> dict[str, PyTree]:
+    """Finite only where all gradients are, and their squares, which optimizers add up.
 
-    All gradients may belong to one row.
+    All gradients of a stack's rows may belong to one row.
     """
-
-    def sum_of(gradients: jax.Array) -> jax.Array:
-        count = gradients.size // gradients.shape[-1]
-        return count * jnp.max(jnp.abs(gradients), initial=0)
-
     return {
-        stack: jnp.square(sum(map(sum_of, by_role.values()), jnp.float32(0)))
-        for stack, by_role in to_rows.items()
+        "params": jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient)), found.to_params),
+        "rows": {
+            stack: jnp.square(sum(jnp.sum(jnp.abs(gradient)) for gradient in by_role.values()))
+            for stack, by_role in found.to_rows.items()
+        },
     }
 
 

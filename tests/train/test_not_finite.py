@@ -112,3 +112,31 @@ def test_the_step_itself_moves_nothing_but_its_count(
         state = job.step.update(state, loop.put_batch(good, job.mesh), job.catalogue)
         assert (bits(state) != before) == again
         assert state.bad.tolist() == ([1, 1] if again else [2, 1])
+
+
+def test_a_gradient_whose_square_is_not_finite_changes_nothing(
+    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    """Adam and Adagrad would add infinity to what they remember, and never move again."""
+    experiment = _experiment(shop_experiment, not_finite="skip")
+    job = loop._make_job(experiment, shop_prepared, tmp_path, None)
+    state, batch = job.step.init(jax.random.key(0, impl="rbg")), next(job.batches)
+    stars, mask = (np.zeros_like(part["stars"]) for part in (batch.labels, batch.mask))
+    stars[0], mask[0] = 1e19, np.minimum(1, np.arange(stars.shape[1]) == 0)
+    large = batch._replace(
+        labels={**batch.labels, "stars": stars},
+        mask={**batch.mask, "stars": mask},
+        weight=np.maximum(batch.weight, mask),
+    )
+    large = loop.put_batch(large, job.mesh)
+    bad = [
+        n for n, is_finite in job.step.inspect(state, large, job.catalogue).items() if not is_finite
+    ]
+    assert bad
+    assert all(name.startswith("the squared gradient of ") for name in bad)
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.optimizer))]
+    state = job.step.update(state, large, job.catalogue)
+    after = [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.optimizer))]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert state.bad.tolist() == [1, 1]
