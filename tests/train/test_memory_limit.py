@@ -17,8 +17,8 @@ from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.train.records import read_records
 
 ROOT = Path(__file__).parents[2]
-ROWS, WIDTH = 24_000_000, 64  # 6.1 GB
-LIMIT = 5_900_000_000  # bytes of data a process may have
+ROWS, WIDTH = 30_000_000, 64  # 7.7 GB
+LIMIT = 7_300_000_000  # bytes of data a process may have
 
 # scripts/train.py in a process with less memory
 LIMITED = """
