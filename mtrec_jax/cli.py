@@ -337,10 +337,12 @@ def _say(text: str) -> None:
 
 
 def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None = None) -> Any:
+    from mtrec_jax import processes
     from mtrec_jax.train.loop import train as train_run
 
     finished = train_run(experiment, prepared, folder, init_from=init_from)
-    typer.echo(f"trained: {folder}", err=True)
+    if processes.is_first():
+        typer.echo(f"trained: {folder}", err=True)
     return finished
 
 

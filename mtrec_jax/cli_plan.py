@@ -53,6 +53,7 @@ def plan(
         bandwidth=parse_quantity("--bandwidth", bandwidth, "B/s"),
         flops=parse_quantity("--flops", flops, "FLOP/s"),
     )
+    typer.echo("compiling the step for one device's share of a batch …", err=True)
     folder = prepared or Path("prepared") / experiment.name
     opened = open_prepared(folder) if prepared or (folder / "manifest.json").exists() else None
     print_plan(plan_run(experiment, devices, opened, parse_rows(rows or []), device))

@@ -300,7 +300,8 @@ def _fixed_mesh(experiment: Experiment, devices: int) -> tuple[int, int] | None:
     if data * table != devices or ROW_MULTIPLE % table:
         raise ConfigError(
             f"train.mesh: {list(experiment.train.mesh)} does not fill {devices} devices with "
-            f"{' or '.join(map(str, _shard_counts(devices)))} table shards"
+            f"{' or '.join(map(str, _shard_counts(devices)))} table shards ({ROW_MULTIPLE} are the "
+            f"most); such as [0,{_shard_counts(devices)[-1]}]"
         )
     return data, table
 
@@ -338,7 +339,8 @@ def _refusal(
         f"{quantity_text(device.memory)}; {quantity_text(parts[largest])} of it: {largest}. "
     )
     works = {placements_of(experiment): work}
-    for what, changed, count in changes(experiment, devices):
+    dense = 4 * size_of(state.params.get(DENSE, ()))  # with its gradient and moments
+    for what, changed, count in changes(experiment, devices, dense > 0.05 * device.memory):
         sized = resized(manifest, changed, {})
         shapes = state if changed is experiment else state_shapes(changed, sized)
         placements = placements_of(changed)
@@ -354,4 +356,9 @@ def _refusal(
             if bytes_ <= device.memory:
                 where = f"{what}train.mesh=[{new[0]},{new[1]}]"
                 return f"{text}The nearest that fits: {where} ({quantity_text(bytes_)} on each)"
-    return text + "Nothing near fits: smaller tables (hash_rows), a smaller model.width"
+    if largest in ("working memory", "batches"):
+        return text + "Nothing near fits: a smaller train.batch_size, train.accumulate"
+    return (
+        f"{text}Nothing near fits, over {ROW_MULTIPLE} table shards neither, which are the most: "
+        "smaller tables (hash_rows), a smaller model.width"
+    )

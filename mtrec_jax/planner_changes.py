@@ -21,14 +21,22 @@ def placements_of(experiment: Experiment) -> tuple[str, ...]:
     return (experiment.model.item_placement, *features)
 
 
-def changes(experiment: Experiment, devices: int) -> Iterator[tuple[str, Experiment, int]]:
+def changes(
+    experiment: Experiment, devices: int, dense: bool = False
+) -> Iterator[tuple[str, Experiment, int]]:
     """From cheap to dear: (overrides in words, experiment, devices).
+
+    Args:
+      experiment: what does not fit.
+      devices: how many there are.
+      dense: its dense tables are worth to be made sparse.
 
     >>> from mtrec_jax.config import Experiment
     >>> next(changes(Experiment(name="a"), 8))[::2]
     ('', 8)
     """
     variants = list(_variants(experiment))
+    variants = variants if dense else variants[:4]
     for words, changed in variants:
         yield words, changed, devices
     count = 2 * devices

@@ -33,16 +33,18 @@ def parse_rows(texts: Iterable[str]) -> dict[str, int]:
     """Table sizes from texts such as "item=1e9".
 
     Raises:
-      ConfigError: a text is no name and number.
+      ConfigError: a text is no name and number, or a name comes twice.
 
     >>> parse_rows(["item=1e9", "user=20_000"])
     {'item': 1000000000, 'user': 20000}
     """
-    found = {}
+    found: dict[str, int] = {}
     for text in texts:
-        name, _, size = text.partition("=")
+        name, _, size = (part.strip() for part in text.partition("="))
+        if name in found:
+            raise ConfigError(f"--rows {text}: {name} has been given {found[name]:,} rows already")
         try:
-            found[name.strip()] = int(float(size))
+            found[name] = int(float(size))
         except (ValueError, OverflowError) as error:
             raise ConfigError(f"--rows {text}: write it as item=1e9") from error
     return found

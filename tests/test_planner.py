@@ -22,7 +22,7 @@ from mtrec_jax.evaluation.inference import load_catalogue
 from mtrec_jax.nn.embedding import spread
 from mtrec_jax.nn.network import make_plan
 from mtrec_jax.planner import check_placement
-from mtrec_jax.quantities import quantity_text
+from mtrec_jax.quantities import parse_rows, quantity_text
 from mtrec_jax.sharding import make_mesh, put_batch
 from mtrec_jax.train.costs import places_of_batch, state_shapes
 
@@ -104,7 +104,7 @@ def test_what_does_not_fit_names_the_cheapest_change_that_does(pod: Path) -> Non
     few = refused(dense, devices=8, memory=60e9)
     assert "fits: 64 devices with model.item_placement=sparse and placement=sparse of" in few
     assert "train.row_precision=bfloat16" in few
-    assert "Nothing near fits" in refused("train.batch_size=8", devices=8)  # not over 16
+    assert "128 table shards neither" in refused("train.batch_size=8", devices=8)  # not over 16
 
 
 def test_what_the_exchange_needs_is_part_of_a_refusal(pod: Path) -> None:
@@ -117,6 +117,8 @@ def test_what_the_exchange_needs_is_part_of_a_refusal(pod: Path) -> None:
     assert f"pod needs {quantity_text(needed)} on each of 8 devices" in said
     assert "of it: working memory" in said
     assert "fits: train.mesh=[1,8]" not in said
+    with pytest.raises(ConfigError, match="Nothing near fits: a smaller train"):
+        plan(experiment, devices=8, rows=rows, device=Device(memory=1e5))
 
 
 def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
@@ -127,6 +129,8 @@ def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
         plan(experiment, devices=8, rows={"usr": 5})
     with pytest.raises(ConfigError, match="batch_size: 65536 does not divide over 48 devices"):
         plan(experiment, devices=48, rows=dict.fromkeys(FEATURES, 9))
+    with pytest.raises(ConfigError, match="user has been given 5 rows already"):
+        parse_rows(["user=5", "user=6"])
     fixed = mtrec_jax.load_experiment(pod, ["train.mesh=[3,2]"])
     with pytest.raises(ConfigError, match=r"train.mesh: \[3, 2\] does not fill 8 devices"):
         plan(fixed, devices=8, rows=dict.fromkeys(FEATURES, 9))
@@ -135,6 +139,8 @@ def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
         ("--bandwidth", "0GB/s", "such as 80GB/s"),
         ("--bandwidth", "25", "--bandwidth 25: write a number above 0 with its unit"),
         ("--rows", "user", "--rows user: write it as item=1e9"),
+        ("--rows", "click=5", "--rows click: no such table"),
+        ("--rows", "item=5", "no such table; there are user, page, query, advert, device."),
     ):
         status, _, err = mtrec("plan", pod, option, text)
         assert status == 2

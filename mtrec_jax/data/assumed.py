@@ -30,10 +30,11 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
       ConfigError: a size is missing, or belongs to nothing.
     """
     data = experiment.data
-    _check_names(rows, ["item", *experiment.features, *experiment.tasks])
+    classes = [name for name, task in experiment.tasks.items() if task.kind == "multiclass"]
+    _check_names(rows, ["item"] * bool(data.item) + [*experiment.features, *classes])
     chosen = {n: f for n, f in experiment.features.items() if f.kind != "text"}
     missing = [n for n, f in chosen.items() if n not in rows and _size(f) == 0]
-    missing += [n for n, t in experiment.tasks.items() if t.kind == "multiclass" and n not in rows]
+    missing += [name for name in classes if name not in rows]
     items = rows.get("item", experiment.model.item_capacity) if data.item else 0
     missing += ["item"] * (bool(data.item) and not items)
     if missing:
@@ -84,7 +85,7 @@ def resized(manifest: Manifest, experiment: Experiment, rows: Mapping[str, int])
       ConfigError: a size belongs to nothing.
     """
     fields = (*manifest.context_ids, *manifest.item_ids, *manifest.history)
-    _check_names(rows, ["item", *(field.name for field in fields)])
+    _check_names(rows, ["item"] * bool(manifest.items) + [field.name for field in fields])
 
     def changed(fields: Fields) -> Fields:
         return tuple(

@@ -114,6 +114,38 @@ def item_vocabulary(base: Prepared | None, items: pa.Table) -> pa.Array | None:
     return pa.concat_arrays([old.cast(new.type), new])
 
 
+def summary(base: Prepared, items: pa.Table, encodings: list[Encoding]) -> str:
+    """One line on what has become of the values of `base`.
+
+    Args:
+      base: the folder that grows.
+      items: as `item_vocabulary` takes them.
+      encodings: the features, grown.
+
+    Raises:
+      DataError: none of its values trains here.
+    """
+    found = {}
+    if len(items):
+        trained = one_array(items.filter(pc.greater(items["count"], 0))["item"])
+        known = pc.sum(pc.is_in(trained, value_set=one_array(base.item_vocabulary))).as_py() or 0
+        found["items"] = known, len(trained) - known
+    for encoding in encodings:
+        old, kind = earlier(base, encoding.name), encoding.feature.kind
+        if old is not None and not encoding.is_number and kind not in (*NUMERIC, "hashed"):
+            known = int(np.count_nonzero(encoding.counts[: len(old.values)]))
+            found[encoding.name] = known, len(encoding.values) - len(old.values)
+    shown = ", ".join(
+        f"{name} {known:,} known, {new:,} new" for name, (known, new) in found.items()
+    )
+    if found and not any(known for known, _ in found.values()):
+        raise DataError(
+            f"none of the values that {base.folder} knows trains here ({shown}). Name the folder "
+            "that these data continue, or prepare without --grow-from"
+        )
+    return f"continues {base.folder}: {shown}"
+
+
 def _within_capacity(encoding: Encoding) -> Encoding:
     capacity, name = encoding.feature.capacity, encoding.name
     if capacity and len(encoding.values) > capacity:

@@ -36,7 +36,7 @@ from mtrec_jax.data.encode import event_log, row_streams, sequence_streams
 from mtrec_jax.data.engine import Engine, Name, count, open_engine
 from mtrec_jax.data.features import Encoding
 from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, values_report
-from mtrec_jax.data.growth import item_vocabulary, open_base
+from mtrec_jax.data.growth import item_vocabulary, open_base, summary
 from mtrec_jax.data.index import side_table, with_ids
 from mtrec_jax.data.schema import check_times
 from mtrec_jax.data.social import fit_tastes
@@ -196,8 +196,10 @@ def _build(
         streams = row_streams(engine, events, experiment, fitted.events, cleaned.tasks)
     written = write_examples(folder, streams, say)
     history = fitted.events if data.kind == "sequences" else []
-    own = item_vocabulary(base, cleaned.items)
-    write_vocabularies(folder, [*fitted.items, *context, *history], own)
+    own, encodings = item_vocabulary(base, cleaned.items), [*fitted.items, *context, *history]
+    write_vocabularies(folder, encodings, own)
+    if base:
+        say(summary(base, cleaned.items, encodings))
     digests = [digest for source in sources.values() for digest in source.staged.digests]
     continues = base.manifest.fingerprint if base else ""
     users, items, total = len(cleaned.users), len(cleaned.items), sum(cleaned.split.sizes.values())
@@ -224,7 +226,7 @@ def _build(
         item_numbers=_number_fields(fitted.items),
         history=_id_fields(history),
         tasks=cleaned.tasks,
-        report=(*cleaned.rules, *values_report([*context, *fitted.items, *history])),
+        report=(*cleaned.rules, *values_report(encodings)),
         bounds=cleaned.bounds,
         summary=cleaned.summary,
         continues=continues,

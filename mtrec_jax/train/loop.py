@@ -132,8 +132,6 @@ def _train(
     started = time.perf_counter()
     folder, experiment, prepared = run.folder, run.experiment, run.prepared
     job = _make_job(experiment, prepared, folder, optimizer)
-    claim(folder, experiment, prepared)
-    processes.wait("the run folder is claimed")
     meta: dict[str, Any] = {"best": None, "stale": 0, "done": False} | _topology(job.mesh)
     _, _, larger = select_metric(experiment)
     notes: list[str] = []
@@ -151,6 +149,7 @@ def _train(
         if number >= job.total or meta["done"]:
             bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
             return
+        claim(folder, experiment, prepared)
         for what, now in _topology(job.mesh).items():
             if meta.get(what) != now:
                 bar.note(

@@ -57,6 +57,8 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
     wanted = init_from.folder if isinstance(init_from, Run) else init_from
     wanted = None if wanted is None else a_path("init_from", wanted).resolve()
     path = run.folder / NOTES
+    if wanted == run.folder.resolve():
+        raise ConfigError(f"--init-from names {run.folder} itself; pass another --run")
     if has_checkpoint(run.folder):
         begun = Path(read_json(path)["run"]) if path.exists() else None
         if wanted is not None and wanted != begun:
@@ -70,8 +72,6 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
         path.unlink(missing_ok=True)  # of a start that failed before its first checkpoint
     if wanted is None:
         return None
-    if wanted == run.folder.resolve():
-        raise ConfigError(f"--init-from names {run.folder} itself; pass another --run")
     if isinstance(init_from, Run):
         return _split_alike(init_from, run)
     notes = read_json(wanted / "prepared.json") if (wanted / "prepared.json").exists() else {}

@@ -18,7 +18,8 @@ import pytest
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
-from mtrec_jax.errors import ConfigError
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.nn.embedding import DENSE, spread
 from mtrec_jax.nn.model import make_model
 from mtrec_jax.nn.network import make_plan
@@ -84,7 +85,12 @@ def world(
                 lines = [lines[0], *some[: len(some) * 2 // 3]]
             (folders[name] / path.name).write_text("".join(lines), encoding="utf-8")
     first = prepare(experiment, folders["first"], place / "prepared")
-    grown = prepare(experiment, folders["whole"], place / "grown", grow_from=first.folder)
+    said: list[str] = []
+    grown = prepare(
+        experiment, folders["whole"], place / "grown", progress=said.append, grow_from=first.folder
+    )
+    line = next(line for line in said if line.startswith(f"continues {first.folder}: items "))
+    assert " user_id 31 known, 16 new" in line
     anew = prepare(experiment, folders["whole"], place / "anew")
     run = train(experiment, first, place / "run", show_progress=False)
     return World(experiment, run, grown, anew)
@@ -184,6 +190,26 @@ def test_rows_are_carried_over_by_raw_value(
     # shared rows mean the same while ids do
     assert (notes["carried"]["context.user_hash"] > 0) == (which == "grown")
     assert ("(all of context.user_hash)" in line) == (which == "anew")
+
+
+def test_a_folder_of_other_values_does_not_grow(world: World, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    text = "user,item,time\n" + "".join(f"v{i % 9},x{i % 7},{i}\n" for i in range(70))
+    (tmp_path / "other" / "events.csv").write_text(text, "utf-8")
+    other = parse_experiment(
+        {
+            "name": "other",
+            "data": {
+                **{"user": "user", "item": "item", "time": "time"},
+                "events": {"files": ["events.csv"]},
+            },
+            "split": {"kind": "time"},
+            "tasks": {"next": {"kind": "retrieval"}},
+            "train": {"steps": 1},
+        }
+    )
+    with pytest.raises(DataError, match=r"none of the values that .* knows trains here \(items 0"):
+        prepare(other, tmp_path / "other", tmp_path / "p", grow_from=world.run.prepared.folder)
 
 
 def test_a_grown_vocabulary_keeps_the_addresses(world: World) -> None:
