@@ -188,7 +188,7 @@ def _learned(folder: Path) -> list[bytes]:
     import jax
 
     from mtrec_jax.config import select_metric
-    from mtrec_jax.nn.model import make_model
+    from mtrec_jax.models.model import make_model
     from mtrec_jax.train import checkpoint
     from mtrec_jax.train.run import open_run
 

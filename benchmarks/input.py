@@ -136,7 +136,7 @@ def _training(name: str, folder: Path, rounds: int) -> dict[str, list[float]]:
     from mtrec_jax.data.prepare import prepare
     from mtrec_jax.evaluation.inference import load_catalogue
     from mtrec_jax.experiments import load_experiment
-    from mtrec_jax.nn.model import make_model
+    from mtrec_jax.models.model import make_model
     from mtrec_jax.sharding import make_mesh, put_batch, replicate
     from mtrec_jax.train.loop import STEPS_IN_FLIGHT
     from mtrec_jax.train.step import make_step

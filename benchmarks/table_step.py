@@ -84,8 +84,7 @@ def _ours(name: str, dedup: bool = True) -> Callable[[Problem], Call]:
         import jax.numpy as jnp
         import optax
 
-        from mtrec_jax.nn.embedding import gather
-        from mtrec_jax.train import sparse
+        from mtrec_jax.tables.layout import gather
 
         rule, adam = getattr(sparse, name)(), optax.adam(1e-3)
         dense = _layers(jnp)

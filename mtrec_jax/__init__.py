@@ -21,7 +21,7 @@ _HOME = {
     "open_run": "mtrec_jax.train.run",
     "evaluate_run": "mtrec_jax.train.run",
     "fit": "mtrec_jax.from_tables",
-    "Recommender": "mtrec_jax.recommender",
+    "Recommender": "mtrec_jax.serving.recommender",
     "plan": "mtrec_jax.planner",
     "Device": "mtrec_jax.planner",
     "cosine_scores": "mtrec_jax.kernels",

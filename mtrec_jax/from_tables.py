@@ -15,7 +15,7 @@ from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.overrides import set_key
-from mtrec_jax.recommender import Recommender
+from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.loop import check_start, train
 from mtrec_jax.train.run import check_replacement
 from mtrec_jax.train.stopping import Stopped

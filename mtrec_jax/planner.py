@@ -21,15 +21,15 @@ from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.inference import load_catalogue
-from mtrec_jax.nn.embedding import DENSE, MOST_ROWS, Field
-from mtrec_jax.nn.exchange import Buffers, default_buffers
-from mtrec_jax.nn.model import make_model
-from mtrec_jax.nn.network import Plan as Layout
-from mtrec_jax.nn.network import make_plan
+from mtrec_jax.models.model import make_model
+from mtrec_jax.models.network import Plan as Layout
+from mtrec_jax.models.network import make_plan
 from mtrec_jax.planner_changes import changes, placements_of
 from mtrec_jax.quantities import quantity_text
 from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, mesh_shape
-from mtrec_jax.train.capacity import first_batches, measured_buffers
+from mtrec_jax.tables.capacity import first_batches, measured_buffers
+from mtrec_jax.tables.exchange import Buffers, default_buffers
+from mtrec_jax.tables.layout import DENSE, MOST_ROWS, Field
 from mtrec_jax.train.costs import (
     Moved,
     Work,

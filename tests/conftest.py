@@ -36,7 +36,7 @@ gc.set_threshold(50_000, 20, 20)  # tracing makes many objects that live on
 if TYPE_CHECKING:  # the fixtures load what they need, and a test without them loads nothing
     from mtrec_jax.config import Experiment
     from mtrec_jax.data.dataset import Prepared
-    from mtrec_jax.recommender import Recommender
+    from mtrec_jax.serving.recommender import Recommender
     from mtrec_jax.train.run import Run
 
 SMALL_SHOP = (

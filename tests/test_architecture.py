@@ -16,21 +16,23 @@ PACKAGE = Path(mtrec_jax.__file__).parent
 SOURCES = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 
-# Imports point to the same layer or to one further up.
+# Imports point to the same layer or to one further up. A room may be on several floors, by the file.
 LAYERS = (
-    ("errors", "config", "types", "interrupts", "quiet", "arguments", "processes"),
-    ("overrides", "experiments", "quantities", "data", "kernels", "sharding"),
-    ("nn", "baselines"),
+    ("errors", "types", "interrupts", "quiet", "arguments", "processes", "choices"),
+    ("kernels", "sharding", "quantities"),
+    ("config", "overrides", "experiments"),
+    ("data", "tables"),
+    ("losses", "balance", "baselines", "models"),
     ("evaluation",),
     ("train",),
-    ("requests", "result", "recommender"),
+    ("serving",),
     ("from_tables", "planner", "planner_changes", "planner_tables"),
-    ("cli_data", "cli_options", "cli_plan", "cli"),
+    ("cli",),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
 OWNERS = {  # a third-party library, and the only files that may know it
-    "flax": ("nn/",),
+    "flax": ("models/",),
     "grain": ("data/pipeline.py", "train/checkpoint.py"),
     "orbax": ("train/checkpoint.py",),
     "ibis": tuple(
@@ -43,7 +45,7 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "duckdb": (),
     "fsspec": ("data/locate.py",),
     "pandas": (),
-    "typer": ("cli.py", "cli_data.py", "cli_options.py", "cli_plan.py"),
+    "typer": ("cli/",),
 }
 
 
@@ -75,11 +77,15 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
             yield node
 
 
-@pytest.mark.parametrize("name", [n for n in SOURCES if n != "__init__.py"])
-def test_imports_point_one_way(name: str) -> None:
-    own = LAYER[part_of(name)]
-    upwards = [i for i in own_imports(TREES[name]) if LAYER.get(part_of(i), 0) > own]
-    assert not upwards, f"{name} is below {upwards}"
+def test_imports_point_one_way() -> None:
+    upwards = [
+        f"{name} imports {found}"
+        for name, tree in TREES.items()
+        if name != "__init__.py"
+        for found in own_imports(tree)
+        if LAYER.get(part_of(found), 0) > LAYER[part_of(name)]
+    ]
+    assert not upwards
 
 
 def test_every_part_has_its_layer() -> None:
@@ -108,16 +114,14 @@ def test_nobody_imports_the_command_line() -> None:
     assert not [n for n, tree in TREES.items() if "cli" in {part_of(i) for i in own_imports(tree)}]
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_files_and_functions_stay_readable(name: str) -> None:
-    lines = len(SOURCES[name].read_text(encoding="utf-8").splitlines())
-    assert lines <= 400, f"{name} has {lines} lines"
-    long = {
-        f.name: f.end_lineno - f.lineno + 1
-        for f in functions(TREES[name])
-        if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > 80
-    }
-    assert not long, f"{name}: {long}"
+def test_functions_stay_readable() -> None:
+    long = [
+        f"{name}: {f.name} has {f.end_lineno - f.lineno + 1} lines"
+        for name, tree in TREES.items()
+        for f in functions(tree)
+        if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > 60
+    ]
+    assert not long
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -14,7 +14,7 @@ import pytest
 
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.errors import DataError
-from mtrec_jax.recommender import Recommender
+from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.run import Run
 
 Mtrec = Callable[..., tuple[int, str, str]]

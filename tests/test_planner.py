@@ -19,11 +19,11 @@ from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, catalogue_sha
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.evaluation.inference import load_catalogue
-from mtrec_jax.nn.embedding import spread
-from mtrec_jax.nn.network import make_plan
+from mtrec_jax.models.network import make_plan
 from mtrec_jax.planner import check_placement
 from mtrec_jax.quantities import parse_rows, quantity_text
 from mtrec_jax.sharding import make_mesh, put_batch
+from mtrec_jax.tables.layout import spread
 from mtrec_jax.train.costs import places_of_batch, state_shapes
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")

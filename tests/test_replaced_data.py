@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtrec_jax.config import Experiment, to_toml
-from mtrec_jax.recommender import Recommender
+from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.run import Run
 
 Mtrec = Callable[..., tuple[int, str, str]]

@@ -17,7 +17,7 @@ from mtrec_jax.data.dataset import (
     TaskField,
 )
 from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.nn.model import Model, gather_rows, make_catalogue
+from mtrec_jax.models.model import Model, gather_rows, make_catalogue
 from mtrec_jax.types import FIRST, Batch, Catalogue, Outputs, PyTree, UserStates
 
 ITEMS, TRAINED = 12, 10  # the last two items of the catalogue are cold

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, Prepared
-from mtrec_jax.nn.model import Model, gather_rows, make_catalogue, make_model
+from mtrec_jax.models.model import Model, gather_rows, make_catalogue, make_model
 from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.types import FIRST, Array, Batch, Catalogue, Outputs, PyTree, UserStates
 

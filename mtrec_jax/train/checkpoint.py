@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from mtrec_jax import processes
 from mtrec_jax.errors import CheckpointError, Error
 from mtrec_jax.sharding import by_row_on, whole_on
-from mtrec_jax.train.tables import new_scratch
+from mtrec_jax.tables.lookup import new_scratch
 from mtrec_jax.types import PyTree, TrainState
 
 _CHUNK = 2**26  # bytes of an array that are compressed and written at a time

@@ -16,14 +16,14 @@ from jaxtyping import Array
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.assumed import batch_shapes, catalogue_shapes, resized
 from mtrec_jax.data.dataset import IdField, Manifest
-from mtrec_jax.nn.embedding import DENSE, computed_dtype, rule_of, update_rows
-from mtrec_jax.nn.exchange import Buffers
-from mtrec_jax.nn.model import make_model
+from mtrec_jax.models.model import make_model
 from mtrec_jax.sharding import ROW_MULTIPLE, make_mesh
+from mtrec_jax.tables.exchange import Buffers
+from mtrec_jax.tables.layout import DENSE, computed_dtype, rule_of, update_rows
+from mtrec_jax.tables.lookup import BuffersOf
+from mtrec_jax.tables.update import apply_rows, row_update
 from mtrec_jax.train.loop import STEPS_IN_FLIGHT
-from mtrec_jax.train.sparse import apply_rows, row_update
 from mtrec_jax.train.step import make_step, row_rules
-from mtrec_jax.train.tables import BuffersOf
 from mtrec_jax.types import FIRST, PyTree, TrainState
 
 Shaped = jax.Array | jax.ShapeDtypeStruct

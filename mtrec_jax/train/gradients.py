@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtrec_jax.balance.balance import Balancer
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import DENSE
-from mtrec_jax.nn.model import Model, Rows, gather_rows
+from mtrec_jax.models.model import Model, Rows, gather_rows
 from mtrec_jax.sharding import cut_examples
-from mtrec_jax.train.balance import Balancer
+from mtrec_jax.tables.layout import DENSE
+from mtrec_jax.tables.lookup import Addresses, BuffersOf, Fetched, fetch
 from mtrec_jax.train.objective import Draws, Sums, batch_losses, draw, known_weights, loss_names
-from mtrec_jax.train.tables import Addresses, BuffersOf, Fetched, fetch
 from mtrec_jax.types import Batch, Catalogue, Lookups, PyTree, TrainState
 
 

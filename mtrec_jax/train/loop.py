@@ -25,11 +25,11 @@ from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_inference
 from mtrec_jax.interrupts import collecting
-from mtrec_jax.nn.model import make_model
-from mtrec_jax.nn.network import make_plan
+from mtrec_jax.models.model import make_model
+from mtrec_jax.models.network import make_plan
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
+from mtrec_jax.tables.capacity import first_batches, measured_buffers
 from mtrec_jax.train import checkpoint
-from mtrec_jax.train.capacity import first_batches, measured_buffers
 from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from mtrec_jax.config import Experiment, fusion_objective
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.model import Model, Rows
+from mtrec_jax.losses.fusion import fusion_loss, listed
+from mtrec_jax.losses.tasks import sampled_softmax, task_loss, utility
+from mtrec_jax.models.model import Model, Rows
 from mtrec_jax.sharding import replicated
-from mtrec_jax.train.fusion import fusion_loss, listed
-from mtrec_jax.train.losses import sampled_softmax, task_loss, utility
 from mtrec_jax.types import Batch, Catalogue, Lookups, PyTree
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # {task: (sum of weighted losses, sum of weights)}

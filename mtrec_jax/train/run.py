@@ -19,7 +19,7 @@ from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
 from mtrec_jax.experiments import load_experiment
-from mtrec_jax.nn.model import make_model
+from mtrec_jax.models.model import make_model
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.disk import full_disk_named

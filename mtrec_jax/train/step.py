@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtrec_jax.balance.balance import static, uncertainty
 from mtrec_jax.config import Experiment, Train
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.nn.embedding import rule_of
-from mtrec_jax.nn.model import Model
+from mtrec_jax.models.model import Model
 from mtrec_jax.sharding import state_shardings
-from mtrec_jax.train.balance import static, uncertainty
+from mtrec_jax.tables.layout import rule_of
+from mtrec_jax.tables.lookup import BuffersOf, apply_gradients, new_scratch
+from mtrec_jax.tables.update import RULES, RowOptimizer, at_rate, bounded
 from mtrec_jax.train.gradients import Differentiate, Differentiated, make_differentiate
 from mtrec_jax.train.objective import loss_names
-from mtrec_jax.train.sparse import RULES, RowOptimizer, at_rate, bounded
-from mtrec_jax.train.tables import BuffersOf, apply_gradients, new_scratch
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 
 

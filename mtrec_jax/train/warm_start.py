@@ -22,8 +22,8 @@ from mtrec_jax.arguments import a_path
 from mtrec_jax.data.dataset import SPLITS, Manifest, NumberField, Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.nn.embedding import DENSE, Field, Group, as_held, as_numbers, spread
-from mtrec_jax.nn.network import Plan, make_plan
+from mtrec_jax.models.network import Plan, make_plan
+from mtrec_jax.tables.layout import DENSE, Field, Group, as_held, as_numbers, spread
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
 from mtrec_jax.types import FIRST, UNKNOWN, PyTree, TrainState

@@ -17,10 +17,10 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, catalogue_shapes, resized
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.nn.exchange import default_buffers
-from mtrec_jax.nn.model import make_model
+from mtrec_jax.models.model import make_model
 from mtrec_jax.planner import Device, plan_on
 from mtrec_jax.sharding import AXES, make_mesh
+from mtrec_jax.tables.exchange import default_buffers
 from mtrec_jax.train import costs
 from mtrec_jax.train.loop import STEPS_IN_FLIGHT
 from mtrec_jax.train.step import make_step

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtrec_jax.balance.balance import static
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.nn.model import make_model
+from mtrec_jax.models.model import make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
-from mtrec_jax.train.balance import static
 from mtrec_jax.train.gradients import make_differentiate
 from mtrec_jax.train.objective import loss_names
 from mtrec_jax.train.step import Step, make_step

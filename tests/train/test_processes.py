@@ -24,7 +24,7 @@ from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.processes import start
-from mtrec_jax.recommender import Recommender
+from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train import loop
 from mtrec_jax.train.loop import train
 from mtrec_jax.train.records import read_records

@@ -10,9 +10,9 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from mtrec_jax.nn.embedding import BITS
-from mtrec_jax.nn.model import gather_rows, make_model
+from mtrec_jax.models.model import gather_rows, make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
+from mtrec_jax.tables.layout import BITS
 from mtrec_jax.train.objective import batch_losses, draw
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState

@@ -20,10 +20,10 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.nn.embedding import DENSE, spread
-from mtrec_jax.nn.model import make_model
-from mtrec_jax.nn.network import make_plan
+from mtrec_jax.models.model import make_model
+from mtrec_jax.models.network import make_plan
 from mtrec_jax.sharding import make_mesh
+from mtrec_jax.tables.layout import DENSE, spread
 from mtrec_jax.train.loop import train
 from mtrec_jax.train.run import Run, load_best
 from mtrec_jax.train.step import make_step

@@ -1,0 +1,1 @@
+"""Balancing of tasks: a file a method."""

@@ -1,0 +1,1 @@
+"""What the model is taught by: losses of tasks, retrieval and fusion."""

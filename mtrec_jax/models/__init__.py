@@ -1,0 +1,1 @@
+"""The model: inputs, encoder, towers and fusion, as pure functions."""

@@ -1,0 +1,1 @@
+"""Encoders of behaviour: a file each."""

@@ -1,0 +1,1 @@
+"""Task towers: a file each."""

@@ -1,0 +1,350 @@
+"""The trained model for its users: raw ids in, raw ids and titles out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+
+from mtrec_jax import processes
+from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of
+from mtrec_jax.data.new_rows import encode_rows, read_columns
+from mtrec_jax.errors import ConfigError, DataError, nearest
+from mtrec_jax.evaluation.inference import pad_rows, predictions, prepared_inference
+from mtrec_jax.kernels import ItemIndex
+from mtrec_jax.serving.requests import BATCH, Encoder, History, Requests, check_id, raw_texts
+from mtrec_jax.serving.result import Result
+from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
+from mtrec_jax.types import FIRST, UNKNOWN, Outputs, UserStates
+
+
+class Recommender:
+    """Recommendations and predictions of a trained run.
+
+    Args:
+      run: from `train` or `open_run`, or the path of a run folder.
+
+    Raises:
+      CheckpointError: the run has no usable checkpoint.
+    """
+
+    def __init__(self, run: Run | str | Path):
+        self.run = run if isinstance(run, Run) else open_run(a_path("run", run))
+        self.experiment, self.prepared = self.run.experiment, self.run.prepared
+        mesh = shared_mesh(self.experiment)
+        params, tables, self.step = load_best(self.run, mesh)
+        self._inference = prepared_inference(self.experiment, self.prepared, mesh)
+        has_items = self.prepared.manifest.items > 0
+        width = self.experiment.model.width
+        vectors = (
+            self._inference.item_vectors(params, tables) if has_items else jnp.zeros((0, width))
+        )
+        self._shared = params, tables, vectors  # by all processes, where there are several
+        self._params = self._inference.own(params)
+        self._vectors = self._inference.own(vectors) if has_items else vectors
+        self._index = ItemIndex(self._vectors[FIRST:])
+        self._encoder = Encoder(self.prepared, self.experiment.train.precision)
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(self.experiment.tasks)
+        return (
+            f"Recommender({self.experiment.name!r}, step {self.step}: {tasks}; {self.prepared!r})"
+        )
+
+    def recommend(
+        self,
+        users: Iterable[Any],
+        k: int = 10,
+        *,
+        histories: Sequence[History] | None = None,
+        allowed: Iterable[Any] | None = None,
+        blocked: Iterable[Any] = (),
+        exclude_seen: bool = True,
+        on_unknown: Literal["popular", "error"] = "popular",
+    ) -> Result:
+        """The k best items of each user, in the fused order.
+
+        Candidates are the nearest items by cosine; the towers predict every task for them and the
+        fusion puts them in order. A user who is not in the data gets the most popular items (or,
+        with a history, a real answer), and `known` is false.
+
+        Args:
+          users: raw user ids, length U.
+          k: items a user. Fewer are returned, without an error, where `exclude_seen`, `allowed` and
+            `blocked` leave fewer: often so with a small catalogue.
+          histories: instead of the stored ones, for each user the raw item ids, oldest first; or a
+            mapping {"item": [...], "<history feature>": [...]}.
+          allowed: raw item ids to choose from; None: the whole catalogue.
+          blocked: raw item ids never to be shown.
+          exclude_seen: leave out what the user's history holds.
+          on_unknown: "error" raises for a user who is not in the data.
+
+        Returns:
+          A `Result`, a row an item: user, known, rank, item, title, score, every task's
+          prediction, and the fusion's weight of each task. The score is the one of the final
+          order: the fused one, or for a user without data and history the item's training events.
+
+        Raises:
+          ConfigError: the run has no retrieval task, or `on_unknown` is neither of the two.
+          DataError: k is below 1 or above the catalogue; unknown item ids in the filters or the
+            histories; unknown users with on_unknown="error"; a text instead of a list of ids.
+        """
+        users = raw_texts("users", users)
+        one_of("on_unknown", on_unknown, ("popular", "error"))
+        k, subset = self._admissible(k, allowed, blocked, exclude_seen)
+        if histories is not None:
+            histories = a_list("histories", histories)
+            if len(histories) != len(users):
+                raise DataError(f"histories: {len(histories)} given for {len(users)} users")
+        if on_unknown == "error":
+            self._refuse_unknown(users)
+        tables = []
+        for start in range(0, len(users), BATCH):
+            part = users[start : start + BATCH]
+            fresh = None if histories is None else histories[start : start + BATCH]
+            tables.append(self._recommend_batch(part, k, fresh, subset, exclude_seen))
+        if not tables:
+            tables = [self._recommend_batch([], k, None, subset, exclude_seen)]
+        return Result(pa.concat_tables(tables))
+
+    def recommend_all(
+        self,
+        k: int = 10,
+        *,
+        allowed: Iterable[Any] | None = None,
+        blocked: Iterable[Any] = (),
+        exclude_seen: bool = True,
+    ) -> Iterator[pa.Table]:
+        """`recommend` for every user in the data, a table per few hundred users.
+
+        Several processes share the users: each gets tables of its own part, equally many.
+        """
+        users = self.prepared.user_names
+        k, subset = self._admissible(k, allowed, blocked, exclude_seen)
+        first = processes.index() * BATCH
+        for start in range(first, first + len(users), processes.count() * BATCH):
+            part = users[start : start + BATCH]
+            yield self._recommend_batch(part, k, None, subset, exclude_seen)
+
+    def predict(self, users: Iterable[Any], items: Iterable[Any]) -> Result:
+        """Every task's prediction for (user, item) pairs, given the users' stored histories.
+
+        Stored histories hold every event of the log. A prediction for a pair that is in the log
+        therefore knows its outcome: it says nothing of the model's quality, `evaluate` does.
+
+        Args:
+          users, items: raw ids, equally many.
+
+        Returns:
+          A `Result`, a row a pair in the given order: user, item, known (both are in the data),
+          and every task's prediction: probability, value in the label's unit, cosine, or one
+          column per class.
+
+        Raises:
+          ConfigError: the run was trained on rows, use `predict_rows`.
+          DataError: different lengths, or a text instead of a list of ids.
+        """
+        if self.prepared.manifest.kind != "sequences":
+            raise ConfigError("this run predicts rows, not (user, item) pairs: use predict_rows")
+        users, items = raw_texts("users", users), raw_texts("items", items)
+        if len(users) != len(items):
+            raise DataError(f"predict: {len(users)} users and {len(items)} items; give pairs")
+        tables = []
+        for start in range(0, max(len(users), 1), BATCH):
+            part = users[start : start + BATCH]
+            pairs = items[start : start + BATCH]
+            encoded = self._encoder.users(part, None)
+            ids = np.array([self.prepared.item_ids.get(i, 1) for i in pairs], np.int32)
+            outputs = self._rank(encoded, ids[:, None])
+            columns: dict[str, Any] = {"user": part, "item": pairs}
+            columns["known"] = encoded.known & (ids >= FIRST)
+            columns |= self._task_columns(outputs, len(part))
+            tables.append(pa.table(columns))
+        return Result(pa.concat_tables(tables))
+
+    def predict_rows(self, rows: Any) -> Result:
+        """Every task's prediction for raw rows of a run that was trained on rows.
+
+        Args:
+          rows: a pandas, Polars or Arrow table, or the path of a file: .csv, .tsv, .jsonl or
+            .parquet, the first three also .gz or .zst; with another suffix it is of the training
+            files' format.
+
+        Raises:
+          ConfigError: the run was trained on sequences, use `predict`.
+          DataError: a missing file or column, or a cell that is no number where one is needed.
+        """
+        if self.prepared.manifest.kind != "rows":
+            raise ConfigError("this run predicts (user, item) pairs, not rows: use predict")
+        arrays = encode_rows(self.prepared, rows)
+        n = len(arrays["user"])
+        tables = []
+        for start in range(0, max(n, 1), BATCH):
+            part = {name: a[start : start + BATCH] for name, a in arrays.items()}
+            count = len(part["user"])
+            outputs = self._rank(self._encoder.rows(part), part["candidate"])
+            columns: dict[str, Any] = {"row": np.arange(start, start + count)}
+            tables.append(pa.table(columns | self._task_columns(outputs, count)))
+        return Result(pa.concat_tables(tables))
+
+    def similar_items(self, item: Any, k: int = 10) -> Result:
+        """The k items whose vectors are nearest to an item's, itself left out.
+
+        Raises:
+          DataError: an unknown item, or k is below 1 or above the catalogue.
+        """
+        k, _ = self._admissible(k, None, ())
+        check_id("item", item)
+        own = self._encoder.item_ids([item], "item")
+        query = self._vectors[own]
+        scores, index = self._index.search(query, k, (own - FIRST)[:, None])
+        found = np.asarray(index[0])
+        found = found[found >= 0]
+        raw = self.prepared.item_names
+        columns = {
+            "rank": np.arange(1, len(found) + 1),
+            "item": [raw[i] for i in found],
+            "title": [self.prepared.titles[i] for i in found],
+            "cosine": np.asarray(scores[0])[: len(found)],
+        }
+        return Result(pa.table(columns))
+
+    def _recommend_batch(
+        self,
+        users: list[str],
+        k: int,
+        histories: Sequence[History] | None,
+        subset: np.ndarray,
+        exclude_seen: bool,
+    ) -> pa.Table:
+        encoded = self._encoder.users(users, histories)
+        candidates = self._candidates(encoded, k, subset, exclude_seen)
+        outputs = self._rank(encoded, candidates)
+        n = len(candidates)
+        real = candidates >= FIRST
+        fused = np.where(real, np.asarray(outputs.fused)[:n], -np.inf)
+        # without any history the model has nothing to say: popularity keeps its order
+        nothing = ~encoded.known & (encoded.batch.cutoff[:n, 0] == 0)
+        popularity = self._popularity()[candidates].astype(fused.dtype)
+        fused = np.where(nothing[:, None] & real, popularity, fused)
+        order = np.argsort(-fused, axis=1, kind="stable")[:, :k]
+        row, rank = np.nonzero(np.take_along_axis(real, order, axis=1))
+        place = order[row, rank]
+        chosen = candidates[row, place] - FIRST
+        raw, titles = self.prepared.item_names, self.prepared.titles
+        columns: dict[str, Any] = {
+            "user": pa.array([users[i] for i in row], pa.string()),  # of a type, even if empty
+            "known": encoded.known[row],
+            "rank": rank + 1,
+            "item": pa.array([raw[i] for i in chosen], pa.string()),
+            "title": pa.array([titles[i] for i in chosen], pa.string()),
+            "score": fused[row, place],
+        }
+        columns |= self._task_columns(outputs, n, (row, place))
+        weights = np.asarray(outputs.fusion)[:n][row, place]
+        columns |= {f"weight {t}": weights[:, i] for i, t in enumerate(self.experiment.tasks)}
+        return pa.table(columns)
+
+    def _candidates(
+        self, encoded: Requests, k: int, subset: np.ndarray, exclude_seen: bool
+    ) -> np.ndarray:
+        """Item ids [n, K] to put in order, unknown (1) where there are fewer."""
+        n = len(encoded.known)
+        count = min(max(self.experiment.evaluate.candidates, k), len(subset))
+        allowed = np.zeros(len(self._index), bool)
+        allowed[subset - FIRST] = True
+        width = max(int(np.diff(encoded.seen.offsets).max(initial=0)), 1)
+        width = 1 << (width - 1).bit_length()  # few compiled shapes
+        exclude = np.full((BATCH, width), -1, np.int32)
+        if exclude_seen:
+            for i in range(n):
+                seen = encoded.seen[i]
+                exclude[i, : len(seen)] = np.maximum(seen - FIRST, -1)
+        states = self._states(encoded)
+        found = self._index.search(states.vectors[:, 0], count, exclude, allowed)[1][:n]
+        nothing = np.flatnonzero(~encoded.known & (encoded.batch.cutoff[:n, 0] == 0))
+        if len(nothing):
+            popular = np.argsort(-self._popularity()[subset], kind="stable")
+            found[nothing] = subset[popular[:count]] - FIRST
+        return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
+
+    def _popularity(self) -> np.ndarray:
+        counts = self.prepared.items.column("count").to_numpy()
+        return np.concatenate([np.zeros(FIRST, counts.dtype), counts])
+
+    def _states(self, encoded: Requests) -> UserStates:
+        return self._inference.states(*self._shared, encoded.batch)
+
+    def _rank(self, encoded: Requests, candidates: np.ndarray) -> Outputs:
+        states = self._states(encoded)
+        ids = pad_rows(np.asarray(candidates, np.int32), BATCH)
+        shape = (*ids.shape, states.vectors.shape[-1])
+        states = states._replace(
+            vectors=jnp.broadcast_to(states.vectors, shape),
+            cutoff=jnp.broadcast_to(states.cutoff, ids.shape),
+        )
+        return self._inference.rank(self._params, states, self._vectors, ids)
+
+    def _task_columns(
+        self, outputs: Outputs, n: int, where: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Predictions as columns, in the order of the tasks; a column per class for multiclass."""
+        rows, places = where if where is not None else (np.arange(n), np.zeros(n, int))
+        logits = {t: np.asarray(outputs.logits[t])[rows, places] for t in self.experiment.tasks}
+        columns = {}
+        for task, values in predictions(self.experiment, self.prepared.manifest, logits).items():
+            if values.ndim == 1:
+                columns[task] = values.astype(np.float32)
+            else:
+                for c, name in enumerate(self.prepared.manifest.tasks[task].classes):
+                    columns[f"{task} {name}"] = values[:, c].astype(np.float32)
+        return columns
+
+    def _admissible(
+        self,
+        k: int,
+        allowed: Iterable[Any] | None,
+        blocked: Iterable[Any] | None,
+        exclude_seen: bool = True,
+    ) -> tuple[int, np.ndarray]:
+        """k, and the item ids that may be recommended, sorted."""
+        one_of("exclude_seen", exclude_seen, (True, False))
+        if not any(t.kind == "retrieval" for t in self.experiment.tasks.values()):
+            raise ConfigError("this run has no retrieval task, so it cannot recommend; use predict")
+        n = self.prepared.manifest.items
+        k = a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
+        ids = np.arange(FIRST, n + FIRST, dtype=np.int64)
+        if allowed is not None:
+            ids = np.unique(self._encoder.item_ids(allowed, "allowed"))
+        if blocked is not None:
+            ids = np.setdiff1d(ids, self._encoder.item_ids(blocked, "blocked"))
+        if not len(ids):
+            raise DataError("the filters allowed and blocked leave no item")
+        return k, ids
+
+    def _refuse_unknown(self, users: Sequence[str]) -> None:
+        for user in users:
+            if user not in self.prepared.user_ids:
+                hint = nearest(user, list(self.prepared.user_ids)[:20_000])
+                raise DataError(
+                    f"user {user!r} is not in the data of {self.run.folder}.{hint} Pass a history, "
+                    'or on_unknown="popular" for the most popular items'
+                )
+
+
+def predict_file(recommender: Recommender, rows: str | Path) -> Result:
+    """Predictions for a file: raw rows, or pairs in the columns of user and item.
+
+    Raises:
+      DataError: the file is missing, of an unknown format, or has no such columns.
+    """
+    if recommender.prepared.manifest.kind == "rows":
+        return recommender.predict_rows(rows)
+    config = recommender.experiment.data
+    table = read_columns(recommender.experiment, rows, [config.user, config.item])
+    users, items = (table.column(c).to_pylist() for c in (config.user, config.item))
+    return recommender.predict(users, items)

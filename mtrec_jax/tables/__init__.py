@@ -1,0 +1,1 @@
+"""Embedding tables: who owns which rows, their lookup, and their update."""

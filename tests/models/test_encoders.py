@@ -1,0 +1,120 @@
+"""The causal Transformer against attention written out in NumPy, and against its own promise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mtrec_jax.models.encoders.transformer import Block, LastSearch, TargetAttention, Transformer
+
+B, S, D = 2, 6, 12
+FLOAT = jnp.dtype("float32")
+
+
+def _linear(layer: Any, x: np.ndarray) -> np.ndarray:
+    return x @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...], np.float64)
+
+
+def _normalise(layer: Any, x: np.ndarray) -> np.ndarray:
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * np.asarray(layer.scale[...]) + np.asarray(layer.bias[...])
+
+
+def _block(block: Block, x: np.ndarray, heads: int) -> np.ndarray:
+    """Pre-norm attention and feed-forward of one sequence [S, D], head by head, state by state."""
+    normed, size = _normalise(block.norm_attention, x), D // heads
+    query, key, value = (_linear(part, normed) for part in (block.query, block.key, block.value))
+    mixed = np.zeros_like(x)
+    for head in range(heads):
+        own = slice(head * size, (head + 1) * size)
+        for s in range(len(x)):
+            scores = key[: s + 1, own] @ query[s, own] / np.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            mixed[s, own] = (weights / weights.sum()) @ value[: s + 1, own]
+    x = x + _linear(block.output, mixed)
+    hidden = np.maximum(_linear(block.up, _normalise(block.norm_hidden, x)), 0)
+    return x + _linear(block.down, hidden)
+
+
+def _random_parameters(module: nnx.Module) -> None:
+    """Biases and scales start at 0 and 1, where a forgotten one would not show."""
+    rng = np.random.default_rng(1)
+    state = nnx.state(module, nnx.Param)
+    drawn = jax.tree.map(lambda a: jnp.asarray(0.4 * rng.normal(size=a.shape), a.dtype), state)
+    nnx.update(module, drawn)
+
+
+def test_block_equals_attention_written_out() -> None:
+    heads = 3
+    block = Block(D, heads, 0.1, dtype=FLOAT, rngs=nnx.Rngs(0))
+    _random_parameters(block)
+    x = np.random.default_rng(2).normal(size=(B, S, D)).astype(np.float32)
+    causal = jnp.tril(jnp.ones((S, S), bool))
+    found = jax.jit(lambda x: block(x, causal, None))(x)
+    expected = [_block(block, sequence.astype(np.float64), heads) for sequence in x]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_a_state_depends_on_the_tokens_up_to_it_and_on_no_later_one() -> None:
+    transformer = Transformer(D, 2, 2, S, 0.1, dtype=FLOAT, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda x: transformer(x, None))
+    rng = np.random.default_rng(3)
+    tokens = rng.normal(size=(1, S, D)).astype(np.float32)
+    before = np.asarray(run(tokens))
+    for s in range(S):
+        changed = tokens.copy()
+        # random, not constant: the layer norm would swallow a constant
+        changed[:, s] += rng.normal(size=D).astype(np.float32)
+        moved = np.abs(np.asarray(run(changed)) - before).max(axis=-1)[0]
+        assert (moved[:s] == 0).all()
+        assert (moved[s:] > 1e-4).all()
+
+
+def test_transformer_adds_positions_drops_and_normalises() -> None:
+    transformer = Transformer(D, 1, 2, S + 3, 0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda x, key: transformer(x, key))
+    same = np.broadcast_to(np.random.default_rng(4).normal(size=D), (1, S, D)).astype(np.float32)
+    plain = np.asarray(run(same, None))
+    np.testing.assert_allclose(plain.mean(axis=-1), 0, atol=1e-6)
+    np.testing.assert_allclose(plain.var(axis=-1), 1, atol=1e-4)
+    assert np.abs(plain[0, 0] - plain[0, -1]).max() > 1e-3  # equal tokens, unequal places
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(run(same, key), run(same, key))
+    assert np.abs(run(same, key) - plain).max() > 0.1
+
+
+def test_target_attention_is_a_softmax_over_the_events_before_the_cutoff() -> None:
+    attention = TargetAttention(D, dtype=FLOAT, rngs=nnx.Rngs(0))
+    _random_parameters(attention)
+    rng = np.random.default_rng(5)
+    candidates = rng.normal(size=(B, 3, D)).astype(np.float32)
+    events, outcomes = rng.normal(size=(2, B, S, D)).astype(np.float32)
+    cutoff = np.array([[0, 1, 4], [6, 2, 0]], np.int32)
+    found = jax.jit(attention.__call__)(candidates, events, outcomes, cutoff)
+    sharpness = np.exp(float(attention.log_sharpness[...]))
+    for b, p in np.ndindex(cutoff.shape):
+        seen = slice(0, cutoff[b, p])
+        wanted, known = (_linear(attention.project, x) for x in (candidates[b, p], events[b, seen]))
+        cosine = known @ wanted / np.linalg.norm(wanted) / np.linalg.norm(known, axis=-1)
+        weights = np.exp(sharpness * cosine)
+        expected = weights @ outcomes[b, seen] / max(weights.sum(), 1e-9)
+        np.testing.assert_allclose(found[b, p], expected, atol=1e-5)
+
+
+def test_the_last_search_before_a_position_counts_and_fades() -> None:
+    search = LastSearch(D, dtype=FLOAT, rngs=nnx.Rngs(0))
+    _random_parameters(search)
+    words = np.random.default_rng(6).normal(size=(2, 5, D)).astype(np.float32)
+    searched = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]], bool)
+    cutoff = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]], np.int32)
+    found = jax.jit(search.__call__)(words, searched, cutoff)
+    fading = np.exp(-np.log1p(np.exp(float(search.fading[...]))))
+    last = {2: (1, 0), 3: (1, 1), 4: (3, 0), 5: (3, 1)}  # {cutoff: place, events since}
+    for b, p in np.ndindex(cutoff.shape):
+        place, since = last.get(p, (0, 0))
+        known = words[0, place] * fading**since if p in last and not b else np.zeros(D)
+        np.testing.assert_allclose(found[b, p], _linear(search.project, D**0.5 * known), atol=1e-5)

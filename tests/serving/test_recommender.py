@@ -1,0 +1,396 @@
+"""Recommendations and predictions of a trained run, through raw ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.prepare import prepare
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.serving.recommender import Recommender, predict_file
+from mtrec_jax.serving.requests import Encoder, raw_texts
+from mtrec_jax.serving.result import Result
+from mtrec_jax.train.loop import train
+from tests.data import small
+
+USERS = ["u00003", "u00001", "u00042"]
+TASKS = ["next_item", "click", "buy", "stars"]
+
+
+def stored_history(prepared: Prepared, user: str) -> dict[str, list[Any]]:
+    """What the prepared folder knows of a user's past, in raw values."""
+    index = prepared.user_ids[user] - 2
+    items = prepared.user_lists("event_item")[index]
+    history: dict[str, list[Any]] = {"item": [prepared.item_names[i - 2] for i in items]}
+    for field in prepared.manifest.history:
+        values = [None, None, *prepared.vocabulary(field.name).column("value").to_pylist()]
+        history[field.name] = [values[i] for i in prepared.user_lists(f"event_{field.name}")[index]]
+    return history
+
+
+def items_of(result: Result, user: str) -> list[str]:
+    pairs = zip(result["user"], result["item"], strict=True)
+    return [item for who, item in pairs if who == user]
+
+
+def popular(prepared: Prepared) -> list[str]:
+    """Items by falling number of training events, ties by raw id."""
+    events = prepared.interactions("train")["candidate"]
+    counts = np.bincount(events, minlength=prepared.manifest.items + 2)[2:].tolist()
+    names = prepared.item_names
+    return [name for _, name in sorted(zip([-c for c in counts], names, strict=True))]
+
+
+def test_the_answer_is_a_table_in_the_order_of_the_question(shop_recommender: Recommender) -> None:
+    result = shop_recommender.recommend(USERS, 5)
+    weights = [f"weight {task}" for task in TASKS]
+    assert result.columns == ["user", "known", "rank", "item", "title", "score", *TASKS, *weights]
+    assert result["user"] == [user for user in USERS for _ in range(5)]
+    assert result["rank"] == [1, 2, 3, 4, 5] * 3
+    assert all(result["known"])
+    titles = dict(
+        zip(shop_recommender.prepared.item_names, shop_recommender.prepared.titles, strict=True)
+    )
+    assert result["title"] == [titles[item] for item in result["item"]]
+    assert all(title != item for item, title in titles.items())
+
+
+def test_the_order_follows_the_score(shop_recommender: Recommender) -> None:
+    result = shop_recommender.recommend(USERS, 20)
+    scores = np.array(result["score"]).reshape(3, 20)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert (scores[:, 0] > scores[:, -1]).all()
+
+
+def test_seen_items_are_left_out_unless_asked_for(shop_recommender: Recommender) -> None:
+    prepared = shop_recommender.prepared
+    seen = set(stored_history(prepared, "u00003")["item"])
+    everything = len(prepared.item_names)
+    fresh = items_of(shop_recommender.recommend(["u00003"], everything), "u00003")
+    assert set(fresh) == set(prepared.item_names) - seen
+    again = shop_recommender.recommend(["u00003"], everything, exclude_seen=False)
+    assert set(again["item"]) == set(prepared.item_names)
+
+
+def test_allowed_and_blocked_items(shop_recommender: Recommender) -> None:
+    seen = stored_history(shop_recommender.prepared, "u00003")["item"]
+    unseen = [i for i in shop_recommender.prepared.item_names if i not in seen]
+    allowed, blocked = unseen[:6] + seen[:2], unseen[4:8]
+    result = shop_recommender.recommend(["u00003"], 10, allowed=allowed, blocked=blocked)
+    assert sorted(result["item"]) == sorted(unseen[:4]), "fewer, as the filters leave fewer"
+    every = shop_recommender.recommend(["u00003"], 60, blocked=blocked)
+    assert set(every["item"]) == set(unseen) - set(blocked)
+    order = [item for item in every["item"] if item in allowed]
+    assert result["item"] == order, "filters do not change the order of what is left"
+    repeated = shop_recommender.recommend(["u00003"], 10, allowed=allowed * 2, blocked=blocked)
+    assert repeated["item"] == result["item"]
+
+
+def test_predictions_are_in_their_units(shop_recommender: Recommender) -> None:
+    result = shop_recommender.recommend(USERS, 20)
+    for task in ("click", "buy"):
+        values = np.array(result[task])
+        assert ((values > 0) & (values < 1)).all()
+    assert (np.abs(result["next_item"]) <= 1 + 1e-6).all()
+    stars = np.array(result["stars"])
+    assert ((stars > 0) & (stars < 7)).all(), "stars, not standard deviations of stars"
+    weights = np.array([result[f"weight {task}"] for task in TASKS])
+    np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
+    assert (weights > 0).all()
+
+
+def test_predict_agrees_with_recommend(shop_recommender: Recommender) -> None:
+    found = shop_recommender.recommend(USERS, 7)
+    pairs = shop_recommender.predict(found["user"], found["item"])
+    assert pairs.columns == ["user", "item", "known", *TASKS]
+    assert (pairs["user"], pairs["item"]) == (found["user"], found["item"])
+    assert all(pairs["known"])
+    for task in TASKS:
+        np.testing.assert_allclose(pairs[task], found[task], rtol=2e-5, atol=1e-6)
+
+
+def test_unknown_pairs_are_marked(shop_recommender: Recommender) -> None:
+    pairs = shop_recommender.predict(["u00001", "nobody", "u00001"], ["i0003", "i0003", "nothing"])
+    assert pairs["known"] == [True, False, False]
+    assert np.isfinite([pairs[task] for task in TASKS]).all()
+    assert len(shop_recommender.predict([], [])) == 0
+
+
+def test_an_equal_fresh_history_gives_the_stored_answer(shop_recommender: Recommender) -> None:
+    stored = shop_recommender.recommend(USERS, 8)
+    histories = [stored_history(shop_recommender.prepared, user) for user in USERS]
+    assert shop_recommender.recommend(USERS, 8, histories=histories).table == stored.table
+
+
+def test_a_fresh_history_changes_the_answer_at_once(shop_recommender: Recommender) -> None:
+    stored = shop_recommender.recommend(["u00001"], 8)
+    history = stored_history(shop_recommender.prepared, "u00001")
+    first = items_of(stored, "u00001")[0]
+    longer = {"item": [*history["item"], first], "click": [*history["click"], "1"]}
+    after = shop_recommender.recommend(["u00001"], 8, histories=[longer])
+    assert first not in after["item"], "it has been seen now"
+    assert after["click"] != stored["click"]
+    ignored = {"item": longer["item"], "click": [*history["click"], 0]}
+    other = shop_recommender.recommend(["u00001"], 8, histories=[ignored])
+    assert other["score"] != after["score"], "what happened matters, not only to what"
+    assert all(after["known"])
+
+
+def test_only_the_latest_events_of_a_long_history_count(shop_recommender: Recommender) -> None:
+    """The model looks back on 16 events, but what was seen earlier stays excluded."""
+    names = shop_recommender.prepared.item_names
+    recent, early = names[:16], names[16:30]
+    short = shop_recommender.recommend(["x"], 60, histories=[recent])
+    long = shop_recommender.recommend(["x"], 60, histories=[early + recent])
+    assert [i for i in short["item"] if i not in early] == long["item"]
+
+
+def test_unknown_users_get_popular_items_in_order(shop_recommender: Recommender) -> None:
+    best = popular(shop_recommender.prepared)
+    result = shop_recommender.recommend(["nobody", "u00001", "noone"], 4)
+    assert items_of(result, "nobody") == items_of(result, "noone") == best[:4]
+    assert result["known"] == [False] * 4 + [True] * 4 + [False] * 4
+    assert items_of(result, "u00001") == shop_recommender.recommend(["u00001"], 4)["item"]
+    filtered = shop_recommender.recommend(["nobody"], 4, blocked=best[1:3], allowed=best[:9])
+    assert filtered["item"] == [best[0], *best[3:6]]
+    assert shop_recommender.recommend(["nobody"], 4, histories=[[]])["item"] == best[:4]
+    counts = dict(
+        zip(
+            shop_recommender.prepared.item_names,
+            shop_recommender.prepared.items["count"].to_pylist(),
+            strict=True,
+        )
+    )
+    scores = shop_recommender.recommend(["nobody"], 9)["score"]
+    assert scores == [counts[item] for item in best[:9]], "how often each was met in training"
+
+
+def test_an_unknown_user_with_a_history_gets_an_answer_of_their_own(
+    shop_recommender: Recommender,
+) -> None:
+    names = shop_recommender.prepared.item_names
+    histories: list[Any] = [names[:3], names[20:40:3]]
+    result = shop_recommender.recommend(["new", "newer"], 60, histories=histories)
+    assert not any(result["known"])
+    new, newer = items_of(result, "new"), items_of(result, "newer")
+    assert not set(new) & set(names[:3])
+    rest = set(new) & set(newer)
+    assert [i for i in new if i in rest] != [i for i in newer if i in rest]
+    assert [i for i in new if i in rest] != [
+        i for i in popular(shop_recommender.prepared) if i in rest
+    ]
+    scores = [s for s, u in zip(result["score"], result["user"], strict=True) if u == "new"]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_more_users_than_a_batch_are_answered_as_each_alone(shop_recommender: Recommender) -> None:
+    known = shop_recommender.prepared.user_names
+    users = [known[i % len(known)] if i % 7 else f"stranger{i}" for i in range(300)]
+    result = shop_recommender.recommend(users, 3)
+    assert result["user"] == [user for user in users for _ in range(3)]
+    for place in (0, 1, 254, 255, 256, 257, 299):
+        alone = shop_recommender.recommend([users[place]], 3)
+        part = result.table.slice(3 * place, 3)
+        assert part["item"].to_pylist() == alone["item"]
+        np.testing.assert_allclose(part["score"].to_pylist(), alone["score"], rtol=1e-5)
+    pairs = shop_recommender.predict(users, result["item"][::3])
+    assert pairs["user"] == users
+    np.testing.assert_allclose(pairs["stars"], result["stars"][::3], rtol=1e-4)
+
+
+def test_all_users_are_those_of_the_data(shop_recommender: Recommender) -> None:
+    (table,) = shop_recommender.recommend_all(3)
+    named = shop_recommender.recommend(shop_recommender.prepared.user_names, 3)
+    assert table == named.table
+    allowed = shop_recommender.prepared.item_names[:20]
+    filters: dict[str, Any] = {"allowed": allowed, "blocked": allowed[:5]}
+    (table,) = shop_recommender.recommend_all(3, **filters)
+    assert set(table["item"].to_pylist()) <= set(allowed[5:])
+    named = shop_recommender.recommend(shop_recommender.prepared.user_names, 3, **filters)
+    assert table == named.table
+
+
+def test_raw_ids_are_read_as_preparation_reads_them(tmp_path: Path) -> None:
+    """Every column kind of a table of ids gives the text that `raw_text` gives."""
+    values: list[Any] = [7.0, -0.0, 7.5, 1e14, 1e15, 1e16, 1e-7, True, " u\t", 7, "7.0"]
+    expected = ["7", "0", "7.5", str(10**14), str(10**15), "1e+16", "1e-7"]
+    assert raw_texts("users", values) == [*expected, "true", "u", "7", "7.0"]
+    columns: list[list[Any]] = [[v for v in values if isinstance(v, kind)] for kind in (float, str)]
+    for column in (*columns, [True, False]):
+        n = len(column)
+        items = [column[(i + turn) % n] for turn in range(3) for i in range(n)]
+        log = pa.table({"user": column * 3, "item": items, "time": range(3 * n)})
+        prepared = prepare(small.make(), None, tmp_path / type(column[0]).__name__, {"events": log})
+        assert set(prepared.user_ids) == set(raw_texts("users", column))
+    encoder = Encoder(prepared, "float32")
+    assert encoder.users(raw_texts("users", [True]), None).known.all()
+    assert encoder.item_ids([False, True]).tolist() == [
+        prepared.item_ids[name] for name in ("false", "true")
+    ]
+
+
+def test_untrimmed_ids_are_found(shop_recommender: Recommender) -> None:
+    plain = shop_recommender.recommend(["u00003"], 5, allowed=["i0001", "i0002"])
+    padded = shop_recommender.recommend([" u00003 "], 5, allowed=["i0001 ", " i0002"])
+    assert padded.table == plain.table
+    pairs = shop_recommender.predict(["u00003\n"], [" i0001"])
+    assert (pairs["user"], pairs["item"], pairs["known"]) == (["u00003"], ["i0001"], [True])
+
+
+def test_no_users_give_an_empty_table(shop_recommender: Recommender) -> None:
+    empty = shop_recommender.recommend([])
+    assert len(empty) == 0
+    assert empty.columns == shop_recommender.recommend(["u00001"]).columns
+
+
+def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommender) -> None:
+    names = shop_recommender.prepared.item_names
+    table = {item: shop_recommender.similar_items(item, 60) for item in names[:5]}
+    for item, found in table.items():
+        assert found["rank"] == list(range(1, 60))
+        assert sorted([*found["item"], item]) == sorted(names), "every other item, not itself"
+        assert found["cosine"] == sorted(found["cosine"], reverse=True)
+        assert max(found["cosine"]) <= 1 + 1e-6
+        short = shop_recommender.similar_items(item, 4)
+        assert short["item"] == found["item"][:4]
+    one, other = names[0], names[1]
+    there = table[one]["cosine"][table[one]["item"].index(other)]
+    back = table[other]["cosine"][table[other]["item"].index(one)]
+    assert there == pytest.approx(back, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda r: r.recommend(["u00001"], 0), r"k = 0: between 1 and the 60 items"),
+        (lambda r: r.recommend(["u00001"], 61), r"k = 61: between 1 and the 60 items"),
+        (lambda r: list(r.recommend_all(61)), r"k = 61: between 1 and the 60 items"),
+        (lambda r: r.similar_items("i0001", 61), r"k = 61: between 1 and the 60 items"),
+        (
+            lambda r: r.recommend(["u00001"], allowed=["i0001", "i001"]),
+            r"item 'i001' is not in the catalogue of .*Did you mean 'i00\d1'\?",
+        ),
+        (lambda r: r.recommend(["u00001"], blocked=["zzz"]), r"item 'zzz' is not in the catal"),
+        (lambda r: r.similar_items("zzz"), r"item 'zzz' is not in the catalogue"),
+        (
+            lambda r: r.recommend(["u00001"], allowed=["i0001"], blocked=["i0001"]),
+            r"the filters allowed and blocked leave no item",
+        ),
+        (
+            lambda r: r.recommend(["u00001", "b"], histories=[["i0001"]]),
+            r"histories: 1 given for 2 users",
+        ),
+        (lambda r: r.recommend(["a"], histories=[["zzz"]]), r"item 'zzz' is not in the catal"),
+        (
+            lambda r: r.recommend(["a"], histories=[{"item": ["i0001"], "clicks": [1]}]),
+            r"history: has item, clicks; it may have item, click, cart, buy, stars",
+        ),
+        (lambda r: r.recommend(["a"], histories=[{"click": [1]}]), r"history: has click; it may"),
+        (
+            lambda r: r.recommend(["a"], histories=[{"item": ["i0001"], "click": [1, 0]}]),
+            r"history: 2 values of click for 1 items",
+        ),
+        (
+            lambda r: r.recommend(["u00001", "u0001"], on_unknown="error"),
+            r"user 'u0001' is not in the data of .*Did you mean 'u0\d+'\? Pass a history, or",
+        ),
+        (lambda r: r.recommend("u12"), r"users: 'u12' is one text; pass a list of ids"),
+        (lambda r: r.predict("u12", ["i0001"]), r"users: 'u12' is one text; pass a list of ids"),
+        (lambda r: r.predict(["u12"], "i0001"), r"items: 'i0001' is one text; pass a list"),
+        (lambda r: r.recommend(["a"], blocked="i0001"), r"blocked: 'i0001' is one text; pass"),
+        (
+            lambda r: r.recommend(["a"], histories=["i0001"]),
+            r"histories.0.: 'i0001' is one text; pass",
+        ),
+        (lambda r: r.predict(["u00001"], []), r"predict: 1 users and 0 items; give pairs"),
+    ],
+)
+def test_wrong_questions_are_explained(
+    shop_recommender: Recommender, ask: Callable[[Recommender], Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        ask(shop_recommender)
+
+
+def test_a_sequence_run_predicts_pairs_not_rows(shop_recommender: Recommender) -> None:
+    with pytest.raises(ConfigError, match=r"predicts \(user, item\) pairs, not rows: use predict"):
+        shop_recommender.predict_rows("rows.csv")
+
+
+def test_a_recommender_introduces_itself(shop_recommender: Recommender) -> None:
+    assert "'shop'" in repr(shop_recommender)
+    assert all(task in repr(shop_recommender) for task in TASKS)
+
+
+ROWS = "colour,size,sold,kind\n" + "\n".join(
+    f"{('red', 'blue', 'green')[i % 3]},{i % 5 + 0.5},{i % 2},{'abc'[i % 3]}" for i in range(60)
+)
+
+
+@pytest.fixture(scope="module")
+def rows_recommender(
+    tmp_path_factory: pytest.TempPathFactory, compiled_programs: dict[str, str]
+) -> Recommender:
+    """A run on rows without users and items, with a binary and a multiclass task."""
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "rows.csv").write_text(ROWS, encoding="utf-8")
+    experiment = parse_experiment(
+        {
+            "name": "rows",
+            "data": {"kind": "rows", "events": {"files": ["rows.csv"]}},
+            "clean": {"duplicates": "keep"},
+            "split": {"kind": "random"},
+            "features": {"colour": {}, "size": {"kind": "numeric"}},
+            "tasks": {"sold": {"kind": "binary"}, "kind": {"kind": "multiclass"}},
+            "model": {
+                "encoder": "none",
+                "towers": "shared_bottom",
+                "width": 4,
+                "expert_hidden": [4],
+                "tower_hidden": [4],
+            },
+            "train": {"steps": 120, "batch_size": 8, "mesh": [1, 1], "learning_rate": 0.02},
+        }
+    )
+    prepared = prepare(experiment, folder, folder / "prepared")
+    return Recommender(train(experiment, prepared, folder / "run", show_progress=False))
+
+
+def test_rows_are_predicted_in_their_order(rows_recommender: Recommender, tmp_path: Path) -> None:
+    new = tmp_path / "new.csv"
+    lines = "1.5,red\n,blue\n2.5,green\n3,mauve\n" * 80
+    new.write_text(f"size,colour\n{lines}", encoding="utf-8")
+    result = predict_file(rows_recommender, new)
+    assert result.columns == ["row", "sold", "kind a", "kind b", "kind c"]
+    assert result["row"] == list(range(320))
+    classes = np.array([result[f"kind {c}"] for c in "abc"])
+    np.testing.assert_allclose(classes.sum(axis=0), 1, rtol=1e-5)
+    assert classes.argmax(axis=0)[:3].tolist() == [0, 1, 2], "the colour tells the kind"
+    sold = np.array(result["sold"])
+    assert ((sold > 0) & (sold < 1)).all()
+    np.testing.assert_allclose(sold.reshape(80, 4), np.broadcast_to(sold[:4], (80, 4)), rtol=1e-5)
+    table = {"colour": ["blue", "red"], "size": [None, 1.5]}
+    pandas = pytest.importorskip("pandas")
+    again = rows_recommender.predict_rows(pandas.DataFrame(table))
+    np.testing.assert_allclose(again["sold"], [sold[1], sold[0]], rtol=1e-5)
+
+
+def test_a_run_on_rows_recommends_nothing(rows_recommender: Recommender, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"predicts rows, not \(user, item\) pairs: use predict_rows"
+    ):
+        rows_recommender.predict(["a"], ["b"])
+    with pytest.raises(ConfigError, match="this run has no retrieval task, so it cannot recommend"):
+        rows_recommender.recommend(["a"])
+    with pytest.raises(DataError, match=r"absent\.csv: there is no such file"):
+        rows_recommender.predict_rows(tmp_path / "absent.csv")
+    (tmp_path / "new.csv").write_text("color,size\nred,1\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"'colour'.*Did you mean 'color'\?"):
+        rows_recommender.predict_rows(tmp_path / "new.csv")
