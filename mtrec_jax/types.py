@@ -23,19 +23,21 @@ PAD, UNKNOWN, FIRST = 0, 1, 2  # ids: 0 is padding, 1 is unknown, real ids start
 
 
 class Batch(NamedTuple):
-    """One batch of examples. Absent parts are empty dicts; shapes never change within a run."""
+    """One batch of examples. Absent parts are left out; shapes never change within a run.
 
-    context: Mapping[
-        str, Array
-    ]  # {"ids": [B, M] int32, "numbers": [B, C]}: the user or the request
-    events: Mapping[str, Array]  # {field: [B, L] int32}: the past in time order, "item" among them
+    Ids and numbers stand slot by slot in the order of the manifest's fields of that role.
+    """
+
+    context: Mapping[str, Array]  # {"ids": [B, M] int32, "numbers": [B, C]}: the user
+    request: Mapping[str, Array]  # {"ids": [B, P, M], "numbers": [B, P, C]}: each position's moment
+    events: Mapping[str, Array]  # {"item": [B, L], "ids": [B, L, M]}: the past in time order
     cutoff: Array  # [B, P] int32: position p may see events[:, :cutoff]
     candidate: Array  # [B, P] int32: the item at position p, 0 for none
     labels: Mapping[str, Array]  # {task: [B, P]}, 0 where masked
     mask: Mapping[str, Array]  # {task: [B, P]} 1 where the label exists and is in the sample space
     user: Array  # [B] int32
     weight: Array  # [B, P] 0 on padding
-    row: Array  # [B, P] int64 source row, -1 on padding
+    row: Array | None  # [B, P] int64 source row, -1 on padding; None on devices
 
 
 class Catalogue(NamedTuple):

@@ -59,18 +59,19 @@ def manifest(features: bool = True) -> Manifest:
     if features:
         found = {
             "context_ids": (
-                IdField(name="segment", size=5, slots=1, placement="dense"),
-                IdField(name="tags", size=7, slots=3, placement="sparse"),
+                IdField(name="segment", size=5, slots=1),
+                IdField(name="tags", size=7, slots=3),
             ),
             "context_numbers": (NumberField(name="age", mean=0.0, std=1.0),),
-            "item_ids": (IdField(name="brand", size=5, slots=1, placement="sparse"),),
+            "request_ids": (IdField(name="hour", size=6, slots=1),),
+            "request_numbers": (NumberField(name="discount", mean=0.0, std=1.0),),
+            "item_ids": (IdField(name="brand", size=5, slots=1),),
             "item_numbers": (NumberField(name="price", mean=0.0, std=1.0),),
-            "history": (IdField(name="click", size=4, slots=1, placement="dense"),),
+            "history": (IdField(name="click", size=4, slots=1),),
         }
     return Manifest(
         format=FORMAT,
         name="tiny",
-        kind="sequences",
         protocol="made up",
         fingerprint="0" * 16,
         config={},
@@ -115,11 +116,14 @@ def batch(seed: int, size: int = 8, dtype: str = "float32", features: bool = Tru
     real = np.arange(POSITIONS) < rng.integers(1, POSITIONS + 1, (size, 1))
     events = {"item": np.where(filled, rng.integers(FIRST, TRAINED + FIRST, filled.shape), 0)}
     context: dict[str, np.ndarray] = {}
+    request: dict[str, np.ndarray] = {}
     if features:
-        events["click"] = np.where(filled, rng.integers(1, 4, filled.shape), 0)
+        events["ids"] = np.where(filled, rng.integers(1, 4, filled.shape), 0)[:, :, None]
         tags = rng.integers(0, 7, (size, 3))
         context["ids"] = np.concatenate([rng.integers(0, 5, (size, 1)), tags], 1).astype(np.int32)
         context["numbers"] = rng.normal(size=(size, 1)).astype(dtype)
+        request["ids"] = rng.integers(0, 6, (*shape, 1)).astype(np.int32)
+        request["numbers"] = rng.normal(size=(*shape, 1)).astype(dtype)
     click = rng.integers(0, 2, shape)
     mask = {
         "next": real,
@@ -135,6 +139,7 @@ def batch(seed: int, size: int = 8, dtype: str = "float32", features: bool = Tru
     }
     return Batch(
         context=context,
+        request=request,
         events={name: values.astype(np.int32) for name, values in events.items()},
         cutoff=np.minimum(rng.integers(0, HISTORY + 1, shape), length).astype(np.int32),
         candidate=np.where(real, rng.integers(FIRST, TRAINED + FIRST, shape), 0).astype(np.int32),
