@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, Key
+
+from pydantic import Field
+
+from mtrec_jax.mixing import mixed_bits
+
+_Width = Annotated[int, Field(ge=1)]
+Hidden = Annotated[tuple[_Width, ...], Field(min_length=1)]  # widths of hidden layers, in options
+MaybeHidden = tuple[_Width, ...]
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
     """Zero each entry with probability `rate`, rescale the rest; `key=None` leaves x as it is.
 
-    The mask is a hash of the entry's place and the key. It is computed where it is used, which on a
-    CPU is many times faster than drawing random bits into memory, and it does not depend on how x
-    is split over devices.
+    The mask comes from `mixed_bits`: it does not depend on how x is split over devices.
     """
     if key is None or rate == 0:
         return x
-    seed = jax.random.bits(key, (2,), jnp.uint32)
     threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    return jnp.where(_hash(x.shape, seed) >= threshold, x / (1 - rate), 0)
+    return jnp.where(mixed_bits(x.shape, key) >= threshold, x / (1 - rate), 0)
 
 
 def unit_length(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -31,19 +37,6 @@ def unit_length(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     For training; `kernels` normalise with more care for the last bit.
     """
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
-
-
-def _hash(shape: tuple[int, ...], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
-    """One 32-bit number an entry: a multiply-xorshift mix of its flat index and the seed."""
-    index = jnp.full(shape, seed[0])
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        index = (index ^ (index >> shift)) * jnp.uint32(factor)
-        index = index + seed[1]
-    return index ^ (index >> 15)
 
 
 class MLP(nnx.Module):
@@ -90,3 +83,38 @@ class Experts(nnx.Module):
 def mix(weights: Float[Array, "n E"], experts: list[Float[Array, "n H"]]) -> Float[Array, "n H"]:
     """Weighted sum of the experts' outputs, example by example."""
     return sum((weights[:, e, None] * h for e, h in enumerate(experts)), jnp.zeros_like(experts[0]))
+
+
+class TaskHeads(nnx.Module):
+    """A tower and a head a task: T hidden inputs [n, H] to logits [n] or [n, C], and what is before.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        tasks: dict[str, int],
+        hidden: Sequence[int],
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.names = tuple(tasks)
+        self.towers = nnx.List([MLP(inputs, hidden, dtype=dtype, rngs=rngs) for _ in tasks])
+        last = hidden[-1] if hidden else inputs
+        self.heads = nnx.List(
+            [
+                nnx.Linear(last, outputs, dtype=dtype, param_dtype=dtype, rngs=rngs)
+                for outputs in tasks.values()
+            ]
+        )
+
+    def __call__(
+        self, mixed: Sequence[jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """`mixed` holds each task's input, in order -> logits, hidden."""
+        logits, hidden = {}, {}
+        for t, name in enumerate(self.names):
+            hidden[name] = self.towers[t](mixed[t])
+            out = self.heads[t](hidden[name])
+            logits[name] = out[:, 0] if out.shape[1] == 1 else out
+        return logits, hidden
