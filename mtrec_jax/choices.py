@@ -51,7 +51,8 @@ class Choice:
         self, source: Any, handler: pydantic.GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
         """How pydantic reads such a field; `source` is what the annotation says it is."""
-        is_class = isinstance(source, type) and not getattr(source, "_is_protocol", False)
+        anything = source is Any or getattr(source, "_is_protocol", False)
+        is_class = isinstance(source, type) and not anything
         read_it = functools.partial(self._read, source if is_class else object)
         return core_schema.with_info_plain_validator_function(read_it)
 
