@@ -145,7 +145,7 @@ def check(experiment: Experiment) -> None:
     if e.data.kind == "rows":
         if any(t.kind == "retrieval" for t in e.tasks.values()):
             problems.append("tasks: retrieval needs data.kind = 'sequences'")
-        if e.model.encoder == "transformer":
+        if e.model.encoder.kind == "transformer":
             problems.append(
                 "model.encoder: rows have no history that a transformer could read; set "
                 "encoder = 'none' under [model]"
@@ -160,7 +160,7 @@ def check(experiment: Experiment) -> None:
         if name not in e.features or "/" not in pair:
             hint = "" if name in e.features else nearest(name, e.features)
             problems.append(f"guard.allow: '{pair}' is not 'feature/task' of a feature here.{hint}")
-    problems += _check_encoder(e) + _check_tasks(e) + _check_fusion(e) + _check_numbers(e)
+    problems += _check_tasks(e) + _check_fusion(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
 
@@ -203,7 +203,7 @@ def _check_split(e: Experiment) -> list[str]:
 
 
 def _check_encoder(e: Experiment) -> list[str]:
-    if e.model.encoder != "none" or e.data.kind != "sequences":
+    if e.model.encoder.kind != "none" or e.data.kind != "sequences":
         return []
     problems = [
         f"features.{name}.on: with model.encoder = 'none' nothing would read the history; remove "
@@ -284,11 +284,8 @@ def _check_numbers(e: Experiment) -> list[str]:
     problems = []
     if (e.train.epochs > 0) == (e.train.steps > 0):
         problems.append("train.epochs, train.steps: exactly one must be above 0")
-    if e.model.heads > 0 and e.model.width % e.model.heads:
-        problems.append("model.width: a multiple of model.heads")
     positive = {
         "model.width": e.model.width,
-        "model.heads": e.model.heads,
         "model.temperature": e.model.temperature,
         "train.batch_size": e.train.batch_size,
         "train.accumulate": e.train.accumulate,
@@ -309,10 +306,6 @@ def _check_numbers(e: Experiment) -> list[str]:
         ("clean.min_item_events", e.clean.min_item_events, 0),
         ("clean.max_bad_fraction", e.clean.max_bad_fraction, 0),
         ("split.seed", e.split.seed, 0),
-        ("model.item_capacity", e.model.item_capacity, 0),
-        ("model.layers", e.model.layers, 1 if e.model.encoder == "transformer" else 0),
-        ("model.experts", e.model.experts, 1),
-        ("model.task_experts", e.model.task_experts, 1),
         ("train.epochs", e.train.epochs, 0),
         ("train.steps", e.train.steps, 0),
         ("train.seed", e.train.seed, 0),
