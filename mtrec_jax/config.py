@@ -36,25 +36,31 @@ class Data:
 
     __pydantic_config__ = _STRICT
     public: str = ""  # what `mtrec data` fetches or generates for this experiment
-    kind: Literal["sequences", "rows"] = "sequences"  # users' events in time order, or single rows
     events: Files = field(default_factory=Files)
     items: Files | None = None
     users: Files | None = None
     queries: Files | None = None  # searches: user, time and text; they show in the user's history
     ties: Files | None = None  # user-user ties, a pair a row
     derive: dict[str, str] = field(default_factory=dict)  # {new column of the events: expression}
-    user: str = ""  # column names; a table of users or items uses the same names
+    user: str = ""  # column names, each of them optional; tables of users and items use the same
     item: str = ""
-    time: str = ""
+    time: str = ""  # "": events happened in the order of the source
     time_unit: Literal["s", "ms", "us"] = "s"  # of times that are numbers
     query: str = "query"  # column of the queries: what was searched for
     friend: str = "friend"  # column of the ties: the other user
     title: str = ""  # column of the item table that people would like to read
-    history_length: int = 50  # L: events that a position can look back on
+    history_length: int = 50  # L: events that a position looks back on; 0, no user, no item: none
+    past: Literal["rolling", "frozen"] = "rolling"  # what judged events know: all before, or as of
+    # the split: validation training events, test those of training and validation
     positions: int = 0  # P: targets per training example; 0 means history_length
     hide_ties: bool = False  # True: a position does not see events of its own timestamp
     seed: int = 0  # order of the training examples on disk
     reference: str = "reference"  # what the tables call the tasks' reference columns
+
+    @property
+    def length(self) -> int:
+        """L: events that a position looks back on; 0 where there are no users or no items."""
+        return self.history_length if self.user and self.item else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +88,7 @@ class Clean:
     """What is removed before anything else happens; every rule is counted in the report."""
 
     __pydantic_config__ = _STRICT
-    duplicates: Literal["drop", "keep"] = "drop"  # rows equal in every column; kind "rows": "keep"
+    duplicates: Literal["drop", "keep"] = "drop"  # equal rows; "keep" without data.user
     duplicate_columns: tuple[str, ...] = ()  # rows are equal in these; (): in every column
     values: dict[str, Values] = field(default_factory=dict)  # {name in the report: rule}
     earliest: str = ""  # times before it are removed: seconds or ISO 8601
@@ -124,7 +130,8 @@ class Feature:
     """One input of the model."""
 
     __pydantic_config__ = _STRICT
-    on: Literal["context", "item", "history"] = "context"
+    # the user; the moment, known before its outcome; the item; what past events show
+    on: Literal["context", "request", "item", "history"] = "context"
     kind: Literal[
         "categorical",
         "hashed",  # categorical without a vocabulary: `buckets` ids

@@ -107,7 +107,7 @@ def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Ex
         kind = type(values).__name__
         raise ConfigError(f"{where}: {shown(values)} is a {kind}, not a mapping of sections")
     try:
-        experiment = pydantic.TypeAdapter(Experiment).validate_python(_of_kind(values))
+        experiment = pydantic.TypeAdapter(Experiment).validate_python(_with_duplicates(values))
     except pydantic.ValidationError as error:
         problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
         raise ConfigError(f"{where}:\n{problems}") from None
@@ -115,14 +115,14 @@ def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Ex
     return experiment
 
 
-def _of_kind(values: Any) -> Any:
-    """With the default that depends on the kind of data: equal rows of a table are different cases,
-    equal events of a log are one that was written twice."""
+def _with_duplicates(values: Any) -> Any:
+    """With the default that depends on the data: equal rows without a user are different cases,
+    equal events of a user are one that was written twice."""
     tables = [values.get(key, {}) for key in ("data", "clean")] if isinstance(values, dict) else []
     if not tables or not all(isinstance(table, dict) for table in tables):
         return values
     data, clean = tables
-    if data.get("kind") != "rows" or clean.get("duplicate_columns"):
+    if data.get("user") or clean.get("duplicate_columns"):
         return values
     return {**values, "clean": {"duplicates": "keep", **clean}}
 
@@ -134,26 +134,7 @@ def check(experiment: Experiment) -> None:
         problems.append(f"name: '{e.name}' names folders; use letters, digits, '_', '-' and '.'")
     if not e.tasks:
         problems.append("tasks: at least one is needed, e.g. [tasks.next_item] kind = 'retrieval'")
-    if e.data.kind == "sequences":
-        problems += [
-            f"data.{key}: needed when data.kind = 'sequences'"
-            for key in ("user", "item", "time")
-            if not getattr(e.data, key)
-        ]
-        if e.data.positions > e.data.history_length:
-            problems.append("data.positions: at most data.history_length")
-    if e.data.kind == "rows":
-        if any(t.kind == "retrieval" for t in e.tasks.values()):
-            problems.append("tasks: retrieval needs data.kind = 'sequences'")
-        if e.model.encoder == "transformer":
-            problems.append(
-                "model.encoder: rows have no history that a transformer could read; set "
-                "encoder = 'none' under [model]"
-            )
-        if not e.data.item and not any(f.on == "context" for f in e.features.values()):
-            problems.append(
-                "features: rows need one with on = 'context'; without it all rows look the same"
-            )
+    problems += _check_history(e)
     problems += _check_split(e)
     for pair in e.guard.allow:
         name = pair.partition("/")[0]
@@ -165,21 +146,49 @@ def check(experiment: Experiment) -> None:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
 
 
+def _check_history(e: Experiment) -> list[str]:
+    """Who looks back needs a past; who does not, something else that tells examples apart."""
+    length, problems = e.data.length, []
+    why = "data.history_length is 0" if e.data.user and e.data.item else "data.user, data.item: not"
+    if not length:
+        problems += [
+            f"features.{name}.on: no history ({why}); use 'request' for what is known of the event"
+            for name, feature in e.features.items()
+            if feature.on == "history"
+        ]
+    if length and e.data.positions > length:
+        problems.append("data.positions: at most data.history_length")
+    if not length and e.model.encoder == "transformer":
+        problems.append(
+            f"model.encoder: no history that a transformer could read ({why}); set encoder = "
+            "'none' under [model]"
+        )
+    if not e.data.user:
+        problems += [
+            f"features.{name}.on: 'context' needs data.user; use 'request' for a column of the event"
+            for name, feature in e.features.items()
+            if feature.on == "context"
+        ]
+    if e.data.queries is not None and not (e.data.user and e.data.time):
+        problems.append("data.queries: needs data.user and data.time")
+    if e.data.hide_ties and not e.data.time:
+        problems.append("data.hide_ties: needs data.time")
+    if not length and not e.data.item and not e.features:
+        problems.append("features: one is needed with on = 'request'; without, all rows look alike")
+    return problems
+
+
 def _check_split(e: Experiment) -> list[str]:
     split, problems = e.split, []
     needed = {
-        "leave_one_out": ("user", "time"),
-        "time": ("time",),
-        "user_ratio": ("user", "time"),
-        "user_holdout": ("user", "time"),
-        "cold_user": ("user",),
-        "cold_item": ("item",),
-    }.get(split.kind, ())
-    absent = [f"data.{key}" for key in needed if not getattr(e.data, key)]
-    if absent and e.data.kind == "rows":  # sequences lack them for a reason of their own
+        "time": "time",
+        "cold_item": "item",
+        **dict.fromkeys(("leave_one_out", "user_ratio", "user_holdout", "cold_user"), "user"),
+    }.get(split.kind)
+    if needed and not getattr(e.data, needed):
         problems.append(
-            f"split.kind: '{split.kind}' needs {' and '.join(absent)}; 'random', 'folds' and "
-            "'files' are the ones for rows without them"
+            f"split.kind: '{split.kind}' needs data.{needed}; 'random', 'folds' and 'files' are "
+            "the ones for rows without"
         )
     for key in ("validation_files", "test_files"):
         if getattr(split, key) and split.kind != "files":
@@ -203,7 +212,7 @@ def _check_split(e: Experiment) -> list[str]:
 
 
 def _check_encoder(e: Experiment) -> list[str]:
-    if e.model.encoder != "none" or e.data.kind != "sequences":
+    if e.model.encoder != "none" or not e.data.length:
         return []
     problems = [
         f"features.{name}.on: with model.encoder = 'none' nothing would read the history; remove "
@@ -211,10 +220,10 @@ def _check_encoder(e: Experiment) -> list[str]:
         for name, feature in e.features.items()
         if feature.on == "history"
     ]
-    if not any(feature.on == "context" for feature in e.features.values()):
+    if not any(feature.on in ("context", "request") for feature in e.features.values()):
         problems.append(
-            "model.encoder: with 'none' and no feature on = 'context' every user would be the "
-            "same; add such a feature, or use 'transformer'"
+            "model.encoder: with 'none' and no feature on = 'context' or 'request' every user would "
+            "be the same; add such a feature, or use 'transformer'"
         )
     return problems
 
@@ -302,7 +311,7 @@ def _check_numbers(e: Experiment) -> list[str]:
         f"{key}: must be above 0, not {value}" for key, value in positive.items() if not value > 0
     ]
     bounded: list[tuple[str, float, int]] = [
-        ("data.history_length", e.data.history_length, 1),
+        ("data.history_length", e.data.history_length, 0),
         ("data.positions", e.data.positions, 0),
         ("data.seed", e.data.seed, 0),
         ("clean.min_user_events", e.clean.min_user_events, 0),

@@ -137,6 +137,7 @@ class Manifest:
     name: str
     protocol: str  # one readable sentence: cleaning, split, order, what a history may hold
     fingerprint: str  # 16 hex digits over protocol, configuration and contents of the raw files
+    cleaned: str  # fingerprint of the clean events
     config: dict[str, Any]  # data, clean, split, features, tasks as plain values
     users: int
     items: int  # size of the catalogue

@@ -7,8 +7,8 @@ import json
 import re
 from typing import Any
 
-from mtrec_jax.config import Experiment, Feature, Split, to_dict
-from mtrec_jax.data.dataset import FORMAT
+from mtrec_jax.config import Experiment, Feature, Split
+from mtrec_jax.data.dataset import FORMAT, configuration
 from mtrec_jax.data.features import CLOCK, GROWING, MOST_IDS, NUMBER, NUMERIC, PAST
 from mtrec_jax.errors import ConfigError, DataError, nearest
 
@@ -84,7 +84,7 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
     feature, data = e.features[name], e.data
     on, kind, problems = feature.on, feature.kind, []
     searches = data.queries is not None and (feature.column or name) == data.query
-    of_events = on == "history" or (on == "context" and data.kind == "rows")
+    of_events = on in ("history", "request")
     if on == "history":
         if kind in ("numeric", "piecewise", "text", "ties", "friends_taste"):
             problems.append(".kind: on the history one that gives ids, such as 'binned'")
@@ -92,16 +92,14 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
             problems.append(".kind: one value an event on the history, such as 'categorical'")
         if name == "item":
             problems.append(": every history has the item already; rename it")
-        if data.kind == "rows":
-            problems.append(".on: rows have no history; use 'context'")
-    if kind in ("ties", "friends_taste") and (on != "context" or data.kind == "rows"):
-        problems.append(": friends are context of the users of sequences; use on = 'context'")
+    if kind in ("ties", "friends_taste") and on != "context":
+        problems.append(": friends are context of the users; use on = 'context'")
     if on == "item" and not data.item:
         problems.append(".on: 'item' needs data.item")
     if kind == "text" and of_events:
         problems.append(".kind: texts are kept for items and users, not for every event")
     if kind in (*CLOCK, "gap") and not of_events:
-        problems.append(".on: an event has a time, users and items have none; use 'history'")
+        problems.append(".on: an event has a time, users and items have none; use 'request' or 'history'")
     if kind in CLOCK and not (feature.column or data.time):
         problems.append(": needs data.time, or a column")
     if kind == "gap" and not (data.user and data.time):
@@ -109,7 +107,7 @@ def _check_feature(e: Experiment, name: str) -> list[str]:
     if kind in PAST and not of_events:
         problems.append(
             f".on: counts and rates of the past belong to a moment; as a feature of the {on} they "
-            "would contain the outcome of the target itself. Use on = 'history'"
+            "would contain the outcome of the target itself. Use on = 'request' or 'history'"
         )
     numbers = [n for n, t in e.tasks.items() if t.kind in ("binary", "regression")]
     if kind in ("past_rate", "friends_taste") and feature.label not in numbers:
@@ -158,14 +156,6 @@ def _check_table(feature: Feature) -> list[str]:
     return problems
 
 
-def configuration(experiment: Experiment) -> dict[str, Any]:
-    """The part of the experiment that preparation depends on."""
-    kept = {k: to_dict(experiment)[k] for k in ("data", "clean", "split", "features", "tasks")}
-    for task in kept["tasks"].values():
-        del task["weight"]
-    return kept
-
-
 def fingerprint(experiment: Experiment, digests: list[str]) -> str:
     """16 hex digits that change with the format, the configuration or any byte of the raw data."""
     known = {"format": FORMAT, "config": configuration(experiment), "files": digests}
@@ -176,10 +166,11 @@ def fingerprint(experiment: Experiment, digests: list[str]) -> str:
 def protocol(experiment: Experiment, users: int, items: int, events: int) -> str:
     """One sentence that says how the data was cleaned and split, for reports.
 
-    >>> from mtrec_jax.config import Clean, Experiment
-    >>> five = Experiment(name="a", clean=Clean(min_user_events=5, min_item_events=5))
-    >>> protocol(five, 6040, 3416, 999611)
-    '5-core, leave-one-out by (time, source row), 6,040 users, 3,416 items, 999,611 events'
+    >>> from mtrec_jax.config import Clean, Data
+    >>> data = Data(user="user", item="item", past="frozen")
+    >>> five = Experiment(name="a", data=data, clean=Clean(min_user_events=5, min_item_events=5))
+    >>> protocol(five, 604, 341, 9996)
+    '5-core, leave-one-out by source row, past frozen at the split, 604 users, 341 items, 9,996 events'
     """
     clean, split, data = experiment.clean, experiment.split, experiment.data
     parts = []
@@ -188,26 +179,29 @@ def protocol(experiment: Experiment, users: int, items: int, events: int) -> str
         parts.append(f"{least[0]}-core")
     elif max(least) > 1:
         parts.append(f"users with {least[0]} and items with {least[1]} events or more")
-    parts.append(_split_in_words(split))
+    order = "(time, source row)" if data.time else "source row"
+    parts.append(_split_in_words(split, order))
+    if data.length or any(f.kind in (*PAST, "gap") for f in experiment.features.values()):
+        parts.append("past frozen at the split" if data.past == "frozen" else "rolling past")
     if data.hide_ties:
         parts.append("events of the same timestamp hidden")
-    if data.user or data.kind == "sequences":
+    if data.user:
         parts.append(f"{users:,} users")
-    if data.item or data.kind == "sequences":
+    if data.item:
         parts.append(f"{items:,} items")
     return ", ".join([*parts, f"{events:,} events"])
 
 
-def _split_in_words(split: Split) -> str:
+def _split_in_words(split: Split, order: str) -> str:
     shares = f"{split.validation:.3g} validation, {split.test:.3g} test"
     chance = f"{shares}, seed {split.seed}"
     match split.kind:
         case "leave_one_out":
-            return "leave-one-out by (time, source row)"
+            return f"leave-one-out by {order}"
         case "time":
             return f"split at two points in time ({shares})"
         case "user_ratio":
-            return f"last events of each user by (time, source row) ({shares})"
+            return f"last events of each user by {order} ({shares})"
         case "random":
             return f"random split ({chance})"
         case "folds":

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from mtrec_jax.config import Feature
-from mtrec_jax.data.dataset import IdField, NumberField, Prepared
+from mtrec_jax.data.dataset import FIELDS, IdField, NumberField, Prepared
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST, UNKNOWN
 
@@ -46,7 +46,7 @@ class Encoding:
         """Whether the model gets numbers, not ids."""
         kind = self.feature.kind
         return kind in ("numeric", "piecewise", "friends_taste") or (
-            kind in PAST and self.feature.on == "context"
+            kind in PAST and self.feature.on == "request"
         )
 
     @property
@@ -70,16 +70,7 @@ class Encoding:
         size, missing_id = FIRST + len(self.values), int(self.missing)
         if self.feature.kind == "hashed":
             size = max(FIRST + self.feature.buckets, missing_id + 1)
-        return IdField(
-            name=self.name,
-            size=size,
-            slots=self.slots,
-            placement=self.feature.placement,
-            missing=missing_id,
-            capacity=self.feature.capacity,
-            hash_rows=self.feature.hash_rows,
-            hash_functions=self.feature.hash_functions if self.feature.hash_rows else 0,
-        )
+        return IdField(name=self.name, size=size, slots=self.slots, missing=missing_id)
 
 
 def fit(name: str, feature: Feature, cells: pa.Array, counts: Int[np.ndarray, " n"]) -> Encoding:
@@ -226,9 +217,7 @@ def restore(prepared: Prepared, name: str) -> Encoding:
     manifest = prepared.manifest
     feature = Feature(**manifest.config["features"][name])
     nothing = pa.table({"value": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
-    groups = (manifest.context_ids, manifest.context_numbers, manifest.item_ids)
-    fields = [f for group in (*groups, manifest.item_numbers, manifest.history) for f in group]
-    [field] = (f for f in fields if f.name == name)
+    [field] = (f for group in FIELDS for f in getattr(manifest, group) if f.name == name)
     scaled = isinstance(field, NumberField) and feature.kind not in ("piecewise", "friends_taste")
     known = nothing if scaled or feature.kind == "hashed" else prepared.vocabulary(name)
     encoding = Encoding(name, feature, one_array(known["value"]), known["count"].to_numpy())

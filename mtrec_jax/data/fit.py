@@ -103,7 +103,7 @@ def text_columns(experiment: Experiment, table: pa.Table, on: str) -> dict[str, 
 
 
 def fit_events(events: Any, experiment: Experiment, base: Prepared | None = None) -> list[Encoding]:
-    """Features that stand in the events: of the history, or the context of rows.
+    """Features that stand in the events: of the history and of the request.
 
     They continue what `base` has learned.
     """

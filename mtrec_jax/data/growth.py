@@ -14,15 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
-from mtrec_jax.config import Experiment, Feature
+from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared, TaskField, open_prepared
 from mtrec_jax.data.features import NUMERIC, Encoding, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST
 
-# without another meaning of an id
-_MAY_CHANGE = ("min_count", "placement", "capacity", "hash_rows", "hash_functions")
+_MAY_CHANGE = ("min_count",)  # without another meaning of an id
 
 
 def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
@@ -34,15 +33,13 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
     """
     base = open_prepared(folder)
     config, problems = base.manifest.config, []
-    if base.manifest.kind != experiment.data.kind:
-        problems.append(f"data.kind: {base.manifest.kind!r} there")
     for name, feature in experiment.features.items():
         if name in config["features"]:
-            old = Feature(**config["features"][name])
+            old = config["features"][name]
             problems += [
-                f"features.{name}.{key}: {getattr(old, key)!r} there, {value!r} here"
-                for key, value in dataclasses.asdict(feature).items()
-                if key not in _MAY_CHANGE and getattr(old, key) != value
+                f"features.{name}.{key}: {old.get(key)!r} there, {value!r} here"
+                for key, value in to_dict(feature).items()
+                if key not in _MAY_CHANGE and old.get(key) != value
             ]
     for name, task in experiment.tasks.items():
         kind = config["tasks"].get(name, {}).get("kind", task.kind)
@@ -60,14 +57,10 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
 def grown(
     base: Prepared | None, fresh: Encoding, cells: pa.Array, counts: Int[np.ndarray, " n"]
 ) -> Encoding:
-    """A feature that was fitted on these cells as the continuation of the same one in `base`.
-
-    Raises:
-      DataError: there are more values than the feature's capacity.
-    """
+    """A feature that was fitted on these cells as the continuation of the same one in `base`."""
     old = earlier(base, fresh.name)
     if old is None:
-        return _within_capacity(fresh)
+        return fresh
     missing = old.missing if old.missing >= FIRST else fresh.missing
     if fresh.is_number:
         same = {"values": old.values, "counts": old.counts, "mean": old.mean, "std": old.std}
@@ -83,7 +76,7 @@ def grown(
     merged = dataclasses.replace(fresh, values=values, missing=missing)
     ids = features.encode(merged, cells)
     often = np.bincount(ids.reshape(-1), np.repeat(counts, ids.shape[1]), FIRST + len(values))
-    return _within_capacity(dataclasses.replace(merged, counts=often[FIRST:].astype(np.int64)))
+    return dataclasses.replace(merged, counts=often[FIRST:].astype(np.int64))
 
 
 def earlier(base: Prepared | None, name: str) -> Encoding | None:
@@ -144,14 +137,3 @@ def summary(base: Prepared, items: pa.Table, encodings: list[Encoding]) -> str:
             "that these data continue, or prepare without --grow-from"
         )
     return f"continues {base.folder}: {shown}"
-
-
-def _within_capacity(encoding: Encoding) -> Encoding:
-    capacity, name = encoding.feature.capacity, encoding.name
-    if capacity and len(encoding.values) > capacity:
-        raise DataError(
-            f"feature '{name}': {len(encoding.values):,} values, more than features.{name}.capacity"
-            f" = {capacity:,}. Raise it; rows of an earlier run are then carried over by "
-            "mtrec train --init-from. Or leave rare values out with min_count"
-        )
-    return encoding
