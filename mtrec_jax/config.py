@@ -10,10 +10,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tomli_w
+
+from mtrec_jax.balance import BALANCERS
+from mtrec_jax.balance.static import Static
+from mtrec_jax.choices import Choice
+from mtrec_jax.models.encoders import ENCODERS
+from mtrec_jax.models.encoders.transformer import Transformer
+from mtrec_jax.models.towers import TOWERS
+from mtrec_jax.models.towers.mmoe import MMoE
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
 
@@ -188,24 +196,31 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """An embedding table: of a feature, or "item", the items' own rows. `table_of` has defaults."""
+
+    __pydantic_config__ = _STRICT
+    update: Literal["", "sparse", "dense"] = ""
+    rule: str = ""
+    capacity: int = 0
+    hash_rows: int = 0
+    hash_functions: int = 2
+    id_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """Architecture."""
 
     __pydantic_config__ = _STRICT
-    encoder: Literal["none", "transformer"] = "transformer"
     width: int = 64  # D: table rows, user and item vectors
-    layers: int = 2
-    heads: int = 1
-    dropout: float = 0.1
-    item_placement: Literal["dense", "sparse"] = "sparse"
-    item_capacity: int = 0  # items that their own table may grow to without moving a row
+    dropout: float = 0.1  # in the encoder and before the towers
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
-    towers: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
-    experts: int = 4  # shared experts
-    task_experts: int = 1  # ple: experts of each task
-    expert_hidden: tuple[int, ...] = (128, 64)
-    tower_hidden: tuple[int, ...] = (32,)
     temperature: float = 0.05  # of the cosine in the retrieval softmax
+    encoder: Annotated[Any, Choice(ENCODERS)] = field(default_factory=Transformer)  # of histories
+    towers: Annotated[Any, Choice(TOWERS)] = field(
+        default_factory=MMoE
+    )  # of the tasks other than retrieval
     fusion: Literal["attention", "none"] = "attention"
     fusion_objective: dict[str, float] = field(default_factory=dict)  # {task: worth}; {}: all 1
 
@@ -235,7 +250,9 @@ class Train:
     row_weight_decay: float = 0.0  # decoupled, of the rows that a step touches
     row_clip_norm: float = 0.0  # of each touched row's gradient; 0: no clipping
     row_precision: Literal["same", "bfloat16"] = "same"  # as stored; bfloat16: rounded at random
-    balance: Literal["static", "uncertainty"] = "static"
+    balance: Annotated[Any, Choice(BALANCERS)] = field(
+        default_factory=Static
+    )  # of the tasks' gradients
     negatives: int = 512  # shared sampled negatives of a step
     negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
     evaluate_every: int = 0  # steps; 0: each epoch
@@ -295,6 +312,7 @@ class Experiment:
     guard: Guard = field(default_factory=Guard)
     features: dict[str, Feature] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     select: Select = field(default_factory=Select)
@@ -357,3 +375,12 @@ def metrics_of(kind: str, ks: Iterable[int]) -> list[str]:
         "regression": ["rmse", "mae"],
         "multiclass": ["accuracy", "log_loss"],
     }[kind]
+
+
+def table_of(experiment: Experiment, name: str) -> Table:
+    """stub"""
+    found = experiment.tables.get(name, Table())
+    update = found.update or ("sparse" if name == "item" else "dense")
+    return dataclasses.replace(
+        found, update=update, rule=found.rule or experiment.train.row_optimizer
+    )
