@@ -23,6 +23,7 @@ Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Part = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Worth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -59,9 +60,7 @@ class Data:
     query: str = "query"  # column of the queries: what was searched for
     friend: str = "friend"  # column of the ties: the other user
     title: str = ""  # column of the item table that people would like to read
-    history_length: Natural = (
-        50  # L: events that a position looks back on; 0, no user, no item: none
-    )
+    history_length: Natural = 50  # L: events a position looks back on; 0, no user or item: none
     past: Literal["rolling", "frozen"] = "rolling"  # what judged events know: all before, or as of
     # the split: validation training events, test those of training and validation
     positions: Natural = 0  # P: targets per training example; 0 means history_length
@@ -127,15 +126,11 @@ class Split:
         "cold_item",  # all events of held-out items judge
         "files",  # given files
     ] = "leave_one_out"
-    validation: Annotated[float, Field(gt=0, lt=1)] = (
-        0.1  # fraction of events, users or items (files: of the training files)
-    )
+    validation: Part = 0.1  # of the events, users or items (files: of the training files)
     test: Fraction = 0.1
     folds: Count = 5
     fold: Natural = 0  # 0 .. folds - 1
-    fold_in: Annotated[float, Field(gt=0, lt=1)] = (
-        0.5  # user_holdout: the part of a held-out user's events that is shown
-    )
+    fold_in: Part = 0.5  # user_holdout: the part of a held-out user's events that is shown
     validation_files: tuple[str, ...] = ()  # kind "files": (): `validation` of the training rows
     test_files: tuple[str, ...] = ()  # kind "files": these are the test set
     seed: Natural = 0

@@ -623,5 +623,7 @@ def test_an_extension_is_a_class_with_a_kind(extension: Any) -> None:
 
 def test_an_option_may_be_set_where_a_kind_stands_alone(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(to_toml(parse_experiment(LEAST)) + "[features]\nage = 'binned'\n", "utf-8")
+    path.write_text(
+        to_toml(parse_experiment(LEAST)).replace("[features]", "features.age = 'binned'"), "utf-8"
+    )
     assert load_experiment(path, ["features.age.bins=3"]).features["age"] == Binned(bins=3)

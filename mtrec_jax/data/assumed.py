@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtrec_jax.config import Experiment, Feature
+from mtrec_jax.config import Experiment, table_of
 from mtrec_jax.data.dataset import (
     FIELDS,
     FORMAT,
@@ -19,7 +19,7 @@ from mtrec_jax.data.dataset import (
     SplitInfo,
     TaskField,
 )
-from mtrec_jax.data.features import CLOCK, PAST
+from mtrec_jax.data.features import Feature, Text
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.types import FIRST, Batch, Catalogue
 
@@ -41,10 +41,11 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     data = experiment.data
     classes = [name for name, task in experiment.tasks.items() if task.kind == "multiclass"]
     _check_names(rows, ["item"] * bool(data.item) + [*experiment.features, *classes])
-    chosen = {n: f for n, f in experiment.features.items() if f.kind != "text"}
-    missing = [n for n, f in chosen.items() if n not in rows and _size(f) == 0]
+    chosen = {n: f for n, f in experiment.features.items() if not isinstance(f, Text)}
+    sizes = {n: rows.get(n) or f.room or _room(experiment, n) for n, f in chosen.items()}
+    missing = [name for name, size in sizes.items() if not size]
     missing += [name for name in classes if name not in rows]
-    items = rows.get("item", experiment.model.item_capacity) if data.item else 0
+    items = rows.get("item", _room(experiment, "item")) if data.item else 0
     missing += ["item"] * (bool(data.item) and not items)
     if missing:
         raise ConfigError(
@@ -54,7 +55,7 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     roles = ("context", "request", "item", "history")
     fields: dict[str, list[IdField | NumberField]] = {role: [] for role in roles}
     for name, feature in chosen.items():
-        fields[feature.on].append(_field(name, feature, rows.get(name, 0)))
+        fields[feature.on].append(_field(name, feature, sizes[name]))
     ids = {on: tuple(f for f in found if isinstance(f, IdField)) for on, found in fields.items()}
     numbers = {on: tuple(f for f in x if isinstance(f, NumberField)) for on, x in fields.items()}
     positions = (data.positions or data.length) if data.length else 1
@@ -165,28 +166,13 @@ def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
             raise ConfigError(f"--rows {name}={size}: at least one row")
 
 
-def _size(feature: Feature) -> int:
-    """Values that the configuration alone tells, or has room for; 0: it does not."""
-    if feature.kind == "hashed":
-        return feature.buckets + (feature.impute == "own")
-    if feature.kind in CLOCK:
-        return CLOCK[feature.kind]
-    counts = feature.kind in PAST and feature.on == "request"
-    if counts or feature.kind == "numeric":
-        return 1
-    if feature.kind in ("binned", "piecewise", "gap", *PAST):
-        return feature.bins
-    return feature.hash_rows or feature.capacity
+def _room(experiment: Experiment, name: str) -> int:
+    """Values that a table has room for, where the configuration says so."""
+    table = table_of(experiment, name)
+    return table.hash_rows or table.capacity
 
 
 def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:
-    values = values or _size(feature)
-    is_number = feature.kind in ("numeric", "piecewise", "friends_taste")
-    if is_number or (feature.kind in PAST and feature.on == "request"):
-        slots = values + (feature.impute == "own" and feature.kind != "friends_taste")
-        return NumberField(name=name, mean=0.0, std=1.0, slots=slots)
-    return IdField(
-        name=name,
-        size=FIRST + values,
-        slots=feature.max_values if feature.kind in ("multi_valued", "ties") else 1,
-    )
+    if feature.gives_numbers:
+        return NumberField(name=name, mean=0.0, std=1.0, slots=values + (feature.impute == "own"))
+    return IdField(name=name, size=FIRST + values, slots=getattr(feature, "max_values", 1))

@@ -43,11 +43,11 @@ import pydantic
 
 from mtrec_jax.arguments import a_path, instance, one_of
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import describe, read
+from mtrec_jax.data import read
 from mtrec_jax.data.dataset import Rule, configuration
 from mtrec_jax.data.engine import Engine, Name, open_engine
 from mtrec_jax.data.engine import rows as rows_of
-from mtrec_jax.data.features import CLOCK
+from mtrec_jax.data.features import Clock
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged
 from mtrec_jax.data.rules import (
     Bounds,
@@ -58,10 +58,11 @@ from mtrec_jax.data.rules import (
     missing_labels,
     usable_events,
 )
-from mtrec_jax.data.schema import bound, check_times, columns_of, origin
+from mtrec_jax.data.schema import check_times, columns_of
 from mtrec_jax.data.social import clean_queries, clean_ties
 from mtrec_jax.data.sources import EVENTS, Source, read_sources, tables_of
 from mtrec_jax.errors import DataError
+from mtrec_jax.experiments import check
 
 Say = Callable[[str], None]
 FORMAT = 1
@@ -161,7 +162,7 @@ def check_arguments(
     if not isinstance(tables, Mapping | None):
         kind = type(tables).__name__
         raise DataError(f"tables: a {kind}; pass a mapping such as {{'events': table}}")
-    describe.check(experiment)
+    check(experiment)
     for name, text in (("memory", memory), ("master", master)):
         instance(name, text, str, "such as memory='4GB', master='local[*]'")
     one_of("engine", engine, ("duckdb", "spark"))
@@ -246,7 +247,7 @@ def fingerprint(experiment: Experiment, digests: Mapping[str, Iterable[str]]) ->
         "tasks": {
             n: {k: v for k, v in t.items() if k != "where"} for n, t in config["tasks"].items()
         },
-        "features": {n: [*origin(e, n), f.kind in CLOCK and f.kind] for n, f in e.features.items()},
+        "features": {n: [*f.origin(n, e.data), isinstance(f, Clock) and f.kind] for n, f in e.features.items()},
         "files": {name: list(found) for name, found in digests.items()},
     }  # fmt: skip
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared, TaskField, open_prepared
-from mtrec_jax.data.features import NUMERIC, Encoding, one_array
+from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST
 
@@ -31,7 +31,7 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
       DataError: it is no prepared folder.
       ConfigError: the experiment gives a feature or a task of that name another meaning.
     """
-    base = open_prepared(folder)
+    base = open_prepared(folder, map(type, experiment.features.values()))
     config, problems = base.manifest.config, []
     for name, feature in experiment.features.items():
         if name in config["features"]:
@@ -64,11 +64,11 @@ def grown(
     missing = old.missing if old.missing >= FIRST else fresh.missing
     if fresh.is_number:
         same = {"values": old.values, "counts": old.counts, "mean": old.mean, "std": old.std}
-        return dataclasses.replace(fresh, **same, missing=old.missing)
-    if fresh.feature.kind == "hashed":
-        return dataclasses.replace(fresh, missing=missing)
-    numeric = fresh.feature.kind in NUMERIC
-    found = fresh.values.filter(pc.equal(fresh.values, "")) if numeric else fresh.values
+        return dataclasses.replace(fresh, **same, missing=old.missing, slots=old.slots)
+    if fresh.size:  # no vocabulary
+        return dataclasses.replace(fresh, missing=missing, size=max(fresh.size, old.size))
+    grows = fresh.feature.grows
+    found = fresh.values if grows else fresh.values.filter(pc.equal(fresh.values, ""))
     new = found.filter(pc.invert(pc.is_in(found, value_set=old.values)))
     values = pa.concat_arrays([old.values, new])
     if missing >= FIRST and missing != old.missing:  # the id that its value has now
@@ -124,8 +124,8 @@ def summary(base: Prepared, items: pa.Table, encodings: list[Encoding]) -> str:
         known = pc.sum(pc.is_in(trained, value_set=one_array(base.item_vocabulary))).as_py() or 0
         found["items"] = known, len(trained) - known
     for encoding in encodings:
-        old, kind = earlier(base, encoding.name), encoding.feature.kind
-        if old is not None and not encoding.is_number and kind not in (*NUMERIC, "hashed"):
+        old = earlier(base, encoding.name)
+        if old is not None and encoding.feature.grows:
             known = int(np.count_nonzero(encoding.counts[: len(old.values)]))
             found[encoding.name] = known, len(encoding.values) - len(old.values)
     shown = ", ".join(

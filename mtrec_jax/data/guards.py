@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment, Feature
 from mtrec_jax.data.examples import Log, mix
-from mtrec_jax.data.features import WRITTEN, as_numbers, one_array
+from mtrec_jax.data.features import MultiValued, as_numbers, one_array
 from mtrec_jax.errors import DataError
 
 LEAK = 0.999  # AUC, accuracy or R² on rows that the rates were not taken from
@@ -28,7 +28,6 @@ _KEYS, _EQUAL = 20, 0.9  # so many keys, and this part of them equal, prove a st
 ROWS, OF_A_CLASS = 100, 10  # fewer labelled rows are not judged
 BETWEEN = "\x1f"  # the values of a list
 _BINS = 1000  # of numbers
-_COMPUTED = ("hour", "weekday", "gap", "past_count", "past_rate", "ties", "friends_taste")
 
 
 # --- Answers among the features
@@ -52,7 +51,7 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
     seen = {
         name: feature
         for name, feature in experiment.features.items()
-        if feature.on != "history" and feature.kind not in _COMPUTED
+        if feature.on != "history" and not feature.computed
     }
     train = events.filter(events.split == 0)
     more = int(train.count().to_pyarrow().as_py()) / _EVENTS
@@ -168,7 +167,7 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
                 continue
             value = ids[here].astype(np.float64)
             step = value - np.where(first, 0, ids[before])
-            looks = (value, step) if shown[name].kind in WRITTEN else (value,)
+            looks = (value, step) if shown[name].reads_numbers else (value,)
             found = max(_pair_score(look[known], cells, outcome) for look in looks)
             if found >= LEAK > max(_pair_score(v[known], cells, outcome) for v in own):
                 raise DataError(
@@ -506,9 +505,9 @@ def best_score(feature: Feature, text: pa.Array, cells: Cells, outcome: Outcome)
     """The highest score of a feature's cells [k]: as values, as numbers, as words, by its kind."""
     cells = cells._replace(value=codes(text))
     best = score(cells, outcome)
-    if feature.kind in WRITTEN:
+    if feature.reads_numbers:
         best = max(best, number_score(cells, as_numbers(text), outcome))
-    if feature.kind == "multi_valued" and outcome.kind == "binary":
+    if isinstance(feature, MultiValued) and outcome.kind == "binary":
         text = pc.replace_substring(text, BETWEEN, feature.separator)
         best = max(best, word_score(cells, text, feature.separator, outcome))
     return best

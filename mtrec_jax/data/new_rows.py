@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import pydantic
 
+from mtrec_jax import choices
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
 from mtrec_jax.data.dataset import Prepared
@@ -48,7 +48,7 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
     """
     manifest = prepared.manifest
     values = {"name": manifest.name, **manifest.config}
-    experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
+    experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
     needed = columns_of(experiment, "events", outcomes=False)
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, needed)

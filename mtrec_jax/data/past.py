@@ -20,7 +20,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.engine import Engine, rows
 from mtrec_jax.data.examples import VISIBLE, mix
-from mtrec_jax.data.features import PAST, one_array
+from mtrec_jax.data.features import Gap, PastCount, PastRate, one_array
 
 FOLDS = 5
 IN_TIME = ("leave_one_out", "time", "user_ratio", "user_holdout", "files")  # of a split's kinds
@@ -42,9 +42,9 @@ def add(engine: Engine, events: Any, experiment: Experiment) -> Any:
     """
     columns: dict[str, Any] = {}
     for name, feature in experiment.features.items():
-        if feature.kind == "gap":
+        if isinstance(feature, Gap):
             columns[f"feature_{name}"] = events.time - _last(events, experiment)
-        elif feature.kind in PAST:
+        elif isinstance(feature, PastCount):
             columns[f"feature_{name}"] = _so_far(events, experiment, name)
     return engine.keep("past", events.mutate(**columns)) if columns else events
 
@@ -84,15 +84,15 @@ def final(events: Any, experiment: Experiment) -> dict[str, pa.Table]:
     for name, feature in experiment.features.items():
         if feature.on != "request":
             continue
-        if feature.kind == "gap":
+        if isinstance(feature, Gap):
             table, other = train.group_by(value="user").agg(number=train.time.max()), None
-        elif feature.kind in PAST:
+        elif isinstance(feature, PastCount):
             units = _units(events, experiment, name)
             one, amount = _measure(train, units)
             groups = train.group_by(value=train[f"feature_{name}"])
             groups = groups.agg(n=one.sum(), total=amount.sum())
             table = groups.select("value", number=_number(groups.n, groups.total, units))
-            other = units.prior if feature.kind == "past_rate" else 0.0
+            other = units.prior if isinstance(feature, PastRate) else 0.0
         else:
             continue
         known = table.filter(table.value.notnull()).to_pyarrow().sort_by("value")
@@ -104,14 +104,15 @@ def final(events: Any, experiment: Experiment) -> dict[str, pa.Table]:
 def look_up(new: pa.Table, prepared: Prepared, experiment: Experiment) -> pa.Table:
     """New requests with what `final` knows of them in the place of the values of past features."""
     for name, feature in experiment.features.items():
-        if feature.on != "request" or feature.kind not in ("gap", *PAST):
+        if feature.on != "request" or not feature.looks_back:
             continue
         table = pq.read_table(prepared.folder / "past" / f"{name}.parquet")
         value, number = one_array(table["value"]), one_array(table["number"])
-        cells = one_array(new["user" if feature.kind == "gap" else f"feature_{name}"])
+        gap = isinstance(feature, Gap)
+        cells = one_array(new["user" if gap else f"feature_{name}"])
         place = pc.index_in(cells, value_set=value.slice(0, len(value) - 1))
         numbers = number.take(pc.fill_null(place, len(value) - 1))
-        if feature.kind == "gap":
+        if gap:
             numbers = pa.array(_gaps(cells, new["time"].to_numpy(), numbers), from_pandas=True)
         else:
             numbers = pc.if_else(cells.is_valid(), numbers, pa.scalar(None, pa.float64()))
@@ -142,7 +143,7 @@ class _Units(NamedTuple):
 def _units(events: Any, experiment: Experiment, name: str) -> _Units:
     """The finest units in which every sum of labels is an exact float64; and the training mean."""
     feature = experiment.features[name]
-    if feature.kind == "past_count":
+    if not isinstance(feature, PastRate):
         return _Units("", 1.0, 0.0, 0.0)
     label = events[f"label_{feature.label}"]
     [found] = rows(events.agg(n=label.count(), top=label.abs().max()))

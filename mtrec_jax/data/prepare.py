@@ -123,7 +123,7 @@ def prepare(
         put_in_place(partial, out)
         say(f"fit: {sum(manifest.examples.values()):,} examples in "
             f"{time.perf_counter() - started:.1f} s")  # fmt: skip
-    return open_prepared(out)
+    return open_prepared(out, map(type, experiment.features.values()))
 
 
 class _Divided(NamedTuple):

@@ -259,7 +259,7 @@ def _features(prepared: Prepared) -> list[tuple[str, ...]]:
             values, often = "", ""
             if isinstance(field, IdField):
                 values = f"{field.size - FIRST:,}"
-                often = _frequent(prepared, field.name, declared.get("kind", ""))
+                often = "" if "bins" in declared else _frequent(prepared, field.name)
             else:
                 often = f"{field.mean:.4g} ± {field.std:.3g}"
             share = known.get((on, field.name))
@@ -268,8 +268,8 @@ def _features(prepared: Prepared) -> list[tuple[str, ...]]:
     return rows
 
 
-def _frequent(prepared: Prepared, feature: str, kind: str) -> str:
-    if not (prepared.folder / "vocabularies" / f"{feature}.parquet").is_file() or kind == "binned":
+def _frequent(prepared: Prepared, feature: str) -> str:
+    if not prepared.has_vocabulary(feature):
         return ""
     table = prepared.vocabulary(feature).slice(0, _EXAMPLES).to_pylist()
     return ", ".join(f"{(r['value'] or 'missing')[:40]} ({r['count']:,})" for r in table)

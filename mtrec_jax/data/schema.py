@@ -16,11 +16,10 @@ from mtrec_jax.config import Experiment, Task
 from mtrec_jax.data.dataset import Rule
 from mtrec_jax.data.engine import rows
 from mtrec_jax.data.expressions import as_text, compile_expression, names, number
-from mtrec_jax.data.features import CLOCK
+from mtrec_jax.data.features import Clock, Gap
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import ConfigError, DataError
 
-LISTS = ("categorical", "multi_valued", "hashed", "text", "ties")  # kinds that take lists
 _YEAR_2200 = 7_258_118_400  # seconds
 _TIMESTAMP = (
     r"^(\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)(\.\d+)?(?:Z|([+-])(\d{2}):?(\d{2})?)?$"
@@ -44,9 +43,9 @@ def seconds(text: Any, unit: str = "s") -> Any:
     return value.fill_null(moment.cast("float64"))
 
 
-def clock(kind: str, seconds: Any) -> Any:
+def clock(feature: Clock, seconds: Any) -> Any:
     """Hour "0" .. "23" or weekday "0" (Monday) .. "6" in UTC, as text, of Unix seconds."""
-    length, shift, size = (3600, 0, 24) if kind == "hour" else (86_400, 3, 7)  # 1970: a Thursday
+    length, shift, size = feature.seconds, feature.first, feature.values
     sane = ibis.ifelse(seconds.abs() < 1e13, seconds, ibis.null("float64"))
     whole = (sane / length).floor().cast("int64") + shift
     return ((whole % size + size) % size).cast("string")
@@ -129,8 +128,8 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
             columns[f"reference_{name}"] = number(table[task.reference])
     for name, column in event_features(experiment, outcomes=labels).items():
         columns[f"feature_{name}"] = value = table[column]
-        if (kind := experiment.features[name].kind) in CLOCK:
-            columns[f"feature_{name}"] = clock(kind, seconds(value, data.time_unit))
+        if isinstance(feature := experiment.features[name], Clock):
+            columns[f"feature_{name}"] = clock(feature, seconds(value, data.time_unit))
     for name, rule in experiment.clean.values.items() if labels else ():
         if not rule.valid and rule.bounds != "given":
             columns[f"value_{name}"] = number(table[rule.column])
@@ -248,30 +247,6 @@ def _value_rules(
     return table, problems
 
 
-def origin(experiment: Experiment, name: str) -> tuple[str, str]:
-    """The raw table and its column that a feature is made of.
-
-    >>> from mtrec_jax.config import Data, Feature
-    >>> features = {"city": Feature(on="request"), "hour": Feature(on="request", kind="hour")}
-    >>> shown = Experiment(name="a", data=Data(time="at"), features=features)
-    >>> origin(shown, "city"), origin(shown, "hour")
-    (('events', 'city'), ('events', 'at'))
-    """
-    feature, data = experiment.features[name], experiment.data
-    column = feature.column or name
-    if feature.kind == "ties":
-        return "ties", data.friend
-    if feature.kind == "friends_taste":
-        return "items", column
-    if feature.kind == "gap":
-        return "events", data.time
-    if feature.kind in CLOCK and feature.on in ("history", "request"):
-        return "events", feature.column or data.time
-    if feature.on == "history" and data.queries is not None and column == data.query:
-        return "queries", column
-    return {"item": "items", "context": "users"}.get(feature.on, "events"), column
-
-
 class Use(NamedTuple):
     """What a column of a raw table is for."""
 
@@ -301,8 +276,8 @@ def uses(experiment: Experiment) -> list[Use]:
         found.append(Use("events", task.reference, f"tasks.{name}.reference", outcome=True))
     found.append(Use("items", data.title, "data.title"))
     for name, feature in experiment.features.items():
-        table, column = origin(experiment, name)
-        several, past = feature.kind in LISTS, feature.on == "history"
+        table, column = feature.origin(name, data)
+        several, past = feature.takes_lists, feature.on == "history"
         purpose = f"features.{name}" + ("" if several else f" (kind = '{feature.kind}')")
         found.append(Use(table, column, purpose, not several, past))
     for name, rule in experiment.clean.values.items():
@@ -332,12 +307,13 @@ def event_features(experiment: Experiment, outcomes: bool = True) -> dict[str, s
     roles = ("request", "history") if outcomes else ("request",)
     found = {}
     for name, feature in experiment.features.items():
-        table, column = origin(experiment, name)
-        if feature.on in roles and table == "events" and feature.kind != "gap":
+        table, column = feature.origin(name, experiment.data)
+        if feature.on in roles and table == "events" and not isinstance(feature, Gap):
             found[name] = column
     return found
 
 
 def query_features(experiment: Experiment) -> list[str]:
     """The features of the history that hold the text of queries."""
-    return [name for name in experiment.features if origin(experiment, name)[0] == "queries"]
+    features, data = experiment.features, experiment.data
+    return [name for name, f in features.items() if f.origin(name, data)[0] == "queries"]

@@ -3,7 +3,6 @@ how friends have responded so far, by the values of an item column."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,11 +13,10 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Float32, Int
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Lists, Prepared, Rule, TaskField
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.examples import QUERY, VISIBLE, Log, Numbers
-from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.features import Categorical, Encoding, FriendsTaste, Ties, one_array
 from mtrec_jax.data.growth import earlier
 from mtrec_jax.data.read import ROW
 from mtrec_jax.data.rules import bad_lines, check_bad_fraction, counted
@@ -164,7 +162,7 @@ def friend_lists(ties: Any, users: pa.Table, experiment: Experiment) -> tuple[Li
     order = np.argsort(owner, kind="stable")
     offsets = np.searchsorted(owner[order], np.arange(len(users) + 1))
     friends = Lists(friend[order].astype(np.int32), offsets)
-    columns = [f.column or name for name, f in experiment.features.items() if f.kind == "ties"]
+    columns = [f.column or name for name, f in experiment.features.items() if isinstance(f, Ties)]
     if columns:
         named = names.take(pa.array(friends.values))
         lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), named)
@@ -208,14 +206,15 @@ def fit_tastes(
     begins, everyone = log.offsets(len(friends)), np.arange(len(friends))
     end = np.full(len(friends), np.inf)
     for name, feature in experiment.features.items():
-        if feature.kind != "friends_taste":
+        if not isinstance(feature, FriendsTaste):
             continue
         column = feature.column or name
         cells = one_array(items["item" if column == experiment.data.item else f"column_{column}"])
         if pa.types.is_list(cells.type):
             raise DataError(f"feature '{name}': items have several values of '{column}', not one")
-        plain, counts = dataclasses.replace(feature, kind="categorical"), items["count"].to_numpy()
-        ranked = features.fit(name, plain, cells.filter(pa.array(counts > 0)), counts[counts > 0])
+        plain = Categorical(column=column, min_count=feature.min_count)
+        counts = items["count"].to_numpy()
+        ranked = plain.fit(name, cells.filter(pa.array(counts > 0)), counts[counts > 0])
         old = earlier(base, name)
         values = old.values if old else ranked.values[: feature.bins]
         number = pc.fill_null(pc.index_in(cells, value_set=values), -1).to_numpy()
@@ -231,7 +230,7 @@ def fit_tastes(
         known = friends_taste(friends, events, everyone, end, (0,), *shape)
         std = old.std if old else float(known.std()) or 1.0
         often = old.counts if old else ranked.counts[: feature.bins]
-        encodings.append(Encoding(name, feature, values, often, std=std))
+        encodings.append(Encoding(name, feature, values, often, slots=len(values), std=std))
         problems.append((events, shape))
 
     def numbers(

@@ -12,8 +12,9 @@ from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import read
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.expressions import as_text, compile_expression, names
+from mtrec_jax.data.features import FriendsTaste, Ties
 from mtrec_jax.data.read import ROW, Staged, check_columns
-from mtrec_jax.data.schema import columns_of, origin, uses
+from mtrec_jax.data.schema import columns_of, uses
 from mtrec_jax.errors import ConfigError, DataError, nearest
 
 EVENTS = ("events", "test", "validation")  # the sources of events; their rows are numbered through
@@ -165,8 +166,8 @@ def _check_sides(experiment: Experiment, sources: dict[str, Source]) -> None:
     """Raise `DataError` for a feature of users, items or friends whose table is not there."""
     own = {"items": experiment.data.item, "users": experiment.data.user}
     for name, feature in experiment.features.items():
-        table, column = origin(experiment, name)
-        needed = ["ties"] if feature.kind in ("ties", "friends_taste") else []
+        table, column = feature.origin(name, experiment.data)
+        needed = ["ties"] if isinstance(feature, (Ties, FriendsTaste)) else []
         needed += [table] if table in own and column != own[table] else []
         for side in needed:
             if side not in sources:

@@ -22,7 +22,7 @@ from mtrec_jax.data.features.base import (
 )
 from mtrec_jax.data.features.binned import Binned
 from mtrec_jax.data.features.categorical import Categorical
-from mtrec_jax.data.features.clock import Hour, Weekday
+from mtrec_jax.data.features.clock import Clock, Hour, Weekday
 from mtrec_jax.data.features.gap import Gap
 from mtrec_jax.data.features.hashed import Hashed
 from mtrec_jax.data.features.multi_valued import MultiValued
@@ -51,8 +51,28 @@ KINDS: dict[str, type[Feature]] = {
 CHOICE = choices.Choice(KINDS, default="categorical")
 
 __all__ = [
-    *("CHOICE", "KINDS", "Encoding", "Feature", "IdField", "NumberField"),
-    *("as_numbers", "encode", "encode_all", "fit", "one_array", "restore", "unreadable"),
+    "CHOICE",
+    "KINDS",
+    "Categorical",
+    "Clock",
+    "Encoding",
+    "Feature",
+    "FriendsTaste",
+    "Gap",
+    "IdField",
+    "MultiValued",
+    "NumberField",
+    "PastCount",
+    "PastRate",
+    "Text",
+    "Ties",
+    "as_numbers",
+    "encode",
+    "encode_all",
+    "fit",
+    "one_array",
+    "restore",
+    "unreadable",
 ]
 
 

@@ -65,6 +65,7 @@ class Feature:
     of_numbers: ClassVar[bool] = False  # a cell is a number
     takes_lists: ClassVar[bool] = False  # a cell may be a list
     computed: ClassVar[bool] = False  # of more than the row's own cell of the raw data
+    looks_back: ClassVar[bool] = False  # at what happened before an event
     grows: ClassVar[bool] = False  # its vocabulary takes the values of new data
     fitted: ClassVar[bool] = True  # on the cells of its column
     encoded_once: ClassVar[bool] = False  # equal texts are found faster than they are encoded
@@ -78,6 +79,13 @@ class Feature:
     def room(self) -> int:
         """Values that the configuration alone tells, or an upper bound; 0: only the data tell."""
         return 1 if self.gives_numbers else getattr(self, "bins", 0)
+
+    def origin(self, name: str, data: Any) -> tuple[str, str]:
+        """The raw table that it is made of, and the column, given the section [data]."""
+        column = self.column or name
+        if self.on == "history" and data.queries is not None and column == data.query:
+            return "queries", column
+        return {"item": "items", "context": "users"}.get(self.on, "events"), column
 
     def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
         """Learn the feature from its distinct training cells and how often each occurs."""

@@ -44,6 +44,10 @@ class Clock(Feature):
         """An id for each cell "0", "1", …"""
         return ids_of(encoding, cells, look_up)
 
+    def origin(self, name: str, data: Any) -> tuple[str, str]:
+        """Its column of the events, or their time."""
+        return "events", self.column or data.time
+
     def problems(self, name: str, data: Any) -> Iterator[str]:
         """A time is needed."""
         yield from super().problems(name, data)

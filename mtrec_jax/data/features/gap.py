@@ -19,6 +19,11 @@ class Gap(Binned):
     places: ClassVar[tuple[str, ...]] = ("request", "history")
     because: ClassVar[str] = OF_EVENTS
     computed: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = True
+
+    def origin(self, name: str, data: Any) -> tuple[str, str]:
+        """The time of the events."""
+        return "events", data.time
 
     def problems(self, name: str, data: Any) -> Iterator[str]:
         """Users and a time are needed."""

@@ -25,6 +25,5 @@ class MultiValued(Categorical):
     def problems(self, name: str, data: Any) -> Iterator[str]:
         """On the history, only what users searched for has several values."""
         yield from super().problems(name, data)
-        searches = data.queries is not None and (self.column or name) == data.query
-        if self.on == "history" and not searches:
+        if self.on == "history" and self.origin(name, data)[0] != "queries":
             yield ".kind: one value an event on the history, such as 'categorical'"

@@ -25,6 +25,7 @@ class PastCount(Binned):
         "would contain the outcome of the target itself"
     )
     computed: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = True
     scales: ClassVar[tuple[Scale, ...]] = (logarithm,)
 
     @property

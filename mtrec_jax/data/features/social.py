@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mtrec_jax.data.features.base import Amount, Count, Feature
 from mtrec_jax.data.features.categorical import Categorical
@@ -22,6 +22,10 @@ class Ties(Categorical):
     because: ClassVar[str] = _OF_USERS
     imputes: ClassVar[tuple[str, ...]] = ("none",)
     computed: ClassVar[bool] = True
+
+    def origin(self, name: str, data: Any) -> tuple[str, str]:
+        """The friends in the ties."""
+        return "ties", data.friend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +48,7 @@ class FriendsTaste(Feature):
     def room(self) -> int:
         """The values."""
         return self.bins
+
+    def origin(self, name: str, data: Any) -> tuple[str, str]:
+        """A column of the items."""
+        return "items", self.column or name
