@@ -37,9 +37,7 @@ class Balancer(NamedTuple):
     """
 
     init: Callable[[], PyTree]
-    combine: Callable[
-        [Pullback, jax.Array, PyTree, jax.Array], tuple[Gradients, PyTree]
-    ]
+    combine: Callable[[Pullback, jax.Array, PyTree, jax.Array], tuple[Gradients, PyTree]]
     in_parts: bool = False
 
 

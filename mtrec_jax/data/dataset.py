@@ -203,7 +203,9 @@ class Prepared:
             ]
         for section in ("tasks", "features"):
             for name, meaning in wanted[section].items():
-                problems += _otherwise(f"{section}.{name}", here[section].get(name), meaning, wanted)
+                problems += _otherwise(
+                    f"{section}.{name}", here[section].get(name), meaning, wanted
+                )
         if problems:
             shown = "\n".join(f"  {problem}" for problem in problems[:8])
             raise ConfigError(

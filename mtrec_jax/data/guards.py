@@ -6,6 +6,8 @@ the figure and the remedy; `guard.allow` lets a "feature/task" through that is m
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment, Feature
-from mtrec_jax.data.examples import MODULUS, Log, mix
+from mtrec_jax.data.examples import Log, mix
 from mtrec_jax.data.features import MultiValued, as_numbers, one_array
 from mtrec_jax.errors import DataError
 
@@ -53,8 +55,9 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
     }
     train = events.filter(events.split == 0)
     more = int(train.count().to_pyarrow().as_py()) / _EVENTS
-    if more > 1:
-        train = train.filter(mix(train.row, 0) < int(MODULUS / more))
+    if more > 1:  # every so many rows: a prime, which pages of so many impressions are no multiple of
+        found = itertools.count(math.ceil(more))
+        train = train.filter(train.row % next(n for n in found if _is_prime(n)) == 0)
     train = train.select("row", *(f"label_{name}" for name in tasks), *_beside_labels(train, seen))
     problems: list[str] = []
     of_rows = [name for name in seen if f"feature_{name}" in train.columns]
@@ -78,6 +81,10 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
             problems += _determined(part, cells, tasks, experiment)
     if problems:
         raise DataError("\n".join(problems))
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
 
 
 def _beside_labels(events: Any, features: dict[str, Feature]) -> list[str]:

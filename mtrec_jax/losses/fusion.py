@@ -29,9 +29,7 @@ def utility(
     return jnp.asarray(worth), seen
 
 
-def chosen_position(
-    weight: Float[Array, "B P"], lottery: Float[Array, "B P"]
-) -> Int[Array, "B 1"]:
+def chosen_position(weight: Float[Array, "B P"], lottery: Float[Array, "B P"]) -> Int[Array, "B 1"]:
     """One random position an example, of those that have a weight."""
     return jnp.argmax(lottery * (weight > 0), axis=1)[:, None]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtrec_jax.models.layers import unit_length
+from mtrec_jax.models.layers import linear, unit_length
 
 
 class TargetAttention(nnx.Module):
@@ -17,7 +17,7 @@ class TargetAttention(nnx.Module):
     """
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.project = nnx.Linear(width, width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.project = linear(width, width, dtype=dtype, rngs=rngs)
         self.log_sharpness = nnx.Param(jnp.full((), 2.0, dtype))
 
     def __call__(
@@ -42,7 +42,7 @@ class LastSearch(nnx.Module):
     """
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.project = nnx.Linear(width, width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.project = linear(width, width, dtype=dtype, rngs=rngs)
         self.fading = nnx.Param(jnp.full((), -4.0, dtype))
 
     def __call__(self, words: jax.Array, searched: jax.Array, cutoff: jax.Array) -> jax.Array:

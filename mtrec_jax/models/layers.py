@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
-
 from pydantic import Field
+from scipy import special
 
 from mtrec_jax.mixing import mixed_bits
 
@@ -31,6 +32,61 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
     return jnp.where(mixed_bits(x.shape, key) >= threshold, x / (1 - rate), 0)
 
 
+def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer whose initial values are drawn on the host, without a compiled program."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=lecun_normal,
+        bias_init=constant(0),
+        rngs=rngs,
+    )
+
+
+def layer_norm(size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer normalisation (Ba et al. 2016)."""
+    given = {"scale_init": constant(1), "bias_init": constant(0)}
+    return nnx.LayerNorm(size, dtype=dtype, param_dtype=dtype, rngs=rngs, **given)
+
+
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: jnp.dtype
+) -> np.ndarray | jax.Array:
+    """Normal initial values."""
+    return _drawn(rngs.params(), shape, dtype, lambda rng: scale * rng.standard_normal(shape))
+
+
+def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Normal values of variance 1 / inputs, cut off at two standard deviations (as flax does)."""
+    scale = shape[0] ** -0.5 / 0.87962566103423978  # so that the variance is right after the cut
+    low, high = special.ndtr([-2.0, 2.0])
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        return scale * special.ndtri(rng.uniform(low, high, shape))
+
+    return _drawn(key, shape, dtype, draw)
+
+
+def constant(value: float) -> Callable[..., np.ndarray]:
+    """The initial value of every entry."""
+    return lambda key, shape, dtype: np.full(shape, value, dtype)
+
+
+def _drawn(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    draw: Callable[[np.random.Generator], np.ndarray],
+) -> Any:
+    """Values of a generator that the key seeds; where the key is abstract, only their shape."""
+    if isinstance(key, jax.core.Tracer):
+        return jnp.zeros(shape, dtype)
+    data = np.asarray(jax.random.key_data(getattr(key, "value", key)))
+    return draw(np.random.default_rng(data.ravel().tolist())).astype(dtype)
+
+
 def unit_length(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Vectors divided by their L2 norm; the zero vector stays zero, with a finite gradient.
 
@@ -45,10 +101,7 @@ class MLP(nnx.Module):
     def __init__(self, inputs: int, hidden: Sequence[int], *, dtype: jnp.dtype, rngs: nnx.Rngs):
         sizes = [inputs, *hidden]
         self.layers = nnx.List(
-            [
-                nnx.Linear(a, b, dtype=dtype, param_dtype=dtype, rngs=rngs)
-                for a, b in itertools.pairwise(sizes)
-            ]
+            [linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(sizes)]
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,7 +124,13 @@ class Experts(nnx.Module):
         self.mlps = nnx.List([MLP(inputs, hidden, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.norms = nnx.List(
             [
-                nnx.RMSNorm(hidden[-1], dtype=dtype, param_dtype=dtype, rngs=rngs)
+                nnx.RMSNorm(
+                    hidden[-1],
+                    dtype=dtype,
+                    param_dtype=dtype,
+                    scale_init=constant(1),
+                    rngs=rngs,
+                )
                 for _ in range(count)
             ]
         )
@@ -86,8 +145,7 @@ def mix(weights: Float[Array, "n E"], experts: list[Float[Array, "n H"]]) -> Flo
 
 
 class TaskHeads(nnx.Module):
-    """A tower and a head a task: T hidden inputs [n, H] to logits [n] or [n, C], and what is before.
-    """
+    """A tower and a head a task: T inputs [n, in] to logits [n] or [n, C], and the towers' ends."""
 
     def __init__(
         self,
@@ -102,10 +160,7 @@ class TaskHeads(nnx.Module):
         self.towers = nnx.List([MLP(inputs, hidden, dtype=dtype, rngs=rngs) for _ in tasks])
         last = hidden[-1] if hidden else inputs
         self.heads = nnx.List(
-            [
-                nnx.Linear(last, outputs, dtype=dtype, param_dtype=dtype, rngs=rngs)
-                for outputs in tasks.values()
-            ]
+            [linear(last, outputs, dtype=dtype, rngs=rngs) for outputs in tasks.values()]
         )
 
     def __call__(

@@ -2,7 +2,7 @@
 
 A *table* has a row an id. All tables that are updated alike share one array, a *stack*: "dense"
 (with the dense parameters, updated by optax), or one named after its rule (sparse: updated row by
-row, see `tables.rules`). The number of a row is the offset of its table + id, and in the dense stack
+row, see `tables.rules`). The number of a row is the offset of its table + id; in the dense stack,
 that is its address. Sparse stacks are split over devices where there are several; popular ids are
 often neighbours, so neighbours are spread over all parts, the same way for any number of devices.
 Addresses are int32: what one stack cannot hold goes to a further one, "adagrad-2" after "adagrad".

@@ -52,7 +52,7 @@ def lookup(
     mesh: jax.sharding.Mesh,
     buffers: exchange.BuffersOf,
 ) -> tuple[Rows, Ticket]:
-    """The rows of ids {group: [..., M]}, as {group: [..., M, D]}; differentiate with respect to them.
+    """The rows of ids {group: [..., M]}, as {group: [..., M, D]}; differentiate by them.
 
     Args:
       layout: of the tables.

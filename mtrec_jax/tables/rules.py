@@ -1,4 +1,4 @@
-"""Rules that update rows: a step costs what the touched rows cost, whatever the size of the table."""
+"""Rules that update rows: a step costs what the touched rows cost, whatever the table's size."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,9 +12,8 @@ from flax import nnx
 from pydantic import Field
 
 from mtrec_jax.errors import ConfigError
-
 from mtrec_jax.models.encoders.contract import EncoderSizes
-from mtrec_jax.models.layers import dropout
+from mtrec_jax.models.layers import dropout, layer_norm, linear, normal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +42,21 @@ class Block(nnx.Module):
     """Pre-norm self-attention and feed-forward: [B, S, D] -> [B, S, D]."""
 
     def __init__(self, width: int, heads: int, rate: float, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        made = functools.partial(linear, dtype=dtype, rngs=rngs)
 
         def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+            return layer_norm(width, dtype=dtype, rngs=rngs)
 
         self.heads, self.rate = heads, rate
         self.norm_attention, self.norm_hidden = norm(), norm()
-        self.query, self.key, self.value = (linear(width, width) for _ in range(3))
-        self.output = linear(width, width)
-        self.up, self.down = linear(width, 2 * width), linear(2 * width, width)
+        self.query, self.key, self.value = (made(width, width) for _ in range(3))
+        self.output = made(width, width)
+        self.up, self.down = made(width, 2 * width), made(2 * width, width)
 
     def attention(self, x: jax.Array, causal: jax.Array) -> jax.Array:
         """Causal self-attention: x [B, S, D], causal [S, S] True where j may be seen from i."""
         b, s, d = x.shape
-        q, k, v = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
+        q, k, v = (self._split(made(x)) for linear in (self.query, self.key, self.value))
         scores = jnp.einsum("bid,bjd->bij", q, k) * (d // self.heads) ** -0.5
         scores = jnp.where(causal[None], scores, -jnp.inf)
         mixed = jnp.einsum("bij,bjd->bid", jax.nn.softmax(scores, axis=-1), v)
@@ -87,11 +86,11 @@ class CausalTransformer(nnx.Module):
     ):
         width, self.rate = sizes.width, sizes.dropout
         shape = sizes.length, width
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        self.positions = nnx.Param(normal(rngs, shape, 0.02, dtype))
         self.blocks = nnx.List(
             [Block(width, heads, self.rate, dtype=dtype, rngs=rngs) for _ in range(layers)]
         )
-        self.norm = nnx.LayerNorm(width, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
         keys = [None] * (len(self.blocks) + 1)

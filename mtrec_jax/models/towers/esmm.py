@@ -1,4 +1,4 @@
-"""Entire-space multi-task model (Ma et al., SIGIR 2018): probabilities multiply along the funnel."""
+"""Entire-space multi-task model (Ma et al., SIGIR 2018): probabilities multiply in the funnel."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
 
 @dataclass(frozen=True, kw_only=True)
 class ESMM:
-    """`[model.towers] kind = "esmm"`: for a binary task `where` another one is 1, such as a purchase
-    after a click.
+    """`[model.towers] kind = "esmm"`: for a binary task `where` another one is 1, such as a
+    purchase after a click.
 
     Each task has a network of its own over the shared embeddings. The logit of the purchase is that
     of its probability given a click, but what it is taught by is the probability of both,
@@ -44,8 +44,8 @@ class ESMM:
         }
         if not funnel:
             raise ConfigError(
-                'model.towers: kind = "esmm" needs a binary task whose sample space is another one, '
-                'such as tasks.buy = { kind = "binary", where = "click" }'
+                'model.towers: kind = "esmm" needs a binary task whose sample space is another '
+                'one, such as tasks.buy = { kind = "binary", where = "click" }'
             )
         return ESMMTowers(self, sizes, funnel, dtype=dtype, rngs=rngs)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from mtrec_jax.models.layers import Experts, Hidden, MaybeHidden, TaskHeads, mix
+from mtrec_jax.models.layers import Experts, Hidden, MaybeHidden, TaskHeads, linear, mix
 from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
 
 
@@ -35,9 +35,7 @@ class MMoETowers(nnx.Module):
         inputs, count, hidden = sizes.inputs, options.experts, options.expert_hidden
         self.count = count
         self.experts = Experts(count, inputs, hidden, dtype=dtype, rngs=rngs)
-        self.gate = nnx.Linear(
-            inputs, len(sizes.tasks) * count, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
+        self.gate = linear(inputs, len(sizes.tasks) * count, dtype=dtype, rngs=rngs)
         outputs = {name: task.outputs for name, task in sizes.tasks.items()}
         self.heads = TaskHeads(hidden[-1], outputs, options.tower_hidden, dtype=dtype, rngs=rngs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from mtrec_jax.models.layers import Experts, Hidden, MaybeHidden, TaskHeads, mix
+from mtrec_jax.models.layers import Experts, Hidden, MaybeHidden, TaskHeads, linear, mix
 from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
 
 
@@ -40,12 +41,15 @@ class PLETowers(nnx.Module):
 
     def __init__(self, options: PLE, sizes: TowerSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         tasks, inputs = len(sizes.tasks), sizes.inputs
-        self.tasks, self.shared_count, self.task_count = tasks, options.experts, options.task_experts
+        self.tasks, self.shared_count, self.task_count = (
+            tasks,
+            options.experts,
+            options.task_experts,
+        )
         first, second = options.expert_hidden[:1], options.expert_hidden[1:]
         second = second or first
 
-        def linear(i: int, o: int) -> nnx.Linear:
-            return nnx.Linear(i, o, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        made = functools.partial(linear, dtype=dtype, rngs=rngs)
 
         def expert(count: int, i: int, h: Sequence[int]) -> Experts:
             return Experts(count, i, h, dtype=dtype, rngs=rngs)
@@ -53,11 +57,11 @@ class PLETowers(nnx.Module):
         visible, width = self.shared_count + self.task_count, first[-1]
         self.shared_1 = expert(self.shared_count, inputs, first)
         self.own_1 = expert(tasks * self.task_count, inputs, first)
-        self.gate_tasks_1 = linear(inputs, tasks * visible)
-        self.gate_shared_1 = linear(inputs, self.shared_count + tasks * self.task_count)
+        self.gate_tasks_1 = made(inputs, tasks * visible)
+        self.gate_shared_1 = made(inputs, self.shared_count + tasks * self.task_count)
         self.shared_2 = expert(self.shared_count, width, second)
         self.own_2 = nnx.List([expert(self.task_count, width, second) for _ in range(tasks)])
-        self.gate_2 = nnx.List([linear(width, visible) for _ in range(tasks)])
+        self.gate_2 = nnx.List([made(width, visible) for _ in range(tasks)])
         outputs = {name: task.outputs for name, task in sizes.tasks.items()}
         self.heads = TaskHeads(second[-1], outputs, options.tower_hidden, dtype=dtype, rngs=rngs)
 
