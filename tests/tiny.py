@@ -73,6 +73,7 @@ def manifest(features: bool = True) -> Manifest:
         name="tiny",
         protocol="made up",
         fingerprint="0" * 16,
+        cleaned="0" * 16,
         config={},
         users=20,
         items=ITEMS,

@@ -42,7 +42,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ import pydantic
 
 from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, to_dict
+from mtrec_jax.data.features import IdField, NumberField
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, PAD, UNKNOWN
 
@@ -66,27 +67,6 @@ FIELDS = (  # the groups of fields of a manifest
 _FREE = ("public", "reference")  # keys of [data] that change nothing in a folder
 BLOCK = 4096  # examples a Parquet row group holds
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdField:
-    """A feature that is looked up in an embedding table."""
-
-    name: str
-    size: int  # ids: padding, unknown, then the vocabulary
-    slots: int  # ids per example: 1, or max_values of a multi-valued feature
-    missing: int = 0  # the id that a missing value takes: padding, unless it is imputed
-
-
-@dataclass(frozen=True, kw_only=True)
-class NumberField:
-    """A feature that is used as numbers: (x - mean) / std, 0 where missing, or a code in [0, 1]."""
-
-    name: str
-    mean: float
-    std: float
-    slots: int = 1  # numbers per example: piecewise codes, an indicator of missing values
-    missing: float | None = None  # the number that a missing one is taken for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +117,7 @@ class Manifest:
     name: str
     protocol: str  # one readable sentence: cleaning, split, order, what a history may hold
     fingerprint: str  # 16 hex digits over protocol, configuration and contents of the raw files
+    cleaned: str  # fingerprint of the clean events
     config: dict[str, Any]  # data, clean, split, features, tasks as plain values
     users: int
     items: int  # size of the catalogue
@@ -163,6 +144,11 @@ class Manifest:
     item_values: int = 0  # rows of item_vocabulary.parquet, where there is one
     event_files: tuple[str, ...] = ()  # SHA-256 of the files of events, in the order of their rows
 
+    @property
+    def fields(self) -> list[IdField | NumberField]:
+        """All features that the model reads."""
+        return [field for group in FIELDS for field in getattr(self, group)]
+
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
@@ -188,6 +174,7 @@ class Prepared:
 
     folder: Path
     manifest: Manifest
+    extensions: tuple[type, ...] = ()  # classes of kinds of features beside the package's
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -237,7 +224,7 @@ class Prepared:
             tasks={name: m.tasks[name] for name in wanted["tasks"]},
             **{group: some(getattr(m, group)) for group in FIELDS},
         )
-        return Prepared(self.folder, view)
+        return Prepared(self.folder, view, tuple(map(type, experiment.features.values())))
 
     def columns(self, references: bool = False) -> list[str]:
         """The columns of an example that this view reads, in their order in the files."""
@@ -313,6 +300,10 @@ class Prepared:
         """Title of each catalogue item, or its raw id when the data has no titles."""
         pairs = zip(*(self.items.column(c).to_pylist() for c in ("title", "id")), strict=True)
         return [title or raw for title, raw in pairs]
+
+    def has_vocabulary(self, feature: str) -> bool:
+        """Whether the feature has values or edges, so that `vocabulary` gives them."""
+        return (self.folder / "vocabularies" / f"{feature}.parquet").is_file()
 
     def vocabulary(self, feature: str) -> pa.Table:
         """Values of a feature, row r is local id r + 2."""
@@ -398,8 +389,8 @@ def _otherwise(
     ]
 
 
-def open_prepared(folder: str | Path) -> Prepared:
-    """Open a folder that `prepare` has written.
+def open_prepared(folder: str | Path, extensions: Iterable[type] = ()) -> Prepared:
+    """Open a folder that `prepare` has written, with the classes of kinds of features of your own.
 
     Raises:
       DataError: the folder is missing, unfinished, or of another format.
@@ -418,7 +409,7 @@ def open_prepared(folder: str | Path) -> Prepared:
         manifest = pydantic.TypeAdapter(Manifest).validate_python(values)
     except (json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError) as error:
         raise DataError(f"{path} is damaged: {error}. Prepare anew") from error
-    return Prepared(Path(folder), manifest)
+    return Prepared(Path(folder), manifest, tuple(extensions))
 
 
 def to_arrays(table: pa.Table) -> dict[str, np.ndarray]:
