@@ -16,7 +16,14 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
+from mtrec_jax.balance import BALANCERS
+from mtrec_jax.balance.static import Static
+from mtrec_jax.choices import Choice
 from mtrec_jax.data.features import CHOICE, Feature
+from mtrec_jax.models.encoders import ENCODERS
+from mtrec_jax.models.encoders.transformer import Transformer
+from mtrec_jax.models.towers import TOWERS
+from mtrec_jax.models.towers.mmoe import MMoE
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
 Natural = Annotated[int, Field(ge=0)]
@@ -179,18 +186,12 @@ class Model:
     """Architecture."""
 
     __pydantic_config__ = _STRICT
-    encoder: Literal["none", "transformer"] = "transformer"
     width: Count = 64  # D: table rows, user and item vectors
-    layers: Natural = 2
-    heads: Count = 1
-    dropout: Fraction = 0.1
+    dropout: Fraction = 0.1  # in the encoder and before the towers
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
-    towers: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
-    experts: Count = 4  # shared experts
-    task_experts: Count = 1  # ple: experts of each task
-    expert_hidden: Sizes = (128, 64)
-    tower_hidden: Sizes = (32,)
     temperature: Positive = 0.05  # of the cosine in the retrieval softmax
+    encoder: Annotated[Any, Choice(ENCODERS)] = field(default_factory=Transformer)  # of histories
+    towers: Annotated[Any, Choice(TOWERS)] = field(default_factory=MMoE)  # of all but retrieval
     fusion: Literal["attention", "none"] = "attention"
     fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: all 1
 
@@ -216,7 +217,7 @@ class Train:
     row_weight_decay: Amount = 0.0  # decoupled, of the rows that a step touches
     row_clip_norm: Amount = 0.0  # of each touched row's gradient; 0: no clipping
     row_precision: Literal["same", "bfloat16"] = "same"  # as stored; bfloat16: rounded at random
-    balance: Literal["static", "uncertainty"] = "static"
+    balance: Annotated[Any, Choice(BALANCERS)] = field(default_factory=Static)  # of the tasks
     negatives: Count = 512  # shared sampled negatives of a step
     negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
     evaluate_every: Natural = 0  # steps; 0: each epoch

@@ -384,27 +384,21 @@ def _tasks(e: Experiment) -> Iterator[str]:
 
 def _model(e: Experiment) -> Iterator[str]:
     inputs = [feature.on for feature in e.features.values()]
-    if e.model.encoder == "transformer":
-        if not e.data.length:
-            yield (
-                "model.encoder: no history that a transformer could read (it is of data.user and "
-                "data.item, and data.history_length above 0); set encoder = 'none' under [model]"
-            )
-        if e.model.layers < 1:
-            yield f"model.layers: must be 1 or more, not {e.model.layers}"
-    elif "history" in inputs:
+    is_read = e.model.encoder.kind != "none"
+    if not is_read and "history" in inputs:
         names = ", ".join(n for n, f in e.features.items() if f.on == "history")
         yield (
             f"model.encoder: with 'none' nothing would read the history ({names}); remove these "
             "features, or use 'transformer'"
         )
-    elif e.data.length and not {"context", "request"} & set(inputs):
+    elif not is_read and e.data.length and not {"context", "request"} & set(inputs):
         yield (
             "model.encoder: with 'none' and no feature on = 'context' or 'request' every user "
             "would be the same; add such a feature, or use 'transformer'"
         )
-    if e.model.width % e.model.heads:
-        yield "model.width: a multiple of model.heads"
+    heads = getattr(e.model.encoder, "heads", 1)
+    if e.model.width % heads:
+        yield f"model.width: {e.model.width} is no multiple of model.encoder.heads = {heads}"
     worths = e.model.fusion_objective
     for name in worths:
         key = f"model.fusion_objective.{name}"

@@ -17,7 +17,9 @@ from mtrec_jax.data.dataset import (
     TaskField,
 )
 from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.models.model import Model, gather_rows, make_catalogue
+from mtrec_jax.models.model import Model, make_catalogue
+from mtrec_jax.tables.layout import DENSE
+from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.types import FIRST, Batch, Catalogue, Outputs, PyTree, UserStates
 
 ITEMS, TRAINED = 12, 10  # the last two items of the catalogue are cold
@@ -36,19 +38,16 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
         "data": {"user": "user", "item": "item", "time": "time", "history_length": HISTORY},
         "model": {
             "width": 8,
-            "layers": 1,
-            "heads": 2,
             "dropout": 0.1,
-            "experts": 2,
-            "expert_hidden": [8],
-            "tower_hidden": [6],
+            "encoder": {"kind": "transformer", "layers": 1, "heads": 2},
+            "towers": {"kind": "mmoe", "experts": 2, "expert_hidden": [8], "tower_hidden": [6]},
             "temperature": 0.2,
         },
         "train": {"steps": 20, "batch_size": 8, "negatives": 6, "negative_power": 0.5},
     }
     tasks = sections.pop("tasks", TASKS)
     return parse_experiment(
-        {"name": "tiny", "tasks": tasks}
+        {"name": "tiny", "tasks": tasks, "tables": sections.pop("tables", {})}
         | {name: values | sections.get(name, {}) for name, values in base.items()}
     )
 
@@ -163,11 +162,12 @@ def forward(
 ) -> tuple[jax.Array, UserStates, Outputs]:
     """Vectors of the whole catalogue, states and outputs at every position, without dropout."""
     everything = np.arange(items.row.shape[0], dtype=np.int32)
-    rows = gather_rows(params, tables, model.item_lookups(everything, items))
+    stacks = tables | ({DENSE: params[DENSE]} if DENSE in params else {})
+    rows = fetch(model.layout, stacks, model.item_ids(everything, items))
     vectors = model.items(params, rows, items, everything)
-    looked = model.lookups(examples, items, None)
-    rows = gather_rows(params, tables, looked.addresses)
-    used = model.batch_items(params, rows, items, looked, examples)
-    states = model.users(params, rows, used.events, examples, None)
-    outputs = model.rank(params, states, used.candidates, None)
-    return vectors, states, outputs
+    wanted = model.ids(examples, items, None)
+    rows = fetch(model.layout, stacks, wanted.ids)
+    past = jax.numpy.take(vectors, examples.events["item"], axis=0)
+    states = model.users(params, rows, past, examples, None)
+    candidates = jax.numpy.take(vectors, examples.candidate, axis=0)
+    return vectors, states, model.score(params, states, candidates)

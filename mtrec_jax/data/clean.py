@@ -247,7 +247,10 @@ def fingerprint(experiment: Experiment, digests: Mapping[str, Iterable[str]]) ->
         "tasks": {
             n: {k: v for k, v in t.items() if k != "where"} for n, t in config["tasks"].items()
         },
-        "features": {n: [*f.origin(n, e.data), isinstance(f, Clock) and f.kind] for n, f in e.features.items()},
+        "features": {
+            n: [*f.origin(n, e.data), isinstance(f, Clock) and f.kind]
+            for n, f in e.features.items()
+        },
         "files": {name: list(found) for name, found in digests.items()},
     }  # fmt: skip
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from mtrec_jax import choices
 from mtrec_jax.data.features.base import (
+    NUMBER,
     Codes,
     Encoding,
     Feature,
@@ -53,6 +54,7 @@ CHOICE = choices.Choice(KINDS, default="categorical")
 __all__ = [
     "CHOICE",
     "KINDS",
+    "NUMBER",
     "Categorical",
     "Clock",
     "Encoding",

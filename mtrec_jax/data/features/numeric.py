@@ -16,8 +16,8 @@ from mtrec_jax.errors import DataError
 IMPUTES = ("none", "median", "mode", "constant", "own")
 NO_HISTORY = ("context", "request", "item")
 OF_IDS = "the history takes ids, such as those of kind 'binned'"
-Values = Float[np.ndarray, " n"]
-Sizes = Int[np.ndarray, " n"]
+Values = Float[np.ndarray, " v"]  # distinct
+Sizes = Int[np.ndarray, " v"]
 Scale = Callable[[np.ndarray], np.ndarray]
 
 
@@ -110,7 +110,9 @@ def learned(
     return Encoding(name, feature, **given), values, sizes
 
 
-def filled(encoding: Encoding, cells: pa.Array) -> tuple[Values, Bool[np.ndarray, " n"]]:
+def filled(
+    encoding: Encoding, cells: pa.Array
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """The numbers of cells, with what missing ones are taken for, and which are there."""
     numbers = as_numbers(cells)
     there = ~np.isnan(numbers)

@@ -56,7 +56,7 @@ class Block(nnx.Module):
     def attention(self, x: jax.Array, causal: jax.Array) -> jax.Array:
         """Causal self-attention: x [B, S, D], causal [S, S] True where j may be seen from i."""
         b, s, d = x.shape
-        q, k, v = (self._split(made(x)) for linear in (self.query, self.key, self.value))
+        q, k, v = (self._split(linear(x)) for linear in (self.query, self.key, self.value))
         scores = jnp.einsum("bid,bjd->bij", q, k) * (d // self.heads) ** -0.5
         scores = jnp.where(causal[None], scores, -jnp.inf)
         mixed = jnp.einsum("bij,bjd->bid", jax.nn.softmax(scores, axis=-1), v)
