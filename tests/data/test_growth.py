@@ -94,8 +94,8 @@ def test_known_values_keep_their_ids_and_new_ones_follow(first: Prepared, second
     # the user c is local id 4 in all of its examples
     for block in second.blocks("train"):
         mine = block["user"] == second.user_ids["c"]
-        assert set(block["context_ids"][mine, 0]) <= {4}
-        assert set(block["context_ids"][~mine, 0]) <= {3}
+        assert set(block["context_who"][mine]) <= {4}
+        assert set(block["context_who"][~mine]) <= {3}
 
 
 def test_without_an_earlier_folder_ids_follow_the_counts(tmp_path: Path) -> None:
