@@ -13,8 +13,7 @@ from mtrec_jax.arguments import a_mapping, a_path, shown
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.overrides import set_key
+from mtrec_jax.experiments import parse_experiment, set_key
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.loop import check_start, train
 from mtrec_jax.train.run import check_replacement

@@ -55,7 +55,7 @@ import pydantic
 
 from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, to_dict
-from mtrec_jax.data.features import IdField, NumberField
+from mtrec_jax.data.features import KINDS, IdField, NumberField
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, PAD, UNKNOWN
 
@@ -387,6 +387,12 @@ def _otherwise(
         # the labels of a sample space stay what they are without the task that defines it
         and not (name == "where" and not here[name] and there[name] not in wanted["tasks"])
     ]
+
+
+def extensions_of(experiment: Experiment) -> tuple[type, ...]:
+    """The classes of an experiment's features that are not the package's."""
+    kinds = dict.fromkeys(type(feature) for feature in experiment.features.values())
+    return tuple(kind for kind in kinds if kind not in KINDS.values())
 
 
 def open_prepared(folder: str | Path, extensions: Iterable[type] = ()) -> Prepared:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import ibis
 
-from mtrec_jax.data.features import NUMBER
+from mtrec_jax.data.features.base import NUMBER
 from mtrec_jax.errors import ConfigError, nearest
 
 FUNCTIONS = {

@@ -42,6 +42,7 @@ from mtrec_jax.data.dataset import (
     Summary,
     TaskField,
     configuration,
+    extensions_of,
     open_prepared,
 )
 from mtrec_jax.data.engine import Engine, Name, count, open_engine
@@ -176,8 +177,9 @@ def _build(
     context = {f"context_{name}": ids for name, ids in fitted.encoded(fitted.users).items()}
     _write_users(folder, experiment, users, context | (tastes.of_users if tastes else {}), log)
     positions, written = _write_examples(folder, experiment, log, context, tastes, say)
-    on = {role: [e for e in fitted.events if e.feature.on == role] for role in ("request", "history")}
-    on |= {"context": [*fitted.users, *(tastes.encodings if tastes else [])], "item": fitted.items}
+    on = {"context": [*fitted.users, *(tastes.encodings if tastes else [])], "item": fitted.items}
+    for role in ("request", "history"):
+        on[role] = [e for e in fitted.events if e.feature.on == role]
     encodings = [e for some in on.values() for e in some]
     own = item_vocabulary(base, items)
     _write_vocabularies(folder, encodings, own)

@@ -58,6 +58,14 @@ def rules(prepared: Prepared) -> dict[str, int]:
     return {rule.rule: rule.rows for rule in prepared.manifest.report}
 
 
+def joined(prepared: Prepared, block: dict[str, np.ndarray], group: str) -> np.ndarray:
+    """The columns of a group of fields such as "request_ids" beside each other."""
+    fields = getattr(prepared.manifest, group)
+    role = group.partition("_")[0]
+    columns = [block[f"{role}_{f.name}"].reshape(len(block["user"]), -1) for f in fields]
+    return np.concatenate(columns, axis=1)
+
+
 def example_of(prepared: Prepared, split: str, user: str) -> list[dict[str, Any]]:
     found = []
     for block in prepared.blocks(split):

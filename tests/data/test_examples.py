@@ -47,7 +47,7 @@ def test_every_target_once_and_only_events_that_it_may_see(
     split = np.array(drawn, np.int8)
     items = np.arange(n, dtype=np.int32) + 2  # an item is its event, so that it can be traced
     time = (nth // 2).astype(np.float64)
-    log = Log(user, split, np.arange(n), time, {"item": items}, {})
+    log = Log(user, split, np.arange(n), time, {"item": items}, {}, {})
     for part, may_see in ((0, {0}), (1, {0, 1, 3}), (2, {0, 1, 2, 3})):
         p = min(positions, history) if part == 0 else 1
         seen = []

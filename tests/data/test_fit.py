@@ -11,9 +11,9 @@ import pytest
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import SPLITS
-from mtrec_jax.data.new_rows import encode_rows, read_columns
+from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import DataError
-from tests.data.small import LOG, example_of, make, rows, rules, run
+from tests.data.small import joined, LOG, example_of, make, rows, rules, run
 
 TASKS = {
     "click": {"kind": "binary"},
@@ -108,40 +108,40 @@ def test_features_are_fitted_on_training_rows_only(tmp_path: Path) -> None:
     text = text.replace("rare", "a", 39)
     prepared = run(tmp_path, experiment, text, more_csv=more)
     m = prepared.manifest
-    assert [f.name for f in m.context_ids] == ["city", "age_bin", "likes"]
-    assert [(f.size, f.slots) for f in m.context_ids] == [(4, 1), (4, 1), (4, 2)]
+    assert [f.name for f in m.request_ids] == ["city", "age_bin", "likes"]
+    assert [(f.size, f.slots) for f in m.request_ids] == [(4, 1), (4, 1), (4, 2)]
     assert prepared.vocabulary("city")["value"].to_pylist() == ["a", "b"]  # by falling count
     assert prepared.vocabulary("likes")["value"].to_pylist() == ["q", "p"]  # z is always third
     train = np.concatenate([block["row"][:, 0] for block in prepared.blocks("train")])
     raw = [line.split(",") for line in text.splitlines()[1:]]
     ages = np.array([float(raw[r][2]) for r in train if raw[r][2] not in ("", "x")])
-    [scale] = m.context_numbers
+    [scale] = m.request_numbers
     assert (scale.mean, scale.std) == (pytest.approx(ages.mean()), pytest.approx(ages.std()))
     edges = [float(v) for v in prepared.vocabulary("age_bin")["value"].to_pylist()]
     assert edges == [1.0, np.sort(ages)[len(ages) // 2]]
     counts = prepared.vocabulary("age_bin")["count"].to_pylist()
     assert counts == [(ages < edges[1]).sum(), (ages >= edges[1]).sum()]
-    encoded = encode_rows(prepared, tmp_path / "more.csv")
+    encoded = encode_requests(prepared, tmp_path / "more.csv")
     # city, age_bin, likes: "new" is unknown, missing is 0, numbers beyond the edges are clipped
-    assert encoded["context_ids"].tolist() == [[1, 3, 1, 3], [0, 0, 0, 0], [2, 2, 0, 0]]
+    assert encoded["request_ids"].tolist() == [[1, 3, 1, 3], [0, 0, 0, 0], [2, 2, 0, 0]]
     ages = np.array([100, scale.mean, -5])  # a missing number counts as the mean
     scaled = (ages - scale.mean) / scale.std
-    np.testing.assert_allclose(encoded["context_numbers"][:, 0], scaled, rtol=1e-6)
+    np.testing.assert_allclose(encoded["request_numbers"][:, 0], scaled, rtol=1e-6)
     [test] = prepared.blocks("test")
     order = test["row"][:, 0] - test["row"].min()
-    np.testing.assert_array_equal(test["context_ids"], encoded["context_ids"][order])
+    np.testing.assert_array_equal(joined(prepared, test, "request_ids"), encoded["request_ids"][order])
     assert rules(prepared)["training value of age is no number (used as missing)"] > 0
     in_memory = pd.DataFrame({"city": ["a", None], "age": [np.nan, 1], "likes": [["q"], []]})
-    again = encode_rows(prepared, in_memory)
-    assert again["context_ids"].tolist() == [[2, 0, 2, 0], [0, 2, 0, 0]]
+    again = encode_requests(prepared, in_memory)
+    assert again["request_ids"].tolist() == [[2, 0, 2, 0], [0, 2, 0, 0]]
     assert encoded["candidate"].tolist() == [[0]] * 3
     with pytest.raises(DataError, match=r"rows: no column 'likes' \(features.likes\)"):
-        encode_rows(prepared, in_memory.drop(columns="likes"))
+        encode_requests(prepared, in_memory.drop(columns="likes"))
     (tmp_path / "bad.csv").write_text(more + "1,2\n")
     read = read_columns(experiment, tmp_path / "more.csv", ["likes", "city"])
     assert read.to_pydict() == {"likes": ["z|p|new", None, None], "city": ["new", None, "a"]}
     with pytest.raises(DataError, match="malformed lines"):
-        encode_rows(prepared, tmp_path / "bad.csv")
+        encode_requests(prepared, tmp_path / "bad.csv")
 
 
 def test_item_user_and_history_features_of_sequences(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_item_user_and_history_features_of_sequences(tmp_path: Path) -> None:
     # the user id as a feature: a and then b, c by training events
     assert prepared.vocabulary("user")["value"].to_pylist() == ["a", "b", "c"]
     [test] = example_of(prepared, "test", "a")
-    assert test["context_ids"] == [3, 2]
+    assert (test["context_country"], test["context_user"]) == (3, 2)
     [train] = example_of(prepared, "train", "c")
-    assert train["context_ids"] == [0, 4]  # c has no row in users.csv
+    assert (train["context_country"], train["context_user"]) == (0, 4)  # c has no row in users.csv
     # training ratings 5, 4, 1, 4 in order 4, 1, 5; the rating 3 of z is unknown
     assert prepared.vocabulary("rating")["value"].to_pylist() == ["4", "1", "5"]
     assert test["event_rating"] == [4, 2, 1]
@@ -218,8 +218,8 @@ def test_every_place_of_a_sequence_has_its_kinds(tmp_path: Path) -> None:
         {"x": "an x", "z": "all z"}.get(name) for name in names
     ]
     assert prepared.users["text_bio"].to_pylist() == ["likes x", None, None]
-    context = prepared.users["context_numbers"].to_pylist()
-    assert context == [[-1], [0], [1]]  # b is taken for 30
+    context = prepared.users["context_age"].to_pylist()
+    assert context == [-1, 0, 1]  # b is taken for 30
     [test] = example_of(prepared, "test", "a")
     assert test["event_hour"] == [2 + 1, 2 + 2, 2 + 2]
     # x had two plays before 3600; those of y and z by b are of validation and test, which neither

@@ -77,16 +77,18 @@ def experiment(random: Random, form: str, name: str, items: str = "") -> Experim
         }
         data["derive"] = {"cheap": "price < 20"}
     if random.random() < 0.3:
-        data |= {"kind": "rows"}
+        data |= {"history_length": 0}
         sections |= {"model": {"encoder": "none"}, "split": {"kind": "random"}}
         del sections["tasks"]["next"]
         sections["features"] = {
-            "kind": {"kind": "hashed", "buckets": 8},
+            "kind": {"on": "request", "kind": "hashed", "buckets": 8},
             "user": {"min_count": 2},
-            "price": {"kind": "numeric", "scale": "log", "impute": "median"},
+            "price": {
+                "on": "request", "kind": "numeric", "scale": "log", "impute": "median",
+            },  # fmt: skip
         }
         sections["tasks"]["cost"] = {"kind": "multiclass", "column": "item"}
-    if items and data.get("kind") != "rows":
+    if items:
         data |= {"items": {"files": [items]}, "title": "title"}
         sections["features"] |= {
             "genre": {"on": "item", "kind": "multi_valued"},

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import describe
-from mtrec_jax.data.dataset import IdField, Prepared
+from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation.inference import load_catalogue
@@ -42,7 +41,7 @@ b,y,dark,800,9
 FIRST_ITEMS = "item,tags\nx,red blue\ny,blue\nz,pink\nw,pink\n"
 SECOND_ITEMS = "item,tags\nnew,green red\ny,green\nw,blue pink\n"
 FEATURES: dict[str, dict[str, Any]] = {
-    "who": {"on": "context", "column": "user", "capacity": 9},
+    "who": {"on": "context", "column": "user"},
     "tags": {"on": "item", "kind": "multi_valued", "max_values": 2},
     "shade": {"on": "history"},
     "bin": {"on": "history", "kind": "binned", "column": "price", "bins": 3, "impute": "own"},
@@ -54,7 +53,7 @@ def experiment(**changes: dict[str, Any]) -> Experiment:
     tasks = {"next": {"kind": "retrieval"}, "tone": {"kind": "multiclass", "column": "shade"}}
     tasks["cost"] = {"kind": "regression", "column": "price"}
     items = {"items": {"files": ["items.csv"]}}
-    return make(data=items, features=features, tasks=tasks, model={"item_capacity": 6})
+    return make(data=items, features=features, tasks=tasks)
 
 
 def prepared(folder: Path, text: str, base: Prepared | None = None, **changes: Any) -> Prepared:
@@ -95,8 +94,8 @@ def test_known_values_keep_their_ids_and_new_ones_follow(first: Prepared, second
     # the user c is local id 4 in all of its examples
     for block in second.blocks("train"):
         mine = block["user"] == second.user_ids["c"]
-        assert set(block["context_ids"][mine, 0]) <= {4}
-        assert set(block["context_ids"][~mine, 0]) <= {3}
+        assert set(block["context_who"][mine]) <= {4}
+        assert set(block["context_who"][~mine]) <= {3}
 
 
 def test_without_an_earlier_folder_ids_follow_the_counts(tmp_path: Path) -> None:
@@ -142,42 +141,9 @@ def test_a_third_folder_knows_what_the_second_no_longer_met(
     assert len({f.manifest.fingerprint for f in (first, second, third)}) == 3
 
 
-def test_a_full_table_is_an_error_with_both_numbers(first: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'who': 3 values, more than features\.who\.capacity = 2"):
-        prepared(tmp_path / "full", SECOND_LOG, first, who={"capacity": 2})
-    with pytest.raises(DataError, match=r"--init-from.* min_count"):
-        prepared(tmp_path / "at once", FIRST_LOG, who={"capacity": 1})
-
-
 def test_what_means_something_else_does_not_grow(first: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"features\.bin\.bins: 3 there, 4 here"):
         prepared(tmp_path / "other", SECOND_LOG, first, bin={"bins": 4})
-    prepared(tmp_path / "same", SECOND_LOG, first, who={"min_count": 1, "capacity": 12})
+    prepared(tmp_path / "same", SECOND_LOG, first, who={"min_count": 1})
     with pytest.raises(DataError, match="no prepared folder"):
         prepare(experiment(), tmp_path, tmp_path / "out", grow_from=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("declared", "problem"),
-    [
-        ({"capacity": -1}, r"features\.f\.capacity: must be 0 or more, not -1"),
-        ({"kind": "binned", "capacity": 5}, r"features\.f\.capacity: for features of kind 'categ"),
-        ({"kind": "hour", "hash_rows": 5}, r"features\.f\.hash_rows: for features of kind"),
-        ({"hash_rows": 9, "hash_functions": 0}, r"hash_functions: must be 1 or more, not 0"),
-        ({"hash_rows": 2, "hash_functions": 3}, r"hash_functions: at most hash_rows"),
-        ({"hash_rows": 9, "capacity": 5}, r"capacity: hash_rows has room for any number"),
-        ({"kind": "hashed", "buckets": 2**31}, r"buckets: at most 2,147,483,644"),
-    ],
-)
-def test_sizes_that_make_no_sense(declared: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        describe.check(make(features={"f": {"on": "history", **declared}}))
-    with pytest.raises(ConfigError, match=r"model\.item_capacity: must be 0 or more, not -3"):
-        make(model={"item_capacity": -3})
-
-
-def test_rows_of_a_table() -> None:
-    shape: dict[str, Any] = {"name": "f", "slots": 1, "placement": "dense"}
-    assert IdField(size=7, **shape).rows == 7
-    assert IdField(size=7, capacity=9, **shape).rows == 11
-    assert IdField(size=7, hash_rows=3, hash_functions=2, **shape).rows == 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ import pytest
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import guards
 from mtrec_jax.data.engine import Engine, open_engine
-from mtrec_jax.data.examples import Log, sequence_examples
-from mtrec_jax.data.twins import row_in_two_splits
+from mtrec_jax.data.examples import Log
+from mtrec_jax.data.rules import equal_rows
 from mtrec_jax.errors import DataError
 from tests.data.small import make, rows, run
 
@@ -61,7 +60,7 @@ def of_rows(duckdb: Engine, label: Any, split: Any = None, **features: Any) -> A
 
 
 def of_kind(kind: str = "categorical", task: str = "binary", **more: Any) -> Experiment:
-    feature = {"on": "context", "kind": kind, **more}
+    feature = {"kind": kind, **more}
     return rows(features={"x": feature}, tasks={"like": {"kind": task}})
 
 
@@ -167,9 +166,9 @@ def test_only_training_rows_count_and_pairs_can_be_allowed(duckdb: Engine) -> No
     split = np.arange(N) % 3 % 2
     x = np.where(split == 0, np.arange(N) % 7, label)  # a label of the judged rows only
     guards.determined_labels(of_rows(duckdb, label, split, x=x), {}, of_kind())
-    allowed = rows(features={"x": {"on": "context"}}, tasks=BINARY, guard={"allow": ["x/like"]})
+    allowed = rows(features={"x": {}}, tasks=BINARY, guard={"allow": ["x/like"]})
     guards.determined_labels(of_rows(duckdb, label, x=label), {}, allowed)
-    other = rows(features={"x": {"on": "context"}}, tasks=BINARY, guard={"allow": ["x/other"]})
+    other = rows(features={"x": {}}, tasks=BINARY, guard={"allow": ["x/other"]})
     with pytest.raises(DataError, match=r"AUC 1\.0000 on 2,000 training rows"):
         guards.determined_labels(of_rows(duckdb, label, x=label), {}, other)
 
@@ -233,7 +232,7 @@ def log_of(random: np.random.Generator, **fields: Any) -> Log:
         name: make_field(item, like, last) for name, make_field in fields.items()
     }
     split = np.where(last, 2, 0).astype(np.int8)
-    return Log(user, split, np.arange(n), np.arange(n) * 1.0, events, {"label_like": like})
+    return Log(user, split, np.arange(n), np.arange(n) * 1.0, events, {"label_like": like}, {})
 
 
 def following(values: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -277,52 +276,6 @@ def test_what_the_own_event_explains_is_no_future(random: np.random.Generator) -
     log.events["item"][:] = log.events["lesson"] + 2
     log.targets["label_like"][:] = log.events["lesson"] % 2
     guards.next_event_known(log, make(features={"lesson": {"on": "history"}}, **HISTORY))
-
-
-# --- log_out_of_order, future_in_history
-
-
-def small_log() -> Log:
-    time = np.array([1.0, 2.0, 2.0, 3.0, 1.0, 5.0])
-    user = np.array([2, 2, 2, 2, 3, 3], np.int32)
-    split = np.zeros(6, np.int8)
-    return Log(user, split, np.array([4, 0, 1, 2, 3, 5]), time, {}, {})
-
-
-USERS = ["anna", "ben"]
-EVENT = np.array([[0, 1, 2], [4, -1, -1]])
-
-
-def test_histories_of_the_past_pass() -> None:
-    cutoff, target = np.array([[0, 2, 3], [1, 0, 0]]), np.array([[0, 2, 3], [5, -1, -1]])
-    guards.future_in_history(small_log(), False, USERS, EVENT, cutoff, target)
-
-
-@pytest.mark.parametrize(
-    ("event", "cutoff", "target", "shown"),
-    [
-        (EVENT, [[3, 0], [0, 0]], [[2, 3], [5, -1]], "row 1 .* target, row 1 "),  # itself
-        (EVENT, [[0, 3], [0, 0]], [[0, 1], [5, -1]], "user anna .* row 1 .* row 0 "),  # a tie
-        ([[0, 2, 1], [4, -1, -1]], [[0, 3], [0, 0]], [[0, 3], [5, -1]], "target, row 2"),  # order
-        ([[0, 1, 4], [4, -1, -1]], [[0, 3], [0, 0]], [[0, 3], [5, -1]], "target, row 2"),  # user
-        ([[0, 1, 2], [3, -1, -1]], [[0, 3], [1, 0]], [[0, 3], [5, -1]], "user ben .* row 2 "),
-        ([[0, 1, 2], [-1, 4, -1]], [[0, 3], [2, 0]], [[0, 3], [5, -1]], "user ben .* row 3 "),
-        ([[0, 0, 2], [4, -1, -1]], [[0, 3], [1, 0]], [[0, 3], [5, -1]], "row 4 .*target, row 2"),
-    ],
-)
-def test_an_event_that_is_not_before_its_target(
-    event: Any, cutoff: Any, target: Any, shown: str
-) -> None:
-    arrays = (np.array(event), np.array(cutoff), np.array(target))
-    with pytest.raises(DataError, match=shown):
-        guards.future_in_history(small_log(), False, USERS, *arrays)
-
-
-def test_events_of_the_own_time_are_no_past_where_ties_are_hidden() -> None:
-    cutoff, target = np.array([[0, 2], [1, 0]]), np.array([[0, 2], [5, -1]])
-    guards.future_in_history(small_log(), False, USERS, EVENT, cutoff, target)
-    with pytest.raises(DataError, match=r"row 0 .* target, row 1 "):
-        guards.future_in_history(small_log(), True, USERS, EVENT, cutoff, target)
 
 
 # --- statistics_of_everything
@@ -397,16 +350,27 @@ def raw_rows(duckdb: Engine, first: int, **columns: Any) -> Any:
     return duckdb.load(next(NAMES), table)
 
 
+def check_twins(duckdb: Engine, raw: list[Any], split: Any, experiment: Experiment) -> None:
+    """Of raw tables, the first of which begins with row 0, and of events with their split."""
+    names = [name for name in raw[0].columns if name != "_row"]
+    splits = split.to_pyarrow()["split"].to_pylist()
+    sizes = {name: splits.count(code) for code, name in enumerate(("train", "validation", "test"))}
+    first = raw[0].count().to_pyarrow().as_py()
+    kept = split.filter(split.row < first).count().to_pyarrow().as_py()
+    equal = equal_rows(duckdb, raw, names)
+    guards.row_in_two_splits(equal, split, experiment, sizes, first - kept, first)
+
+
 def test_equal_hashes_of_unequal_rows_stop_nothing(
     duckdb: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 4])
     keep, split = make(clean={"duplicates": "keep"}), with_split(duckdb, [0, 0, 1, 2])
     monkeypatch.setattr("ibis.expr.types.Value.hash", lambda value: value.length())
-    row_in_two_splits([raw], split, keep)
+    check_twins(duckdb, [raw], split, keep)
     raw = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 3])
     with pytest.raises(DataError, match="2 of 2 validation"):
-        row_in_two_splits([raw], split, keep)
+        check_twins(duckdb, [raw], split, keep)
 
 
 def with_split(duckdb: Engine, split: Any) -> Any:
@@ -420,10 +384,10 @@ def test_an_event_in_two_splits(duckdb: Engine) -> None:
     with pytest.raises(
         DataError, match=r"2 of 2 validation .* row 2 and row 3.*duplicates = 'drop'"
     ):
-        row_in_two_splits([raw], with_split(duckdb, [0, 0, 1, 2]), keep)
-    row_in_two_splits([raw], with_split(duckdb, [1, 2, 0, 0]), keep)  # twins that train
+        check_twins(duckdb, [raw], with_split(duckdb, [0, 0, 1, 2]), keep)
+    check_twins(duckdb, [raw], with_split(duckdb, [1, 2, 0, 0]), keep)  # twins that train
     again = raw_rows(duckdb, 0, user=["a"] * 4, item=["x", "y", "z", "z"], time=[1, 2, 3, 4])
-    row_in_two_splits([again], with_split(duckdb, [0, 0, 1, 2]), keep)  # seen twice
+    check_twins(duckdb, [again], with_split(duckdb, [0, 0, 1, 2]), keep)  # seen twice
 
 
 def test_rows_of_the_training_file_in_the_test_file(
@@ -434,9 +398,9 @@ def test_rows_of_the_training_file_in_the_test_file(
     fresh, copied = random.normal(size=100), np.concatenate([random.normal(size=90), train[:10]])
     split = with_split(duckdb, [0] * 400 + [2] * 100)
     raw = raw_rows(duckdb, 0, x=train, y=[None] * 400)
-    row_in_two_splits([raw, raw_rows(duckdb, 400, x=fresh, y=[None] * 100)], split, experiment)
+    check_twins(duckdb, [raw, raw_rows(duckdb, 400, x=fresh, y=[None] * 100)], split, experiment)
     with pytest.raises(DataError, match=r"10 of 100 validation .* the training files"):
-        row_in_two_splits([raw, raw_rows(duckdb, 400, x=copied, y=[None] * 100)], split, experiment)
+        check_twins(duckdb, [raw, raw_rows(duckdb, 400, x=copied, y=[None] * 100)], split, experiment)
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -452,7 +416,7 @@ def test_people_who_give_the_same_answers(
         events = events.filter((events.split == 2) | events.row.isin(first.tolist()))
     raw = [raw_rows(duckdb, 0, x=answers[:800]), raw_rows(duckdb, 800, x=answers[800:])]
     experiment = rows(split=FILES, features={"x": {}}, tasks=BINARY)
-    row_in_two_splits(raw, events, experiment)
+    check_twins(duckdb, raw, events, experiment)
 
 
 # --- The same through the whole preparation
@@ -529,53 +493,3 @@ def test_an_event_that_is_logged_twice_stops_preparation(
     with pytest.raises(DataError, match=r"equal in every column .* row 239 \(log.csv line 241\)"):
         run(tmp_path, keep, twice)
     run(tmp_path, make(), twice)  # the second one is dropped
-
-
-@pytest.mark.parametrize("array", ["user", "time", "row"])
-@pytest.mark.parametrize("place", [1, 20, 70, 1999])
-def test_a_log_out_of_order_is_refused(
-    random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, array: str, place: int
-) -> None:
-    """Also where one slice of the log ends and the next begins, and by a single event."""
-    monkeypatch.setattr(guards, "_SLICE", 70)
-    log, names = log_of(random), [f"u{n}" for n in range(40)]
-    log.time[:] = np.arange(len(log.time)) // 2
-    guards.log_out_of_order(log, names)
-    if array == "user":
-        log.user[place:] = 2  # ends before it begins
-        log.user[:place] = 3
-    elif array == "time":
-        log.time[place - 1] = log.time[place] + 1
-    else:
-        log.time[place - 1] = log.time[place]
-        log.row[place] = log.row[place - 1]
-    with pytest.raises(DataError, match=r"the history of user u.* shows source row"):
-        guards.log_out_of_order(log, names)
-
-
-def test_a_time_that_is_no_number_is_out_of_order(random: np.random.Generator) -> None:
-    log = log_of(random)
-    log.time[7] = np.nan
-    with pytest.raises(DataError, match="shows source row 6"):
-        guards.log_out_of_order(log, [f"u{n}" for n in range(40)])
-
-
-@pytest.mark.parametrize("hide_ties", [False, True])
-def test_every_block_of_examples_is_checked(random: np.random.Generator, hide_ties: bool) -> None:
-    """Examples of an honest log pass; those that were put together with another log do not."""
-    log, names = log_of(random), [f"u{n}" for n in range(40)]
-    log.time[:] = np.arange(len(log.time)) // 2
-    guards.log_out_of_order(log, names)
-    check = functools.partial(guards.future_in_history, log, hide_ties, names)
-    stream = sequence_examples(log, {}, 0, 10, 10, hide_ties, 0, check=check)
-    assert sum(len(block["row"]) for block in stream) == 200
-
-    def one_more(event: np.ndarray, cutoff: np.ndarray, target: np.ndarray) -> None:
-        check(event, np.minimum(cutoff + 1, (event >= 0).sum(1)[:, None]), target)
-
-    def of_another(event: np.ndarray, cutoff: np.ndarray, target: np.ndarray) -> None:
-        check(np.roll(event, 1, axis=0), np.roll(cutoff, 1, axis=0), target)
-
-    for wrong in (one_more, of_another):
-        with pytest.raises(DataError, match="which is not before its target"):
-            list(sequence_examples(log, {}, 0, 10, 10, hide_ties, 0, check=wrong))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.data.new_rows import encode_rows, read_columns
+from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import DataError
 from tests.data.small import make, rows, run
 
@@ -65,15 +65,15 @@ def test_the_suffix_says_the_format(tmp_path: Path, events: dict[str, Any]) -> N
     text = TEXT.replace(",", mark)
     text = text.partition("\n")[2] if "header" in events else text
     prepared = prepared_rows(tmp_path, text, **events)
-    expected = encode_rows(prepared, NEW)
+    expected = encode_requests(prepared, NEW)
     for name in NAMES:
         write(NEW, tmp_path / name)
-        for array, wanted in encode_rows(prepared, tmp_path / name).items():
+        for array, wanted in encode_requests(prepared, tmp_path / name).items():
             np.testing.assert_array_equal(wanted, expected[array], err_msg=name)
     # the training files' own separator and header are understood too
     for name in ("again.csv", "again.txt"):
         (tmp_path / name).write_text(text)
-        assert len(encode_rows(prepared, tmp_path / name)["user"]) == 40
+        assert len(encode_requests(prepared, tmp_path / name)["user"]) == 40
 
 
 def test_pairs_have_the_format_of_their_suffix(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_pairs_have_the_format_of_their_suffix(tmp_path: Path) -> None:
 
 def refused(prepared: Prepared, path: Path) -> str:
     with pytest.raises(DataError) as error:
-        encode_rows(prepared, path)
+        encode_requests(prepared, path)
     assert "data.rows" not in str(error.value)
     return str(error.value)
 
@@ -121,21 +121,21 @@ def test_what_is_no_number_is_no_missing_number(
     path = tmp_path / "new.csv"
     path.write_text(f"{column},{other},at,colour\n1,1,1,red\n,1,2,red\n{value},{rest},\n")
     with pytest.raises(DataError) as error:
-        encode_rows(prepared, path)
+        encode_requests(prepared, path)
     assert str(error.value) == (
         f"row 2 (new.csv line 4): column '{column}' holds '{value}', but feature '{column}' needs "
         "a number. Mend the cell, or leave it empty where the number is missing"
     )
     table = pd.DataFrame({column: [value, value], other: 1, "at": 1, "colour": "red"})
     with pytest.raises(DataError, match=f"row 0: column '{column}' holds '{value}', and 1 more"):
-        encode_rows(prepared, table)
+        encode_requests(prepared, table)
 
 
 def test_what_is_no_time_is_refused(tmp_path: Path) -> None:
     prepared = prepared_rows(tmp_path)
     new = pd.DataFrame({"size": 1, "age": 1, "at": ["1", "soon"], "colour": "red"})
     with pytest.raises(DataError, match=r"row 1: column 'at' holds 'soon', which is no time"):
-        encode_rows(prepared, new)
+        encode_requests(prepared, new)
 
 
 def test_new_rows_may_lack_what_only_derived_labels_are_made_of(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_new_rows_may_lack_what_only_derived_labels_are_made_of(tmp_path: Path) 
     )
     prepared = run(tmp_path, experiment, TEXT)
     new = pa.table({"colour": ["red", "blue"], "size": [4.0, 1.0]})
-    local = encode_rows(prepared, new)["context_ids"]
+    local = encode_requests(prepared, new)["request_ids"]
     large = {v.as_py(): i + 2 for i, v in enumerate(prepared.vocabulary("large")["value"])}
     assert local[:, 1].tolist() == [large["1"], large["0"]]
     with pytest.raises(DataError, match="no column 'large'"):
-        encode_rows(prepared, new.drop_columns("size"))
+        encode_requests(prepared, new.drop_columns("size"))

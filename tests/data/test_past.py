@@ -17,10 +17,10 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data import past
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.examples import mix
-from mtrec_jax.data.new_rows import encode_rows
+from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError
-from tests.data.small import make, rows
+from tests.data.small import joined, make, rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning"),
@@ -39,9 +39,9 @@ def declared(kind: str, smoothing: float) -> Experiment:
     past_features["rate"]["smoothing"] = smoothing
     data: dict[str, Any] = {}
     if kind == "random":
-        data = {"kind": "rows"}
+        data = {"history_length": 0}
         for feature in past_features.values():
-            feature["on"] = "context"
+            feature["on"] = "request"
     return make(
         data=data,
         tasks={"like": {"kind": "regression"}},
@@ -241,35 +241,35 @@ def test_rows_and_what_new_rows_are_told(tmp_path: Path) -> None:
     )
     prepared = prepare(experiment, tmp_path, tmp_path / "out")
     m = prepared.manifest
-    assert [f.name for f in m.context_numbers] == ["seen", "rate"]
-    assert [(f.name, f.size) for f in m.context_ids] == [("gap", 4), ("hour", 26)]
+    assert [f.name for f in m.request_numbers] == ["seen", "rate"]
+    assert [(f.name, f.size) for f in m.request_ids] == [("gap", 4), ("hour", 26)]
     prior = 0.75
     told = {  # training events in order
         "seen": np.log1p([0, 1, 1, 0]),
         "rate": np.array([prior, (1 + prior) / 2, (1 + prior) / 2, prior]),
     }
-    for field, values in zip(m.context_numbers, told.values(), strict=True):
+    for field, values in zip(m.request_numbers, told.values(), strict=True):
         assert field.mean == pytest.approx(np.mean(values), rel=1e-6)
         assert field.std == pytest.approx(np.std(values), rel=1e-6)
     assert prepared.vocabulary("gap")["value"].to_pylist() == ["10.0", "30.0"]
 
     def scaled(count: float, rate: float) -> list[float]:
         values = (math.log1p(count), rate)
-        fields = m.context_numbers
+        fields = m.request_numbers
         return [(v - f.mean) / f.std for v, f in zip(values, fields, strict=True)]
 
     [test] = prepared.blocks("test")
     order = np.argsort(test["row"][:, 0])
     wanted = np.array([scaled(3, (2 + prior) / 4), [0, 0]])  # no shop: missing
-    np.testing.assert_allclose(test["context_numbers"][order], wanted, rtol=1e-5)
-    assert test["context_ids"][order].tolist() == [[3, 2], [0, 2]]  # 40 s ago, or never before
+    np.testing.assert_allclose(joined(prepared, test, "request_numbers")[order], wanted, rtol=1e-5)
+    assert joined(prepared, test, "request_ids")[order].tolist() == [[3, 2], [0, 2]]  # 40 s ago, or never before
     last = pq.read_table(prepared.folder / "past" / "gap.parquet").to_pydict()
     assert last == {"value": ["a", "b", None], "number": [20.0, 50.0, None]}
     new = pa.table({"user": ["b", "b", "z"], "shop": ["t", "new", None], "time": [95, 61, 9]})
-    encoded = encode_rows(prepared, new)
+    encoded = encode_requests(prepared, new)
     wanted = np.array([scaled(1, (1 + prior) / 2), scaled(0, prior), [0, 0]])
-    np.testing.assert_allclose(encoded["context_numbers"], wanted, rtol=1e-5)
-    assert encoded["context_ids"].tolist() == [[3, 2], [2, 2], [0, 2]]  # 34 s, 11 s, never
+    np.testing.assert_allclose(encoded["request_numbers"], wanted, rtol=1e-5)
+    assert encoded["request_ids"].tolist() == [[3, 2], [2, 2], [0, 2]]  # 34 s, 11 s, never
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,17 @@ def _columns(n: int) -> dict[str, np.ndarray]:
     click = np.stack([place % 2, np.full(n, np.nan)], axis=1).astype(np.float32)
     return {
         "user": place.astype(np.int32),
-        "context_ids": np.stack([place % 5, place % 7, place % 3, place * 0], 1).astype(np.int32),
-        "context_numbers": place[:, None].astype(np.float32) / 3,
+        "context_segment": (place % 5).astype(np.int32),
+        "context_tags": np.stack([place % 7, place % 3, place * 0], axis=1).astype(np.int32),
+        "context_age": place.astype(np.float32) / 3,
+        "request_hour": np.stack([place % 6, place % 4], axis=1).astype(np.int32),
+        "request_discount": rows.astype(np.float32) / 7,
         "event_item": np.stack([place, place + 1, place + 2], axis=1).astype(np.int32),
         "event_click": np.ones((n, 3), np.int32),
         "cutoff": np.tile(np.array([[2, 3]], np.int32), (n, 1)),
         "candidate": np.where(rows >= 0, place[:, None] + 3, 0).astype(np.int32),
         "label_next": np.where(rows >= 0, 1, np.nan).astype(np.float32),
-        "label_click": click,
+        **{f"label_{task}": click for task in ("click", "stars", "genre")},
         "row": rows.astype(np.int64),
     }
 
@@ -57,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     for split, n in (("train", EXAMPLES), ("validation", 2 * SIZE), ("test", 0)):
         _write(folder, split, n)
     assert pq.ParquetFile(folder / "train.parquet").num_row_groups == 7
-    return Prepared(folder, tiny.manifest())
+    return Prepared(folder, replace(tiny.manifest(), history_length=3))
 
 
 def _users(batches: Sequence[Batch]) -> list[int]:
@@ -106,10 +109,13 @@ def test_the_last_batch_of_an_epoch_is_filled_with_weight_0(prepared: Prepared) 
 def test_a_batch_is_the_example_s_columns(prepared: Prepared) -> None:
     for found in (BatchSource(prepared, "train", SIZE, seed=3)[s] for s in range(5)):
         columns = {name: values[found.user] for name, values in _columns(EXAMPLES).items()}
-        np.testing.assert_array_equal(found.context["ids"], columns["context_ids"])
-        np.testing.assert_array_equal(found.context["numbers"], columns["context_numbers"])
+        ids = [columns["context_segment"][:, None], columns["context_tags"]]
+        np.testing.assert_array_equal(found.context["ids"], np.concatenate(ids, axis=1))
+        np.testing.assert_array_equal(found.context["numbers"][:, 0], columns["context_age"])
+        np.testing.assert_array_equal(found.request["ids"][..., 0], columns["request_hour"])
+        np.testing.assert_array_equal(found.request["numbers"][..., 0], columns["request_discount"])
         np.testing.assert_array_equal(found.events["item"], columns["event_item"])
-        np.testing.assert_array_equal(found.events["click"], columns["event_click"])
+        np.testing.assert_array_equal(found.events["ids"][..., 0], columns["event_click"])
         np.testing.assert_array_equal(found.cutoff, columns["cutoff"])
         np.testing.assert_array_equal(found.candidate, columns["candidate"])
         np.testing.assert_array_equal(found.row, columns["row"])
@@ -123,7 +129,8 @@ def test_a_batch_is_the_example_s_columns(prepared: Prepared) -> None:
 
 def test_floats_have_the_declared_precision(prepared: Prepared) -> None:
     found = BatchSource(prepared, "train", SIZE, seed=3, dtype="float64")[0]
-    parts = (found.context["numbers"], found.weight, *found.labels.values(), *found.mask.values())
+    numbers = (found.context["numbers"], found.request["numbers"])
+    parts = (*numbers, found.weight, *found.labels.values(), *found.mask.values())
     assert {np.asarray(part).dtype for part in parts} == {np.dtype("float64")}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from mtrec_jax.data.dataset import SPLITS
-from mtrec_jax.data.new_rows import encode_rows
+from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import DataError
 from tests.data.small import LOG, example_of, make, rows, rules, run
@@ -43,7 +42,7 @@ def test_ids_splits_and_examples_of_leave_one_out(tmp_path: Path) -> None:
     [test] = example_of(prepared, "test", "a")
     assert (test["event_item"], test["cutoff"], test["candidate"]) == ([2, 3, 5], [3], [4])
     assert test["row"] == [5]
-    assert m.protocol == "leave-one-out by (time, source row), 3 users, 4 items, 8 events"
+    assert m.protocol == "leave-one-out by (time, source row), rolling past, 3 users, 4 items, 8 events"
 
 
 def test_windows_are_cut_from_the_end_and_look_back_history_length(tmp_path: Path) -> None:
@@ -151,7 +150,7 @@ def test_rows_with_user_item_and_time(tmp_path: Path) -> None:
     np.testing.assert_array_equal(train["user"][order], [2, 2, 3, 2, 3])
     assert prepared.users.column_names == ["id", "event_item", "split"]
     new = {"user": ["b", "new", None], "item": ["x", "new", "y"], "time": [1, 2, 3]}
-    encoded = encode_rows(prepared, pd.DataFrame(new))
+    encoded = encode_requests(prepared, pd.DataFrame(new))
     assert encoded["user"].tolist() == [3, 1, 0]
     assert encoded["candidate"][:, 0].tolist() == [2, 1, 3]
 
@@ -168,10 +167,11 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert {"train.parquet", "users.parquet", "manifest.json"} <= {p.name for p in files}
     again = prepare(experiment, tmp_path, tmp_path / "out")  # replaces the older one
     assert {p.relative_to(first.folder): p.read_bytes() for p in again.folder.rglob("*.*")} == files
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cleaned", "log.csv", "out"]
     other = run(tmp_path, experiment, text + "u1,i1,1,99\n")
     assert other.manifest.fingerprint != first.manifest.fingerprint
-    assert json.loads((other.folder / "manifest.json").read_text())["kind"] == "sequences"
+    assert other.manifest.cleaned != first.manifest.cleaned
+    assert first.manifest.cleaned == again.manifest.cleaned
 
 
 def test_random_split_is_seeded_and_close_to_its_fractions(tmp_path: Path) -> None:

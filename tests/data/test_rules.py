@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtrec_jax.data.new_rows import encode_rows
+from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
 from tests.data.small import LOG, make, rows, run
@@ -66,7 +66,7 @@ def test_new_rows_lose_the_values_that_training_rows_lost(
     prepared = run(tmp_path, experiment, SIZES)
     fitted = [r.rule for r in prepared.manifest.report if "fitted" in r.rule]
     assert fitted == (["values: odd: fitted size <= 7"] if "bounds" in bounds else [])
-    found = encode_rows(prepared, pa.table({"size": ["3", "999", None]}))["context_numbers"]
+    found = encode_requests(prepared, pa.table({"size": ["3", "999", None]}))["request_numbers"]
     np.testing.assert_array_equal(found[1], found[2])
     assert not np.array_equal(found[0], found[1])
 

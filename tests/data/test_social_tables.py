@@ -116,8 +116,10 @@ def test_queries_join_the_histories_in_the_order_of_time_and_row(prepared: Prepa
     (test,) = small.example_of(prepared, "test", "a")
     # at time 3 the query comes after the event, since its row is numbered after the events'
     assert test["event_item"] == [UNKNOWN, x, y, UNKNOWN, z, 0]
-    assert test["event_query.0"] == [words["blue"], 0, 0, UNKNOWN, 0, 0]
-    assert test["event_query.1"] == [words["red"], 0, 0, UNKNOWN, 0, 0]
+    first, second = np.reshape(test["event_query"], (6, 2)).T.tolist()
+    assert first == [words["blue"], 0, 0, UNKNOWN, 0, 0]
+    assert second == [words["red"], 0, 0, UNKNOWN, 0, 0]
+    assert prepared.user_lists("event_query")[0][0].tolist() == [words["blue"], words["red"]]
     assert test["cutoff"] == [5]
     clicks = prepared.vocabulary("click")["value"].to_pylist()
     clicked, skipped = clicks.index("1") + 2, clicks.index("0") + 2
@@ -141,7 +143,7 @@ def test_friends_are_features_of_the_user(prepared: Prepared) -> None:
     friends = [name.as_py() for name in prepared.vocabulary("friends")["value"]]
     assert sorted(friends) == ["a", "b", "c"]
     ids = np.array([[friends.index(f) + 2 if f else 0 for f in pair] for pair in (["b", "c"],)])
-    rows = prepared.users["context_ids"].to_pylist()
+    rows = prepared.users["context_friends"].to_pylist()
     assert rows[0] == ids[0].tolist()
     assert rows[1] == [friends.index("a") + 2, 0]
     assert rows[2] == [0, 0]
@@ -158,7 +160,7 @@ def test_tastes_of_friends_are_those_before_the_first_target(prepared: Prepared)
 
     def taste(split: str, user: str) -> list[float]:
         (example,) = small.example_of(prepared, split, user)
-        return (np.array(example["context_numbers"]) * field.std).tolist()
+        return (np.array(example["context_taste"]) * field.std).tolist()
 
     assert taste("train", "a") == pytest.approx([0, 0])  # at 1 nothing is earlier
     # at 6, validation rows of friends too: "one" x of b and of c; "two" y of c and of b
@@ -166,7 +168,7 @@ def test_tastes_of_friends_are_those_before_the_first_target(prepared: Prepared)
     # at 9, their test rows too: z of b and of c, the latter with a click
     assert taste("test", "a") == pytest.approx([2 / 6 - 1 / 2, 3 / 4 - 1 / 2])
     assert taste("test", "c") == pytest.approx([0, 0])
-    served = np.array(prepared.users["context_numbers"].to_pylist()) * field.std
+    served = np.array(prepared.users["context_taste"].to_pylist()) * field.std
     assert served[0].tolist() == pytest.approx([2 / 6 - 1 / 2, 3 / 4 - 1 / 2])
 
 
