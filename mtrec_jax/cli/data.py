@@ -1,13 +1,87 @@
-"""Raw data for the commands: fetched, or generated."""
+"""`mtrec data`, `clean` and `prepare`: from raw files to a prepared folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from mtrec_jax.cli.options import Config, DataFolder, EngineOption, Master, Memory, Set
+
 SHOPS = ("shop", "shop-social")  # generated, from a seed
+
+
+def data(
+    name: Annotated[str, typer.Argument(help="shop, shop-social, ml-1m, ml-100k … or list.")],
+    to: Annotated[Path, typer.Option(help="Folder that receives NAME/.")] = Path("data"),
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the generated shop; default 0.")
+    ] = None,
+) -> None:
+    """Fetch a public data set by its hash and print its terms, or generate the shop's logs."""
+    from mtrec_jax.data import public
+
+    if seed is not None and name not in SHOPS:
+        raise typer.BadParameter(f"--seed is for the generated shop, not for {name}: remove it")
+    if name == "list":
+        for known in public.PUBLIC.values():
+            typer.echo(f"{known.name:16} {known.title}. Terms: {known.terms}.")
+        return
+    if name in SHOPS:
+        generate_shop(to, name, seed or 0)
+    else:
+        fetch(name, to)
+
+
+def prepare(
+    config: Config,
+    data: DataFolder = Path("data"),
+    out: Annotated[Path | None, typer.Option(help="Default prepared/NAME.")] = None,
+    grow_from: Annotated[
+        Path | None,
+        typer.Option(help="Prepared folder whose ids, bins and scales stay; new values follow."),
+    ] = None,
+    overrides: Set = None,
+    engine: EngineOption = "duckdb",
+    memory: Memory = "",
+    master: Master = "local[*]",
+) -> None:
+    """Clean, split and index raw files into a prepared folder, with a report of every change."""
+    from mtrec_jax.experiments import load_experiment
+
+    experiment = load_experiment(config, overrides or [])
+    out = out or Path("prepared") / experiment.name
+    remedy = "Name another folder with --out"
+    _prepare(experiment, data, out, None, remedy, engine, memory, master, grow_from)
+
+
+def prepare_folder(
+    experiment: Any,
+    data: Path,
+    out: Path,
+    run: Path | None,
+    remedy: str,
+    engine: Literal["duckdb", "spark"],
+    memory: str,
+    master: str,
+    grow_from: Path | None = None,
+) -> Any:
+    from mtrec_jax.data.prepare import prepare as prepare_data
+    from mtrec_jax.data.report import print_report
+    from mtrec_jax.train.run import check_replacement
+
+    def accept(new: Any) -> None:
+        beside = run.parent.glob("*") if run else ()
+        check_replacement(out, new, run, (*Path("runs").glob("*"), *beside), remedy)
+
+    folder = data / experiment.data.public if experiment.data.public else data
+    opened = prepare_data(
+        experiment, folder, out, None, _say, engine, memory, master, accept, grow_from
+    )
+    print_report(opened.manifest)
+    typer.echo(f"{opened!r} in {out}; report: {out / 'report.html'}", err=True)
+    return opened
 
 
 def generate_shop(to: Path, name: str, seed: int) -> None:
