@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,18 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+import mtrec_jax
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, open_prepared
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.serving.result import Result
 from mtrec_jax.train.run import Run
 
-COMMANDS = ("data", "prepare", "train", "evaluate", "predict", "recommend", "run")
+COMMANDS = (
+    *("data", "prepare", "train", "evaluate", "predict", "recommend", "run"),
+    *("plan", "doctor"),
+)
 Mtrec = Callable[..., tuple[int, str, str]]
 
 
@@ -58,7 +65,8 @@ for command in ([], *([name] for name in {COMMANDS})):
         cli.main()
     except SystemExit as end:
         assert not end.code, command
-heavy = {{"jax", "numpy", "pyarrow", "ibis", "flax"}} & {{m.split(".")[0] for m in sys.modules}}
+heavy = {{"jax", "numpy", "pyarrow", "ibis", "flax", "pydantic"}}
+heavy &= {{m.split(".")[0] for m in sys.modules}}
 assert not heavy, heavy
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -68,6 +76,61 @@ assert not heavy, heavy
     for option in ("--set", "--prepared", "--run", "--split", "--all-users", "--k", "--rows"):
         assert option in shown
     assert "129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM" in shown
+
+
+def test_the_version_is_said(mtrec: Mtrec) -> None:
+    assert mtrec("--version") == (0, f"mtrec_jax {mtrec_jax.__version__}\n", "")
+
+
+def test_doctor_says_what_a_bug_report_needs(mtrec: Mtrec, tmp_path: Path) -> None:
+    status, out, err = mtrec("doctor", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["versions"]["mtrec_jax"] == mtrec_jax.__version__
+    assert report["versions"]["jaxlib"] == jax.lib.__version__
+    assert report["devices"] == {"platform": "cpu", "count": jax.device_count(), "kinds": ["cpu"]}
+    assert report["processor"]["cores"] == os.cpu_count()
+    assert report["memory"]["machine"].endswith(" GB")
+    assert report["packages"]["mtrec_jax"] == "complete"
+    assert report["environment"]["MTREC_CACHE"] == "off"
+    assert not any("failed" in part for part in report.values())
+    status, out, _ = mtrec("doctor")
+    assert status == 0
+    assert flat(out).startswith(f"versions mtrec_jax {mtrec_jax.__version__} Python ")
+    assert "container's limit" in out
+
+
+def test_doctor_names_what_is_missing_for_an_extra(
+    mtrec: Mtrec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = {
+        "mtrec_jax": [
+            "numpy>=2.1",
+            "jax<0.2",
+            'pyspark>=4; extra == "spark"',
+            'nothing-like-it[all]>=1; extra == "cuda13"',
+            'numpy[more]; extra == "tpu"',
+            'never; extra == "tpu" and python_version < "3"',
+        ],
+        "numpy": ['also-missing; extra == "more"'],
+    }
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs.get(name, []))
+    packages = json.loads(mtrec("doctor", "--json")[1])["packages"]
+    assert packages["mtrec_jax"].startswith(f"missing jax<0.2 (here {jax.__version__})")
+    assert packages["mtrec_jax[spark]"] == "complete"
+    for extra, missing in (("cuda13", "nothing-like-it"), ("tpu", "also-missing")):
+        name = f"mtrec_jax[{extra}]"
+        assert packages[name] == f'missing {missing}: pip install "{name}"'
+
+
+def test_doctor_says_what_is_broken(mtrec: Mtrec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(jax, "devices", broken)
+    status, out, _ = mtrec("doctor")
+    assert status == 0
+    assert "failed RuntimeError: no driver" in flat(out)
 
 
 def test_no_arguments_show_the_help(mtrec: Mtrec) -> None:

@@ -34,10 +34,11 @@ for command in (
     app.command()(command)
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"mtrec_jax {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mtrec_jax.cli.options import Config, DataFolder, EngineOption, Master, Memory, Set
+from mtrec_jax.cli.options import Config, DataFolder, EngineOption, Master, Memory, Set, say
 
 SHOPS = ("shop", "shop-social")  # generated, from a seed
 
@@ -67,6 +67,7 @@ def prepare_folder(
     master: str,
     grow_from: Path | None = None,
 ) -> Any:
+    """Prepare raw data into `out`, unless that takes from a run what it was trained on."""
     from mtrec_jax.data.prepare import prepare as prepare_data
     from mtrec_jax.data.report import print_report
     from mtrec_jax.train.run import check_replacement
@@ -77,7 +78,7 @@ def prepare_folder(
 
     folder = data / experiment.data.public if experiment.data.public else data
     opened = prepare_data(
-        experiment, folder, out, None, _say, engine, memory, master, accept, grow_from
+        experiment, folder, out, None, say, engine, memory, master, accept, grow_from
     )
     print_report(opened.manifest)
     typer.echo(f"{opened!r} in {out}; report: {out / 'report.html'}", err=True)
