@@ -10,12 +10,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tomli_w
+from pydantic import Field
+
+from mtrec_jax.balance import BALANCERS
+from mtrec_jax.balance.static import Static
+from mtrec_jax.choices import Choice
+from mtrec_jax.data.features import CHOICE, Feature
+from mtrec_jax.models.encoders import ENCODERS
+from mtrec_jax.models.encoders.transformer import Transformer
+from mtrec_jax.models.towers import TOWERS
+from mtrec_jax.models.towers.mmoe import MMoE
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Part = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Worth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +54,31 @@ class Data:
 
     __pydantic_config__ = _STRICT
     public: str = ""  # what `mtrec data` fetches or generates for this experiment
-    kind: Literal["sequences", "rows"] = "sequences"  # users' events in time order, or single rows
     events: Files = field(default_factory=Files)
     items: Files | None = None
     users: Files | None = None
     queries: Files | None = None  # searches: user, time and text; they show in the user's history
     ties: Files | None = None  # user-user ties, a pair a row
     derive: dict[str, str] = field(default_factory=dict)  # {new column of the events: expression}
-    user: str = ""  # column names; a table of users or items uses the same names
+    user: str = ""  # column names, each of them optional; tables of users and items use the same
     item: str = ""
-    time: str = ""
+    time: str = ""  # "": events happened in the order of the source
     time_unit: Literal["s", "ms", "us"] = "s"  # of times that are numbers
     query: str = "query"  # column of the queries: what was searched for
     friend: str = "friend"  # column of the ties: the other user
     title: str = ""  # column of the item table that people would like to read
-    history_length: int = 50  # L: events that a position can look back on
-    positions: int = 0  # P: targets per training example; 0 means history_length
+    history_length: Natural = 50  # L: events a position looks back on; 0, no user or item: none
+    past: Literal["rolling", "frozen"] = "rolling"  # what judged events know: all before, or as of
+    # the split: validation training events, test those of training and validation
+    positions: Natural = 0  # P: targets per training example; 0 means history_length
     hide_ties: bool = False  # True: a position does not see events of its own timestamp
-    seed: int = 0  # order of the training examples on disk
+    seed: Natural = 0  # order of the training examples on disk
     reference: str = "reference"  # what the tables call the tasks' reference columns
+
+    @property
+    def length(self) -> int:
+        """L: events that a position looks back on; 0 where there are no users or no items."""
+        return self.history_length if self.user and self.item else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +97,7 @@ class Values:
     bounds: Literal["given", "quantiles", "mad"] = "given"
     low: float | None = None
     high: float | None = None
-    deviations: float = 5.0  # mad: 1.4826 * MAD is the standard deviation of a normal value
+    deviations: Positive = 5.0  # mad: 1.4826 * MAD is the standard deviation of a normal value
     action: Literal["remove", "missing"] = "remove"  # the row, or only the value of `column`
 
 
@@ -82,15 +106,15 @@ class Clean:
     """What is removed before anything else happens; every rule is counted in the report."""
 
     __pydantic_config__ = _STRICT
-    duplicates: Literal["drop", "keep"] = "drop"  # rows equal in every column; kind "rows": "keep"
+    duplicates: Literal["drop", "keep"] = "drop"  # equal rows; "keep" without data.user
     duplicate_columns: tuple[str, ...] = ()  # rows are equal in these; (): in every column
     values: dict[str, Values] = field(default_factory=dict)  # {name in the report: rule}
     earliest: str = ""  # times before it are removed: seconds or ISO 8601
     latest: str = ""  # times after it are removed; "now": what lies in the future
-    max_user_events_a_day: int = 0  # users with more on any day (UTC) are bots; 0: nobody is
-    min_user_events: int = 0  # k-core: repeated until both hold
-    min_item_events: int = 0
-    max_bad_fraction: float = 0.01  # more malformed rows than this stop the preparation
+    max_user_events_a_day: Natural = 0  # users with more on any day (UTC) are bots; 0: nobody is
+    min_user_events: Natural = 0  # k-core: repeated until both hold
+    min_item_events: Natural = 0
+    max_bad_fraction: Amount = 0.01  # more malformed rows than this stop the preparation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,53 +133,14 @@ class Split:
         "cold_item",  # all events of held-out items judge
         "files",  # given files
     ] = "leave_one_out"
-    validation: float = 0.1  # fraction of events, users or items (files: of the training files)
-    test: float = 0.1
-    folds: int = 5
-    fold: int = 0  # 0 .. folds - 1
-    fold_in: float = 0.5  # user_holdout: the part of a held-out user's events that is shown
+    validation: Part = 0.1  # of the events, users or items (files: of the training files)
+    test: Fraction = 0.1
+    folds: Count = 5
+    fold: Natural = 0  # 0 .. folds - 1
+    fold_in: Part = 0.5  # user_holdout: the part of a held-out user's events that is shown
     validation_files: tuple[str, ...] = ()  # kind "files": (): `validation` of the training rows
     test_files: tuple[str, ...] = ()  # kind "files": these are the test set
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feature:
-    """One input of the model."""
-
-    __pydantic_config__ = _STRICT
-    on: Literal["context", "item", "history"] = "context"
-    kind: Literal[
-        "categorical",
-        "hashed",  # categorical without a vocabulary: `buckets` ids
-        "multi_valued",  # list columns, or text with a separator
-        "numeric",
-        "binned",  # quantile bins of a number, looked up like a category
-        "piecewise",  # piecewise linear code of a number over quantile bins: `bins` numbers
-        "hour",  # of the time column, UTC
-        "weekday",
-        "gap",  # log seconds since the user's previous event, binned
-        "text",  # kept as text for encoders; no input by itself
-        "past_count",  # earlier events with the same value of `column`
-        "past_rate",  # smoothed mean of task `label` over them, out of fold or strictly earlier
-        "ties",  # context: the user's friends, as a multi-valued feature
-        "friends_taste",  # context: how friends responded (`label`) to each value of item `column`
-    ] = "categorical"
-    column: str = ""  # "": the feature's own name; of times: the time column
-    separator: str = " "  # multi_valued: between the values of a cell
-    max_values: int = 8  # multi_valued: further values are dropped
-    min_count: int = 1  # rarer training values become the unknown id
-    bins: int = 32  # binned, piecewise, gap: quantile bins of the training values
-    buckets: int = 1024  # hashed
-    scale: Literal["standard", "log", "none"] = "standard"  # numeric; log: sign(x) log(1 + |x|)
-    impute: Literal["none", "median", "mode", "constant", "own"] = "none"  # own: an id of its own
-    constant: str = ""  # impute = "constant"
-    label: str = ""  # past_rate, friends_taste: which task's label
-    smoothing: float = 20.0  # past_rate, friends_taste: events that the overall mean counts for
-    placement: Literal["dense", "sparse"] = "dense"  # sparse: row-wise updates, for large tables
-    capacity: int = 0  # values that its vocabulary may grow to without moving a row; 0: as they are
-    hash_rows: int = 0  # rows that all its ids share, several rows each; 0: each has one of its own
-    hash_functions: int = 2  # with hash_rows: rows of an id, whose sum is its vector
+    seed: Natural = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,30 +165,35 @@ class Task:
     reference: str = ""  # column with an existing system's prediction, evaluated beside the model
 
 
+RowRule = Literal["sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "ftrl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """An embedding table: of a feature, or "item", the items' own rows. `table_of` has defaults."""
+
+    __pydantic_config__ = _STRICT
+    update: Literal["", "sparse", "dense"] = ""  # sparse: by rows, default of "item"; dense: whole
+    rule: Literal["", RowRule] = ""  # of sparse updates; "": train.row_optimizer
+    capacity: Natural = 0  # values that it may grow to without moving a row; 0: as they are
+    hash_rows: Natural = 0  # rows that all its ids share, several each; 0: each has one of its own
+    hash_functions: Count = 2  # with hash_rows: rows of an id, whose sum is its vector
+    id_dropout: Fraction = 0.0  # share of the ids that training takes for unknown
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Architecture."""
 
     __pydantic_config__ = _STRICT
-    encoder: Literal["none", "transformer"] = "transformer"
-    width: int = 64  # D: table rows, user and item vectors
-    layers: int = 2
-    heads: int = 1
-    dropout: float = 0.1
-    item_placement: Literal["dense", "sparse"] = "sparse"
-    item_capacity: int = 0  # items that their own table may grow to without moving a row
+    width: Count = 64  # D: table rows, user and item vectors
+    dropout: Fraction = 0.1  # in the encoder and before the towers
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
-    towers: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
-    experts: int = 4  # shared experts
-    task_experts: int = 1  # ple: experts of each task
-    expert_hidden: tuple[int, ...] = (128, 64)
-    tower_hidden: tuple[int, ...] = (32,)
-    temperature: float = 0.05  # of the cosine in the retrieval softmax
+    temperature: Positive = 0.05  # of the cosine in the retrieval softmax
+    encoder: Annotated[Any, Choice(ENCODERS)] = field(default_factory=Transformer)  # of histories
+    towers: Annotated[Any, Choice(TOWERS)] = field(default_factory=MMoE)  # of all but retrieval
     fusion: Literal["attention", "none"] = "attention"
-    fusion_objective: dict[str, float] = field(default_factory=dict)  # {task: worth}; {}: all 1
-
-
-RowRule = Literal["sgd", "adagrad", "rowwise_adagrad", "lazy_adam", "ftrl"]
+    fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: all 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,34 +201,33 @@ class Train:
     """Optimization."""
 
     __pydantic_config__ = _STRICT
-    epochs: int = 0  # exactly one of epochs and steps is above 0
-    steps: int = 0
-    batch_size: int = 128
-    accumulate: int = 1  # parts in which a step takes its batch, to need less memory
-    seed: int = 0
+    epochs: Natural = 0  # exactly one of epochs and steps is above 0
+    steps: Natural = 0
+    batch_size: Count = 128
+    accumulate: Count = 1  # parts in which a step takes its batch, to need less memory
+    seed: Natural = 0
     optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0  # 0: no clipping
-    row_optimizer: RowRule = "lazy_adam"  # of tables with placement = "sparse"
-    row_optimizers: dict[str, RowRule] = field(default_factory=dict)  # {feature or "item": another}
-    row_learning_rate: float = 0.0  # 0: learning_rate
-    row_weight_decay: float = 0.0  # decoupled, of the rows that a step touches
-    row_clip_norm: float = 0.0  # of each touched row's gradient; 0: no clipping
+    warmup_steps: Natural = 0
+    weight_decay: Amount = 0.0
+    clip_norm: Amount = 0.0  # 0: no clipping
+    row_optimizer: RowRule = "lazy_adam"  # of tables with update = "sparse"
+    row_learning_rate: Amount = 0.0  # 0: learning_rate
+    row_weight_decay: Amount = 0.0  # decoupled, of the rows that a step touches
+    row_clip_norm: Amount = 0.0  # of each touched row's gradient; 0: no clipping
     row_precision: Literal["same", "bfloat16"] = "same"  # as stored; bfloat16: rounded at random
-    balance: Literal["static", "uncertainty"] = "static"
-    negatives: int = 512  # shared sampled negatives of a step
+    balance: Annotated[Any, Choice(BALANCERS)] = field(default_factory=Static)  # of the tasks
+    negatives: Count = 512  # shared sampled negatives of a step
     negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
-    evaluate_every: int = 0  # steps; 0: each epoch
-    checkpoint_every: int = 0  # steps; 0: with each evaluation
+    evaluate_every: Natural = 0  # steps; 0: each epoch
+    checkpoint_every: Natural = 0  # steps; 0: with each evaluation
     checkpoint_wait: bool = False  # steps wait until it is written: tables need no second copy
-    log_every: int = 50
+    log_every: Count = 50
     not_finite: Literal["stop", "skip"] = "stop"  # what a loss or gradient of NaN or infinity does
-    input_timeout: int = 600  # seconds without a batch before training stops; 0: never
-    patience: int = 0  # evaluations without improvement before stopping; 0: never
-    mesh: tuple[int, int] = (0, 1)  # devices on ("data", "table"); 0: all that are left
+    input_timeout: Natural = 600  # seconds without a batch before training stops; 0: never
+    patience: Natural = 0  # evaluations without improvement before stopping; 0: never
+    mesh: tuple[Natural, Natural] = (0, 1)  # devices on ("data", "table"); 0: all that are left
     precision: Literal["float32", "float64"] = "float32"
 
 
@@ -255,13 +244,13 @@ class Evaluate:
     """What is measured, and beside what."""
 
     __pydantic_config__ = _STRICT
-    ks: tuple[int, ...] = (10,)
+    ks: Sizes = (10,)
     exclude_seen: bool = True
-    candidates: int = 100  # retrieved items that the towers and the fusion put in order
+    candidates: Count = 100  # retrieved items that the towers and the fusion put in order
     baselines: tuple[Literal["popularity", "bias", "item_knn"], ...] = ()
-    neighbours: int = 100  # item_knn
-    bootstrap: int = 200  # resamples of the 95 % intervals; 0: none
-    batch_size: int = 512
+    neighbours: Count = 100  # item_knn
+    bootstrap: Natural = 200  # resamples of the 95 % intervals; 0: none
+    batch_size: Count = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,12 +271,14 @@ class Experiment:
 
     __pydantic_config__ = _STRICT
     name: str
+    left_out: tuple[str, ...] = ()  # tasks of the data that it does not train; labels may name them
     data: Data = field(default_factory=Data)
     clean: Clean = field(default_factory=Clean)
     split: Split = field(default_factory=Split)
     guard: Guard = field(default_factory=Guard)
-    features: dict[str, Feature] = field(default_factory=dict)
+    features: dict[str, Annotated[Feature, CHOICE]] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)  # {feature or "item": its table}
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
     select: Select = field(default_factory=Select)
@@ -320,6 +311,19 @@ def to_dict(experiment: Any) -> dict[str, Any]:
 def to_toml(experiment: Experiment) -> str:
     """The resolved experiment as TOML text; `parse_experiment` of it gives the same object."""
     return tomli_w.dumps(to_dict(experiment))
+
+
+def table_of(experiment: Experiment, name: str) -> Table:
+    """The table of a feature, or of "item", with what holds where the configuration says nothing.
+
+    >>> table_of(Experiment(name="a"), "item").update, table_of(Experiment(name="a"), "city").update
+    ('sparse', 'dense')
+    """
+    table = experiment.tables.get(name, Table())
+    update = table.update or ("sparse" if name == "item" else "dense")
+    return dataclasses.replace(
+        table, update=update, rule=table.rule or experiment.train.row_optimizer
+    )
 
 
 def select_metric(experiment: Experiment) -> tuple[str, str, bool]:

@@ -1,4 +1,4 @@
-"""Experiments from TOML: overrides, checks, and errors that name the key and the remedy."""
+"""Experiments from TOML: overrides, choices among what is declared, and one check of the whole."""
 
 from __future__ import annotations
 
@@ -6,34 +6,15 @@ import dataclasses
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
+from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
-from mtrec_jax.config import (
-    Clean,
-    Data,
-    Evaluate,
-    Experiment,
-    Feature,
-    Files,
-    Guard,
-    Model,
-    Published,
-    Select,
-    Split,
-    Task,
-    Train,
-    Values,
-    metrics_of,
-    select_metric,
-)
+from mtrec_jax.config import Experiment, Values, metrics_of, select_metric, table_of
 from mtrec_jax.errors import ConfigError, nearest
-from mtrec_jax.overrides import cut, set_key
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
 RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion")
@@ -52,21 +33,27 @@ def built_in_names() -> list[str]:
 
 
 def load_experiment(
-    config: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()
+    config: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    extensions: Iterable[type] = (),
+    choose: bool = True,
 ) -> Experiment:
     """Read an experiment from a TOML file or a built-in name, then apply `key=value` overrides.
 
     Args:
       config: path of a TOML file, or one of `built_in_names()`.
       overrides: strings such as `"model.towers=ple"`; values are TOML, bare words are text. Or a
-        mapping such as `{"model.towers": "ple"}`.
+        mapping such as `{"model.towers": "ple"}`. A list of names as `tasks` or `features` chooses
+        from what is declared, see `chosen`.
+      extensions: classes of kinds of your own, which the configuration may then name.
+      choose: False leaves such lists out: the whole, as it is prepared.
 
     Raises:
       ConfigError: no such file or name, invalid TOML, unknown key, wrong type or a combination
         that cannot work. The message names the key, the allowed values and the nearest spelling.
 
-    >>> load_experiment("ml-1m", ["model.towers=ple"]).model.towers
-    'ple'
+    >>> load_experiment("ml-1m", ["model.width=8", 'tasks=["like"]']).tasks.keys()
+    dict_keys(['like'])
     """
     if not isinstance(config, (str, os.PathLike)):
         raise ConfigError(
@@ -92,13 +79,20 @@ def load_experiment(
         raise ConfigError(f"{config} is not valid TOML: {error}") from error
     if not isinstance(overrides, Mapping):
         overrides = dict(map(cut, a_list("overrides", overrides, ConfigError)))
+    names: dict[str, Any] = {}
     for key, value in overrides.items():
-        set_key(values, key, value)
-    return parse_experiment(values, where=str(config))
+        if key in ("tasks", "features") and not isinstance(value, Mapping):
+            names[key] = value
+        else:
+            set_key(values, key, value)
+    experiment = parse_experiment(values, str(config), extensions)
+    return chosen(experiment, **names) if choose and names else experiment
 
 
-def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Experiment:
-    """Check nested dicts against the types above and return the frozen experiment.
+def parse_experiment(
+    values: Mapping[str, Any], where: str = "configuration", extensions: Iterable[type] = ()
+) -> Experiment:
+    """Check nested dicts against the types of `config` and return the frozen experiment.
 
     Raises:
       ConfigError: as `load_experiment`; `where` opens the message.
@@ -106,279 +100,321 @@ def parse_experiment(values: dict[str, Any], where: str = "configuration") -> Ex
     if not isinstance(values, Mapping):
         kind = type(values).__name__
         raise ConfigError(f"{where}: {shown(values)} is a {kind}, not a mapping of sections")
-    try:
-        experiment = pydantic.TypeAdapter(Experiment).validate_python(_of_kind(values))
-    except pydantic.ValidationError as error:
-        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
-        raise ConfigError(f"{where}:\n{problems}") from None
+    data, clean = (values.get(key, {}) for key in ("data", "clean"))
+    tables = isinstance(data, Mapping) and isinstance(clean, Mapping)
+    # equal rows without a user are different cases, equal events of a user one written twice
+    if tables and not data.get("user") and not clean.get("duplicate_columns"):
+        values = {**values, "clean": {"duplicates": "keep", **clean}}
+    experiment = choices.read(Experiment, values, where, extensions)
     check(experiment)
     return experiment
 
 
-def _of_kind(values: Any) -> Any:
-    """With the default that depends on the kind of data: equal rows of a table are different cases,
-    equal events of a log are one that was written twice."""
-    tables = [values.get(key, {}) for key in ("data", "clean")] if isinstance(values, dict) else []
-    if not tables or not all(isinstance(table, dict) for table in tables):
-        return values
-    data, clean = tables
-    if data.get("kind") != "rows" or clean.get("duplicate_columns"):
-        return values
-    return {**values, "clean": {"duplicates": "keep", **clean}}
+def cut(override: str) -> tuple[str, Any]:
+    """Key and value of an override such as "model.towers=ple"; the value is TOML, or else a text.
+
+    Raises:
+      ConfigError: it is no text with an equals sign.
+
+    >>> cut("model.width=8"), cut("model.towers=ple")
+    (('model.width', 8), ('model.towers', 'ple'))
+    """
+    key, equals, text = override.partition("=") if isinstance(override, str) else ("", "", "")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as key=value, e.g. model.towers=ple")
+    try:
+        return key.strip(), tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), text.strip()  # a bare word is text
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of nested tables; a kind alone becomes a table with that kind.
+
+    Raises:
+      ConfigError: the key is none, or leads through something that is no table.
+
+    >>> values = {"model": {"towers": "ple"}}
+    >>> set_key(values, "model.towers.levels", 3)
+    >>> values
+    {'model': {'towers': {'kind': 'ple', 'levels': 3}}}
+    """
+    parts = key.split(".") if isinstance(key, str) else [""]
+    if not all(parts):
+        raise ConfigError(f"--set {key}: write it as key=value, e.g. model.towers=ple")
+    node: Any = values
+    for depth, part in enumerate(parts[:-1]):
+        if depth and isinstance(node, dict) and isinstance(node.get(part), str):
+            node[part] = {"kind": node[part]}
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {key}: '{'.'.join(parts[:-1])}' is not a table")
+    node[parts[-1]] = value
+
+
+def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> Experiment:
+    """An experiment on some of the declared tasks and features, over the same prepared data.
+
+    What names a task or feature that is not chosen falls away: `select.metric`, parts of
+    `model.fusion_objective`, tables, and the sample space of a task, which its labels have already.
+
+    Args:
+      experiment: what is declared.
+      tasks, features: lists of names, also as one text with commas; None: all.
+
+    Raises:
+      ConfigError: a name is not declared, or nothing is left to train.
+    """
+    e, problems = experiment, []
+    kept: dict[str, list[str]] = {}
+    for section, names in (("tasks", tasks), ("features", features)):
+        declared = getattr(e, section)
+        names = names.split(",") if isinstance(names, str) else names
+        wanted = declared if names is None else a_list(section, names, ConfigError)
+        wanted = [name.strip() if isinstance(name, str) else name for name in wanted]
+        problems += [
+            f"{section}: {shown(name)} is not declared.{nearest(str(name), declared)}"
+            for name in wanted
+            if name not in declared
+        ]
+        kept[section] = [name for name in declared if name in wanted]
+    if problems:
+        raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
+
+    def known(name: str) -> str:
+        return name if name in kept["tasks"] else ""
+
+    worths = {n: worth for n, worth in e.model.fusion_objective.items() if known(n)}
+    select = e.select if known(e.select.metric.partition("/")[0]) else type(e.select)()
+    found = dataclasses.replace(
+        e,
+        left_out=(*e.left_out, *(n for n in e.tasks if not known(n))),
+        tasks={
+            n: dataclasses.replace(t, where=known(t.where)) for n, t in e.tasks.items() if known(n)
+        },
+        features={name: e.features[name] for name in kept["features"]},
+        tables={n: table for n, table in e.tables.items() if n in ("item", *kept["features"])},
+        guard=dataclasses.replace(
+            e.guard,
+            allow=tuple(p for p in e.guard.allow if p.partition("/")[0] in kept["features"]),
+        ),
+        model=dataclasses.replace(e.model, fusion_objective=worths if any(worths.values()) else {}),
+        select=select,
+        published=tuple(figure for figure in e.published if known(figure.task)),
+    )
+    check(found)
+    return found
 
 
 def check(experiment: Experiment) -> None:
     """Raise `ConfigError` for combinations that types alone cannot forbid."""
-    e, problems = experiment, []
-    if not re.fullmatch(r"[\w-][\w. -]*", e.name):
-        problems.append(f"name: '{e.name}' names folders; use letters, digits, '_', '-' and '.'")
-    if not e.tasks:
-        problems.append("tasks: at least one is needed, e.g. [tasks.next_item] kind = 'retrieval'")
-    if e.data.kind == "sequences":
-        problems += [
-            f"data.{key}: needed when data.kind = 'sequences'"
-            for key in ("user", "item", "time")
-            if not getattr(e.data, key)
-        ]
-        if e.data.positions > e.data.history_length:
-            problems.append("data.positions: at most data.history_length")
-    if e.data.kind == "rows":
-        if any(t.kind == "retrieval" for t in e.tasks.values()):
-            problems.append("tasks: retrieval needs data.kind = 'sequences'")
-        if e.model.encoder == "transformer":
-            problems.append(
-                "model.encoder: rows have no history that a transformer could read; set "
-                "encoder = 'none' under [model]"
-            )
-        if not e.data.item and not any(f.on == "context" for f in e.features.values()):
-            problems.append(
-                "features: rows need one with on = 'context'; without it all rows look the same"
-            )
-    problems += _check_split(e)
-    for pair in e.guard.allow:
-        name = pair.partition("/")[0]
-        if name not in e.features or "/" not in pair:
-            hint = "" if name in e.features else nearest(name, e.features)
-            problems.append(f"guard.allow: '{pair}' is not 'feature/task' of a feature here.{hint}")
-    problems += _check_encoder(e) + _check_tasks(e) + _check_fusion(e) + _check_numbers(e)
+    e = experiment
+    problems = [
+        *_names(e), *_data(e), *_clean(e), *_split(e), *_features(e), *_tables(e), *_tasks(e),
+        *_model(e),
+    ]  # fmt: skip
+    if not problems:
+        problems += _selection(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
 
 
-def _check_split(e: Experiment) -> list[str]:
-    split, problems = e.split, []
-    needed = {
-        "leave_one_out": ("user", "time"),
-        "time": ("time",),
-        "user_ratio": ("user", "time"),
-        "user_holdout": ("user", "time"),
-        "cold_user": ("user",),
-        "cold_item": ("item",),
-    }.get(split.kind, ())
-    absent = [f"data.{key}" for key in needed if not getattr(e.data, key)]
-    if absent and e.data.kind == "rows":  # sequences lack them for a reason of their own
-        problems.append(
-            f"split.kind: '{split.kind}' needs {' and '.join(absent)}; 'random', 'folds' and "
-            "'files' are the ones for rows without them"
+def _names(e: Experiment) -> Iterator[str]:
+    if not re.fullmatch(r"[\w-][\w. -]*", e.name):
+        yield f"name: '{e.name}' names folders; use letters, digits, '_', '-' and '.'"
+    sections = {"features": e.features, "tasks": e.tasks, "clean.values": e.clean.values}
+    for key, names in sections.items():
+        lower = [name.lower() for name in names]
+        for name in names:
+            if key != "clean.values" and not re.fullmatch(r"[\w-][\w.-]*", name):
+                yield (
+                    f"{key}: '{name}' names a file or column; use letters, digits, '_', '-' and "
+                    "'.' only"
+                )
+            if lower.count(name.lower()) > 1:
+                yield f"{key}: '{name}' occurs twice (upper and lower case are the same)"
+    if not e.tasks:
+        yield "tasks: at least one is needed, e.g. [tasks.next_item] kind = 'retrieval'"
+    for name in e.tasks:
+        if name in RESERVED:
+            column = e.tasks[name].column or name
+            yield (
+                f"tasks.{name}: the results use this name themselves; rename the task and set "
+                f"column = '{column}'"
+            )
+    if "item" in e.features:
+        yield "features.item: the items' own rows have this name; rename the feature"
+
+
+def _data(e: Experiment) -> Iterator[str]:
+    data = e.data
+    if data.length and data.positions > data.length:
+        yield "data.positions: at most data.history_length"
+    if data.queries is not None and not (data.user and data.time):
+        yield "data.queries: needs data.user and data.time"
+    if data.hide_ties and not data.time:
+        yield "data.hide_ties: needs data.time"
+    if not data.length and not data.item and not e.features:
+        yield "features: one is needed with on = 'request'; without, all rows look alike"
+
+
+def _clean(e: Experiment) -> Iterator[str]:
+    """Rules that say too little, or two things at once."""
+    clean, data = e.clean, e.data
+    needs = {
+        "min_user_events": (clean.min_user_events > 1, ("user",)),
+        "min_item_events": (clean.min_item_events > 1, ("item",)),
+        "max_user_events_a_day": (clean.max_user_events_a_day, ("user", "time")),
+        "earliest": (clean.earliest, ("time",)),
+        "latest": (clean.latest, ("time",)),
+    }
+    for key, (asked, columns) in needs.items():
+        if asked and (absent := [f"data.{c}" for c in columns if not getattr(data, c)]):
+            yield f"clean.{key}: needs {' and '.join(absent)}"
+    for name, rule in clean.values.items():
+        yield from (f"clean.values.{name}{problem}" for problem in _values(rule))
+
+
+def _values(rule: Values) -> Iterator[str]:
+    limits = [bound for bound in (rule.low, rule.high) if bound is not None]
+    if rule.valid and (limits or rule.bounds != "given"):
+        yield ": valid, or low, high and bounds, not both; make two rules"
+    if not rule.column and (not rule.valid or rule.action == "missing"):
+        yield ".column: needed, the column whose values are judged"
+    if rule.valid:
+        return
+    if rule.bounds != "mad" and not limits:
+        yield ": give low, high or both"
+    if rule.bounds == "mad" and limits:
+        yield ": bounds = 'mad' takes deviations, neither low nor high"
+    if rule.bounds == "quantiles" and not all(0 <= bound <= 1 for bound in limits):
+        yield ": low and high are shares between 0 and 1, such as 0.01"
+    if len(limits) == 2 and limits[0] > limits[1]:
+        yield ": low is above high"
+
+
+def _split(e: Experiment) -> Iterator[str]:
+    split = e.split
+    needed = {"time": "time", "cold_item": "item"}
+    needed |= dict.fromkeys(("leave_one_out", "user_ratio", "user_holdout", "cold_user"), "user")
+    key = needed.get(split.kind, "")
+    if key and not getattr(e.data, key):
+        yield (
+            f"split.kind: '{split.kind}' needs data.{key}; 'random', 'folds' and 'files' are the "
+            "ones that do without"
         )
     for key in ("validation_files", "test_files"):
         if getattr(split, key) and split.kind != "files":
-            problems.append(f"split.{key}: for split.kind = 'files'; remove it, or set that kind")
+            yield f"split.{key}: for split.kind = 'files'; remove it, or set that kind"
     if split.kind == "files" and not split.test_files:
-        problems.append("split.test_files: needed when split.kind = 'files'")
+        yield "split.test_files: needed when split.kind = 'files'"
     by_number = ("leave_one_out", "folds", "files")
-    if not 0 < split.validation < 1 or not 0 <= split.test < 1:
-        problems.append("split.validation, split.test: fractions between 0 and 1")
-    elif split.validation + split.test >= 1 and split.kind not in by_number:
-        problems.append("split.validation, split.test: together below 1, so that some train")
+    if split.validation + split.test >= 1 and split.kind not in by_number:
+        yield "split.validation, split.test: together below 1, so that some train"
     if split.kind == "folds" and split.folds < 3:
-        problems.append("split.folds: 3 or more: one tests, one validates, the others train")
-    elif split.kind == "folds" and not 0 <= split.fold < split.folds:
-        problems.append(f"split.fold: between 0 and {split.folds - 1}, not {split.fold}")
-    if split.kind == "user_holdout" and not 0 < split.fold_in < 1:
-        problems.append(
-            "split.fold_in: a fraction between 0 and 1; split.kind = 'cold_user' shows nothing"
-        )
-    return problems
+        yield "split.folds: 3 or more: one tests, one validates, the others train"
+    elif split.kind == "folds" and split.fold >= split.folds:
+        yield f"split.fold: between 0 and {split.folds - 1}, not {split.fold}"
 
 
-def _check_encoder(e: Experiment) -> list[str]:
-    if e.model.encoder != "none" or e.data.kind != "sequences":
-        return []
-    problems = [
-        f"features.{name}.on: with model.encoder = 'none' nothing would read the history; remove "
-        "the feature, or use model.encoder = 'transformer'"
-        for name, feature in e.features.items()
-        if feature.on == "history"
-    ]
-    if not any(feature.on == "context" for feature in e.features.values()):
-        problems.append(
-            "model.encoder: with 'none' and no feature on = 'context' every user would be the "
-            "same; add such a feature, or use 'transformer'"
-        )
-    return problems
-
-
-def _check_fusion(e: Experiment) -> list[str]:
-    problems, worths = [], e.model.fusion_objective
-    for name, worth in worths.items():
-        key = f"model.fusion_objective.{name}"
-        if name not in e.tasks:
-            problems.append(f"{key}: there is no such task.{nearest(name, e.tasks)}")
-        elif e.tasks[name].kind not in ("retrieval", "binary"):
-            problems.append(f"{key}: a retrieval or binary task is needed")
-        if not 0 <= worth < float("inf"):
-            problems.append(f"{key}: must be a number of 0 or more, not {worth}")
-    if worths and not any(worths.values()):
-        problems.append("model.fusion_objective: at least one worth must be above 0")
-    return problems
-
-
-def _check_tasks(e: Experiment) -> list[str]:
-    problems = []
-    binary = [n for n, t in e.tasks.items() if t.kind == "binary"]
-    for name, task in e.tasks.items():
-        if name in RESERVED:
-            problems.append(
-                f"tasks.{name}: the results use this name themselves; rename the task and set "
-                f"column = '{task.column or name}'"
-            )
-        if task.reference and task.kind not in ("binary", "regression"):
-            problems.append(f"tasks.{name}.reference: for binary and regression tasks; remove it")
-        if task.where and task.where not in binary:
-            hint = nearest(task.where, binary)
-            problems.append(f"tasks.{name}.where: '{task.where}' is no binary task.{hint}")
-        if task.at_least is not None and task.equals is not None:
-            problems.append(f"tasks.{name}: at_least or equals, not both")
-        if task.kind == "retrieval" and not e.data.item:
-            problems.append(f"tasks.{name}.kind: 'retrieval' needs data.item")
-        if task.kind != "binary" and (task.at_least is not None or task.equals is not None):
-            problems.append(f"tasks.{name}: at_least and equals are for binary tasks")
-    if sum(t.kind == "retrieval" for t in e.tasks.values()) > 1:
-        problems.append("tasks: one retrieval task at most")
-    if not problems and e.tasks and e.evaluate.ks:
-        task_name, metric, _ = select_metric(e)
-        if task_name not in e.tasks:
-            hint = nearest(task_name, e.tasks)
-            problems.append(f"select.metric: there is no task '{task_name}'.{hint}")
-        else:
-            known = metrics_of(e.tasks[task_name].kind, e.evaluate.ks)
-            if metric not in known:
-                problems.append(
-                    f"select.metric: task '{task_name}' has {', '.join(known)}, not '{metric}'"
-                )
+def _features(e: Experiment) -> Iterator[str]:
     labels = {t.column or n: n for n, t in e.tasks.items() if t.kind != "retrieval"}
     labels |= {t.reference: n for n, t in e.tasks.items() if t.reference}
+    numbers = [n for n, t in e.tasks.items() if t.kind in ("binary", "regression")]
     for name, feature in e.features.items():
-        column = feature.column or name
-        if feature.on != "history" and column in labels:
-            problems.append(
+        yield from (f"features.{name}{problem}" for problem in feature.problems(name, e.data))
+        label, column = getattr(feature, "label", None), feature.column or name
+        if label is not None and label not in (*numbers, *e.left_out):
+            hint = nearest(label, numbers)
+            yield f"features.{name}.label: '{label}' is no binary or regression task.{hint}"
+        if feature.on != "history" and column in labels and not feature.computed:
+            yield (
                 f"features.{name}: column '{column}' is the label of task '{labels[column]}'; a "
                 "label among the features leaks the answer. Remove the feature, or declare it "
                 "on = 'history', where only past events show it"
             )
-    return problems
+    for pair in e.guard.allow:
+        name = pair.partition("/")[0]
+        if name not in e.features or "/" not in pair:
+            hint = "" if name in e.features else nearest(name, e.features)
+            yield f"guard.allow: '{pair}' is not 'feature/task' of a feature here.{hint}"
 
 
-def _check_numbers(e: Experiment) -> list[str]:
-    problems = []
-    if (e.train.epochs > 0) == (e.train.steps > 0):
-        problems.append("train.epochs, train.steps: exactly one must be above 0")
-    if e.model.heads > 0 and e.model.width % e.model.heads:
-        problems.append("model.width: a multiple of model.heads")
-    positive = {
-        "model.width": e.model.width,
-        "model.heads": e.model.heads,
-        "model.temperature": e.model.temperature,
-        "train.batch_size": e.train.batch_size,
-        "train.accumulate": e.train.accumulate,
-        "train.learning_rate": e.train.learning_rate,
-        "train.log_every": e.train.log_every,
-        "train.negatives": e.train.negatives,
-        "evaluate.candidates": e.evaluate.candidates,
-        "evaluate.batch_size": e.evaluate.batch_size,
-    }
-    problems += [
-        f"{key}: must be above 0, not {value}" for key, value in positive.items() if not value > 0
-    ]
-    bounded: list[tuple[str, float, int]] = [
-        ("data.history_length", e.data.history_length, 1),
-        ("data.positions", e.data.positions, 0),
-        ("data.seed", e.data.seed, 0),
-        ("clean.min_user_events", e.clean.min_user_events, 0),
-        ("clean.min_item_events", e.clean.min_item_events, 0),
-        ("clean.max_bad_fraction", e.clean.max_bad_fraction, 0),
-        ("split.seed", e.split.seed, 0),
-        ("model.item_capacity", e.model.item_capacity, 0),
-        ("model.layers", e.model.layers, 1 if e.model.encoder == "transformer" else 0),
-        ("model.experts", e.model.experts, 1),
-        ("model.task_experts", e.model.task_experts, 1),
-        ("train.epochs", e.train.epochs, 0),
-        ("train.steps", e.train.steps, 0),
-        ("train.seed", e.train.seed, 0),
-        ("train.warmup_steps", e.train.warmup_steps, 0),
-        ("train.evaluate_every", e.train.evaluate_every, 0),
-        ("train.checkpoint_every", e.train.checkpoint_every, 0),
-        ("train.patience", e.train.patience, 0),
-        ("train.input_timeout", e.train.input_timeout, 0),
-        ("train.weight_decay", e.train.weight_decay, 0),
-        ("train.clip_norm", e.train.clip_norm, 0),
-        ("train.row_learning_rate", e.train.row_learning_rate, 0),
-        ("train.row_weight_decay", e.train.row_weight_decay, 0),
-        ("train.row_clip_norm", e.train.row_clip_norm, 0),
-        ("train.mesh", min(e.train.mesh), 0),
-        ("evaluate.neighbours", e.evaluate.neighbours, 1),
-        ("evaluate.bootstrap", e.evaluate.bootstrap, 0),
-    ]
-    problems += [
-        f"{key}: must be {least} or more, not {value}"
-        for key, value, least in bounded
-        if not value >= least
-    ]
-    for key, sizes in (
-        ("expert_hidden", e.model.expert_hidden),
-        ("tower_hidden", e.model.tower_hidden),
-    ):
-        if not sizes or min(sizes) < 1:
-            problems.append(
-                f"model.{key}: at least one layer, of 1 unit or more, not {list(sizes)}"
-            )
-    if not 0 <= e.model.dropout < 1:
-        problems.append(f"model.dropout: between 0 and 1, not {e.model.dropout}")
-    if not e.evaluate.ks or min(e.evaluate.ks) < 1:
-        problems.append("evaluate.ks: at least one k of 1 or more")
-    return problems
+def _tables(e: Experiment) -> Iterator[str]:
+    tables = {n: f for n, f in e.features.items() if f.fitted and not f.gives_numbers}
+    for name, table in e.tables.items():
+        key, resolved = f"tables.{name}", table_of(e, name)
+        if name in e.features and name not in tables:
+            yield f"{key}: '{e.features[name].kind}' gives no ids to look up; remove it"
+        elif name not in tables and (name != "item" or not e.data.item):
+            known = ["item"] * bool(e.data.item) + list(tables)
+            yield f"{key}: no such table; there are {', '.join(known)}.{nearest(name, known)}"
+        if table.rule and resolved.update == "dense":
+            yield f"{key}.rule: of row by row updates; set update = 'sparse', or remove it"
+        if table.capacity and name in tables and not tables[name].grows:
+            yield f"{key}.capacity: the values of kind '{tables[name].kind}' do not grow; remove it"
+        if table.capacity and table.hash_rows:
+            yield f"{key}.capacity: hash_rows has room for any number of values; remove one of them"
+        if 0 < table.hash_rows < table.hash_functions:
+            yield f"{key}.hash_functions: at most hash_rows"
 
 
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: key, allowed values, nearest spelling."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "unexpected_keyword_argument":
-        known = _fields_at(location[:-1])
-        return f"{key}: unknown key.{nearest(location[-1], known)} Known here: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{key}: required, and missing"
-    if error["type"] == "literal_error":
-        allowed = error["ctx"]["expected"]
-        hint = nearest(
-            str(error["input"]), [a.strip("' ") for a in allowed.replace(" or ", ", ").split(",")]
+def _tasks(e: Experiment) -> Iterator[str]:
+    binary = [n for n, t in e.tasks.items() if t.kind == "binary"]
+    for name, task in e.tasks.items():
+        key, seen, where = f"tasks.{name}", {name}, task.where
+        if task.reference and task.kind not in ("binary", "regression"):
+            yield f"{key}.reference: for binary and regression tasks; remove it"
+        if where and where not in binary:
+            yield f"{key}.where: '{where}' is no binary task.{nearest(where, binary)}"
+        while where in e.tasks and where not in seen:
+            seen.add(where)
+            where = e.tasks[where].where
+        if where in seen:
+            yield f"{key}.where: the sample spaces run in a circle"
+        if task.at_least is not None and task.equals is not None:
+            yield f"{key}: at_least or equals, not both"
+        if task.kind == "retrieval" and not e.data.item:
+            yield f"{key}.kind: 'retrieval' needs data.item"
+        if task.kind != "binary" and (task.at_least is not None or task.equals is not None):
+            yield f"{key}: at_least and equals are for binary tasks"
+    if sum(t.kind == "retrieval" for t in e.tasks.values()) > 1:
+        yield "tasks: one retrieval task at most"
+
+
+def _model(e: Experiment) -> Iterator[str]:
+    inputs = [feature.on for feature in e.features.values()]
+    is_read = e.model.encoder.kind != "none"
+    if not is_read and "history" in inputs:
+        names = ", ".join(n for n, f in e.features.items() if f.on == "history")
+        yield (
+            f"model.encoder: with 'none' nothing would read the history ({names}); remove these "
+            "features, or use 'transformer'"
         )
-        return f"{key}: {error['input']!r} is not one of {allowed}.{hint}"
-    return f"{key}: {error['msg']}, not {error['input']!r}"
+    elif not is_read and e.data.length and not {"context", "request"} & set(inputs):
+        yield (
+            "model.encoder: with 'none' and no feature on = 'context' or 'request' every user "
+            "would be the same; add such a feature, or use 'transformer'"
+        )
+    heads = getattr(e.model.encoder, "heads", 1)
+    if e.model.width % heads:
+        yield f"model.width: {e.model.width} is no multiple of model.encoder.heads = {heads}"
+    worths = e.model.fusion_objective
+    for name in worths:
+        key = f"model.fusion_objective.{name}"
+        if name not in e.tasks:
+            yield f"{key}: there is no such task.{nearest(name, e.tasks)}"
+        elif e.tasks[name].kind not in ("retrieval", "binary"):
+            yield f"{key}: a retrieval or binary task is needed"
+    if worths and not any(worths.values()):
+        yield "model.fusion_objective: at least one worth must be above 0"
+    if (e.train.epochs > 0) == (e.train.steps > 0):
+        yield "train.epochs, train.steps: exactly one must be above 0"
 
 
-def _fields_at(location: Sequence[str]) -> list[str]:
-    """Field names of the dataclass at a path of the experiment."""
-    node: Any = Experiment
-    tables = {"features": Feature, "tasks": Task, "values": Values}
-    for part in location:
-        if node in (Feature, Task, Values, Published) or part.isdigit():
-            node = Published if part.isdigit() else node
-            continue
-        node = {
-            "data": Data, "clean": Clean, "split": Split, "guard": Guard, "model": Model,
-            "train": Train, "select": Select, "evaluate": Evaluate, "events": Files, "items": Files,
-            "users": Files, "queries": Files, "ties": Files,
-        }.get(part, tables.get(part, node))  # fmt: skip
-    return [f.name for f in dataclasses.fields(node)]
+def _selection(e: Experiment) -> Iterator[str]:
+    name, metric, _ = select_metric(e)
+    if name not in e.tasks:
+        yield f"select.metric: there is no task '{name}'.{nearest(name, e.tasks)}"
+    elif metric not in (known := metrics_of(e.tasks[name].kind, e.evaluate.ks)):
+        yield f"select.metric: task '{name}' has {', '.join(known)}, not '{metric}'"

@@ -92,7 +92,7 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 def put_own(batch: Batch, mesh: Mesh) -> Batch:
     """One batch over all devices, of which each process passes an equal part."""
-    host = batch._replace(row=batch.row.astype(np.int32))  # devices hold 32-bit integers
+    host = batch._replace(row=None)  # source rows are the host's alone
     if jax.process_count() == 1:
         return _splitter(mesh)(host)
     split = NamedSharding(mesh, P(AXES))
@@ -144,6 +144,18 @@ def cut_examples(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(None, AXES)))
 
     return jax.tree.map(cut, tree)
+
+
+def joined_examples(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The way back from `cut_examples`: [parts, B / parts, ...] -> [B, ...]; in `jax.jit`."""
+
+    def join(array: jax.Array) -> jax.Array:
+        parts, rest = array.shape[0], array.shape[2:]
+        array = array.reshape(parts, mesh.size, array.shape[1] // mesh.size, *rest)
+        array = jnp.swapaxes(array, 0, 1).reshape(-1, *rest)
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(AXES)))
+
+    return jax.tree.map(join, tree)
 
 
 @functools.cache

@@ -23,19 +23,21 @@ PAD, UNKNOWN, FIRST = 0, 1, 2  # ids: 0 is padding, 1 is unknown, real ids start
 
 
 class Batch(NamedTuple):
-    """One batch of examples. Absent parts are empty dicts; shapes never change within a run."""
+    """One batch of examples. Absent parts are left out; shapes never change within a run.
 
-    context: Mapping[
-        str, Array
-    ]  # {"ids": [B, M] int32, "numbers": [B, C]}: the user or the request
-    events: Mapping[str, Array]  # {field: [B, L] int32}: the past in time order, "item" among them
+    Ids and numbers stand slot by slot in the order of the manifest's fields of that role.
+    """
+
+    context: Mapping[str, Array]  # {"ids": [B, M] int32, "numbers": [B, C]}: the user
+    request: Mapping[str, Array]  # {"ids": [B, P, M], "numbers": [B, P, C]}: each position's moment
+    events: Mapping[str, Array]  # {"item": [B, L], "ids": [B, L, M]}: the past in time order
     cutoff: Array  # [B, P] int32: position p may see events[:, :cutoff]
     candidate: Array  # [B, P] int32: the item at position p, 0 for none
     labels: Mapping[str, Array]  # {task: [B, P]}, 0 where masked
     mask: Mapping[str, Array]  # {task: [B, P]} 1 where the label exists and is in the sample space
     user: Array  # [B] int32
     weight: Array  # [B, P] 0 on padding
-    row: Array  # [B, P] int64 source row, -1 on padding
+    row: Array | None  # [B, P] int64 source row, -1 on padding; None on devices
 
 
 class Catalogue(NamedTuple):
@@ -48,19 +50,26 @@ class Catalogue(NamedTuple):
     log_probability: Array  # [N + 2]: log of the sampling probability, -inf where never sampled
 
 
-class Lookups(NamedTuple):
-    """Which rows a batch touches, before any is fetched."""
+class Wanted(NamedTuple):
+    """What a batch looks up, before any row is fetched."""
 
-    addresses: dict[str, dict[str, jax.Array]]  # {stack: {role: addresses, -1 where nothing}}
-    item_ids: jax.Array  # [N + 2] all items, or where their table is sparse [B, L + P] the batch's
+    ids: dict[str, jax.Array]  # {group of tables: ids [..., M]}
+    items: jax.Array  # item ids: [N + 2] of all, or where their table is sparse [B, L + P]
     negatives: jax.Array  # [n] item ids of the shared sampled negatives
 
 
-class ItemVectors(NamedTuple):
-    """Vectors of the items of a batch."""
+class Shared(NamedTuple):
+    """The shared representation: what the encoders hand to the towers and to the retrieval loss.
 
+    Balancing methods that need a gradient of each task by itself take it here.
+    """
+
+    users: jax.Array  # [B, P, D]: compared with item vectors by cosine
+    context: jax.Array  # [B, F]
+    request: jax.Array  # [B, P, R]
     events: jax.Array  # [B, L, D]
-    candidates: jax.Array | None  # [B, P, D]; None where the data has no items
+    outcomes: jax.Array  # [B, L, D]
+    candidates: jax.Array  # [B, P, D]; [B, 0, D] where the data has no items
     negatives: jax.Array  # [n, D]
 
 
@@ -68,10 +77,19 @@ class UserStates(NamedTuple):
     """What the encoder knows about the user at each position."""
 
     vectors: Array  # [B, P, D]: compared with item vectors by cosine
-    context: Array  # [B, F]: the encoded context features, for the ranking towers
+    context: Array  # [B, F]: the user's features, for the ranking towers
+    request: Array  # [B, P, R]: those of the moment
     events: Array  # [B, L, D]: item vectors of the past, which candidates are compared with
     outcomes: Array  # [B, L, D]: what happened at each event
     cutoff: Array  # [B, P]: position p may see the first cutoff events
+
+
+class Fusing(NamedTuple):
+    """What the fusion is given, of n pairs."""
+
+    state: jax.Array  # [n, S] the user, the moment
+    hidden: dict[str, jax.Array]  # {task: [n, H]} of the towers
+    scores: dict[str, jax.Array]  # {task: [n]}
 
 
 class Outputs(NamedTuple):
@@ -80,7 +98,7 @@ class Outputs(NamedTuple):
     logits: dict[str, jax.Array]  # {task: [B, P]}, or [B, P, C] for multiclass
     fused: jax.Array  # [B, P]: the final order, larger is better
     fusion: jax.Array  # [B, P, T] attention weights of the tasks, rows sum to 1
-    diagnostics: dict[str, jax.Array]  # gates and similar, for people who look inside
+    diagnostics: dict[str, jax.Array]  # gates and similar [B, P, ...], for people who look inside
 
 
 class TrainState(NamedTuple):

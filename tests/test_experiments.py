@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from mtrec_jax.choices import kind_of
 from mtrec_jax.config import (
     Experiment,
     Task,
     fusion_objective,
     select_metric,
+    table_of,
     to_dict,
     to_toml,
 )
+from mtrec_jax.data.features import Feature
+from mtrec_jax.data.features.binned import Binned
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.experiments import RESERVED, built_in_names, load_experiment, parse_experiment
+from mtrec_jax.experiments import (
+    RESERVED,
+    built_in_names,
+    chosen,
+    load_experiment,
+    parse_experiment,
+)
 
 LEAST: dict[str, Any] = {
     "name": "least",
@@ -160,36 +170,44 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 RETRIEVAL, LIKE = {"kind": "retrieval"}, {"kind": "binary"}
-ROWS = {"kind": "rows", "user": "", "item": "", "time": ""}
+ALONE = {"user": "", "item": "", "time": ""}  # rows of nobody, without a history
+
+
+def rows(**sections: Any) -> dict[str, Any]:
+    """The least experiment without users, items and times."""
+    values: dict[str, Any] = {"name": "rows", "data": {}, "tasks": {"like": LIKE}}
+    values |= {"features": {"age": {"on": "request"}}, "train": {"epochs": 1}}
+    return {**values, "model": {"encoder": "none"}, "split": {"kind": "random"}, **sections}
 
 
 def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
-    rows: dict[str, Any] = {"name": "rows", "data": {"kind": "rows"}, "tasks": {"like": LIKE}}
-    rows |= {"model": {"encoder": "none"}, "split": {"kind": "random"}, "features": {"age": {}}}
-    rows |= {"train": {"epochs": 1}}
-    assert parse_experiment(rows).clean.duplicates == "keep"
-    assert parse_experiment({**rows, "clean": {"min_user_events": 0}}).clean.duplicates == "keep"
-    assert parse_experiment({**rows, "clean": {"duplicates": "drop"}}).clean.duplicates == "drop"
+    plain = parse_experiment(rows())
+    assert plain.clean.duplicates == "keep"
+    assert parse_experiment(rows(clean={"min_user_events": 0})).clean.duplicates == "keep"
+    assert parse_experiment(rows(clean={"duplicates": "drop"})).clean.duplicates == "drop"
     columns = {"duplicate_columns": ["age"]}
-    assert parse_experiment({**rows, "clean": columns}).clean.duplicates == "drop"
+    assert parse_experiment(rows(clean=columns)).clean.duplicates == "drop"
     assert load_experiment("shop").clean.duplicates == "drop"
-    assert parse_experiment(to_dict(parse_experiment(rows))) == parse_experiment(rows)
+    assert parse_experiment(to_dict(plain)) == plain
 
 
 @pytest.mark.parametrize(
     ("sections", "problem"),
     [
         ({"tasks": {}}, "tasks: at least one is needed"),
-        ({"data": {"time": ""}}, "data.time: needed when data.kind = 'sequences'"),
         ({"data": {"positions": 9, "history_length": 8}}, "data.positions: at most"),
-        ({"data": {"kind": "rows"}}, "tasks: retrieval needs data.kind = 'sequences'"),
-        ({"data": ROWS, "tasks": {"like": LIKE}}, "set encoder = 'none' under [model]"),
-        ({"data": ROWS, "tasks": {"like": LIKE}}, "split.kind: 'leave_one_out' needs"),
-        ({"data": ROWS, "tasks": {"like": LIKE}}, "features: rows need one with on = 'context'"),
-        ({"model": {"encoder": "none"}}, "no feature on = 'context' every user would be the same"),
+        ({"data": ALONE}, "tasks.next.kind: 'retrieval' needs data.item"),
+        ({"data": ALONE, "tasks": {"like": LIKE}}, "set encoder = 'none' under [model]"),
+        ({"data": {"history_length": 0}}, "model.encoder: no history that a transformer could"),
+        ({"data": ALONE, "tasks": {"like": LIKE}}, "split.kind: 'leave_one_out' needs data.user"),
+        ({"data": {"time": ""}, "split": {"kind": "time"}}, "split.kind: 'time' needs data.time"),
+        ({"data": ALONE, "tasks": {"like": LIKE}}, "features: one is needed with on = 'request'"),
+        ({"data": {"time": "", "hide_ties": True}}, "data.hide_ties: needs data.time"),
+        ({"data": {"time": "", "queries": {}}}, "data.queries: needs data.user and data.time"),
+        ({"model": {"encoder": "none"}}, "'context' or 'request' every user would be the same"),
         (
             {"model": {"encoder": "none"}, "features": {"age": {}, "seen": {"on": "history"}}},
-            "features.seen.on: with model.encoder = 'none' nothing would read the history",
+            "model.encoder: with 'none' nothing would read the history (seen)",
         ),
         (
             {"tasks": {"next": {**RETRIEVAL, "reference": "theirs"}}},
@@ -200,21 +218,14 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             "tasks.genre.reference: for binary and regression tasks",
         ),
         (
-            {"model": {"fusion_objective": {"next": 2.0, "like": -1.0}}},
-            "model.fusion_objective.like: must be a number of 0 or more, not -1.0",
-        ),
-        (
             {"model": {"fusion_objective": {"next": 0.0, "like": 0.0}}},
             "model.fusion_objective: at least one worth must be above 0",
         ),
         ({"split": {"kind": "folds", "folds": 2}}, "split.folds: 3 or more"),
         ({"split": {"kind": "folds", "fold": 5}}, "split.fold: between 0 and 4, not 5"),
-        ({"split": {"kind": "user_holdout", "fold_in": 1.0}}, "split.fold_in: a fraction"),
         ({"split": {"test_files": ["t.csv"]}}, "split.test_files: for split.kind = 'files'"),
         ({"split": {"kind": "time", "validation": 0.5, "test": 0.5}}, "together below 1"),
         ({"split": {"kind": "files"}}, "split.test_files: needed"),
-        ({"split": {"validation": 0.0}}, "split.validation, split.test: fractions"),
-        ({"split": {"test": 1.0}}, "split.validation, split.test: fractions"),
         ({"tasks": {"buy": {**LIKE, "where": "lik"}, "like": LIKE}}, "Did you mean 'like'?"),
         ({"tasks": {"a": RETRIEVAL, "b": RETRIEVAL}}, "tasks: one retrieval task at most"),
         (
@@ -235,18 +246,29 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
         ({"train": {"epochs": 0}}, "train.epochs, train.steps: exactly one"),
         ({"train": {"steps": 5}}, "train.epochs, train.steps: exactly one"),
         ({"model": {"width": 10, "heads": 3}}, "model.width: a multiple of model.heads"),
-        ({"train": {"batch_size": 0}}, "train.batch_size: must be above 0, not 0"),
-        ({"model": {"temperature": -1.0}}, "model.temperature: must be above 0, not -1.0"),
-        ({"model": {"dropout": 1.0}}, "model.dropout: between 0 and 1, not 1.0"),
-        ({"model": {"tower_hidden": []}}, "model.tower_hidden: at least one layer"),
-        ({"model": {"expert_hidden": [8, 0]}}, "model.expert_hidden: at least one layer"),
+        ({"model": {"layers": 0}}, "model.layers: must be 1 or more, not 0"),
+        (
+            {"tasks": {"a": {**LIKE, "where": "b"}, "b": {**LIKE, "where": "a"}}},
+            "tasks.a.where: the sample spaces run in a circle",
+        ),
         (
             {"tasks": {"like": {**LIKE, "at_least": 4, "equals": "5"}}},
             "tasks.like: at_least or equals, not both",
         ),
         ({"guard": {"allow": ["nothing/like"]}}, "guard.allow: 'nothing/like' is not"),
-        ({"evaluate": {"ks": []}}, "evaluate.ks: at least one k"),
-        ({"evaluate": {"ks": [0]}}, "evaluate.ks: at least one k"),
+        ({"features": {"a b": {}}}, "features: 'a b' names a file or column; use letters"),
+        ({"features": {"City": {}, "city": {}}}, "features: 'City' occurs twice (upper and lower"),
+        ({"features": {"item": {"on": "item"}}}, "features.item: the items' own rows have this"),
+        ({"clean": {"earliest": "1"}, "data": {"time": ""}}, "clean.earliest: needs data.time"),
+        ({"data": ALONE, "clean": {"min_item_events": 2}}, "clean.min_item_events: needs data.it"),
+        (
+            {"clean": {"values": {"p": {"column": "p", "low": 2.0, "high": 1.0}}}},
+            "clean.values.p: low is above high",
+        ),
+        (
+            {"clean": {"values": {"p": {"column": "p"}}}},
+            "clean.values.p: give low, high or both",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem: str) -> None:
@@ -258,14 +280,21 @@ def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem:
 @pytest.mark.parametrize(
     ("key", "least"),
     [
-        ("data.history_length", 1),
+        ("data.history_length", 0),
         ("data.positions", 0),
         ("data.seed", 0),
         ("clean.min_user_events", 0),
         ("clean.min_item_events", 0),
         ("clean.max_bad_fraction", 0),
         ("split.seed", 0),
-        ("model.layers", 1),
+        ("model.layers", 0),
+        ("model.heads", 1),
+        ("train.batch_size", 1),
+        ("train.accumulate", 1),
+        ("train.negatives", 1),
+        ("train.log_every", 1),
+        ("evaluate.candidates", 1),
+        ("evaluate.batch_size", 1),
         ("model.experts", 1),
         ("model.task_experts", 1),
         ("train.epochs", 0),
@@ -294,9 +323,26 @@ def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
     )
 
 
-def test_the_mesh_has_no_negative_axis_and_the_transformer_has_heads() -> None:
-    assert "train.mesh: must be 0 or more, not -1" in refusal(train={"mesh": [1, -1]})
-    assert "model.heads: must be above 0, not 0" in refusal(model={"heads": 0})
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("train.mesh", [1, -1], "train.mesh.1: must be 0 or more, not -1"),
+        ("train.learning_rate", 0, "train.learning_rate: must be above 0, not 0"),
+        ("model.temperature", -1.0, "model.temperature: must be above 0, not -1.0"),
+        ("model.dropout", 1.0, "model.dropout: must be below 1, not 1.0"),
+        ("model.tower_hidden", [], "model.tower_hidden: at least 1 needed, not []"),
+        ("model.expert_hidden", [8, 0], "model.expert_hidden.1: must be 1 or more, not 0"),
+        ("model.fusion_objective", {"like": -1.0}, "fusion_objective.like: must be 0 or more, not"),
+        ("split.validation", 0.0, "split.validation: must be above 0, not 0.0"),
+        ("split.test", 1.0, "split.test: must be below 1, not 1.0"),
+        ("split.fold_in", 1.0, "split.fold_in: must be below 1, not 1.0"),
+        ("evaluate.ks", [], "evaluate.ks: at least 1 needed, not []"),
+        ("evaluate.ks", [0], "evaluate.ks.0: must be 1 or more, not 0"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused(key: str, value: Any, problem: str) -> None:
+    section, name = key.split(".")
+    assert problem in refusal(**{section: {name: value}})
 
 
 def test_no_layers_are_fine_without_a_transformer() -> None:
@@ -385,3 +431,199 @@ def test_every_experiment_that_can_be_written_can_be_read_again() -> None:
     again = parse_experiment(tomllib.loads(to_toml(experiment)))
     assert isinstance(again, Experiment)
     assert again == experiment
+
+
+# --- Features
+
+
+@pytest.mark.parametrize(
+    ("feature", "problem"),
+    [
+        ({"kind": "numerc"}, "f: 'numerc' is not one of 'categorical', "),
+        ({"kind": "numerc"}, "Did you mean 'numeric'?"),
+        (3, "features.f: a kind, or a table with kind, not 3"),
+        ({"bins": 3}, "f.bins: not of kind 'categorical', but of 'binned', 'piecewise', 'gap', "),
+        ({"kind": "binned", "bins": 0}, "f.bins: must be 1 or more, not 0"),
+        ({"kind": "binned", "bins": "many"}, "f.bins: "),
+        ({"kind": "hashed", "buckets": 2**31}, "f.buckets: must be 2,147,483,644 or less, not 2"),
+        ({"kind": "multi_valued", "separator": ""}, "f.separator: "),
+        ({"kind": "multi_valued", "on": "history"}, "f.kind: one value an event on the history"),
+        ({"kind": "numeric", "on": "history"}, "f.on: kind 'numeric' is for 'context' or"),
+        ({"kind": "text", "on": "request"}, "because texts are kept for items and users, not"),
+        ({"kind": "ties", "on": "item"}, "f.on: kind 'ties' is for 'context', because friends"),
+        ({"kind": "hour"}, "f.on: kind 'hour' is for 'request' or 'history', because users and"),
+        ({"kind": "past_count", "on": "item"}, "would contain the outcome of the target itself"),
+        ({"kind": "past_rate", "on": "history"}, "features.f.label: required, and missing"),
+        (
+            {"kind": "past_rate", "on": "history", "label": "lke"},
+            "f.label: 'lke' is no binary or regression task. Did you mean 'like'?",
+        ),
+        ({"kind": "past_rate", "on": "history", "label": "next"}, "'next' is no binary or"),
+        ({"impute": "median"}, "f.impute: kind 'categorical' takes 'none', 'mode', 'constant', "),
+        ({"kind": "ties", "impute": "own"}, "f.impute: kind 'ties' takes 'none', not 'own'"),
+        ({"impute": "constant"}, "f.impute, .constant: impute = 'constant' and its value go tog"),
+        ({"constant": "x"}, "f.impute, .constant: impute = 'constant' and its value go together"),
+        (
+            {"kind": "numeric", "impute": "constant", "constant": "x"},
+            "f.constant: 'x' is no number, which 'numeric' needs",
+        ),
+    ],
+)
+def test_a_feature_that_cannot_be_is_refused_at_once(feature: Any, problem: str) -> None:
+    assert problem in refusal(features={"f": feature})
+
+
+@pytest.mark.parametrize(
+    ("data", "feature", "problem"),
+    [
+        (ALONE, {}, "features.f.on: 'context' needs data.user; use 'request'"),
+        (ALONE, {"on": "item"}, "features.f.on: 'item' needs data.item"),
+        ({"history_length": 0}, {"on": "history"}, "features.f.on: a history is of data.user and"),
+        ({"time": ""}, {"kind": "hour", "on": "request"}, "features.f: needs data.time, or a colu"),
+        ({"time": ""}, {"kind": "gap", "on": "request"}, "features.f.kind: 'gap' needs data.user"),
+    ],
+)
+def test_a_feature_needs_what_it_is_made_of(data: Any, feature: Any, problem: str) -> None:
+    assert problem in refusal(data=data, features={"f": feature}, tasks={"like": LIKE})
+
+
+def test_a_kind_alone_is_a_feature() -> None:
+    features = parse_experiment(with_keys(features={"age": "numeric", "city": {}})).features
+    assert (features["age"].kind, features["city"].kind) == ("numeric", "categorical")
+
+
+# --- Tables
+
+
+def test_a_table_says_what_the_configuration_does_not() -> None:
+    experiment = parse_experiment(
+        with_keys(
+            features={"city": {}, "who": {"column": "u"}},
+            tables={"who": {"update": "sparse", "capacity": 9}, "item": {"rule": "ftrl"}},
+            train={"row_optimizer": "adagrad"},
+        )
+    )
+    city, who, item = (table_of(experiment, name) for name in ("city", "who", "item"))
+    assert (city.update, who.update, item.update) == ("dense", "sparse", "sparse")
+    assert (who.rule, item.rule, who.capacity) == ("adagrad", "ftrl", 9)
+    assert (city.hash_functions, city.id_dropout) == (2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("tables", "problem"),
+    [
+        (
+            {"cty": {}},
+            "tables.cty: no such table; there are item, city, hour. Did you mean 'city'?",
+        ),
+        ({"age": {}}, "tables.age: 'numeric' gives no ids to look up; remove it"),
+        ({"city": {"rule": "sgd"}}, "tables.city.rule: of row by row updates; set update ="),
+        ({"city": {"rule": "sgdd"}}, "tables.city.rule: 'sgdd' is not one of"),
+        ({"city": {"capacity": -1}}, "tables.city.capacity: must be 0 or more, not -1"),
+        ({"city": {"id_dropout": 1.0}}, "tables.city.id_dropout: must be below 1, not 1.0"),
+        ({"hour": {"capacity": 9}}, "tables.hour.capacity: the values of kind 'hour' do not grow"),
+        ({"city": {"hash_rows": 9, "hash_functions": 0}}, "must be 1 or more, not 0"),
+        ({"city": {"hash_rows": 2, "hash_functions": 3}}, "tables.city.hash_functions: at most"),
+        ({"city": {"hash_rows": 9, "capacity": 5}}, "hash_rows has room for any number of values"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(tables: dict[str, Any], problem: str) -> None:
+    features = {"city": {}, "age": "numeric", "hour": {"kind": "hour", "on": "request"}}
+    assert problem in refusal(features=features, tables=tables)
+
+
+# --- Some of the declared tasks and features
+
+
+FUNNEL: dict[str, Any] = with_keys(
+    features={"city": {}, "age": "numeric", "rate": {"on": "request", "kind": "past_rate"}},
+    tasks={"next": RETRIEVAL, "click": LIKE, "buy": {**LIKE, "where": "click"}},
+    tables={"city": {"update": "sparse"}, "item": {"capacity": 9}},
+    model={"fusion_objective": {"click": 2.0, "next": 0.0}},
+    select={"metric": "click/auc"},
+    guard={"allow": ["city/click", "age/buy"]},
+)
+FUNNEL["features"]["rate"]["label"] = "click"
+
+
+def test_a_list_chooses_from_what_is_declared(tmp_path: Path) -> None:
+    path = tmp_path / "funnel.toml"
+    path.write_text(to_toml(parse_experiment(FUNNEL)), encoding="utf-8")
+    whole = load_experiment(path, ['tasks=["buy"]', "features=[]"], choose=False)
+    assert whole == parse_experiment(FUNNEL)
+    found = load_experiment(path, ['tasks=["buy", "next"]', "features=rate,age", "train.seed=7"])
+    assert list(found.tasks) == ["next", "buy"]  # in the order in which they are declared
+    assert list(found.features) == ["age", "rate"]
+    assert (found.left_out, found.train.seed) == (("click",), 7)
+    # what names something else falls away
+    assert (found.tasks["buy"].where, found.select.metric) == ("", "")
+    assert (found.model.fusion_objective, found.guard.allow) == ({}, ("age/buy",))
+    assert list(found.tables) == ["item"]
+    assert found.features["rate"] == whole.features["rate"]  # means what it meant
+    # and a run can be opened again, and chosen from again
+    assert parse_experiment(tomllib.loads(to_toml(found))) == found
+    again = chosen(found, tasks=["buy"])
+    assert (list(again.tasks), again.left_out) == (["buy"], ("click", "next"))
+
+
+def test_a_sample_space_stays_with_its_task() -> None:
+    found = chosen(parse_experiment(FUNNEL), tasks=["click", "buy"])
+    assert found.tasks["buy"].where == "click"
+    assert found.select.metric == "click/auc"
+    assert found.model.fusion_objective == {"click": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("choice", "problem"),
+    [
+        ({"tasks": ["clik"]}, "tasks: 'clik' is not declared. Did you mean 'click'?"),
+        ({"features": "cty"}, "features: 'cty' is not declared. Did you mean 'city'?"),
+        ({"tasks": []}, "tasks: at least one is needed"),
+        ({"tasks": 3}, "tasks: 3 is no list"),
+        ({"tasks": [3]}, "tasks: 3 is not declared"),
+    ],
+)
+def test_a_choice_of_nothing_declared_is_refused(choice: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        chosen(parse_experiment(FUNNEL), **choice)
+    assert problem in str(caught.value)
+
+
+# --- Kinds of one's own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parity(Feature):
+    """A kind that no file of the package knows."""
+
+    kind: Literal["parity"] = "parity"
+    least: int = 0
+
+
+def test_a_kind_of_ones_own_is_read_and_written() -> None:
+    values = with_keys(features={"odd": {"kind": "parity", "least": 2}, "plain": "parity"})
+    experiment = parse_experiment(values, extensions=[Parity])
+    assert experiment.features == {"odd": Parity(least=2), "plain": Parity()}
+    text = tomllib.loads(to_toml(experiment))
+    assert parse_experiment(text, extensions=[Parity]) == experiment
+    with pytest.raises(ConfigError, match=r"odd: 'parity' is not one of .*extensions=\["):
+        parse_experiment(text)
+    misspelt = with_keys(features={"odd": {"kind": "parity", "leest": 2}})
+    with pytest.raises(ConfigError, match=r"odd\.leest: unknown key\. Did you mean 'least'\?"):
+        parse_experiment(misspelt, extensions=[Parity])
+    instance = parse_experiment(with_keys(features={"odd": Parity(least=3)}))
+    assert instance.features["odd"] == Parity(least=3)
+
+
+@pytest.mark.parametrize("extension", [7, int, Experiment, Feature, Parity()])
+def test_an_extension_is_a_class_with_a_kind(extension: Any) -> None:
+    with pytest.raises(ConfigError, match=r"extensions: .* is no frozen dataclass with a field"):
+        kind_of(extension)
+
+
+def test_an_option_may_be_set_where_a_kind_stands_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        to_toml(parse_experiment(LEAST)).replace("[features]", "features.age = 'binned'"), "utf-8"
+    )
+    assert load_experiment(path, ["features.age.bins=3"]).features["age"] == Binned(bins=3)

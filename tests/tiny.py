@@ -17,7 +17,9 @@ from mtrec_jax.data.dataset import (
     TaskField,
 )
 from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.models.model import Model, gather_rows, make_catalogue
+from mtrec_jax.models.model import Model, make_catalogue
+from mtrec_jax.tables.layout import DENSE
+from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.types import FIRST, Batch, Catalogue, Outputs, PyTree, UserStates
 
 ITEMS, TRAINED = 12, 10  # the last two items of the catalogue are cold
@@ -36,19 +38,16 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
         "data": {"user": "user", "item": "item", "time": "time", "history_length": HISTORY},
         "model": {
             "width": 8,
-            "layers": 1,
-            "heads": 2,
             "dropout": 0.1,
-            "experts": 2,
-            "expert_hidden": [8],
-            "tower_hidden": [6],
+            "encoder": {"kind": "transformer", "layers": 1, "heads": 2},
+            "towers": {"kind": "mmoe", "experts": 2, "expert_hidden": [8], "tower_hidden": [6]},
             "temperature": 0.2,
         },
         "train": {"steps": 20, "batch_size": 8, "negatives": 6, "negative_power": 0.5},
     }
     tasks = sections.pop("tasks", TASKS)
     return parse_experiment(
-        {"name": "tiny", "tasks": tasks}
+        {"name": "tiny", "tasks": tasks, "tables": sections.pop("tables", {})}
         | {name: values | sections.get(name, {}) for name, values in base.items()}
     )
 
@@ -59,20 +58,22 @@ def manifest(features: bool = True) -> Manifest:
     if features:
         found = {
             "context_ids": (
-                IdField(name="segment", size=5, slots=1, placement="dense"),
-                IdField(name="tags", size=7, slots=3, placement="sparse"),
+                IdField(name="segment", size=5, slots=1),
+                IdField(name="tags", size=7, slots=3),
             ),
             "context_numbers": (NumberField(name="age", mean=0.0, std=1.0),),
-            "item_ids": (IdField(name="brand", size=5, slots=1, placement="sparse"),),
+            "request_ids": (IdField(name="hour", size=6, slots=1),),
+            "request_numbers": (NumberField(name="discount", mean=0.0, std=1.0),),
+            "item_ids": (IdField(name="brand", size=5, slots=1),),
             "item_numbers": (NumberField(name="price", mean=0.0, std=1.0),),
-            "history": (IdField(name="click", size=4, slots=1, placement="dense"),),
+            "history": (IdField(name="click", size=4, slots=1),),
         }
     return Manifest(
         format=FORMAT,
         name="tiny",
-        kind="sequences",
         protocol="made up",
         fingerprint="0" * 16,
+        cleaned="0" * 16,
         config={},
         users=20,
         items=ITEMS,
@@ -115,11 +116,14 @@ def batch(seed: int, size: int = 8, dtype: str = "float32", features: bool = Tru
     real = np.arange(POSITIONS) < rng.integers(1, POSITIONS + 1, (size, 1))
     events = {"item": np.where(filled, rng.integers(FIRST, TRAINED + FIRST, filled.shape), 0)}
     context: dict[str, np.ndarray] = {}
+    request: dict[str, np.ndarray] = {}
     if features:
-        events["click"] = np.where(filled, rng.integers(1, 4, filled.shape), 0)
+        events["ids"] = np.where(filled, rng.integers(1, 4, filled.shape), 0)[:, :, None]
         tags = rng.integers(0, 7, (size, 3))
         context["ids"] = np.concatenate([rng.integers(0, 5, (size, 1)), tags], 1).astype(np.int32)
         context["numbers"] = rng.normal(size=(size, 1)).astype(dtype)
+        request["ids"] = rng.integers(0, 6, (*shape, 1)).astype(np.int32)
+        request["numbers"] = rng.normal(size=(*shape, 1)).astype(dtype)
     click = rng.integers(0, 2, shape)
     mask = {
         "next": real,
@@ -135,6 +139,7 @@ def batch(seed: int, size: int = 8, dtype: str = "float32", features: bool = Tru
     }
     return Batch(
         context=context,
+        request=request,
         events={name: values.astype(np.int32) for name, values in events.items()},
         cutoff=np.minimum(rng.integers(0, HISTORY + 1, shape), length).astype(np.int32),
         candidate=np.where(real, rng.integers(FIRST, TRAINED + FIRST, shape), 0).astype(np.int32),
@@ -157,11 +162,12 @@ def forward(
 ) -> tuple[jax.Array, UserStates, Outputs]:
     """Vectors of the whole catalogue, states and outputs at every position, without dropout."""
     everything = np.arange(items.row.shape[0], dtype=np.int32)
-    rows = gather_rows(params, tables, model.item_lookups(everything, items))
+    stacks = tables | ({DENSE: params[DENSE]} if DENSE in params else {})
+    rows = fetch(model.layout, stacks, model.item_ids(everything, items))
     vectors = model.items(params, rows, items, everything)
-    looked = model.lookups(examples, items, None)
-    rows = gather_rows(params, tables, looked.addresses)
-    used = model.batch_items(params, rows, items, looked, examples)
-    states = model.users(params, rows, used.events, examples, None)
-    outputs = model.rank(params, states, used.candidates, None)
-    return vectors, states, outputs
+    wanted = model.ids(examples, items, None)
+    rows = fetch(model.layout, stacks, wanted.ids)
+    past = jax.numpy.take(vectors, examples.events["item"], axis=0)
+    states = model.users(params, rows, past, examples, None)
+    candidates = jax.numpy.take(vectors, examples.candidate, axis=0)
+    return vectors, states, model.score(params, states, candidates)

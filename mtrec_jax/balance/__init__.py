@@ -1,1 +1,22 @@
-"""Balancing of tasks: a file a method."""
+"""Balancing of tasks: which gradient the tasks of a step make together. A file a method.
+
+A method is a frozen dataclass of options with `make(weights) -> Balancer`; the dictionary below
+names all that there are.
+"""
+
+from __future__ import annotations
+
+from mtrec_jax.balance.contract import Balancer, Gradients, Pullback
+from mtrec_jax.balance.gradnorm import GradNorm
+from mtrec_jax.balance.pcgrad import PCGrad
+from mtrec_jax.balance.static import Static
+from mtrec_jax.balance.uncertainty import Uncertainty
+
+BALANCERS = {
+    "static": Static,
+    "uncertainty": Uncertainty,
+    "pcgrad": PCGrad,
+    "gradnorm": GradNorm,
+}
+
+__all__ = ["BALANCERS", "Balancer", "Gradients", "Pullback"]

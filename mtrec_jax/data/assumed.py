@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mtrec_jax.config import Experiment, Feature
-from mtrec_jax.data.dataset import FORMAT, IdField, Manifest, NumberField, SplitInfo, TaskField
-from mtrec_jax.data.features import CLOCK, PAST
+from mtrec_jax.config import Experiment, table_of
+from mtrec_jax.data.dataset import (
+    FIELDS,
+    FORMAT,
+    IdField,
+    Manifest,
+    NumberField,
+    SplitInfo,
+    TaskField,
+)
+from mtrec_jax.data.features import Feature, Text
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.types import FIRST, Batch, Catalogue
 
@@ -32,29 +41,30 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     data = experiment.data
     classes = [name for name, task in experiment.tasks.items() if task.kind == "multiclass"]
     _check_names(rows, ["item"] * bool(data.item) + [*experiment.features, *classes])
-    chosen = {n: f for n, f in experiment.features.items() if f.kind != "text"}
-    missing = [n for n, f in chosen.items() if n not in rows and _size(f) == 0]
+    chosen = {n: f for n, f in experiment.features.items() if not isinstance(f, Text)}
+    sizes = {n: rows.get(n) or f.room or _room(experiment, n) for n, f in chosen.items()}
+    missing = [name for name, size in sizes.items() if not size]
     missing += [name for name in classes if name not in rows]
-    items = rows.get("item", experiment.model.item_capacity) if data.item else 0
+    items = rows.get("item", _room(experiment, "item")) if data.item else 0
     missing += ["item"] * (bool(data.item) and not items)
     if missing:
         raise ConfigError(
             f"the sizes of {', '.join(missing)} are not known without prepared data: give them, "
             f"as in --rows {missing[0]}=1e6, or name a prepared folder with --prepared"
         )
-    fields: dict[str, list[IdField | NumberField]] = {"context": [], "item": [], "history": []}
+    roles = ("context", "request", "item", "history")
+    fields: dict[str, list[IdField | NumberField]] = {role: [] for role in roles}
     for name, feature in chosen.items():
-        fields[feature.on].append(_field(name, feature, rows.get(name, 0)))
+        fields[feature.on].append(_field(name, feature, sizes[name]))
     ids = {on: tuple(f for f in found if isinstance(f, IdField)) for on, found in fields.items()}
     numbers = {on: tuple(f for f in x if isinstance(f, NumberField)) for on, x in fields.items()}
-    sequences = data.kind == "sequences"
-    positions = (data.positions or data.history_length) if sequences else 1
+    positions = (data.positions or data.length) if data.length else 1
     return Manifest(
         format=FORMAT,
         name=experiment.name,
-        kind=data.kind,
         protocol="assumed from table sizes",
         fingerprint="0" * 16,
+        cleaned="0" * 16,
         config={},
         users=0,
         items=items,
@@ -62,12 +72,14 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
         events=0,
         quarantined=0,
         split=SplitInfo(kind=experiment.split.kind, seed=0, sizes={}, fingerprint="0" * 16),
-        history_length=data.history_length if sequences else 0,
+        history_length=data.length,
         examples={"train": 0},
         positions={"train": positions},
         targets={"train": 0},
         context_ids=ids["context"],
         context_numbers=numbers["context"],
+        request_ids=ids["request"],
+        request_numbers=numbers["request"],
         item_ids=ids["item"],
         item_numbers=numbers["item"],
         history=ids["history"],
@@ -78,71 +90,63 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     )
 
 
-def resized(manifest: Manifest, experiment: Experiment, rows: Mapping[str, int]) -> Manifest:
-    """A manifest with other table sizes, and with the placements of the experiment.
+def resized(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
+    """A manifest with other table sizes.
 
     Raises:
       ConfigError: a size belongs to nothing.
     """
-    fields = (*manifest.context_ids, *manifest.item_ids, *manifest.history)
-    _check_names(rows, ["item"] * bool(manifest.items) + [field.name for field in fields])
-
-    def changed(fields: Fields) -> Fields:
-        return tuple(
-            dataclasses.replace(
-                field,
-                size=FIRST + rows[field.name] if field.name in rows else field.size,
-                placement=experiment.features[field.name].placement
-                if field.name in experiment.features
-                else field.placement,
-            )
-            for field in fields
+    groups = {name: getattr(manifest, name) for name in FIELDS if not name.endswith("numbers")}
+    known = [field.name for fields in groups.values() for field in fields]
+    _check_names(rows, ["item"] * bool(manifest.items) + known)
+    changed = {
+        name: tuple(
+            dataclasses.replace(f, size=FIRST + rows[f.name]) if f.name in rows else f
+            for f in fields
         )
-
-    return dataclasses.replace(
-        manifest,
-        items=rows.get("item", manifest.items),
-        trained_items=rows.get("item", manifest.trained_items),
-        item_values=0 if "item" in rows else manifest.item_values,
-        context_ids=changed(manifest.context_ids),
-        item_ids=changed(manifest.item_ids),
-        history=changed(manifest.history),
-    )
+        for name, fields in groups.items()
+    }
+    if "item" in rows:
+        changed |= {"items": rows["item"], "trained_items": rows["item"], "item_values": 0}
+    return dataclasses.replace(manifest, **changed)
 
 
 def batch_shapes(experiment: Experiment, manifest: Manifest, size: int) -> Batch:
     """Shapes and types of a training batch of `size` examples, as devices hold it."""
-    positions, length = manifest.positions["train"], manifest.history_length
-    dtype = jnp.dtype(experiment.train.precision)
+    m, positions, length = manifest, manifest.positions["train"], manifest.history_length
+    dtype, whole = jnp.dtype(experiment.train.precision), jnp.dtype("int32")
 
-    def array(*shape: int, of: jnp.dtype = dtype) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, of: jnp.dtype = dtype) -> Any:
         return jax.ShapeDtypeStruct((size, *shape), of)
 
-    whole = jnp.dtype("int32")
-    ids = sum(f.slots for f in manifest.context_ids)
-    numbers = sum(f.slots for f in manifest.context_numbers)
-    context = {"ids": array(ids, of=whole)} if ids else {}
-    context |= {"numbers": array(numbers)} if numbers else {}
-    columns = ("item", *(c for f in manifest.history for c in f.columns)) if length else ()
-    per_task = {name: array(positions) for name in experiment.tasks}
+    def inputs(ids: Fields, numbers: tuple[NumberField, ...], *shape: int) -> dict[str, Any]:
+        found = {"ids": array(*shape, _slots(ids), of=whole)} if ids else {}
+        return found | ({"numbers": array(*shape, _slots(numbers))} if numbers else {})
+
+    events = {"item": array(length, of=whole)} if length else {}
+    per_task = {name: array(positions) for name in m.tasks}
     return Batch(
-        context=context,  # type: ignore[arg-type]
-        events={name: array(length, of=whole) for name in columns},  # type: ignore[misc]
-        cutoff=array(positions, of=whole),  # type: ignore[arg-type]
-        candidate=array(positions, of=whole),  # type: ignore[arg-type]
-        labels=per_task,  # type: ignore[arg-type]
-        mask=dict(per_task),  # type: ignore[arg-type]
-        user=array(of=whole),  # type: ignore[arg-type]
-        weight=array(positions),  # type: ignore[arg-type]
-        row=array(positions, of=whole),  # type: ignore[arg-type]
+        context=inputs(m.context_ids, m.context_numbers),
+        request=inputs(m.request_ids, m.request_numbers, positions),
+        events=events | inputs(m.history, (), length),
+        cutoff=array(positions, of=whole),
+        candidate=array(positions, of=whole),
+        labels=per_task,
+        mask=dict(per_task),
+        user=array(of=whole),
+        weight=array(positions),
+        row=None,
     )
+
+
+def _slots(fields: Sequence[IdField | NumberField]) -> int:
+    return sum(field.slots for field in fields)
 
 
 def catalogue_shapes(experiment: Experiment, manifest: Manifest) -> Catalogue:
     """Shapes and types of the catalogue, which every device holds whole."""
     items, dtype = manifest.items + FIRST, jnp.dtype(experiment.train.precision)
-    ids = sum(f.slots for f in manifest.item_ids)
-    numbers = sum(f.slots for f in manifest.item_numbers)
+    ids, numbers = _slots(manifest.item_ids), _slots(manifest.item_numbers)
     return Catalogue(
         ids=jax.ShapeDtypeStruct((items, ids), jnp.int32),  # type: ignore[arg-type]
         numbers=jax.ShapeDtypeStruct((items, numbers), dtype),  # type: ignore[arg-type]
@@ -162,32 +166,13 @@ def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
             raise ConfigError(f"--rows {name}={size}: at least one row")
 
 
-def _size(feature: Feature) -> int:
-    """Values that the configuration alone tells, or has room for; 0: it does not."""
-    if feature.kind == "hashed":
-        return feature.buckets + (feature.impute == "own")
-    if feature.kind in CLOCK:
-        return CLOCK[feature.kind]
-    counts = feature.kind in PAST and feature.on == "context"
-    if counts or feature.kind == "numeric":
-        return 1
-    if feature.kind in ("binned", "piecewise", "gap", *PAST):
-        return feature.bins
-    return feature.hash_rows or feature.capacity
+def _room(experiment: Experiment, name: str) -> int:
+    """Values that a table has room for, where the configuration says so."""
+    table = table_of(experiment, name)
+    return table.hash_rows or table.capacity
 
 
 def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:
-    values = values or _size(feature)
-    is_number = feature.kind in ("numeric", "piecewise", "friends_taste")
-    if is_number or (feature.kind in PAST and feature.on == "context"):
-        slots = values + (feature.impute == "own" and feature.kind != "friends_taste")
-        return NumberField(name=name, mean=0.0, std=1.0, slots=slots)
-    return IdField(
-        name=name,
-        size=FIRST + values,
-        slots=feature.max_values if feature.kind in ("multi_valued", "ties") else 1,
-        placement=feature.placement,
-        capacity=feature.capacity,
-        hash_rows=feature.hash_rows,
-        hash_functions=feature.hash_functions if feature.hash_rows else 0,
-    )
+    if feature.gives_numbers:
+        return NumberField(name=name, mean=0.0, std=1.0, slots=values + (feature.impute == "own"))
+    return IdField(name=name, size=FIRST + values, slots=getattr(feature, "max_values", 1))

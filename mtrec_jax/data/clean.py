@@ -1,13 +1,37 @@
-"""Remove what cannot be used; count every removal, and keep what was removed in quarantine.
+"""The first stage of preparation: raw tables to a folder of clean, ordered events.
 
-Removed rows are tables of (row, reason, evidence). Every row that is read either goes on or is in
-one of them, which is checked at the end.
+It depends on the split only where bounds are fitted on training rows or files say what is judged,
+so that folds, transfers and searches over one log share it. A folder is used again where the bytes
+of the raw files, the configuration and its own files are what they were; else it is made anew.
+
+```
+cleaned.json          Notes below, as JSON; written last
+events/*.parquet      in the order (user, time, row): row int64, part int8 (0 events, 1 test files,
+                      2 validation files), user, item string, time float64, label_<task>,
+                      reference_<task>, feature_<feature>: raw cells (or lists) of what stands in
+                      the events; bounds, duplicates, bots and the core have been seen to
+users/ items/         one row an id that has events: user or item, column_<column>
+queries/              row, user, time, text
+ties/                 row, user, friend
+equal/                row, first: rows that are equal to another one in every raw column, and the
+                      first such row; only where duplicates stay
+quarantine.parquet    every raw row that was removed: row int64, source string, file string, line
+                      int64, reason string, evidence string
+```
+A table that the experiment does not declare has no folder.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +39,34 @@ import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
-from mtrec_jax.config import Clean, Experiment
-from mtrec_jax.data.bounds import Bounds, bounds_rule, fitted_bounds, with_bounds
-from mtrec_jax.data.dataset import Rule
-from mtrec_jax.data.engine import Engine, count, rows
+from mtrec_jax.arguments import a_path, instance, one_of
+from mtrec_jax.config import Experiment
+from mtrec_jax.data import read
+from mtrec_jax.data.dataset import Rule, configuration
+from mtrec_jax.data.engine import Engine, Name, open_engine
+from mtrec_jax.data.engine import rows as rows_of
+from mtrec_jax.data.features import Clock
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged
-from mtrec_jax.data.schema import odd_values, typed
-from mtrec_jax.data.sources import EVENTS, Source
-from mtrec_jax.data.split import split_events
+from mtrec_jax.data.rules import (
+    Bounds,
+    check_bad_fraction,
+    counted,
+    equal_rows,
+    fits_bounds,
+    missing_labels,
+    usable_events,
+)
+from mtrec_jax.data.schema import check_times, columns_of
+from mtrec_jax.data.social import clean_queries, clean_ties
+from mtrec_jax.data.sources import EVENTS, Source, read_sources, tables_of
 from mtrec_jax.errors import DataError
+from mtrec_jax.experiments import check
 
-DAY = 86_400  # seconds
+Say = Callable[[str], None]
+FORMAT = 1
+_LATER = ("public", "history_length", "positions", "hide_ties", "past", "seed", "reference")
 _REMOVED = ["row", "reason", "evidence"]
 QUARANTINE = pa.schema(
     [
@@ -40,259 +80,316 @@ QUARANTINE = pa.schema(
 )
 
 
-def clean_events(
-    engine: Engine, experiment: Experiment, sources: dict[str, Source]
-) -> tuple[Any, list[Rule], list[str], dict[str, Bounds]]:
-    """All usable events, with their split, as the engine's table "split"; and what was removed.
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """What a cleaned folder says about itself."""
 
-    Rules apply in this order: malformed lines, missing keys, unreadable or impossible values,
-    duplicates, bots, outliers by fitted bounds, k-core.
+    format: int
+    fingerprint: str  # 16 hex digits over format, configuration and contents of the raw files
+    digests: dict[str, tuple[str, ...]]  # {raw table: SHA-256 of each of its files}
+    places: dict[str, tuple[tuple[int, str, int], ...]]  # {raw table: (first row, file, its line)}
+    events: int
+    dropped: int  # well-formed rows of the first source of events that are not among them
+    quarantined: int
+    rules: tuple[Rule, ...]
+    bounds: dict[str, Bounds]  # fitted, of clean.values
+    files: dict[str, str]  # {file of the folder: SHA-256}
 
-    Returns:
-      The events, labels restricted to their sample space; the report; the names of the engine's
-      tables of removed rows; the bounds that were fitted, by the name of their rule.
+    @property
+    def first_rows(self) -> int:
+        """Rows of the first source of events, whose numbers are below those of the others."""
+        others = [self.places[name][0][0] for name in EVENTS[1:] if name in self.places]
+        return min(others, default=2**62)
+
+    def place(self, row: int) -> str:
+        """Where a row of the events is, in words."""
+        starts = [place for name in EVENTS for place in self.places.get(name, ())]
+        return read.place_of(starts, row)
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """An opened cleaned folder."""
+
+    folder: Path
+    notes: Notes
+
+    def table(self, engine: Engine, name: str) -> Any:
+        """The Ibis table "events", "users", "items", "queries", "ties" or "equal"; None without."""
+        folder = self.folder / name
+        return engine.read(folder) if folder.is_dir() else None
+
+
+def clean(
+    experiment: Experiment,
+    data: str | Path | None,
+    out: str | Path,
+    tables: Mapping[str, Any] | None = None,
+    progress: Say | None = None,
+    engine: Name = "duckdb",
+    memory: str = "",
+    master: str = "local[*]",
+) -> Cleaned:
+    """The clean events of raw tables in the folder `out`, which is used again where it is theirs.
+
+    The folder appears whole or not at all.
+
+    Args:
+      experiment: what the columns mean, and what to make of them.
+      data, tables, progress, engine, memory, master: as `prepare` takes them.
+      out: the folder to use or to write.
 
     Raises:
-      DataError: more rows are malformed than `clean.max_bad_fraction` allows, or none is left.
+      ConfigError, DataError: as `prepare`.
     """
-    bounds: dict[str, Bounds] = {}
-    if any(v.bounds != "given" for v in experiment.clean.values.values() if not v.valid):
-        events, *_ = _without_bad_rows(engine, experiment, sources)
-        events = engine.keep("provisional", events)
-        bounds = fitted_bounds(experiment, events)
-        engine.forget("provisional")
-        experiment = with_bounds(experiment, bounds)
-    events, rules, removed = _without_bad_rows(engine, experiment, sources)
-    events, found, out = k_core(engine, events, experiment.clean)
-    rules, removed = rules + found, removed + out
-    events = engine.keep("split", split_events(events, experiment))
+    data, tables = check_arguments(experiment, data, tables, engine, memory, master)
+    out = a_path("out", out)
+    with appears_whole(out) as partial, open_engine(partial, engine, memory, master) as opened:
+        return clean_with(opened, experiment, data, out, tables, progress or (lambda text: None))
+
+
+def check_arguments(
+    experiment: Experiment,
+    data: str | Path | None,
+    tables: Mapping[str, Any] | None,
+    engine: str,
+    memory: str,
+    master: str,
+) -> tuple[Path | None, Mapping[str, Any]]:
+    """The folder of the raw data and the tables in memory, or an error that names the argument."""
+    instance("experiment", experiment, Experiment, "pass what load_experiment gives")
+    data = None if data is None else a_path("data", data)
+    if not isinstance(tables, Mapping | None):
+        kind = type(tables).__name__
+        raise DataError(f"tables: a {kind}; pass a mapping such as {{'events': table}}")
+    check(experiment)
+    for name, text in (("memory", memory), ("master", master)):
+        instance(name, text, str, "such as memory='4GB', master='local[*]'")
+    one_of("engine", engine, ("duckdb", "spark"))
+    return data, tables or {}
+
+
+def clean_with(
+    engine: Engine,
+    experiment: Experiment,
+    data: Path | None,
+    out: Path,
+    tables: Mapping[str, Any],
+    say: Say,
+) -> Cleaned:
+    """As `clean`, in an engine that is open."""
+    started = time.perf_counter()
+    check_own(out, "cleaned.json", "a cleaned folder")
+    found = _usable(experiment, data, out, tables)
+    if found is None:
+        sources = read_sources(engine, experiment, data, tables, say)
+        with appears_whole(out) as partial:
+            notes = _clean(engine, experiment, sources, partial)
+            put_in_place(partial, out)
+        found = Cleaned(out, notes)
+    else:
+        say(f"clean events of {out} are used again ({found.notes.fingerprint})")
+    say(f"clean: {found.notes.events:,} events in {time.perf_counter() - started:.1f} s")
+    return found
+
+
+def check_own(out: Path, mark: str, what: str) -> None:
+    """Raise `DataError` where `out` exists and is not what a new one would replace."""
+    foreign = out.is_dir() and any(out.iterdir()) and not (out / mark).is_file()
+    if out.is_file() or foreign:
+        raise DataError(
+            f"{out} exists and is no {what.partition(' ')[2]} (no {mark}), so it is not replaced. "
+            "Name another folder, or remove it"
+        )
+
+
+@contextlib.contextmanager
+def appears_whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, until `put_in_place`; nothing of it stays."""
+    partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    except OSError as error:  # raw files that cannot be read have errors of their own
+        raise DataError(
+            f"{out} cannot be written: {error}. Free room on that disk, check its permissions, or "
+            "prepare to another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Rename the finished folder to its name; an older one is moved aside first, then removed."""
+    old = partial.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fingerprint(experiment: Experiment, digests: Mapping[str, Iterable[str]]) -> str:
+    """16 hex digits over all that the clean events of raw files depend on."""
+    e, config = experiment, configuration(experiment)
+    given = ("kind", "test_files", "validation_files") if e.split.kind == "files" else ()
+    known = {
+        "format": FORMAT,
+        "data": {k: v for k, v in config["data"].items() if k not in _LATER},
+        "clean": config["clean"],
+        "split": {k: v for k, v in config["split"].items() if fits_bounds(e) or k in given},
+        "tasks": {
+            n: {k: v for k, v in t.items() if k != "where"} for n, t in config["tasks"].items()
+        },
+        "features": {
+            n: [*f.origin(n, e.data), isinstance(f, Clock) and f.kind]
+            for n, f in e.features.items()
+        },
+        "files": {name: list(found) for name, found in digests.items()},
+    }  # fmt: skip
+    text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _usable(
+    experiment: Experiment, data: Path | None, out: Path, tables: Mapping[str, Any]
+) -> Cleaned | None:
+    """The folder `out` where it holds, unharmed, what cleaning would make now; else None."""
+    if not (out / "cleaned.json").is_file() or experiment.clean.latest == "now":
+        return None
+    try:
+        notes = pydantic.TypeAdapter(Notes).validate_json((out / "cleaned.json").read_bytes())
+        digests = {
+            name: read.digests(
+                name,
+                files,
+                data or Path(),
+                tables.get(name),
+                notes.places[name][0][0],
+                experiment.data.public,
+            )
+            for name, files in tables_of(experiment, tables).items()
+        }
+        same = notes.format == FORMAT and notes.fingerprint == fingerprint(experiment, digests)
+        if same and _digests_of(out) == notes.files:
+            return Cleaned(out, notes)
+    except (OSError, KeyError, DataError, pydantic.ValidationError):
+        return None  # whatever is wrong has its message when the files are read
+    return None
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "cleaned.json":
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def _clean(
+    engine: Engine, experiment: Experiment, sources: dict[str, Source], folder: Path
+) -> Notes:
+    """Write all files of the folder."""
+    events, rules, removed, bounds = usable_events(engine, experiment, sources)
+    order = [name for name in ("user", "time", "row") if name in events.columns]
+    events = engine.keep("events", events.order_by(order))
     for name in EVENTS:
         engine.forget(f"typed_{name}")
-    if not engine.size("split"):
+    if not (kept := engine.size("events")):
         report = "\n".join(f"  {rule.rule}: {rule.rows:,}" for rule in rules)
         raise DataError(f"no event is left after cleaning:\n{report}\nLower the limits in [clean]")
     rules += missing_labels(events, experiment)
-    rules += [bounds_rule(experiment, name, *found) for name, found in bounds.items()]
-    return sample_spaces(events, experiment), rules, removed, bounds
+    if experiment.data.time:
+        rules += check_times(events, experiment.data.time_unit)
+    for key in ("user", "item"):
+        if key in events.columns:
+            engine.keep(f"{key}_ids", events.select(key).distinct())
+            rules += _clean_side(engine, experiment, key, sources.get(f"{key}s"))
+    rules += clean_queries(engine, experiment, sources.get("queries"))
+    rules += clean_ties(engine, experiment, sources.get("ties"))
+    staged = [sources[name].staged for name in EVENTS if name in sources]
+    raw = [sources[name].table for name in EVENTS if name in sources]
+    tables = ["events", *(name for name in sources if name not in EVENTS)]
+    if len(raw) > 1 or experiment.clean.duplicates == "keep":
+        names = [n for n in raw[0].columns if n != ROW and all(n in t.columns for t in raw)]
+        equal_rows(engine, raw, names)
+        tables.append("equal")
+    quarantined = _write_quarantine(folder / "quarantine.parquet", engine, sources, removed)
+    for name, source in sources.items():
+        engine.forget(f"raw_{name}_{source.staged.places[0][0]}")
+    main = int(events.filter(events.part == 0).count().to_pyarrow().as_py()) if raw[1:] else kept
+    for name in tables:
+        if (engine.folder / name).is_dir():
+            shutil.move(engine.folder / name, folder / name)
+    digests = {name: source.staged.digests for name, source in sources.items()}
+    notes = Notes(
+        format=FORMAT,
+        fingerprint=fingerprint(experiment, digests),
+        digests=digests,
+        places={name: source.staged.places for name, source in sources.items()},
+        events=kept,
+        dropped=staged[0].rows - staged[0].bad - main,
+        quarantined=quarantined,
+        rules=tuple(rules),
+        bounds=bounds,
+        files=_digests_of(folder),
+    )
+    text = json.dumps(dataclasses.asdict(notes), indent=1, ensure_ascii=False)
+    (folder / "cleaned.json").write_text(text + "\n", encoding="utf-8")
+    return notes
 
 
-def _without_bad_rows(
-    engine: Engine, experiment: Experiment, sources: dict[str, Source]
-) -> tuple[Any, list[Rule], list[str]]:
-    """Events of all event sources after the rules that look at single rows, duplicates and bots."""
-    parts, rules, removed = [], list[Rule](), list[str]()
-    for part, name in enumerate(EVENTS):
-        if name in sources:
-            events, found, out = _clean_source(engine, experiment, sources[name])
-            parts.append(events.mutate(part=ibis.literal(part, "int8")))
-            rules, removed = rules + found, removed + out
-    events = parts[0]
-    for more in parts[1:]:
-        events = events.union(more)
-    if experiment.clean.max_user_events_a_day:
-        events, found, out = _bots(engine, events, experiment.clean.max_user_events_a_day)
-        rules, removed = rules + found, removed + out
-    for name, rule in experiment.clean.values.items():
-        if f"broken_{name}" in events.columns:
-            n = count(events.filter(events[f"broken_{name}"]))
-            if n:
-                rules.append(Rule(rule=f"values: {name} ({rule.column} set to missing)", rows=n))
-            events = events.drop(f"broken_{name}")
-    return events, rules, removed
-
-
-def _clean_source(
-    engine: Engine, experiment: Experiment, source: Source
-) -> tuple[Any, list[Rule], list[str]]:
-    """Typed events of one source without malformed, keyless, impossible and repeated rows."""
-    staged = source.staged
-    table = engine.keep(f"typed_{staged.name}", typed(experiment, source.table))
-    bad = table.filter(table.problem.notnull())
-    bad = bad.select("row", reason=bad.problem, evidence=bad.evidence)
-    bad = engine.keep(f"removed_{staged.name}", bad)
-    rules = [Rule(rule=f"{staged.name}: rows read", rows=staged.rows), *bad_lines(staged)]
-    rules += counted(bad, staged)
-    check_bad_fraction(experiment.clean, staged, rules)
-    good = table.filter(table.problem.isnull()).drop("problem", "evidence")
-    odd = [name for name in good.columns if name.startswith("odd_")]
-    for name, rule in zip(odd, odd_values(experiment), strict=True):
-        found = good.filter(good[name].notnull())
-        found = found.select("row", reason=ibis.literal(rule), evidence=found[name])
-        rules += counted(found, staged)
-    good = good.drop(*odd)
-    removed = [f"removed_{staged.name}"]
-    if experiment.clean.duplicates == "drop":
-        keys = experiment.clean.duplicate_columns or source.columns
-        again = engine.keep(
-            f"duplicates_{staged.name}", _repeated(engine, source.table, table, keys)
-        )
-        removed.append(f"duplicates_{staged.name}")
-        rules += _rule(staged, "duplicate row", again)
-        good = good.anti_join(again, "row")
-    return good, rules, removed
-
-
-def counted(found: Any, staged: Staged, prefix: str = "") -> list[Rule]:
-    """A rule with its first rows for each reason; rows as in the tables of removed rows."""
-    sizes = {r["reason"]: r["n"] for r in rows(found.group_by("reason").agg(n=found.count()))}
-    rules = []
-    for reason in sorted(sizes, reverse=True):  # "missing" before "malformed"
-        first = found.filter(found.reason == reason).order_by("row").limit(EXAMPLES)
-        shown = []
-        for r in rows(first):
-            text = "" if r["evidence"] is None else f": {r['evidence'][:80]!r}"
-            shown.append(staged.place(r["row"]) + text)
-        rules.append(Rule(rule=prefix + reason, rows=sizes[reason], examples=tuple(shown)))
-    return rules
-
-
-def _repeated(engine: Engine, raw: Any, typed: Any, keys: Sequence[str]) -> Any:
-    """Good rows that are equal in `keys` to an earlier good row, as removed rows."""
-    bad = typed.filter(typed.problem.notnull())
-    raw = raw.select(**{f"key_{i}": _key(raw[k]) for i, k in enumerate(keys)}, row=raw[ROW])
-    names = [f"key_{i}" for i in range(len(keys))]
-    # few rows have a hash that occurs again: only they need to be compared in full
-    text = ibis.literal("\x01").join([raw[name] for name in names])
-    hashed = engine.keep("hashed", raw.select("row", hash=text.hash()).anti_join(bad, "row"))
-    often = hashed.group_by("hash").agg(n=hashed.count())
-    often = hashed.semi_join(often.filter(often.n > 1), "hash")
-    often = engine.keep("hashed_alike", often.select("row"))
-    raw = engine.keep("perhaps_repeated", raw.semi_join(often, "row"))
-    engine.forget("hashed")
-    groups = raw.group_by(names).agg(first=raw.row.min(), n=raw.count())
-    groups = engine.keep("repeated", groups.filter(groups.n > 1))
-    again = raw.inner_join(groups, names)
-    again = again.filter(again.row > again["first"])
-    reason, evidence = ibis.literal("duplicate row"), ibis.null("string")
-    return again.select("row", reason=reason, evidence=evidence)
-
-
-def _key(column: Any) -> Any:
-    """Text that is equal where cells are: NULL equals nothing, whereas two missing cells do."""
-    if column.type().is_array():
-        cells = column.map(lambda cell: cell.fill_null("\x00"))
-        column = column.length().cast("string").concat("\x1f", cells.join("\x1f"))
-    return column.fill_null("\x00")
-
-
-def _rule(staged: Staged, reason: str, removed: Any) -> list[Rule]:
-    n = count(removed)
-    first = rows(removed.order_by("row").limit(EXAMPLES).select("row")) if n else []
-    shown = tuple(staged.place(r["row"]) for r in first)
-    return [Rule(rule=reason, rows=n, examples=shown)] if n else []
-
-
-def _bots(engine: Engine, events: Any, most: int) -> tuple[Any, list[Rule], list[str]]:
-    """Events without those of users who have more than `most` on any day."""
-    slim = engine.keep("before_bots", events.select("row", "user", "time"))
-    days = slim.group_by("user", day=(slim.time / DAY).floor()).agg(n=slim.count())
-    bots = days.filter(days.n > most).select("user").distinct()
-    reason = f"bot: more than {most:,} events a day"
-    out = slim.semi_join(bots, "user")
-    out = engine.keep("bots", out.select("row", reason=ibis.literal(reason), evidence=out.user))
-    engine.forget("before_bots")
-    names = [r["evidence"] for r in rows(out.select("evidence").distinct().order_by("evidence"))]
-    rules = []
-    if names:
-        shown = tuple(f"user {name}" for name in names[:EXAMPLES])
-        rules = [
-            Rule(rule=reason, rows=count(out), examples=shown),
-            Rule(rule="users removed as bots", rows=len(names)),
-        ]
-    return events.anti_join(out, "row"), rules, ["bots"]
-
-
-def bad_lines(staged: Staged) -> list[Rule]:
-    """A rule for each reason why lines of a raw table are malformed."""
-    if not staged.bad:
-        return []
-    table = pq.read_table(staged.malformed).sort_by("row")
-    rules = []
-    for reason in sorted(set(table["reason"].to_pylist())):
-        found = table.filter(pa.compute.equal(table["reason"], reason))
-        shown = [
-            f"{staged.place(r['row'])}: {r['text'][:80]!r}"
-            for r in found.slice(0, EXAMPLES).to_pylist()
-        ]
-        name = f"{staged.name}: malformed line ({reason})"
-        rules.append(Rule(rule=name, rows=len(found), examples=tuple(shown)))
-    return rules
-
-
-def check_bad_fraction(clean: Clean, staged: Staged, rules: Sequence[Rule] = ()) -> list[Rule]:
-    """Rules about malformed lines of a source, unless there are too many to go on.
+def _clean_side(
+    engine: Engine, experiment: Experiment, key: str, source: Source | None
+) -> list[Rule]:
+    """Keep the first row of every user or item that has events as the table "users" or "items";
+    what the report says of the others.
 
     Raises:
-      DataError: the malformed part of its rows is above `clean.max_bad_fraction`.
+      DataError: too many lines are malformed, or no id of the events is in the table.
     """
-    rules = [r for r in (rules or bad_lines(staged)) if not r.rule.startswith("values: ")]
-    bad = [r for r in rules if "malformed" in r.rule]
-    total = sum(r.rows for r in bad)
-    if total > clean.max_bad_fraction * staged.rows:
-        lines = "\n".join(f"  {r.rule}: {r.rows:,}; {'; '.join(r.examples)}" for r in bad)
-        raise DataError(
-            f"{staged.name} ({staged.files()}): {total:,} of {staged.rows:,} rows are malformed, "
-            f"more than clean.max_bad_fraction = {clean.max_bad_fraction}:\n{lines}\n"
-            "Fix these rows, or raise clean.max_bad_fraction to leave them out. Times are ISO 8601 "
-            "(2024-01-31T12:00:00+01:00) or Unix time in data.time_unit; numbers have a decimal "
-            "point; labels are 0 and 1, or tasks.NAME.equals says which text is a 1"
-        )
-    return bad
+    if source is None:
+        return []
+    rules = check_bad_fraction(experiment.clean, source.staged)
+    raw, raw_key = source.table, getattr(experiment.data, key)
+    nth = ibis.row_number().over(ibis.window(group_by=raw[raw_key], order_by=raw[ROW]))
+    raw = raw.mutate(_nth=nth)
+    unused = raw.filter(raw[raw_key].isnull() | (raw["_nth"] > 0))
+    keyless = unused[raw_key].isnull()
+    reason = ibis.ifelse(keyless, f"missing {key}", "row of an id already seen")
+    unused = unused.select(row=unused[ROW], reason=reason, evidence=unused[raw_key])
+    unused = engine.keep(f"removed_{key}s", unused)
+    rules += counted(unused, source.staged, f"{key}s: ")
+    columns = columns_of(experiment, f"{key}s", keys=False)
+    first = raw.filter(raw[raw_key].notnull() & (raw["_nth"] == 0))
+    first = first.select(**{key: first[raw_key]}, **{f"column_{c}": first[c] for c in columns})
+    ids = engine.read(engine.folder / f"{key}_ids")
+    absent = engine.keep("absent", ids.anti_join(first, key))
+    if n := engine.size("absent"):
+        shown = tuple(repr(r[key]) for r in rows_of(absent.order_by(key).limit(EXAMPLES)))
+        if n == engine.size(f"{key}_ids"):
+            there = rows_of(first.order_by(key).select(key).limit(EXAMPLES))
+            raise DataError(
+                f"none of the {n:,} {key}s of the events has a row in the table of {key}s "
+                f"({source.staged.files()}): {', '.join(shown)} are not among "
+                f"{', '.join(repr(r[key]) for r in there) or 'no ids'} … Ids are compared "
+                "as text, with case and leading zeros; write them alike"
+            )
+        rules.append(Rule(rule=f"{key}s without a row in {key}s", rows=n, examples=shown))
+    engine.keep(f"{key}s", first.semi_join(ids, key).order_by(key))
+    return rules
 
 
-def k_core(engine: Engine, events: Any, clean: Clean) -> tuple[Any, list[Rule], list[str]]:
-    """Events of users and items that keep at least the configured number of events.
-
-    Removing an item takes events from users and the other way round, so both rules are repeated
-    until nothing changes; the result is the largest such set, whatever the order.
-    """
-    least = {"user": clean.min_user_events, "item": clean.min_item_events}
-    least = {key: n for key, n in least.items() if n > 1}
-    if not least:
-        return events, [], []
-    keys = [key for key in ("user", "item") if key in events.columns]
-    slim = engine.keep("before_core", events.select("row", *keys))
-    before, last = _sizes(slim, keys), list(least)[-1]
-    left = dict(before)
-    kept: dict[str, Any] = {}  # {key: table of the users, or of the items, that stay}
-    for number in itertools.count():
-        old = left[last]
-        for key, minimum in least.items():
-            core = slim
-            for other, table in kept.items():
-                core = core if other == key else core.semi_join(table, other)
-            found = core.group_by(key).agg(size=core.count())
-            name = f"core_{key}_{number}"
-            kept[key] = engine.keep(name, found.filter(found["size"] >= minimum).select(key))
-            left[key] = engine.size(name)
-        if left[last] == old or len(least) == 1:  # then the other rule has nothing new to remove
-            break
-    if all(left[key] == before[key] for key in least):
-        engine.forget("before_core")
-        return events, [], []
-    core, parts = slim, []
-    for key, table in kept.items():
-        parts.append(core.anti_join(table, key).select("row"))
-        core, events = core.semi_join(table, key), events.semi_join(table, key)
-    limits = ", ".join(f"clean.min_{key}_events = {minimum}" for key, minimum in least.items())
-    out = parts[0].union(parts[1]) if len(parts) > 1 else parts[0]
-    reason = ibis.literal(f"outside the core ({limits})")
-    engine.keep("outside_core", out.select("row", reason=reason, evidence=ibis.null("string")))
-    after = left if len(kept) == len(keys) else _sizes(core, keys)
-    engine.forget("before_core")
-    sizes = {f"{key}s": before[key] - after[key] for key in keys}
-    sizes |= {"events": engine.size("outside_core")}
-    rules = [Rule(rule=f"{what} removed ({limits})", rows=n) for what, n in sizes.items() if n]
-    return events, rules, ["outside_core"]
-
-
-def _sizes(events: Any, keys: list[str]) -> dict[str, int]:
-    sizes = rows(events.agg(**{key: events[key].nunique() for key in keys}))[0]
-    return {key: int(size) for key, size in sizes.items()}
-
-
-def write_quarantine(
-    path: Path, engine: Engine, sources: dict[str, Source], removed: Iterable[str]
+def _write_quarantine(
+    path: Path, engine: Engine, sources: dict[str, Source], removed: list[str]
 ) -> int:
     """Write the removed rows of all sources, with file and line, in the order of source and row.
 
@@ -305,7 +402,7 @@ def write_quarantine(
     Returns:
       The number of rows.
     """
-    written, removed = 0, list(removed)
+    written = 0
     with pq.ParquetWriter(path, QUARANTINE) as writer:
         for name, source in sources.items():
             staged = source.staged
@@ -344,27 +441,3 @@ def _with_places(table: pa.Table, staged: Staged) -> pa.Table:
     return pa.table(columns).cast(QUARANTINE)
 
 
-def sample_spaces(events: Any, experiment: Experiment) -> Any:
-    """Events whose labels are missing outside the task's sample space (`where`, transitively)."""
-    final: dict[str, Any] = {}
-
-    def label(name: str) -> Any:
-        if name not in final:
-            value, where = events[f"label_{name}"], experiment.tasks[name].where
-            if where:
-                value = ibis.ifelse(label(where) == 1, value, ibis.null(value.type()))
-            final[name] = value
-        return final[name]
-
-    return events.mutate(**{f"label_{name}": label(name) for name in experiment.tasks})
-
-
-def missing_labels(events: Any, experiment: Experiment) -> list[Rule]:
-    """How many labels of each task are missing, before sample spaces are taken into account."""
-    tasks = [name for name, task in experiment.tasks.items() if task.kind != "retrieval"]
-    if not tasks:
-        return []
-    counts = {name: events[f"label_{name}"].isnull().sum() for name in tasks}
-    found = rows(events.agg(**counts))[0]
-    named = {f"label of {name} missing (masked)": int(n) for name, n in found.items() if n}
-    return [Rule(rule=rule, rows=n) for rule, n in named.items()]

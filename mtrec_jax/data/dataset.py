@@ -6,19 +6,21 @@ quarantine.parquet                every raw row that was removed: row int64, sou
                                   string, line int64, reason string, evidence string
 train.parquet validation.parquet test.parquet        one row an example, in seeded random order:
     user          int32           0 when the data has no users
-    context_ids   int32[M]        local ids of the context features, slot by slot (0: padding)
-    context_numbers float32[C]    scaled numbers
-    event_<field> int32[L]        sequences: "item" and every history feature, oldest first, 0: none
+    context_<f>   [S]             of the user: S ids (int32, 0: padding) or S scaled numbers
+                                  (float32), the slots of feature f; a plain column where S is 1
+    request_<f>   [P * S]         of the moment of each position
+    event_item    int32[L]        the past, oldest first, 0: none
+    event_<f>     int32[L * S]    what each event of the past shows
     cutoff        int32[P]        position p sees the first cutoff[p] events
     candidate     int32[P]        item at position p, 0: none or padding
     label_<task>  float32[P]      NaN where missing, outside the sample space, or padding
     reference_<task> float32[P]   only where the task declares a reference
     row           int64[P]        source row (0-based, over the event files in order), -1: padding
 items.parquet                     the catalogue, row r is item id r + 2; trained items come first:
-    id string, title string, count int64 (training events),
-    item_ids int32[M], item_numbers float32[C]
+    id string, title string, count int64 (training events), item_<f> [S], text_<f>
 users.parquet                     row r is user id r + 2, every event in time order:
-    id string, context_ids, context_numbers, event_<field> list<int32>, split list<int8>
+    id string, context_<f> [S], text_<f>, event_item list<int32>, event_<f> list<int32> (of lists of
+    S where S is above 1), split list<int8>
                                   (split: 0 train, 1 validation, 2 test, 3 shown in histories only)
 vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
                                   of texts, or lower edges of bins; "": the id of missing values
@@ -26,12 +28,13 @@ vocabularies/<feature>.parquet    row r is local id r + 2: value string, count i
 item_vocabulary.parquet           only where the folder continues another one: row r is row r + 2 of
                                   the items' own table: value string. Otherwise it has the trained
                                   items, in the order of their ids
-past/<feature>.parquet            rows: what new ones are told, value string, number float64; the
-                                  last row, of value null, is for values without training rows
+past/<feature>.parquet            what new requests are told: value string, number float64; the last
+                                  row, of value null, is for values without training rows
 ```
-Fixed-size columns `x[n]` are Parquet fixed-size lists, so that reading them is a reshape; a column
-of size 0 is left out. Examples are split into byte planes and packed by LZ4, which is fast to read.
-For kind "rows", `users.parquet` has no context, and `event_item` alone.
+The folder is a superset: a column a feature and a task, so that `Prepared.chosen` can leave out what
+an experiment does not use, and nothing reads it. Fixed-size columns are Parquet fixed-size lists, so
+that reading them is a reshape. Examples are split into byte planes and packed by LZ4, which is fast
+to read. Without a user, an item or a history there is no `event_*` column.
 """
 
 from __future__ import annotations
@@ -39,10 +42,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,48 +54,19 @@ import pyarrow.parquet as pq
 import pydantic
 
 from mtrec_jax.arguments import a_path
-from mtrec_jax.errors import DataError
+from mtrec_jax.config import Experiment, to_dict
+from mtrec_jax.data.features import IdField, NumberField
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, PAD, UNKNOWN
 
-FORMAT = 2
+FORMAT = 3
+FIELDS = (  # the groups of fields of a manifest
+    *("context_ids", "context_numbers", "request_ids", "request_numbers"),
+    *("item_ids", "item_numbers", "history"),
+)
+_FREE = ("public", "reference")  # keys of [data] that change nothing in a folder
 BLOCK = 4096  # examples a Parquet row group holds
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdField:
-    """A feature that is looked up in an embedding table."""
-
-    name: str
-    size: int  # ids: padding, unknown, then the vocabulary
-    slots: int  # ids per example: 1, or max_values of a multi-valued feature
-    placement: Literal["dense", "sparse"]
-    missing: int = 0  # the id that a missing value takes: padding, unless it is imputed
-    capacity: int = 0  # values that the vocabulary may grow to
-    hash_rows: int = 0  # rows that the ids share; 0: each has one of its own
-    hash_functions: int = 0  # rows that an id has of them
-
-    @property
-    def rows(self) -> int:
-        """Rows of its table: one an id, also of ids to come, or what the ids share."""
-        return FIRST + self.hash_rows if self.hash_rows else max(self.size, FIRST + self.capacity)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What its slots are called among the events of a history: "click", or "query.0", …"""
-        several = tuple(f"{self.name}.{slot}" for slot in range(self.slots))
-        return several if self.slots > 1 else (self.name,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NumberField:
-    """A feature that is used as numbers: (x - mean) / std, 0 where missing, or a code in [0, 1]."""
-
-    name: str
-    mean: float
-    std: float
-    slots: int = 1  # numbers per example: piecewise codes, an indicator of missing values
-    missing: float | None = None  # the number that a missing one is taken for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +115,9 @@ class Manifest:
 
     format: int
     name: str
-    kind: Literal["sequences", "rows"]
-    protocol: str  # one readable sentence: cleaning, split, order
+    protocol: str  # one readable sentence: cleaning, split, order, what a history may hold
     fingerprint: str  # 16 hex digits over protocol, configuration and contents of the raw files
+    cleaned: str  # fingerprint of the clean events
     config: dict[str, Any]  # data, clean, split, features, tasks as plain values
     users: int
     items: int  # size of the catalogue
@@ -151,12 +125,14 @@ class Manifest:
     events: int  # rows after cleaning, all splits
     quarantined: int  # raw rows that were removed
     split: SplitInfo
-    history_length: int
+    history_length: int  # L; 0: no histories
     examples: dict[str, int]  # {split: rows of its Parquet file}
     positions: dict[str, int]  # {split: P}
     targets: dict[str, int]  # {split: positions that are not padding}
     context_ids: tuple[IdField, ...] = ()
     context_numbers: tuple[NumberField, ...] = ()
+    request_ids: tuple[IdField, ...] = ()
+    request_numbers: tuple[NumberField, ...] = ()
     item_ids: tuple[IdField, ...] = ()
     item_numbers: tuple[NumberField, ...] = ()
     history: tuple[IdField, ...] = ()
@@ -167,6 +143,11 @@ class Manifest:
     continues: str = ""  # fingerprint of the folder whose vocabularies have grown to these
     item_values: int = 0  # rows of item_vocabulary.parquet, where there is one
     event_files: tuple[str, ...] = ()  # SHA-256 of the files of events, in the order of their rows
+
+    @property
+    def fields(self) -> list[IdField | NumberField]:
+        """All features that the model reads."""
+        return [field for group in FIELDS for field in getattr(self, group)]
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into the folder."""
@@ -193,6 +174,7 @@ class Prepared:
 
     folder: Path
     manifest: Manifest
+    extensions: tuple[type, ...] = ()  # classes of kinds of features beside the package's
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -202,15 +184,76 @@ class Prepared:
             f"test {m.targets['test']:,} targets; {m.fingerprint})"
         )
 
+    def chosen(self, experiment: Experiment) -> Prepared:
+        """The folder as an experiment sees it: its tasks and features alone, in its order.
+
+        Raises:
+          ConfigError: a task or feature is not here, or means something else here, or the data was
+            cleaned or split otherwise.
+        """
+        here, wanted = self.manifest.config, configuration(experiment)
+        problems = []
+        for section in ("data", "clean", "split"):
+            keys = {*wanted[section], *here[section]} - set(_FREE)
+            problems += [
+                f"{section}.{key}: {here[section].get(key)!r} there, {wanted[section].get(key)!r} "
+                "here"
+                for key in sorted(keys)
+                if here[section].get(key) != wanted[section].get(key)
+            ]
+        for section in ("tasks", "features"):
+            for name, meaning in wanted[section].items():
+                problems += _otherwise(
+                    f"{section}.{name}", here[section].get(name), meaning, wanted
+                )
+        if problems:
+            shown = "\n".join(f"  {problem}" for problem in problems[:8])
+            raise ConfigError(
+                f"{self.folder} was prepared for another experiment than '{experiment.name}':\n"
+                f"{shown}\nPrepare it anew: mtrec prepare, with these settings"
+            )
+        m, features = self.manifest, list(wanted["features"])
+
+        def some(fields: tuple[Any, ...]) -> tuple[Any, ...]:
+            kept = [field for field in fields if field.name in features]
+            return tuple(sorted(kept, key=lambda field: features.index(field.name)))
+
+        view = dataclasses.replace(
+            m,
+            config=here | {s: {n: here[s][n] for n in wanted[s]} for s in ("tasks", "features")},
+            tasks={name: m.tasks[name] for name in wanted["tasks"]},
+            **{group: some(getattr(m, group)) for group in FIELDS},
+        )
+        return Prepared(self.folder, view, tuple(map(type, experiment.features.values())))
+
+    def columns(self, references: bool = False) -> list[str]:
+        """The columns of an example that this view reads, in their order in the files."""
+        m = self.manifest
+        names = ["user"]
+        for prefix, fields in (
+            ("context", (*m.context_ids, *m.context_numbers)),
+            ("request", (*m.request_ids, *m.request_numbers)),
+            ("event", m.history),
+        ):
+            names += ["event_item"] * (prefix == "event" and m.history_length > 0)
+            names += [f"{prefix}_{field.name}" for field in fields]
+        names += ["cutoff", "candidate", *(f"label_{task}" for task in m.tasks)]
+        if references:
+            tasks = m.config.get("tasks", {})
+            names += [f"reference_{t}" for t in m.tasks if tasks.get(t, {}).get("reference")]
+        return [*names, "row"]
+
     def parquet(self, split: str) -> pq.ParquetFile:
-        """The Parquet file of a split's examples."""
+        """The Parquet file of a split's examples, with all columns that there are."""
         return pq.ParquetFile(self.folder / f"{split}.parquet")
 
-    def blocks(self, split: str) -> Iterator[dict[str, np.ndarray]]:
-        """The examples of a split in file order, as dicts of arrays `[n, ...]`."""
-        file = self.parquet(split)
+    def blocks(
+        self, split: str, columns: Sequence[str] | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The examples of a split in file order, as dicts of arrays `[n, ...]`, a column each."""
+        file, names = self.parquet(split), columns or self.columns(references=True)
         for index in range(file.num_row_groups):
-            yield to_arrays(file.read_row_group(index))
+            yield to_arrays(file.read_row_group(index, columns=names).select(names))
 
     @functools.cached_property
     def items(self) -> pa.Table:
@@ -225,9 +268,12 @@ class Prepared:
     def user_lists(self, column: str) -> Lists:
         """A list column of `users.parquet`, e.g. `event_item` or `split`."""
         array = self.users.column(column).combine_chunks()
-        return Lists(
-            array.flatten().to_numpy(), array.offsets.to_numpy() - array.offsets[0].as_py()
-        )
+        values = array.flatten()
+        if pa.types.is_fixed_size_list(values.type):
+            values = values.flatten().to_numpy().reshape(-1, values.type.list_size)
+        else:
+            values = values.to_numpy()
+        return Lists(values, array.offsets.to_numpy() - array.offsets[0].as_py())
 
     @functools.cached_property
     def user_names(self) -> list[str]:
@@ -255,6 +301,10 @@ class Prepared:
         pairs = zip(*(self.items.column(c).to_pylist() for c in ("title", "id")), strict=True)
         return [title or raw for title, raw in pairs]
 
+    def has_vocabulary(self, feature: str) -> bool:
+        """Whether the feature has values or edges, so that `vocabulary` gives them."""
+        return (self.folder / "vocabularies" / f"{feature}.parquet").is_file()
+
     def vocabulary(self, feature: str) -> pa.Table:
         """Values of a feature, row r is local id r + 2."""
         return pq.read_table(self.folder / "vocabularies" / f"{feature}.parquet")
@@ -275,35 +325,72 @@ class Prepared:
 
     def catalogue(self) -> dict[str, np.ndarray]:
         """Item features by item id: `{"ids": [N + 2, M], "numbers": [N + 2, C]}`; 0, 1 are zero."""
-        n = self.manifest.items
+        m, n = self.manifest, self.manifest.items
         found: dict[str, np.ndarray] = {}
-        names = [name for name in ("item_ids", "item_numbers") if name in self.items.column_names]
-        arrays = to_arrays(self.items.select(names))
-        ids = sum(field.slots for field in self.manifest.item_ids)
-        numbers = sum(field.slots for field in self.manifest.item_numbers)
-        for name, count, dtype in (("ids", ids, np.int32), ("numbers", numbers, np.float32)):
-            table = np.zeros((n + FIRST, count), dtype)
-            if count:
-                table[FIRST:] = arrays[f"item_{name}"]
-            found[name] = table
+        for name, fields, dtype in (
+            ("ids", m.item_ids, np.int32),
+            ("numbers", m.item_numbers, np.float32),
+        ):
+            arrays = to_arrays(self.items.select([f"item_{field.name}" for field in fields]))
+            columns = [array.reshape(n, -1) for array in arrays.values()]
+            table = np.concatenate([np.zeros((n, 0), dtype), *columns], axis=1, dtype=dtype)
+            found[name] = np.concatenate([np.zeros((FIRST, table.shape[1]), dtype), table])
         return found
+
+    def user_context(self) -> dict[str, np.ndarray]:
+        """Context features of all users: `{"ids": [U, M], "numbers": [U, C]}`, absent parts left
+        out; row r is user id r + 2."""
+        m = self.manifest
+        groups = {"ids": m.context_ids, "numbers": m.context_numbers}
+        arrays = {
+            f.name: array.reshape(m.users, -1)
+            for fields in groups.values()
+            for f in fields
+            for array in to_arrays(self.users.select([f"context_{f.name}"])).values()
+        }
+        return {
+            part: np.concatenate([arrays[f.name] for f in fields], axis=1)
+            for part, fields in groups.items()
+            if fields
+        }
 
     def interactions(self, split: str = "train") -> dict[str, np.ndarray]:
         """Targets of a split, one entry each: `user`, `candidate`, `row`, `label_<task>`."""
         parts: dict[str, list[np.ndarray]] = {}
-        for block in self.blocks(split):
+        labels = [n for n in self.columns(True) if n.startswith(("label_", "reference_"))]
+        for block in self.blocks(split, ["user", "candidate", "row", *labels]):
             keep = block["row"] >= 0
             block["user"] = np.broadcast_to(block["user"][:, None], keep.shape)
             for name, array in block.items():
-                if name in ("user", "candidate", "row") or name.startswith(
-                    ("label_", "reference_")
-                ):
-                    parts.setdefault(name, []).append(array[keep])
+                parts.setdefault(name, []).append(array[keep])
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def open_prepared(folder: str | Path) -> Prepared:
-    """Open a folder that `prepare` has written.
+def configuration(experiment: Experiment) -> dict[str, Any]:
+    """The part of the experiment that preparation depends on."""
+    kept = {k: to_dict(experiment)[k] for k in ("data", "clean", "split", "features", "tasks")}
+    for task in kept["tasks"].values():
+        del task["weight"]
+    return kept
+
+
+def _otherwise(
+    key: str, there: dict[str, Any] | None, here: dict[str, Any], wanted: dict[str, Any]
+) -> list[str]:
+    """How what a folder holds differs from the meaning of a task or feature here."""
+    if there is None:
+        return [f"{key}: not there"]
+    return [
+        f"{key}.{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+        # the labels of a sample space stay what they are without the task that defines it
+        and not (name == "where" and not here[name] and there[name] not in wanted["tasks"])
+    ]
+
+
+def open_prepared(folder: str | Path, extensions: Iterable[type] = ()) -> Prepared:
+    """Open a folder that `prepare` has written, with the classes of kinds of features of your own.
 
     Raises:
       DataError: the folder is missing, unfinished, or of another format.
@@ -322,7 +409,7 @@ def open_prepared(folder: str | Path) -> Prepared:
         manifest = pydantic.TypeAdapter(Manifest).validate_python(values)
     except (json.JSONDecodeError, UnicodeDecodeError, pydantic.ValidationError) as error:
         raise DataError(f"{path} is damaged: {error}. Prepare anew") from error
-    return Prepared(Path(folder), manifest)
+    return Prepared(Path(folder), manifest, tuple(extensions))
 
 
 def to_arrays(table: pa.Table) -> dict[str, np.ndarray]:

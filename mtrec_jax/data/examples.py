@@ -1,26 +1,37 @@
-"""Encoded events to the examples of the prepared folder."""
+"""Events leave the engine in order, encoded, and become the examples of the prepared folder."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
-from mtrec_jax.data.dataset import BLOCK, fixed_size
+from mtrec_jax.config import Experiment
+from mtrec_jax.data import features
+from mtrec_jax.data.dataset import BLOCK, TaskField, fixed_size
+from mtrec_jax.data.engine import Engine
+from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.schema import query_features
+from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
 MODULUS = 1 << 31
 SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
 QUERY = 4  # the split of searches among the events: they have no label, and everybody sees them
-# by a target's split: the splits of its history
-VISIBLE = ((0, QUERY), (0, 1, SHOWN, QUERY), (0, 1, 2, SHOWN, QUERY))
+# {data.past: by a target's split: the splits of what it may know of what was before it}
+VISIBLE = {
+    "rolling": ((0,), (0, 1, SHOWN), (0, 1, 2, SHOWN)),
+    "frozen": ((0,), (0, SHOWN), (0, 1, SHOWN)),
+}
 
 
 def mix(value: Any, seed: int) -> Any:
@@ -45,14 +56,16 @@ def mix(value: Any, seed: int) -> Any:
 
 @dataclass(frozen=True)
 class Log:
-    """All events, sorted by (user, time, source row); arrays `[n]`, one entry an event."""
+    """All events, sorted by (user, time, source row), or without users in the mixed order of
+    examples; arrays `[n, ...]`, one entry an event."""
 
-    user: np.ndarray  # int32 ids from FIRST on
+    user: np.ndarray  # int32 ids from FIRST on; 0 without users
     split: np.ndarray  # int8: 0 train, 1 validation, 2 test, 3 shown, 4 a query
     row: np.ndarray  # int64 source row
     time: np.ndarray  # float64 seconds
-    events: dict[str, np.ndarray]  # {field: int32 ids}: "item" and every history feature
+    events: dict[str, np.ndarray]  # {field: int32 ids [n], or [n, S]}: "item", history features
     targets: dict[str, np.ndarray]  # {label_<task>, reference_<task>: float32}
+    request: dict[str, np.ndarray]  # {request_<feature>: int32 ids or float32 numbers}
 
     def offsets(self, users: int) -> Int[np.ndarray, " n"]:
         """Where each user's events begin, and the end: user id u owns `offsets[u - FIRST:][:2]`."""
@@ -60,10 +73,124 @@ class Log:
         return np.searchsorted(self.user, np.arange(users + 1, dtype=self.user.dtype) + FIRST)
 
 
-# User indexes and moments [e], and the splits that may be seen -> context numbers [e, C].
-Numbers = Callable[[np.ndarray, np.ndarray, tuple[int, ...]], np.ndarray]
-# Places in the log of events [n, L] (-1: none), cutoffs [n, P], places of targets [n, P].
-Check = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+def event_log(
+    engine: Engine,
+    events: Any,
+    rows: int,
+    experiment: Experiment,
+    encodings: Sequence[Encoding],
+    tasks: dict[str, TaskField],
+) -> Log:
+    """All `rows` events in the order of the log, encoded.
+
+    The engine sorts; the encoded columns are files of its folder that are mapped into memory, so
+    that a log may be larger than memory.
+
+    Args:
+      engine: where the events are; its tables "split" and "past" are removed on the way.
+      events: Ibis table with user_id, item_id, row, split, label_*, reference_*, feature_*, and the
+        time if there is one.
+      rows: how many there are.
+      experiment: what the columns mean.
+      encodings: the fitted features of the history and of the request.
+      tasks: the classes of the labels.
+    """
+    data, searched = experiment.data, query_features(experiment)
+    if not data.time:
+        events = events.mutate(time=events.row.cast("float64"))
+    order: tuple[Any, ...] = ("user_id", "time", "row")
+    if not data.user:
+        order = (mix(events.row, data.seed), "row")
+    needed = ["user_id", "item_id", "time", "row", "split", *_target_columns(experiment)]
+    needed += [f"feature_{e.name}" for e in encodings]
+    engine.keep("ordered", events.order_by(*order).select(needed))
+    for name in ("split", "past"):  # they have been sorted, and so copied
+        engine.forget(name)
+
+    def encoded(part: pa.Table) -> dict[str, np.ndarray]:
+        arrays = {name: part[name].to_numpy() for name in ("split", "row", "time")}
+        arrays["split"] = arrays["split"].astype(np.int8)
+        arrays["user"] = part["user_id"].to_numpy().astype(np.int32)
+        arrays["event_item"] = part["item_id"].to_numpy().astype(np.int32)
+        for encoding in encodings:
+            values = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
+            role = "request" if encoding.feature.on == "request" else "event"
+            if role == "event":
+                # a search has no outcome, and nothing else a text, whatever a missing value becomes
+                values[(arrays["split"] == QUERY) != (encoding.name in searched)] = 0
+            arrays[f"{role}_{encoding.name}"] = one_column(values)
+        return arrays | _targets(part, experiment, tasks)
+
+    whole: dict[str, np.ndarray] = {}
+    done = 0
+    for part in engine.batches("ordered"):
+        for name, array in encoded(part).items():
+            if name not in whole:
+                shape = (rows, *array.shape[1:])
+                whole[name] = mapped(engine.folder / f"{name}.array", shape, array.dtype)
+            whole[name][done : done + len(part)] = array
+        done += len(part)
+    engine.forget("ordered")
+    fields = {n.removeprefix("event_"): v for n, v in whole.items() if n.startswith("event_")}
+    targets = {n: v for n, v in whole.items() if n.startswith(("label_", "reference_"))}
+    request = {n: v for n, v in whole.items() if n.startswith("request_")}
+    return Log(
+        *(whole[name] for name in ("user", "split", "row", "time")), fields, targets, request
+    )
+
+
+def one_column(array: np.ndarray) -> np.ndarray:
+    """`[n, 1]` as `[n]`; what is wider stays."""
+    return array[:, 0] if array.shape[1] == 1 else array
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new array in a file that is mapped into memory; its room on the disk is reserved.
+
+    Raises:
+      DataError: the disk has too little room.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    if not size:
+        return np.empty(shape, dtype)
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: no room for {size >> 20:,} MB of working files ({error.strerror}). "
+            "Free some, or prepare to a folder on another disk"
+        ) from error
+    return np.memmap(path, dtype, "r+", shape=shape)
+
+
+def _target_columns(experiment: Experiment) -> list[str]:
+    """The columns that `_targets` reads."""
+    references = [f"reference_{name}" for name, task in experiment.tasks.items() if task.reference]
+    return [*(f"label_{name}" for name in experiment.tasks), *references]
+
+
+def _targets(
+    table: pa.Table, experiment: Experiment, tasks: dict[str, TaskField]
+) -> dict[str, np.ndarray]:
+    """Labels and references `[n]` as float32, NaN where there is none."""
+    arrays = {}
+    for name, task in experiment.tasks.items():
+        labels = table[f"label_{name}"]
+        if task.kind == "multiclass":
+            classes = pa.array(tasks[name].classes, pa.string())
+            labels = pc.cast(pc.index_in(labels, value_set=classes), pa.float64())
+        arrays[f"label_{name}"] = labels.to_numpy().astype(np.float32)
+        if task.reference:
+            arrays[f"reference_{name}"] = table[f"reference_{name}"].to_numpy().astype(np.float32)
+    return arrays
+
+
+# User indexes [e], times [e], and the splits that may be seen -> {context_<feature>: [e, S]}.
+Numbers = Callable[[np.ndarray, np.ndarray, tuple[int, ...]], dict[str, np.ndarray]]
 
 
 def sequence_examples(
@@ -72,82 +199,119 @@ def sequence_examples(
     split: int,
     positions: int,
     history_length: int,
-    hide_ties: bool,
-    seed: int,
+    hide_ties: bool = False,
+    seed: int = 0,
+    past: Literal["rolling", "frozen"] = "rolling",
     numbers: Numbers | None = None,
-    check: Check | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Examples of a split in seeded random order, BLOCK at a time, as columns `[n, ...]`.
 
     The targets of a user are cut from the end into chunks of P = `positions`. A chunk sees the
     last L = `history_length` events before its last target: position p may look at the first
     `cutoff[p]` of them. Histories of training hold training events only, those of validation no
-    test events (`VISIBLE`), wherever a split has put them in time.
+    test events, those of a frozen past none of their target's own split (`VISIBLE`), wherever a
+    split has put them in time. With L = 0 every target is an example of its own.
 
     Args:
       log: all events.
-      context: {"context_ids": [U, M], "context_numbers": [U, C]} of all users.
+      context: {context_<feature>: [U, ...]} of all users.
       split: 0 train, 1 validation, 2 test.
-      positions: P, at most L.
+      positions: P, at most L; 1 where L is 0.
       history_length: L.
       hide_ties: a position does not see events of its own timestamp.
       seed: of the order.
-      numbers: more context numbers, which depend on the time of an example's first target.
-      check: raises an error for examples that are not as they should be.
+      past: which splits are visible.
+      numbers: more of the context, which depends on the time of an example's first target.
     """
-    targets = _places(log.split == split)
-    new, sizes = _chunks(log.user[targets], positions)
-    order = np.argsort(mix(np.arange(len(new)), seed), kind="stable")
-    begins = log.offsets(int(log.user.max(initial=FIRST)) - FIRST + 1)
-    if numbers is not None:
-        of_chunks = targets[new]
-        more = numbers(log.user[of_chunks] - FIRST, log.time[of_chunks], VISIBLE[split])
-    kept, earlier = visible_events(log.split, split)
-    # a target looks back on what is before this event
-    seen_from = _first_of_ties(log)[targets] if hide_ties else targets
+    targets, visible = _places(log.split == split), VISIBLE[past][split]
+    if history_length:
+        new, sizes = _chunks(log.user[targets], positions)
+        order = np.argsort(mix(np.arange(len(new)), seed), kind="stable")
+        look_back = _histories(log, targets, visible, history_length, hide_ties, past)
+    else:
+        new, sizes = np.arange(len(targets)), np.ones(len(targets), np.int64)
+        order = np.argsort(mix(log.row[targets], seed), kind="stable")
+        look_back = None
+    more = numbers(log.user[targets[new]] - FIRST, log.time[targets[new]], visible) if numbers else {}
     for start in range(0, max(len(order), 1), BLOCK):
         chosen = order[start : start + BLOCK]
         there = np.arange(positions) < sizes[chosen, None]  # [n, P]
         place = np.where(there, new[chosen, None] + np.arange(positions), 0)
         target = targets[place] if len(targets) else place
-        last = targets[new[chosen] + sizes[chosen] - 1]
-        user, end = log.user[last], earlier[last]
-        base = np.maximum(earlier[begins[user - FIRST]], end - history_length)
-        token = base[:, None] + np.arange(history_length)  # [n, L]
-        seen = token < end[:, None]
-        token = kept[np.where(seen, token, 0)] if len(kept) else token
-        before = earlier[seen_from[place]] if len(targets) else place
-        cutoff = np.where(there, np.maximum(before - base[:, None], 0), 0)
-        if check is not None:
-            check(np.where(seen, token, -1), cutoff, np.where(there, target, -1))
-        found = {name: array[user - FIRST] for name, array in context.items()}
-        if numbers is not None:
-            own = [found["context_numbers"], more[chosen]]
-            found["context_numbers"] = np.concatenate(own, axis=1)
+        user = log.user[targets[new[chosen]]]
+        past_of = look_back(new[chosen] + sizes[chosen] - 1, place, there) if look_back else {}
         yield {
             "user": user.astype(np.int32),
-            **found,
-            **{f"event_{f}": np.where(seen, ids[token], 0) for f, ids in log.events.items()},
-            "cutoff": cutoff.astype(np.int32),
+            **{name: array[user - FIRST] for name, array in context.items()},
+            **{name: one_column(array[chosen]) for name, array in more.items()},
+            **{name: _flat(array[target], there) for name, array in log.request.items()},
+            "cutoff": np.zeros(there.shape, np.int32),
+            **past_of,
             "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),
             **{n: np.where(there, v[target], np.float32(np.nan)) for n, v in log.targets.items()},
             "row": np.where(there, log.row[target], -1),
         }
 
 
-def visible_events(
-    splits: Int[np.ndarray, " n"], split: int
-) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n+1"]]:
-    """The events that targets of a split may see, and how many of them come before each event.
+def _flat(array: np.ndarray, there: Bool[np.ndarray, "n p"]) -> np.ndarray:
+    """`[n, P]` or `[n, P, S]` as `[n, P * S]`, 0 where nothing is there."""
+    mask = there.reshape(*there.shape, *(1,) * (array.ndim - 2))
+    return np.where(mask, array, array.dtype.type(0)).reshape(len(array), -1)
 
-    >>> kept, earlier = visible_events(np.array([0, 1, 0, 2]), 0)
+
+def _histories(
+    log: Log,
+    targets: np.ndarray,
+    visible: tuple[int, ...],
+    length: int,
+    hide_ties: bool,
+    past: str,
+) -> Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """What looks back: (number of an example's last target [n], numbers of its targets [n, P],
+    which of these there are) -> event_<field> [n, L * S] and cutoff [n, P]."""
+    begins = log.offsets(int(log.user.max(initial=FIRST)) - FIRST + 1)
+    kept, earlier = visible_events(log.split, visible, log.user if past == "frozen" else None)
+    # a target looks back on what is before this event
+    seen_from = _first_of_ties(log)[targets] if hide_ties else targets
+
+    def look_back(
+        last: np.ndarray, place: np.ndarray, there: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        user, end = log.user[targets[last]], earlier[targets[last]]
+        base = np.maximum(earlier[begins[user - FIRST]], end - length)
+        token = base[:, None] + np.arange(length)  # [n, L]
+        seen = token < end[:, None]
+        token = kept[np.where(seen, token, 0)] if len(kept) else token
+        before = earlier[seen_from[place]] if len(targets) else place
+        cutoff = np.where(there, np.maximum(before - base[:, None], 0), 0)
+        events = {f"event_{f}": _flat(ids[token], seen) for f, ids in log.events.items()}
+        return {**events, "cutoff": cutoff.astype(np.int32)}
+
+    return look_back
+
+
+def visible_events(
+    splits: Int[np.ndarray, " n"], visible: tuple[int, ...], user: np.ndarray | None = None
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n+1"]]:
+    """The events that targets may see, and how many of them come before each event.
+
+    Queries are seen by all; given each event's `user`, by those alone who see a later event of the
+    same user, since a frozen past ends with its last event.
+
+    >>> kept, earlier = visible_events(np.array([0, 1, 0, 2]), (0,))
     >>> kept.tolist(), earlier.tolist()
     ([0, 2], [0, 1, 1, 2, 2])
     """
-    visible = np.isin(splits, VISIBLE[split])
-    earlier = np.zeros(len(visible) + 1, _place_type(len(visible)))
-    np.cumsum(visible, dtype=earlier.dtype, out=earlier[1:])
-    return _places(visible), earlier
+    shown = np.isin(splits, visible)
+    queries = _places(splits == QUERY)
+    if user is not None and len(queries):
+        events = np.append(_places(shown), -1)  # the user of place -1 is not asked for
+        following = events[np.searchsorted(events[:-1], queries)]
+        queries = queries[(following >= 0) & (user[following] == user[queries])]
+    shown[queries] = True
+    earlier = np.zeros(len(shown) + 1, _place_type(len(shown)))
+    np.cumsum(shown, dtype=earlier.dtype, out=earlier[1:])
+    return _places(shown), earlier
 
 
 def _place_type(n: int) -> type[np.signedinteger[Any]]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import describe, features
 from mtrec_jax.data.dataset import Prepared, Rule, TaskField
-from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.features import Encoding, Text, one_array
 from mtrec_jax.data.growth import earlier_task, grown
 
 # {task: {split: (its labels, their mean if they are numbers)}}
@@ -75,7 +75,7 @@ def fit_side(
     trained = pc.greater(table["count"], 0)
     encodings, cells = [], {}
     for name, feature in experiment.features.items():
-        if feature.on == on and feature.kind not in ("text", "friends_taste"):
+        if feature.on == on and feature.fitted:
             column = feature.column or name
             own = column == getattr(experiment.data, key)
             cells[name] = one_array(table[key if own else f"column_{column}"])
@@ -98,12 +98,12 @@ def text_columns(experiment: Experiment, table: pa.Table, on: str) -> dict[str, 
     return {
         f"text_{name}": one_array(table[f"column_{feature.column or name}"])
         for name, feature in experiment.features.items()
-        if feature.on == on and feature.kind == "text"
+        if feature.on == on and isinstance(feature, Text)
     }
 
 
 def fit_events(events: Any, experiment: Experiment, base: Prepared | None = None) -> list[Encoding]:
-    """Features that stand in the events: of the history, or the context of rows.
+    """Features that stand in the events: of the history and of the request.
 
     They continue what `base` has learned.
     """

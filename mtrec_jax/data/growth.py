@@ -14,15 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
-from mtrec_jax.config import Experiment, Feature
+from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared, TaskField, open_prepared
-from mtrec_jax.data.features import NUMERIC, Encoding, one_array
+from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST
 
-# without another meaning of an id
-_MAY_CHANGE = ("min_count", "placement", "capacity", "hash_rows", "hash_functions")
+_MAY_CHANGE = ("min_count",)  # without another meaning of an id
 
 
 def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
@@ -32,17 +31,15 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
       DataError: it is no prepared folder.
       ConfigError: the experiment gives a feature or a task of that name another meaning.
     """
-    base = open_prepared(folder)
+    base = open_prepared(folder, map(type, experiment.features.values()))
     config, problems = base.manifest.config, []
-    if base.manifest.kind != experiment.data.kind:
-        problems.append(f"data.kind: {base.manifest.kind!r} there")
     for name, feature in experiment.features.items():
         if name in config["features"]:
-            old = Feature(**config["features"][name])
+            old = config["features"][name]
             problems += [
-                f"features.{name}.{key}: {getattr(old, key)!r} there, {value!r} here"
-                for key, value in dataclasses.asdict(feature).items()
-                if key not in _MAY_CHANGE and getattr(old, key) != value
+                f"features.{name}.{key}: {old.get(key)!r} there, {value!r} here"
+                for key, value in to_dict(feature).items()
+                if key not in _MAY_CHANGE and old.get(key) != value
             ]
     for name, task in experiment.tasks.items():
         kind = config["tasks"].get(name, {}).get("kind", task.kind)
@@ -60,22 +57,18 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
 def grown(
     base: Prepared | None, fresh: Encoding, cells: pa.Array, counts: Int[np.ndarray, " n"]
 ) -> Encoding:
-    """A feature that was fitted on these cells as the continuation of the same one in `base`.
-
-    Raises:
-      DataError: there are more values than the feature's capacity.
-    """
+    """A feature that was fitted on these cells as the continuation of the same one in `base`."""
     old = earlier(base, fresh.name)
     if old is None:
-        return _within_capacity(fresh)
+        return fresh
     missing = old.missing if old.missing >= FIRST else fresh.missing
     if fresh.is_number:
         same = {"values": old.values, "counts": old.counts, "mean": old.mean, "std": old.std}
-        return dataclasses.replace(fresh, **same, missing=old.missing)
-    if fresh.feature.kind == "hashed":
-        return dataclasses.replace(fresh, missing=missing)
-    numeric = fresh.feature.kind in NUMERIC
-    found = fresh.values.filter(pc.equal(fresh.values, "")) if numeric else fresh.values
+        return dataclasses.replace(fresh, **same, missing=old.missing, slots=old.slots)
+    if fresh.size:  # no vocabulary
+        return dataclasses.replace(fresh, missing=missing, size=max(fresh.size, old.size))
+    grows = fresh.feature.grows
+    found = fresh.values if grows else fresh.values.filter(pc.equal(fresh.values, ""))
     new = found.filter(pc.invert(pc.is_in(found, value_set=old.values)))
     values = pa.concat_arrays([old.values, new])
     if missing >= FIRST and missing != old.missing:  # the id that its value has now
@@ -83,7 +76,7 @@ def grown(
     merged = dataclasses.replace(fresh, values=values, missing=missing)
     ids = features.encode(merged, cells)
     often = np.bincount(ids.reshape(-1), np.repeat(counts, ids.shape[1]), FIRST + len(values))
-    return _within_capacity(dataclasses.replace(merged, counts=often[FIRST:].astype(np.int64)))
+    return dataclasses.replace(merged, counts=often[FIRST:].astype(np.int64))
 
 
 def earlier(base: Prepared | None, name: str) -> Encoding | None:
@@ -131,8 +124,8 @@ def summary(base: Prepared, items: pa.Table, encodings: list[Encoding]) -> str:
         known = pc.sum(pc.is_in(trained, value_set=one_array(base.item_vocabulary))).as_py() or 0
         found["items"] = known, len(trained) - known
     for encoding in encodings:
-        old, kind = earlier(base, encoding.name), encoding.feature.kind
-        if old is not None and not encoding.is_number and kind not in (*NUMERIC, "hashed"):
+        old = earlier(base, encoding.name)
+        if old is not None and encoding.feature.grows:
             known = int(np.count_nonzero(encoding.counts[: len(old.values)]))
             found[encoding.name] = known, len(encoding.values) - len(old.values)
     shown = ", ".join(
@@ -144,14 +137,3 @@ def summary(base: Prepared, items: pa.Table, encodings: list[Encoding]) -> str:
             "that these data continue, or prepare without --grow-from"
         )
     return f"continues {base.folder}: {shown}"
-
-
-def _within_capacity(encoding: Encoding) -> Encoding:
-    capacity, name = encoding.feature.capacity, encoding.name
-    if capacity and len(encoding.values) > capacity:
-        raise DataError(
-            f"feature '{name}': {len(encoding.values):,} values, more than features.{name}.capacity"
-            f" = {capacity:,}. Raise it; rows of an earlier run are then carried over by "
-            "mtrec train --init-from. Or leave rare values out with min_count"
-        )
-    return encoding

@@ -6,7 +6,10 @@ the figure and the remedy; `guard.allow` lets a "feature/task" through that is m
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import ibis
 import numpy as np
@@ -14,19 +17,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment, Feature
-from mtrec_jax.data import dependence
-from mtrec_jax.data.dependence import Cells, Outcome
-from mtrec_jax.data.examples import Log
-from mtrec_jax.data.features import WRITTEN, as_numbers, one_array
+from mtrec_jax.data.examples import Log, mix
+from mtrec_jax.data.features import MultiValued, as_numbers, one_array
 from mtrec_jax.errors import DataError
-from mtrec_jax.types import FIRST
 
 LEAK = 0.999  # AUC, accuracy or R² on rows that the rates were not taken from
 _EVENTS = 500_000  # training events that are looked at
 _AT_ONCE = 16  # features to a query
-_SLICE = 1 << 20  # events that are compared at a time
 _KEYS, _EQUAL = 20, 0.9  # so many keys, and this part of them equal, prove a statistic
-_COMPUTED = ("hour", "weekday", "gap", "past_count", "past_rate", "ties", "friends_taste")
+ROWS, OF_A_CLASS = 100, 10  # fewer labelled rows are not judged
+BETWEEN = "\x1f"  # the values of a list
+_BINS = 1000  # of numbers
+
+
+# --- Answers among the features
 
 
 def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Experiment) -> None:
@@ -47,12 +51,13 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
     seen = {
         name: feature
         for name, feature in experiment.features.items()
-        if feature.on != "history" and feature.kind not in _COMPUTED
+        if feature.on != "history" and not feature.computed
     }
     train = events.filter(events.split == 0)
     more = int(train.count().to_pyarrow().as_py()) / _EVENTS
-    if more > 1:  # Fibonacci hashing (Knuth, TAOCP 3, 6.4): SQL of one line
-        train = train.filter(train.row % 2**31 * 2654435769 % 2**32 < int(2**32 / more))
+    if more > 1:  # every so many rows: a prime, which pages of so many impressions are no multiple of
+        found = itertools.count(math.ceil(more))
+        train = train.filter(train.row % next(n for n in found if _is_prime(n)) == 0)
     train = train.select("row", *(f"label_{name}" for name in tasks), *_beside_labels(train, seen))
     problems: list[str] = []
     of_rows = [name for name in seen if f"feature_{name}" in train.columns]
@@ -78,6 +83,10 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
         raise DataError("\n".join(problems))
 
 
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
 def _beside_labels(events: Any, features: dict[str, Feature]) -> list[str]:
     wanted = ("user", "item", *(f"feature_{name}" for name in features))
     return [name for name in wanted if name in events.columns]
@@ -88,18 +97,18 @@ def _determined(
 ) -> list[str]:
     """A message for each feature {name: cells} of the rows that determines one of their labels."""
     problems, row = [], part["row"].to_numpy()
-    texts = {name: dependence.joined(one_array(column)) for name, column in cells.items()}
+    texts = {name: joined(one_array(column)) for name, column in cells.items()}
     for task_name in tasks:
         task, label = experiment.tasks[task_name], one_array(part[f"label_{task_name}"])
         if task.kind == "multiclass":
             label = label.dictionary_encode().indices
         numbers = np.asarray(pc.fill_null(pc.cast(label, pa.float64()), np.nan))
-        outcome, counted, known = dependence.judged(task_name, task.kind, numbers, row)
+        outcome, counted, known = judged(task_name, task.kind, numbers, row)
         if outcome is None:
             continue
         for name, text in texts.items():
             feature = experiment.features[name]
-            best = dependence.best_score(feature, text.filter(pa.array(known)), counted, outcome)
+            best = best_score(feature, text.filter(pa.array(known)), counted, outcome)
             if best >= LEAK and f"{name}/{task_name}" not in experiment.guard.allow:
                 measure = {"binary": "AUC", "regression": "R²"}.get(task.kind, "accuracy")
                 problems.append(
@@ -137,8 +146,12 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
     before = train[np.where(first, pairs, pairs - 1)]
     retrieval = [name for name, task in experiment.tasks.items() if task.kind == "retrieval"]
     shown = {n: f for n, f in experiment.features.items() if f.on == "history"}
-    owner = {c: c if c in shown else c.rpartition(".")[0] for c in log.events}  # "tags.0" of "tags"
-    fields = {(c, owner[c]): ids for c, ids in log.events.items() if owner[c] in shown}
+    fields = [
+        (name, slot)
+        for name, ids in log.events.items()
+        if name in shown
+        for slot in np.atleast_2d(ids.T)
+    ]
     named = {(retrieval or ["item"])[0]: ("multiclass", np.asarray(log.events["item"]))}
     for name, task in experiment.tasks.items():
         if task.kind != "retrieval":
@@ -146,15 +159,15 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
     own = [array[here] for _, array in named.values()]
     for task_name, (kind, array) in named.items() if len(here) and fields else ():
         label = array[then].astype(np.float64)
-        outcome, cells, known = dependence.judged(task_name, kind, label, log.row[here])
+        outcome, cells, known = judged(task_name, kind, label, log.row[here])
         if outcome is None:
             continue
-        for (_, name), ids in fields.items():
+        for name, ids in fields:
             if f"{name}/{task_name}" in experiment.guard.allow:
                 continue
             value = ids[here].astype(np.float64)
             step = value - np.where(first, 0, ids[before])
-            looks = (value, step) if shown[name].kind in WRITTEN else (value,)
+            looks = (value, step) if shown[name].reads_numbers else (value,)
             found = max(_pair_score(look[known], cells, outcome) for look in looks)
             if found >= LEAK > max(_pair_score(v[known], cells, outcome) for v in own):
                 raise DataError(
@@ -167,82 +180,7 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
 
 
 def _pair_score(value: np.ndarray, cells: Cells, outcome: Outcome) -> float:
-    codes = np.unique(value, return_inverse=True)[1]
-    return dependence.score(cells._replace(value=codes), outcome)
-
-
-def log_out_of_order(log: Log, names: Any) -> None:
-    """Stop if an event of the log does not come after the one before, by user, time and row.
-
-    Then an event's place says whether it is before another, which `future_in_history` relies on.
-
-    Args:
-      log: all events.
-      names: [U] raw ids of the users, for the message.
-
-    Raises:
-      DataError: naming the user and the source rows of the two events.
-    """
-    for start in range(1, len(log.user), _SLICE):
-        here, before = slice(start, start + _SLICE), slice(start - 1, start - 1 + _SLICE)
-        user, time, row = (array[here] for array in (log.user, log.time, log.row))
-        before_user, before_time, before_row = (
-            array[before][: len(user)] for array in (log.user, log.time, log.row)
-        )
-        after = (time > before_time) | ((time == before_time) & (row > before_row))
-        after = (user > before_user) | ((user == before_user) & after)
-        if not after.all():
-            first = start + int(np.argmin(after))
-            raise _future(log, names, first - 1, first)
-
-
-def future_in_history(
-    log: Log,
-    hide_ties: bool,
-    names: Any,
-    event: np.ndarray,
-    cutoff: np.ndarray,
-    target: np.ndarray,
-) -> None:
-    """Stop if a position of some examples sees an event that is not before its target.
-
-    Args:
-      log: all events, in the order that `log_out_of_order` checks.
-      hide_ties: events of the target's own time are not before it.
-      names: [U] raw ids of the users, for the message.
-      event: [n, L] places in the log of the events that an example holds, then -1 for none.
-      cutoff: [n, P] a position sees the first so many of them.
-      target: [n, P] places in the log of the targets, -1 for padding.
-
-    Raises:
-      DataError: naming the user and the source rows of the event and the target.
-    """
-    final, begin = target.max(axis=1), event[:, 0]
-    # ascending events from one of the user's up to one before the target are the user's past
-    wrong = (event[:, 1:] >= 0) & ((event[:, 1:] <= event[:, :-1]) | (event[:, :-1] < 0))
-    wrong = np.pad(wrong, ((0, 0), (1, 0)))
-    wrong[:, 0] |= (begin >= 0) & (log.user[begin] != log.user[final])
-    if wrong.any():
-        n, place = np.argwhere(wrong)[0]
-        raise _future(log, names, event[n, place], final[n])
-    last = np.take_along_axis(event, np.maximum(cutoff - 1, 0), 1)
-    seen = (cutoff > 0) & (target >= 0) & (last >= 0)
-    later = last >= target
-    if hide_ties:
-        later |= log.time[last] >= log.time[target]
-    later &= seen
-    if later.any():
-        n, p = np.argwhere(later)[0]
-        raise _future(log, names, last[n, p], target[n, p])
-
-
-def _future(log: Log, names: Any, event: int | np.integer, target: int | np.integer) -> DataError:
-    return DataError(
-        f"the history of user {names[log.user[target] - FIRST]} shows source row "
-        f"{log.row[event]} (time {log.time[event]:.15g}), which is not before its target, row "
-        f"{log.row[target]} (time {log.time[target]:.15g}). Please report it: the examples were "
-        "put together wrongly"
-    )
+    return score(cells._replace(value=np.unique(value, return_inverse=True)[1]), outcome)
 
 
 # --- Statistics over all splits
@@ -273,7 +211,7 @@ def statistics_of_everything(
                 feature.on == ("item" if key == "item" else "context")
                 and column in table.schema.names
             ):
-                columns[name] = dependence.joined(one_array(table[column]))
+                columns[name] = joined(one_array(table[column]))
         numbers = {name: as_numbers(text) for name, text in columns.items()}
         numbers = {n: x for n, x in numbers.items() if (~np.isnan(x)).sum() >= _KEYS}
         if not numbers or key not in events.columns:
@@ -337,3 +275,255 @@ def _check_statistic(
                 f"kind = 'past_count' or 'past_rate'; if it is meant: guard.allow = "
                 f"['{name}/{task}']"
             )
+
+
+# --- Equal rows
+
+
+def row_in_two_splits(
+    equal: Any,
+    events: Any,
+    experiment: Experiment,
+    sizes: dict[str, int],
+    dropped: int,
+    first_rows: int,
+    place: Callable[[int], str] = "row {}".format,
+) -> None:
+    """Stop if equal raw rows are in different splits: judged by what was learned by heart.
+
+    With user, item and time a row equal to another is the same event, and one is too many. Other
+    rows may be equal by chance: then judged rows with a twin in training are compared with the
+    training rows that have one themselves.
+
+    Args:
+      equal: Ibis table of the rows that are equal to another one in every raw column, and the
+        `first` of them; None where duplicates were dropped within the one source.
+      events: Ibis table with row and split.
+      experiment: what the columns mean.
+      sizes: events of each split.
+      dropped: rows of the first source that are not among the events: as duplicates they are twins
+        of what is left, and count as training rows.
+      first_rows: rows of the first source, which are the first by number.
+      place: says where a source row is.
+
+    Raises:
+      DataError: with the number of rows and the first pair.
+    """
+    if equal is None:
+        return
+    data = experiment.data
+    keyed = bool(data.user and data.item and data.time)
+    rows = equal.left_join(events.select("row", "split"), "row").drop("row_right")
+    trains = rows.split.isin((0, 3)).fill_null(rows.row < first_rows)
+    validates, tests = ((rows.split == n).fill_null(False) for n in (1, 2))
+    null = ibis.null("int64")
+    groups = rows.group_by(group=rows["first"]).agg(
+        train=trains.sum(),
+        validation=validates.sum(),
+        test=tests.sum(),
+        first=ibis.ifelse(trains | validates, rows.row, null).min(),
+        twin=ibis.ifelse(validates | tests, rows.row, null).max(),
+    )
+    others = groups.validation + groups.test
+    shared = (groups.train > 0) & (others > 0)
+    if keyed:
+        shared |= (groups.validation > 0) & (groups.test > 0)
+    twins = ibis.ifelse(groups.train > 1, groups.train, 0).sum()
+    [found] = (
+        groups.agg(twins=twins, shared=ibis.ifelse(shared, others, 0).sum())
+        .to_pyarrow()
+        .to_pylist()
+    )
+    train = sizes["train"] + sizes.get("shown", 0) + dropped
+    all_judged = sizes["validation"] + sizes["test"]
+    limit = 0.0 if keyed else 5 * (found["twins"] or 0) / max(train, 1) + 0.01
+    if (found["shared"] or 0) / max(all_judged, 1) <= limit:
+        return
+    [pair] = groups.filter(shared).order_by("first").limit(1).to_pyarrow().to_pylist()
+    remedy = (
+        "take these rows out of the training files"
+        if experiment.split.kind == "files"
+        else "set clean.duplicates = 'drop'"
+    )
+    raise DataError(
+        f"{found['shared']:,} of {all_judged:,} validation and test rows are equal in every "
+        f"column to a row of another split, e.g. {place(pair['first'])} and {place(pair['twin'])}"
+        + (f" (training rows among themselves: {found['twins'] or 0:,})" if not keyed else "")
+        + f": they would be judged by what was learned by heart. To judge on new rows, {remedy}"
+    )
+
+
+# --- How far one value says what a label is: fitted on one half of the rows, judged on the other.
+# Values are compared by their mean label (or commonest class) in the other half, so that ids and
+# timestamps, which do not come again, say nothing however many there are.
+
+
+class Outcome(NamedTuple):
+    """A task's training labels; index h of an array is the half 0 or 1 of the rows."""
+
+    name: str
+    kind: str  # binary, regression or multiclass
+    n: np.ndarray  # [2] labelled rows
+    s: np.ndarray  # [2] sums of the labels less `center`
+    center: float
+    spread: float  # regression: sum of squares around the mean
+
+
+class Cells(NamedTuple):
+    """Labelled training rows, counted by the value of a feature (and by the class)."""
+
+    value: np.ndarray  # [k] codes from 0 on
+    n: np.ndarray  # [2, k] rows of the two halves
+    s: np.ndarray  # [2, k] sums of their labels less `center`
+    label: np.ndarray  # [k] class codes (multiclass)
+
+
+def _auc(score: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> float:
+    """Area under the ROC curve of groups of rows with one score each; ties count half."""
+    _, group = np.unique(score, return_inverse=True)
+    p, q = np.bincount(group, positive), np.bincount(group, negative)
+    pairs = p.sum() * q.sum()
+    return float((p * (np.cumsum(q) - q / 2)).sum() / pairs) if pairs else 0.5
+
+
+def score(cells: Cells, outcome: Outcome) -> float:
+    """AUC, R² or accuracy of the other half's mean label, or commonest class, by value."""
+    if outcome.kind == "multiclass":
+        return _accuracy(cells)
+    size = int(cells.value.max(initial=-1)) + 1
+    n, s = ([np.bincount(cells.value, x, size) for x in pair] for pair in (cells.n, cells.s))
+    areas, saved = [], 0.0
+    for own, other in ((0, 1), (1, 0)):
+        mean = outcome.s[other] / max(outcome.n[other], 1)  # of values that only one half has
+        guess = np.where(n[other] > 0, s[other] / np.maximum(n[other], 1), mean)
+        saved += float((guess * (2 * s[own] - n[own] * guess)).sum())
+        rest = outcome.s[own] - s[own].sum()
+        positive = np.append(s[own], rest)
+        negative = np.append(n[own] - s[own], outcome.n[own] - n[own].sum() - rest)
+        areas.append(_auc(np.append(guess, mean), positive, negative))
+    return float(np.mean(areas)) if outcome.kind == "binary" else saved / outcome.spread
+
+
+def _accuracy(cells: Cells) -> float:
+    """Of the commonest class by value; 0 where always the same class would do nearly as well.
+
+    Values that one half alone has count as wrong, but for the commonest class. They are left out
+    where they are fewer than the others, since many classes over many values leave some unseen.
+    """
+    classes = int(cells.label.max(initial=0)) + 1
+    pair, place = np.unique(cells.value * classes + cells.label, return_inverse=True)
+    n = np.stack([np.bincount(place, x, len(pair)) for x in cells.n])
+    value, label = np.divmod(pair, classes)
+    right, sizes = 0.0, np.zeros((2, classes))  # [unseen, seen]
+    for own, other in ((0, 1), (1, 0)):
+        order = np.lexsort((label, -n[other], value))
+        best = order[np.diff(value[order], prepend=-1) != 0]
+        best = best[n[other][best] > 0]
+        seen = np.isin(value, value[best])
+        right += n[own][best].sum()
+        for row, mask in enumerate((~seen, seen)):
+            sizes[row] += np.bincount(label[mask], n[own][mask], classes)
+    lucky = sizes[0, sizes.sum(0).argmax()]
+    scores = [_beyond_trivial(right + lucky, sizes.sum(0))]
+    if sizes[1].sum() >= max(ROWS, sizes[0].sum()):
+        scores.append(_beyond_trivial(right, sizes[1]))
+    return max(scores)
+
+
+def _beyond_trivial(right: float, sizes: np.ndarray) -> float:
+    rows, others = sizes.sum(), sizes.sum() - sizes.max()
+    enough = others >= OF_A_CLASS and rows - right <= 0.01 * others
+    return float(right / rows) if enough else 0.0
+
+
+def number_score(cells: Cells, number: np.ndarray, outcome: Outcome) -> float:
+    """The same for a number (NaN: none): by quantile bins, by its rank, or as a straight line."""
+    known = ~np.isnan(number)
+    weight, total = cells.n.sum(0), cells.s.sum(0)
+    x, place = np.unique(number[known], return_inverse=True)
+    n = np.bincount(place, weight[known], len(x))
+    if n.sum() < ROWS:
+        return 0.0
+    bins = int(np.clip(n.sum() // 20, 2, _BINS))
+    code = np.full(len(number), bins)
+    code[known] = ((np.cumsum(n) - n / 2) * bins / n.sum()).astype(np.int64)[place]
+    scores = [score(cells._replace(value=code), outcome)]
+    s = np.bincount(place, total[known], len(x))
+    if outcome.kind == "binary" and min(s.sum(), (n - s).sum()) >= OF_A_CLASS:
+        area = _auc(x, s, n - s)
+        scores.append(max(area, 1 - area))
+    if outcome.kind == "regression":
+        x = (x - (n * x).sum() / n.sum()) / max(np.abs(x).max(), 1e-300)
+        variance = (n * x * x).sum()
+        scores.append(float((x * s).sum() ** 2 / variance / outcome.spread) if variance else 0.0)
+    return max(scores)
+
+
+def word_score(cells: Cells, text: pa.Array, separator: str, outcome: Outcome) -> float:
+    """Best AUC of the presence of one word (binary tasks)."""
+    words = pc.split_pattern(pc.fill_null(text, ""), separator)
+    codes = np.asarray(words.flatten().dictionary_encode().indices)
+    cell = np.asarray(pc.list_parent_indices(words))
+    positive = np.bincount(codes, cells.s.sum(0)[cell])
+    negative = np.bincount(codes, cells.n.sum(0)[cell]) - positive
+    p = outcome.s.sum()
+    q = outcome.n.sum() - p
+    return float(0.5 + np.abs(positive / p - negative / q).max(initial=0) / 2)
+
+
+def judged(
+    name: str, kind: str, label: np.ndarray, row: np.ndarray
+) -> tuple[Outcome | None, Cells, np.ndarray]:
+    """Outcome and cells of rows with these labels, and which rows those are, the others unlabelled.
+
+    Args:
+      name: of the task.
+      kind: of the task.
+      label: [n] numbers, NaN for none (multiclass: any number for a class).
+      row: [n] source rows, which decide the halves.
+
+    Returns:
+      The outcome (None where the labels are too few, or all the same), cells [k] that wait for
+      their values, and the mask [n] of the k rows.
+    """
+    known = ~np.isnan(label)
+    label, half = label[known], half_of(row[known])
+    n = np.stack([half == 0, half == 1]).astype(float)
+    center = float(label.mean()) if kind == "regression" and len(label) else 0.0
+    spread = float(np.square(label - label.mean()).sum()) if len(label) else 0.0
+    classes, code = np.unique(label, return_inverse=True)
+    cells = Cells(np.zeros(len(label), np.int64), n, n * (label - center), code)
+    fewest = OF_A_CLASS if kind == "regression" else min(np.bincount(code), default=0)
+    if kind == "multiclass":
+        fewest = OF_A_CLASS * (len(classes) > 1)
+    if len(label) < ROWS or fewest < OF_A_CLASS or not spread:
+        return None, cells, known
+    return Outcome(name, kind, n.sum(1), cells.s.sum(1), center, spread), cells, known
+
+
+def best_score(feature: Feature, text: pa.Array, cells: Cells, outcome: Outcome) -> float:
+    """The highest score of a feature's cells [k]: as values, as numbers, as words, by its kind."""
+    cells = cells._replace(value=codes(text))
+    best = score(cells, outcome)
+    if feature.reads_numbers:
+        best = max(best, number_score(cells, as_numbers(text), outcome))
+    if isinstance(feature, MultiValued) and outcome.kind == "binary":
+        text = pc.replace_substring(text, BETWEEN, feature.separator)
+        best = max(best, word_score(cells, text, feature.separator, outcome))
+    return best
+
+
+def half_of(row: np.ndarray) -> np.ndarray:
+    """The half, 0 or 1, that each source row is in."""
+    return mix(row, 0) % 2
+
+
+def codes(values: pa.Array) -> np.ndarray:
+    """A number for each distinct value, nothing included."""
+    coded = values.dictionary_encode(null_encoding="encode")
+    return np.asarray(coded.indices).astype(np.int64)
+
+
+def joined(cells: pa.Array) -> pa.Array:
+    """Arrow cells of text, or of lists of text, as text."""
+    return pc.binary_join(cells, BETWEEN) if pa.types.is_list(cells.type) else cells

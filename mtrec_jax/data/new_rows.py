@@ -1,4 +1,4 @@
-"""New raw rows, encoded with what an earlier preparation has learned."""
+"""New requests, encoded with what an earlier preparation has learned."""
 
 from __future__ import annotations
 
@@ -14,60 +14,63 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import pydantic
 
+from mtrec_jax import choices
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
-from mtrec_jax.data.bounds import with_bounds
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.data.encode import feature_cells
 from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.features import one_array
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged, check_columns
-from mtrec_jax.data.schema import typed
-from mtrec_jax.data.sources import Source, check_single, event_columns, open_source
+from mtrec_jax.data.rules import with_bounds
+from mtrec_jax.data.schema import columns_of, typed
+from mtrec_jax.data.sources import Source, check_single, open_source
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST, UNKNOWN
 
 
-def encode_rows(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
-    """Encode new raw rows of a `rows` data set with the vocabularies and scales of a folder.
+def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
+    """Encode new raw rows, a request each, with the vocabularies and scales of a folder.
 
     Args:
-      prepared: a folder of kind "rows".
-      table: a file, or an in-memory table; labels may be absent. The suffix .csv, .tsv, .jsonl or
-        .parquet (before .gz or .zst) says the format, otherwise `data.events` does.
+      prepared: the folder, or the view of one; its features on = "request" are encoded.
+      table: a file, or an in-memory table, with the columns of these features, and of the user and
+        the item where the data has them. The suffix .csv, .tsv, .jsonl or .parquet (before .gz or
+        .zst) says the format, otherwise `data.events` does.
 
     Returns:
-      In the order of the input: {"context_ids" [n, M], "context_numbers" [n, C], "candidate"
-      [n, 1] (0: missing or no item column, 1: unknown), "user" [n] (likewise)}.
+      In the order of the input: {"request_ids" [n, M], "request_numbers" [n, C], "candidate" [n, 1]
+      (0: missing or no item column, 1: unknown), "user" [n] (likewise)}.
 
     Raises:
-      DataError: the folder holds sequences, a column is missing, a line is malformed, or a cell
-        is no number or time where one is needed.
+      DataError: a column is missing, a line is malformed, or a cell is no number or time where one
+        is needed.
     """
     manifest = prepared.manifest
-    if manifest.kind != "rows":
-        raise DataError(
-            f"{prepared.folder} holds sequences: its raw rows cannot be encoded one by one"
-        )
     values = {"name": manifest.name, **manifest.config}
-    experiment = pydantic.TypeAdapter(Experiment).validate_python(values)
+    experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
+    needed = columns_of(experiment, "events", outcomes=False)
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
-        source = _read_new(opened, experiment, table, event_columns(experiment))
+        source = _read_new(opened, experiment, table, needed)
         cleaned = with_bounds(experiment, manifest.bounds)
         rows = typed(cleaned, source.table, labels=False).order_by("row").to_pyarrow()
     _check_cells(experiment, source.staged, rows)
     rows = past.look_up(rows, prepared, experiment)
-    context = [name for name, feature in experiment.features.items() if feature.on == "context"]
-    encodings = [features.restore(prepared, name) for name in context]
-    context_ids, context_numbers = features.encode_all(encodings, feature_cells(rows), len(rows))
+    asked = [name for name, feature in experiment.features.items() if feature.on == "request"]
+    encodings = [features.restore(prepared, name) for name in asked]
+    ids, numbers = features.encode_all(encodings, _feature_cells(rows), len(rows))
     return {
-        "context_ids": context_ids,
-        "context_numbers": context_numbers,
+        "request_ids": ids,
+        "request_numbers": numbers,
         "candidate": _stored_ids(rows, "item", prepared.items)[:, None],
         "user": _stored_ids(rows, "user", prepared.users),
     }
+
+
+def _feature_cells(table: pa.Table) -> dict[str, pa.Array]:
+    """The feature columns of events by the feature's name."""
+    names = [name for name in table.column_names if name.startswith("feature_")]
+    return {name.removeprefix("feature_"): one_array(table[name]) for name in names}
 
 
 def read_columns(experiment: Experiment, table: Any, columns: Sequence[str]) -> pa.Table:
@@ -82,7 +85,7 @@ def read_columns(experiment: Experiment, table: Any, columns: Sequence[str]) -> 
       DataError: a column is missing, or a line is malformed.
     """
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
-        purposes = event_columns(experiment)
+        purposes = columns_of(experiment, "events")
         needed = {column: purposes.get(column, "asked for") for column in columns}
         source = _read_new(opened, experiment, table, needed)
         return source.table.order_by(ROW).select(*columns).to_pyarrow()
@@ -123,7 +126,7 @@ def _read_new(
 
 def _check_cells(experiment: Experiment, staged: Staged, rows: pa.Table) -> None:
     """Raise `DataError` for the first cell that would silently count as missing."""
-    cells = feature_cells(rows)
+    cells = _feature_cells(rows)
     for name, values in cells.items():
         feature = experiment.features[name]
         wrong = np.flatnonzero(features.unreadable(feature, values)).tolist()

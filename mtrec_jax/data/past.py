@@ -5,7 +5,9 @@ Sums are sums of integers, which are exact in any order, so that every engine gi
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ibis
@@ -17,19 +19,11 @@ import pyarrow.parquet as pq
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.engine import Engine, rows
-from mtrec_jax.data.examples import mix
-from mtrec_jax.data.features import PAST, one_array
+from mtrec_jax.data.examples import VISIBLE, mix
+from mtrec_jax.data.features import Gap, PastCount, PastRate, one_array
 
 FOLDS = 5
 IN_TIME = ("leave_one_out", "time", "user_ratio", "user_holdout", "files")  # of a split's kinds
-
-
-def clock(kind: str, seconds: Any) -> Any:
-    """Hour "0" .. "23" or weekday "0" (Monday) .. "6" in UTC, as text, of Unix seconds."""
-    length, shift, size = (3600, 0, 24) if kind == "hour" else (86_400, 3, 7)  # 1970: a Thursday
-    sane = ibis.ifelse(seconds.abs() < 1e13, seconds, ibis.null("float64"))
-    whole = (sane / length).floor().cast("int64") + shift
-    return ((whole % size + size) % size).cast("string")
 
 
 def add(engine: Engine, events: Any, experiment: Experiment) -> Any:
@@ -37,49 +31,68 @@ def add(engine: Engine, events: Any, experiment: Experiment) -> Any:
 
     Counts and rates are about the events with the same `feature_<name>`, which is the value of the
     feature's column before. With a split in time, what is strictly earlier counts: for training
-    events other training events, for validation those and events that were shown or validate, for
-    test all. With other splits training events count whenever they happened, and for a training
-    event only those outside its own one of five folds.
+    events other training events, for validation and test what `VISIBLE` says of `data.past`; so
+    does the gap of a frozen past. With other splits training events count whenever they happened,
+    and for a training event only those outside its own one of five folds.
 
     Args:
       engine: where the events are.
       events: Ibis table with row, split, label_* and feature_*; user and time where they are used.
-      experiment: its features, split and seed.
+      experiment: its features, split, past and seed.
     """
     columns: dict[str, Any] = {}
     for name, feature in experiment.features.items():
-        if feature.kind == "gap":
-            last = events.time.lag().over(group_by=events.user, order_by=[events.time, events.row])
-            columns[f"feature_{name}"] = events.time - last
-        elif feature.kind in PAST:
+        if isinstance(feature, Gap):
+            columns[f"feature_{name}"] = events.time - _last(events, experiment)
+        elif isinstance(feature, PastCount):
             columns[f"feature_{name}"] = _so_far(events, experiment, name)
     return engine.keep("past", events.mutate(**columns)) if columns else events
 
 
+def _last(events: Any, experiment: Experiment) -> Any:
+    """The time of the user's event before; with a frozen past, of the last one before the split."""
+    order = [events.time, events.row]
+    if experiment.data.past == "rolling":
+        return events.time.lag().over(group_by=events.user, order_by=order)
+    before = ibis.rows_window(preceding=(None, 1), group_by=events.user, order_by=order)
+
+    def known(splits: tuple[int, ...]) -> Any:
+        there = events.split.isin(splits)
+        return ibis.ifelse(there, events.time, ibis.null("float64")).max().over(before)
+
+    return _by_split(events.split, "frozen", known)
+
+
+def _by_split(split: Any, past: str, known: Callable[[tuple[int, ...]], Any]) -> Any:
+    """For each event what it may know, given the splits of the events that it may know of."""
+    train, judged, test = map(known, VISIBLE[past])
+    return ibis.cases((split == 0, train), (split == 2, test), else_=judged)
+
+
 def final(events: Any, experiment: Experiment) -> dict[str, pa.Table]:
-    """What new rows will be told: {feature: table of value and number}, from the training events.
+    """What new requests are told: {feature: table of value and number}, from the training events.
 
     The number is a count, a rate, or the time of a user's last event; that of the null value is
     for values without training events.
 
     Args:
       events: as `add` takes them, not as it gives them back.
-      experiment: of kind "rows"; there are no new rows of sequences.
+      experiment: its features of the request are meant.
     """
     found: dict[str, pa.Table] = {}
-    if experiment.data.kind != "rows":
-        return found
     train = events.filter(events.split == 0)
     for name, feature in experiment.features.items():
-        if feature.kind == "gap":
+        if feature.on != "request":
+            continue
+        if isinstance(feature, Gap):
             table, other = train.group_by(value="user").agg(number=train.time.max()), None
-        elif feature.kind in PAST:
+        elif isinstance(feature, PastCount):
             units = _units(events, experiment, name)
             one, amount = _measure(train, units)
             groups = train.group_by(value=train[f"feature_{name}"])
             groups = groups.agg(n=one.sum(), total=amount.sum())
             table = groups.select("value", number=_number(groups.n, groups.total, units))
-            other = units.prior if feature.kind == "past_rate" else 0.0
+            other = units.prior if isinstance(feature, PastRate) else 0.0
         else:
             continue
         known = table.filter(table.value.notnull()).to_pyarrow().sort_by("value")
@@ -89,16 +102,17 @@ def final(events: Any, experiment: Experiment) -> dict[str, pa.Table]:
 
 
 def look_up(new: pa.Table, prepared: Prepared, experiment: Experiment) -> pa.Table:
-    """New rows with what `final` knows about them in the place of the values of past features."""
+    """New requests with what `final` knows of them in the place of the values of past features."""
     for name, feature in experiment.features.items():
-        if feature.kind != "gap" and feature.kind not in PAST:
+        if feature.on != "request" or not feature.looks_back:
             continue
         table = pq.read_table(prepared.folder / "past" / f"{name}.parquet")
         value, number = one_array(table["value"]), one_array(table["number"])
-        cells = one_array(new["user" if feature.kind == "gap" else f"feature_{name}"])
+        gap = isinstance(feature, Gap)
+        cells = one_array(new["user" if gap else f"feature_{name}"])
         place = pc.index_in(cells, value_set=value.slice(0, len(value) - 1))
         numbers = number.take(pc.fill_null(place, len(value) - 1))
-        if feature.kind == "gap":
+        if gap:
             numbers = pa.array(_gaps(cells, new["time"].to_numpy(), numbers), from_pandas=True)
         else:
             numbers = pc.if_else(cells.is_valid(), numbers, pa.scalar(None, pa.float64()))
@@ -129,7 +143,7 @@ class _Units(NamedTuple):
 def _units(events: Any, experiment: Experiment, name: str) -> _Units:
     """The finest units in which every sum of labels is an exact float64; and the training mean."""
     feature = experiment.features[name]
-    if feature.kind == "past_count":
+    if not isinstance(feature, PastRate):
         return _Units("", 1.0, 0.0, 0.0)
     label = events[f"label_{feature.label}"]
     [found] = rows(events.agg(n=label.count(), top=label.abs().max()))
@@ -165,17 +179,18 @@ def _so_far(events: Any, experiment: Experiment, name: str) -> Any:
     """A count or a rate for every event, from the events that it may know of."""
     units = _units(events, experiment, name)
     one, amount = _measure(events, units)
-    key, split = events[f"feature_{name}"], events.split
-    in_time = bool(experiment.data.time) and experiment.split.kind in IN_TIME
+    key, split, data = events[f"feature_{name}"], events.split, experiment.data
+    in_time = bool(data.time or data.user) and experiment.split.kind in IN_TIME
     if in_time:
-        wide = ibis.range_window(following=0, group_by=key, order_by=events.time)
-        narrow = ibis.window(group_by=[key, events.time])  # its own moment
+        time = events.time if data.time else events.row
+        wide = ibis.range_window(following=0, group_by=key, order_by=time)
+        narrow = ibis.window(group_by=[key, time])  # its own moment
     else:
         wide = ibis.window(group_by=key)
-        fold = mix(events.row, experiment.data.seed) % FOLDS
+        fold = mix(events.row, data.seed) % FOLDS
         narrow = ibis.window(group_by=[key, fold])
 
-    def known(value: Any, splits: tuple[int, ...], without: Any) -> Any:
+    def known(value: Any, splits: tuple[int, ...], without: Any = True) -> Any:
         counted = ibis.ifelse(split.isin(splits), value, 0)
         mine = counted.sum().over(narrow)
         return counted.sum().over(wide) - ibis.ifelse(without, mine, 0)
@@ -183,10 +198,9 @@ def _so_far(events: Any, experiment: Experiment, name: str) -> Any:
     def seen(value: Any) -> Any:
         if not in_time:
             return known(value, (0,), split == 0)
-        if experiment.split.kind == "time":  # no later split has an earlier event
-            return known(value, (0, 1, 2, 3), True)
-        train, judged, every = (known(value, s, True) for s in ((0,), (0, 1, 3), (0, 1, 2, 3)))
-        return ibis.cases((split == 0, train), (split == 2, every), else_=judged)
+        if experiment.split.kind == "time" and data.past == "rolling":
+            return known(value, (0, 1, 2, 3))  # no later split has an earlier event
+        return _by_split(split, data.past, functools.partial(known, value))
 
     number = _number(seen(one), seen(amount), units)
     return ibis.ifelse(key.notnull(), number, ibis.null("float64"))

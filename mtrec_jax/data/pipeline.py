@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 
-from mtrec_jax.data.dataset import Prepared, to_arrays
+from mtrec_jax.data.dataset import IdField, Manifest, NumberField, Prepared, to_arrays
 from mtrec_jax.errors import Stalled
 from mtrec_jax.types import Batch
 
@@ -35,7 +36,7 @@ class BatchSource:
     Threads may share it and take turns. The arrays of a batch may be views: leave them as they are.
 
     Args:
-      prepared: the data.
+      prepared: the data; of it, the columns of the chosen tasks and features are read.
       split: "train", "validation" or "test".
       batch_size: B; the last batch of an epoch is filled up with examples of weight 0.
       seed: of the order; None keeps the order on disk.
@@ -55,14 +56,14 @@ class BatchSource:
         dtype: str = "float32",
         timeout: int = 0,
     ):
-        self._timeout = timeout
+        self._timeout, self._prepared = timeout, prepared
         self._file, self._lock = prepared.parquet(split), threading.Lock()
         self._seed, self._batch_size, self._dtype = seed, batch_size, dtype
         groups = [self._file.metadata.row_group(g) for g in range(self._file.num_row_groups)]
         self._sizes = np.array([group.num_rows for group in groups], int)
         self.batches_per_epoch = max(1, -(-int(self._sizes.sum()) // batch_size))
         self._length = self.batches_per_epoch * epochs
-        small = sum(group.total_byte_size for group in groups) < CACHE_BYTES / 2
+        small = sum(map(self._bytes, groups)) < CACHE_BYTES / 2
         self._keep = small and epochs > 1
         self._decoded: dict[int, Batch] = {}
         self._order = (-1, np.empty(0, int), np.empty(0, int))  # epoch, blocks, their ends
@@ -148,11 +149,24 @@ class BatchSource:
         rows = self._permutation(int(self._sizes[block]), epoch, block)
         return jax.tree.map(lambda array: array.take(rows, axis=0), found)
 
+    def _bytes(self, group: Any) -> int:
+        """What the columns that are read take of a block, decoded."""
+        names = set(self._prepared.columns())
+        columns = map(group.column, range(group.num_columns))
+        return sum(
+            c.total_uncompressed_size
+            for c in columns
+            if c.path_in_schema.removesuffix(".list.element") in names
+        )
+
     def _decode(self, block: int | None) -> Batch:
         """A block as it is on disk; None: no examples, of the same shapes."""
+        names = self._prepared.columns()
         if block is None:
-            return to_batch(to_arrays(self._file.schema_arrow.empty_table()), self._dtype)
-        return to_batch(to_arrays(self._file.read_row_group(block)), self._dtype)
+            table = self._file.schema_arrow.empty_table()
+        else:
+            table = self._file.read_row_group(block, columns=names)
+        return to_batch(to_arrays(table.select(names)), self._prepared.manifest, self._dtype)
 
 
 def training_batches(source: BatchSource) -> grain.DatasetIterator:
@@ -169,29 +183,57 @@ def evaluation_batches(
     return (source[s] for s in range(len(source)))
 
 
-def to_batch(arrays: dict[str, np.ndarray], dtype: str = "float32") -> Batch:
-    """Columns of the prepared format `[n, ...]` as a batch of n examples."""
-    labels = _named(arrays, "label_")
-    observed = {name: ~np.isnan(values) for name, values in labels.items()}
-    context = _named(arrays, "context_")
+def to_batch(arrays: dict[str, np.ndarray], manifest: Manifest, dtype: str = "float32") -> Batch:
+    """Columns of the prepared format as a batch of n examples, with the fields of the manifest."""
+    m, n, positions = manifest, len(arrays["user"]), arrays["row"].shape[1]
+    labels = {task: arrays[f"label_{task}"] for task in m.tasks}
+    observed = {task: ~np.isnan(values) for task, values in labels.items()}
+    events = {"ids": _joined(arrays, "event_", m.history, (n, m.history_length))}
+    if m.history_length:
+        events = {"item": arrays["event_item"], **events}
     return Batch(
-        context={
-            name: values.astype(dtype, copy=False) if name == "numbers" else values
-            for name, values in context.items()
-        },
-        events=_named(arrays, "event_"),
+        context=_inputs(arrays, "context_", m.context_ids, m.context_numbers, (n,), dtype),
+        request=_inputs(
+            arrays, "request_", m.request_ids, m.request_numbers, (n, positions), dtype
+        ),
+        events={name: values for name, values in events.items() if values is not None},
         cutoff=arrays["cutoff"],
         candidate=arrays["candidate"],
-        labels={n: np.where(observed[n], a, 0).astype(dtype) for n, a in labels.items()},
-        mask={name: there.astype(dtype) for name, there in observed.items()},
+        labels={t: np.where(observed[t], a, 0).astype(dtype) for t, a in labels.items()},
+        mask={task: there.astype(dtype) for task, there in observed.items()},
         user=arrays["user"],
         weight=(arrays["row"] >= 0).astype(dtype),
         row=arrays["row"],
     )
 
 
-def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+def _inputs(
+    arrays: dict[str, np.ndarray],
+    prefix: str,
+    ids: Sequence[IdField],
+    numbers: Sequence[NumberField],
+    shape: tuple[int, ...],
+    dtype: str,
+) -> dict[str, np.ndarray]:
+    parts = {
+        "ids": _joined(arrays, prefix, ids, shape),
+        "numbers": _joined(arrays, prefix, numbers, shape, dtype),
+    }
+    return {name: values for name, values in parts.items() if values is not None}
+
+
+def _joined(
+    arrays: dict[str, np.ndarray],
+    prefix: str,
+    fields: Sequence[IdField | NumberField],
+    shape: tuple[int, ...],
+    dtype: str = "int32",
+) -> np.ndarray | None:
+    """The slots of some fields beside each other `[*shape, M]`; None for no field."""
+    if not fields:
+        return None
+    parts = [arrays[prefix + field.name].reshape(*shape, field.slots) for field in fields]
+    return np.concatenate(parts, axis=-1, dtype=dtype)
 
 
 def _slice(batch: Batch, start: int, stop: int) -> Batch:

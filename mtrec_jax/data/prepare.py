@@ -1,23 +1,34 @@
-"""Raw logs to the prepared folder: clean, split, index, encode, write (format: `data.dataset`)."""
+"""The second stage of preparation: clean events to the prepared folder (format: `data.dataset`).
+
+Split, guard, give ids, fit what is learned from training events, encode, write.
+"""
 
 from __future__ import annotations
 
-import functools
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mtrec_jax.arguments import a_path, instance, one_of
+from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import clean, describe, examples, features, guards, past, report
-from mtrec_jax.data.bounds import Bounds
+from mtrec_jax.data import describe, examples, features, guards, past, report
+from mtrec_jax.data.clean import (
+    Cleaned,
+    Say,
+    appears_whole,
+    check_arguments,
+    check_own,
+    clean_with,
+    put_in_place,
+)
 from mtrec_jax.data.dataset import (
     FORMAT,
     SPLITS,
@@ -30,37 +41,32 @@ from mtrec_jax.data.dataset import (
     SplitInfo,
     Summary,
     TaskField,
+    configuration,
     open_prepared,
 )
-from mtrec_jax.data.encode import event_log, row_streams, sequence_streams
 from mtrec_jax.data.engine import Engine, Name, count, open_engine
-from mtrec_jax.data.features import Encoding
-from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, values_report
+from mtrec_jax.data.examples import Log, event_log, one_column, sequence_examples, to_table
+from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, text_columns, values_report
 from mtrec_jax.data.growth import item_vocabulary, open_base, summary
-from mtrec_jax.data.index import side_table, with_ids
-from mtrec_jax.data.schema import check_times
-from mtrec_jax.data.social import fit_tastes
-from mtrec_jax.data.social_tables import friend_lists, read_queries, with_queries
-from mtrec_jax.data.sources import EVENTS, Source, read_sources
-from mtrec_jax.data.split import describe_split
-from mtrec_jax.data.twins import row_in_two_splits
-from mtrec_jax.data.write import write_examples, write_items, write_users, write_vocabularies
-from mtrec_jax.errors import DataError
-
-Say = Callable[[str], None]
+from mtrec_jax.data.rules import sample_spaces
+from mtrec_jax.data.social import Tastes, fit_tastes, friend_lists, split_queries, with_queries
+from mtrec_jax.data.split import describe_split, split_events
+from mtrec_jax.types import FIRST
 
 
 def prepare(
     experiment: Experiment,
     data: str | Path | None,
     out: str | Path,
-    tables: dict[str, Any] | None = None,
+    tables: Mapping[str, Any] | None = None,
     progress: Say | None = None,
     engine: Name = "duckdb",
     memory: str = "",
     master: str = "local[*]",
     accept: Callable[[Manifest], None] | None = None,
     grow_from: str | Path | None = None,
+    cleaned: str | Path | None = None,
 ) -> Prepared:
     """Clean, split, index and encode raw tables, and write them as the folder `out`.
 
@@ -76,10 +82,12 @@ def prepare(
       progress: called with a line of text as the work goes on.
       engine: "duckdb", or "spark" (the extra mtrec_jax[spark]); both give the same folder.
       memory: most memory of the engine, such as "4GB"; by default a quarter of the machine's.
-      master: of Spark; a cluster must see the folders `data` and `out`.
+      master: of Spark; a cluster must see the folders `data`, `out` and `cleaned`.
       accept: called with the new manifest before `out` is replaced; if it raises, `out` stays.
       grow_from: a prepared folder of the same features, whose vocabularies these begin with, so
         that known values keep their ids; its bins, scales and classes stay as they are.
+      cleaned: the folder of the clean events, which other splits of the same raw data use again;
+        by default cleaned/NAME beside `out`, and a temporary one for tables in memory.
 
     Returns:
       The opened folder.
@@ -89,240 +97,127 @@ def prepare(
         or `out` holds something else. The message names the place and the remedy.
       ConfigError: the experiment asks for something that cannot be prepared.
     """
-    instance("experiment", experiment, Experiment, "pass what load_experiment gives")
     out = a_path("out", out)
-    data = None if data is None else a_path("data", data)
-    if not isinstance(tables, Mapping | None):
-        kind = type(tables).__name__
-        raise DataError(f"tables: a {kind}; pass a mapping such as {{'events': table}}")
-    describe.check(experiment)
-    for name, text in (("memory", memory), ("master", master)):
-        instance(name, text, str, "such as memory='4GB', master='local[*]'")
-    one_of("engine", engine, ("duckdb", "spark"))
-    foreign = out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()
-    if out.is_file() or foreign:
-        raise DataError(
-            f"{out} exists and is no prepared folder (no manifest.json), so it is not replaced. "
-            "Name another folder, or remove it"
-        )
+    data, tables = check_arguments(experiment, data, tables, engine, memory, master)
+    check_own(out, "manifest.json", "a prepared folder")
     base = None if grow_from is None else open_base(grow_from, experiment)
-    partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        (partial / "vocabularies").mkdir(parents=True)
-        with open_engine(partial / "work", engine, memory, master) as opened:
-            say = progress or (lambda text: None)
-            sources = read_sources(opened, experiment, data, tables or {}, say)
-            manifest = _build(opened, experiment, sources, partial, say, base)
-        shutil.rmtree(partial / "work", ignore_errors=True)
+    say = progress or (lambda text: None)
+    with appears_whole(out) as partial:
+        work = partial / "work"
+        kept = out.parent / "cleaned" / experiment.name
+        if cleaned is not None:
+            kept = a_path("cleaned", cleaned)
+        elif tables:
+            kept = work / "cleaned"
+        (partial / "vocabularies").mkdir()
+        with open_engine(work, engine, memory, master) as opened:
+            source = clean_with(opened, experiment, data, kept, tables, say)
+            started = time.perf_counter()
+            manifest = _build(opened, experiment, source, partial, say, base)
+        shutil.copyfile(source.folder / "quarantine.parquet", partial / "quarantine.parquet")
+        shutil.rmtree(work, ignore_errors=True)
         report.write_report(Prepared(partial, manifest), partial / "report.html")
         manifest.save(partial)
         if accept:
             accept(manifest)
-        _put_in_place(partial, out)
-    except OSError as error:  # raw files that cannot be read have errors of their own
-        raise DataError(
-            f"{out} cannot be written: {error}. Free room on that disk, check its permissions, or "
-            "prepare to another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_prepared(out)
+        put_in_place(partial, out)
+        say(f"fit: {sum(manifest.examples.values()):,} examples in "
+            f"{time.perf_counter() - started:.1f} s")  # fmt: skip
+    return open_prepared(out, map(type, experiment.features.values()))
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
-    """Rename the finished folder to its name; an older one is moved aside first, then removed."""
-    old = partial.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-class _Cleaned(NamedTuple):
-    """What the raw tables have become: clean, split, guarded, indexed."""
+class _Divided(NamedTuple):
+    """Clean events with their split, and who is in them, in the order of their ids."""
 
     events: Any  # ibis table with its split
     queries: Any  # ibis table of searches, or None
-    users: pa.Table  # in the order of their ids, with their columns and training events
+    users: pa.Table  # with their columns and training events
     items: pa.Table
     friends: Lists | None
     split: SplitInfo
     tasks: dict[str, TaskField]
     summary: Summary
     rules: list[Rule]
-    bounds: dict[str, Bounds]  # fitted, of clean.values
-    quarantined: int
 
 
 class _Fitted(NamedTuple):
-    """Features fitted on the training rows, and what is encoded already."""
+    """Features fitted on the training rows."""
 
     users: list[Encoding]
     items: list[Encoding]
-    events: list[Encoding]  # of the history, or of rows
-    user_arrays: tuple[np.ndarray, np.ndarray]  # ids [U, M], numbers [U, C]
-    item_arrays: tuple[np.ndarray, np.ndarray]
+    events: list[Encoding]  # of the history and of the request
+    cells: dict[str, pa.Array]  # {feature of users or items: its cells}
+
+    def encoded(self, of: list[Encoding]) -> dict[str, np.ndarray]:
+        """{feature: ids or numbers [n] or [n, S]} of all users or items."""
+        return {e.name: one_column(features.encode(e, self.cells[e.name])) for e in of}
 
 
 def _build(
     engine: Engine,
     experiment: Experiment,
-    sources: dict[str, Source],
+    cleaned: Cleaned,
     folder: Path,
     say: Say,
     base: Prepared | None,
 ) -> Manifest:
-    """Everything between the raw tables and the manifest; writes all other files."""
-    data = experiment.data
-    cleaned = _clean(engine, experiment, sources, folder, say, base)
-    events, fitted = _fit(engine, experiment, cleaned, folder, base)
-    say(f"index: {len(cleaned.users):,} users, {len(cleaned.items):,} items")
-    write_items(folder, experiment, cleaned.items, fitted.item_arrays)
-    if data.kind == "sequences":
-        context, positions, streams = _sequences(
-            engine, experiment, cleaned, fitted, events, folder, base
-        )
-    else:
-        context, positions = fitted.events, dict.fromkeys(SPLITS, 1)
-        log = _log(engine, experiment, cleaned, [], events) if data.user else None
-        write_users(folder, experiment, cleaned.users, fitted.user_arrays, log)
-        streams = row_streams(engine, events, experiment, fitted.events, cleaned.tasks)
-    written = write_examples(folder, streams, say)
-    history = fitted.events if data.kind == "sequences" else []
-    own, encodings = item_vocabulary(base, cleaned.items), [*fitted.items, *context, *history]
-    write_vocabularies(folder, encodings, own)
+    """Everything between the clean events and the manifest; writes all other files."""
+    data, notes = experiment.data, cleaned.notes
+    divided = _divide(engine, experiment, cleaned, say, base)
+    users, items = divided.users, divided.items
+    events, fitted = _fit(engine, experiment, divided, folder, base)
+    say(f"index: {len(users):,} users, {len(items):,} items")
+    _write_items(folder, experiment, items, fitted)
+    rows = sum(divided.split.sizes.values())
+    rows += count(divided.queries) if divided.queries is not None else 0
+    log = event_log(engine, events, rows, experiment, fitted.events, divided.tasks)
+    guards.next_event_known(log, experiment)
+    tastes = fit_tastes(experiment, log, divided.friends, items, divided.tasks, base)
+    context = {f"context_{name}": ids for name, ids in fitted.encoded(fitted.users).items()}
+    _write_users(folder, experiment, users, context | (tastes.of_users if tastes else {}), log)
+    positions, written = _write_examples(folder, experiment, log, context, tastes, say)
+    on = {role: [e for e in fitted.events if e.feature.on == role] for role in ("request", "history")}
+    on |= {"context": [*fitted.users, *(tastes.encodings if tastes else [])], "item": fitted.items}
+    encodings = [e for some in on.values() for e in some]
+    own = item_vocabulary(base, items)
+    _write_vocabularies(folder, encodings, own)
     if base:
-        say(summary(base, cleaned.items, encodings))
-    digests = [digest for source in sources.values() for digest in source.staged.digests]
+        say(summary(base, items, encodings))
+    digests = [digest for found in notes.digests.values() for digest in found]
     continues = base.manifest.fingerprint if base else ""
-    users, items, total = len(cleaned.users), len(cleaned.items), sum(cleaned.split.sizes.values())
+    total = sum(divided.split.sizes.values())
     return Manifest(
         format=FORMAT,
         name=experiment.name,
-        kind=data.kind,
-        protocol=describe.protocol(experiment, users, items, total),
+        protocol=describe.protocol(experiment, len(users), len(items), total),
         fingerprint=describe.fingerprint(experiment, digests + [continues] * bool(base)),
-        config=describe.configuration(experiment),
-        users=users,
-        items=items,
-        trained_items=pc.sum(pc.greater(cleaned.items["count"], 0)).as_py() or 0,
+        cleaned=notes.fingerprint,
+        config=configuration(experiment),
+        users=len(users),
+        items=len(items),
+        trained_items=pc.sum(pc.greater(items["count"], 0)).as_py() or 0,
         events=total,
-        quarantined=cleaned.quarantined,
-        split=cleaned.split,
-        history_length=data.history_length if data.kind == "sequences" else 0,
+        quarantined=notes.quarantined,
+        split=divided.split,
+        history_length=data.length,
         examples={name: n for name, (n, _) in written.items()},
         positions=positions,
         targets={name: n for name, (_, n) in written.items()},
-        context_ids=_id_fields(context),
-        context_numbers=_number_fields(context),
-        item_ids=_id_fields(fitted.items),
-        item_numbers=_number_fields(fitted.items),
-        history=_id_fields(history),
-        tasks=cleaned.tasks,
-        report=(*cleaned.rules, *values_report(encodings)),
-        bounds=cleaned.bounds,
-        summary=cleaned.summary,
+        context_ids=_id_fields(on["context"]),
+        context_numbers=_number_fields(on["context"]),
+        request_ids=_id_fields(on["request"]),
+        request_numbers=_number_fields(on["request"]),
+        item_ids=_id_fields(on["item"]),
+        item_numbers=_number_fields(on["item"]),
+        history=_id_fields(on["history"]),
+        tasks=divided.tasks,
+        report=(*notes.rules, *divided.rules, *values_report(encodings)),
+        bounds=notes.bounds,
+        summary=divided.summary,
         continues=continues,
         item_values=0 if own is None else len(own),
-        event_files=sources["events"].staged.digests,
-    )
-
-
-def _clean(
-    engine: Engine,
-    experiment: Experiment,
-    sources: dict[str, Source],
-    folder: Path,
-    say: Say,
-    base: Prepared | None,
-) -> _Cleaned:
-    """Clean and split the raw tables, give ids, and stop on leaks before anything is fitted."""
-    events, rules, removed, bounds = clean.clean_events(engine, experiment, sources)
-    if experiment.data.time:
-        rules += check_times(events, experiment.data.time_unit)
-    split = describe_split(events, experiment)
-    describe.check_splits(experiment, split.sizes)
-    say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
-    tasks, task_rules, labels = fit_tasks(events, experiment, base)
-    users, user_rules = side_table(engine, experiment, events, "user", sources.get("users"))
-    items, item_rules = side_table(engine, experiment, events, "item", sources.get("items"))
-    queries, query_rules = read_queries(engine, experiment, sources.get("queries"), events)
-    friends, users, tie_rules = friend_lists(engine, experiment, sources.get("ties"), users)
-    quarantined = _quarantine(engine, sources, removed, folder, events)
-    _guard(experiment, sources, events, {"user": users, "item": items})
-    for name in sources.keys() & set(EVENTS):  # nothing reads them from here
-        engine.forget(f"raw_{name}_{sources[name].staged.places[0][0]}")
-    rules += [*task_rules, *user_rules, *item_rules, *query_rules, *tie_rules]
-    summary = report.summarize(events, labels)
-    return _Cleaned(
-        events, queries, users, items, friends, split, tasks, summary, rules, bounds, quarantined
-    )
-
-
-def _fit(
-    engine: Engine, experiment: Experiment, cleaned: _Cleaned, folder: Path, base: Prepared | None
-) -> tuple[Any, _Fitted]:
-    """Learn the features, and give the events with ids, searches and counts of the past."""
-    users: list[Encoding] = []
-    user_cells: dict[str, pa.Array] = {}
-    if experiment.data.kind == "sequences":
-        users, user_cells = fit_side(experiment, cleaned.users, "user", "context", base)
-    items, item_cells = fit_side(experiment, cleaned.items, "item", "item", base)
-    for name, table in past.final(cleaned.events, experiment).items():  # for new rows
-        (folder / "past").mkdir(exist_ok=True)
-        pq.write_table(table, folder / "past" / f"{name}.parquet")
-    events = past.add(engine, cleaned.events, experiment)
-    on_events = fit_events(events, experiment, base)
-    if cleaned.queries is not None:
-        on_events += fit_events(cleaned.queries, experiment, base)
-    events = with_queries(engine, with_ids(engine, events), cleaned.queries)
-    return events, _Fitted(
-        users,
-        items,
-        on_events,
-        features.encode_all(users, user_cells, len(cleaned.users)),
-        features.encode_all(items, item_cells, len(cleaned.items)),
-    )
-
-
-def _log(
-    engine: Engine, experiment: Experiment, cleaned: _Cleaned, history: list[Encoding], events: Any
-) -> examples.Log:
-    """Events and searches, encoded, user by user in time order."""
-    total = sum(cleaned.split.sizes.values())
-    total += count(cleaned.queries) if cleaned.queries is not None else 0
-    return event_log(engine, events, total, experiment, history, cleaned.tasks)
-
-
-def _sequences(
-    engine: Engine,
-    experiment: Experiment,
-    cleaned: _Cleaned,
-    fitted: _Fitted,
-    events: Any,
-    folder: Path,
-    base: Prepared | None,
-) -> tuple[list[Encoding], dict[str, int], dict[str, Iterator[dict[str, np.ndarray]]]]:
-    """Context features, positions and examples of users' histories; writes the users."""
-    log = _log(engine, experiment, cleaned, fitted.events, events)
-    guards.next_event_known(log, experiment)
-    tastes = fit_tastes(experiment, log, cleaned.friends, cleaned.items, cleaned.tasks, base)
-    ids, numbers = fitted.user_arrays
-    at_end = np.concatenate([numbers, tastes.of_users], axis=1) if tastes else numbers
-    write_users(folder, experiment, cleaned.users, (ids, at_end), log)
-    names, hide_ties = cleaned.users["user"], experiment.data.hide_ties
-    guards.log_out_of_order(log, names)
-    check = functools.partial(guards.future_in_history, log, hide_ties, names)
-    at_targets = tastes.numbers if tastes else None
-    streams = sequence_streams(experiment, log, fitted.user_arrays, at_targets, check)
-    return [*fitted.users, *(tastes.encodings if tastes else [])], *streams
+        event_files=notes.digests["events"],
+    )  # fmt: skip
 
 
 def _id_fields(encodings: list[Encoding]) -> tuple[IdField, ...]:
@@ -333,29 +228,157 @@ def _number_fields(encodings: list[Encoding]) -> tuple[NumberField, ...]:
     return tuple(e.field for e in encodings if isinstance(e.field, NumberField))
 
 
-def _guard(
-    experiment: Experiment, sources: dict[str, Source], events: Any, sides: dict[str, pa.Table]
-) -> None:
-    """Stop on what gives answers away before anything is fitted."""
-
-    def place(row: int) -> str:
-        return max(staged, key=lambda s: (s.places[0][0] <= row, s.places[0][0])).place(row)
-
-    staged = [sources[name].staged for name in EVENTS if name in sources]
-    raw = [sources[name].table for name in EVENTS if name in sources]
-    row_in_two_splits(raw, events, experiment, place)
+def _divide(
+    engine: Engine, experiment: Experiment, cleaned: Cleaned, say: Say, base: Prepared | None
+) -> _Divided:
+    """Split the clean events, give ids, and stop on leaks before anything is fitted."""
+    notes = cleaned.notes
+    events = engine.keep("split", split_events(cleaned.table(engine, "events"), experiment))
+    events = sample_spaces(events, experiment)
+    split = describe_split(events, experiment)
+    describe.check_splits(experiment, split.sizes)
+    say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
+    tasks, rules, labels = fit_tasks(events, experiment, base)
+    users, items = (
+        _indexed(engine, events, key, cleaned.table(engine, f"{key}s")) for key in ("user", "item")
+    )
+    queries, friends = cleaned.table(engine, "queries"), None
+    if queries is not None:
+        queries = split_queries(queries, events, experiment)
+    if (ties := cleaned.table(engine, "ties")) is not None:
+        friends, users = friend_lists(ties, users, experiment)
+    equal = cleaned.table(engine, "equal")
+    guards.row_in_two_splits(
+        equal, events, experiment, split.sizes, notes.dropped, notes.first_rows, notes.place
+    )
+    sides = {"user": users, "item": items}
     guards.determined_labels(events, sides, experiment)
     guards.statistics_of_everything(sides, events, experiment)
+    told = report.summarize(events, labels)
+    return _Divided(events, queries, users, items, friends, split, tasks, told, rules)
 
 
-def _quarantine(
-    engine: Engine, sources: dict[str, Source], removed: list[str], folder: Path, events: Any
-) -> int:
-    """Write `quarantine.parquet`; every row that was read is in it or among the events."""
-    written = clean.write_quarantine(folder / "quarantine.parquet", engine, sources, removed)
-    staged = [sources[name].staged for name in EVENTS if name in sources]
-    kept, read = count(events), sum(s.rows for s in staged)
-    gone = sum(engine.size(name) for name in removed) + sum(s.bad for s in staged)
-    if kept + gone != read:
-        raise AssertionError(f"{read:,} rows read, {kept:,} kept, {gone:,} removed")
-    return written
+def _indexed(engine: Engine, events: Any, key: str, side: Any) -> pa.Table:
+    """All users or items of the events in the order of their ids, as an Arrow table of `key`, count
+    (training events) and column_*; key, count and id are kept as the table `{key}_index`.
+
+    Items are ordered by falling training count, so that trained ones come first, then by raw id;
+    users by raw id.
+    """
+    if key not in events.columns:
+        return pa.table({key: pa.array([], pa.string()), "count": pa.array([], pa.int64())})
+    sizes = events.group_by(key).agg(count=events.count(where=events["split"] == 0))
+    order = [ibis.desc("count"), key] if key == "item" else [key]
+    number = ibis.row_number().over(ibis.window(order_by=order))
+    table = index = engine.keep(f"{key}_index", sizes.mutate(id=(number + FIRST).cast("int64")))
+    if side is not None:
+        table = index.left_join(side, key).drop(f"{key}_right")
+    return table.order_by("id").drop("id").to_pyarrow()
+
+
+def _with_ids(engine: Engine, events: Any) -> Any:
+    """Events with user_id and item_id (0 where the data has none) in the place of user and item."""
+    for key in ("user", "item"):
+        if key in events.columns:
+            index = engine.read(engine.folder / f"{key}_index")
+            ids = index.select(key, **{f"{key}_id": "id"})
+            events = events.inner_join(ids, key).drop(key)
+        else:
+            events = events.mutate(**{f"{key}_id": ibis.literal(0, "int64")})
+    return events
+
+
+def _fit(
+    engine: Engine, experiment: Experiment, divided: _Divided, folder: Path, base: Prepared | None
+) -> tuple[Any, _Fitted]:
+    """Learn the features, and give the events with ids, searches and counts of the past."""
+    users, user_cells = fit_side(experiment, divided.users, "user", "context", base)
+    items, item_cells = fit_side(experiment, divided.items, "item", "item", base)
+    for name, table in past.final(divided.events, experiment).items():  # for new requests
+        (folder / "past").mkdir(exist_ok=True)
+        pq.write_table(table, folder / "past" / f"{name}.parquet")
+    events = past.add(engine, divided.events, experiment)
+    on_events = fit_events(events, experiment, base)
+    if divided.queries is not None:
+        on_events += fit_events(divided.queries, experiment, base)
+    events = with_queries(engine, _with_ids(engine, events), divided.queries)
+    return events, _Fitted(users, items, on_events, user_cells | item_cells)
+
+
+# --- The files of a prepared folder, but for the manifest and the report
+
+
+def _write_items(folder: Path, experiment: Experiment, items: pa.Table, fitted: _Fitted) -> None:
+    """Write the catalogue: items in the order of their ids."""
+    title = f"column_{experiment.data.title}"
+    titles = items[title] if title in items.column_names else pa.nulls(len(items), pa.string())
+    columns = {
+        "id": one_array(items["item"]),
+        "title": pc.fill_null(one_array(titles), ""),
+        "count": items["count"].to_numpy(),
+        **{f"item_{name}": array for name, array in fitted.encoded(fitted.items).items()},
+        **text_columns(experiment, items, "item"),
+    }
+    pq.write_table(to_table(columns), folder / "items.parquet")
+
+
+def _write_users(
+    folder: Path,
+    experiment: Experiment,
+    users: pa.Table,
+    context: dict[str, np.ndarray],
+    log: Log,
+) -> None:
+    """Write the users in the order of their ids, with their events in time order."""
+    columns = {"id": one_array(users["user"]), **context}
+    columns |= text_columns(experiment, users, "context")
+    if experiment.data.user:
+        offsets = pa.array(log.offsets(len(users)), pa.int32())
+        lists = {f"event_{field}": ids for field, ids in log.events.items()}
+        if not experiment.data.item:
+            del lists["event_item"]
+        for name, values in {**lists, "split": log.split}.items():
+            flat = pa.array(values) if values.ndim == 1 else examples.fixed_size(values)
+            columns[name] = pa.ListArray.from_arrays(offsets, flat)
+    pq.write_table(to_table(columns), folder / "users.parquet")
+
+
+def _write_examples(
+    folder: Path,
+    experiment: Experiment,
+    log: Log,
+    context: dict[str, np.ndarray],
+    tastes: Tastes | None,
+    say: Say,
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Write the examples of each split; returns P, and how many examples and targets there are."""
+    data = experiment.data
+    # Targets that are judged stand alone, so that each sees as much of the past as when serving.
+    positions = dict.fromkeys(SPLITS, 1)
+    positions["train"] = (data.positions or data.length) if data.length else 1
+    written = {}
+    for split, name in enumerate(SPLITS):
+        stream = sequence_examples(
+            log,
+            context,
+            split,
+            positions[name],
+            data.length,
+            data.hide_ties,
+            data.seed,
+            data.past,
+            tastes.numbers if tastes else None,
+        )
+        written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
+        say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
+    return positions, written
+
+
+def _write_vocabularies(folder: Path, encodings: list[Encoding], items: pa.Array | None) -> None:
+    """Write the values of the features, and those of the items' own table where they are given."""
+    if items is not None:
+        pq.write_table(pa.table({"value": items}), folder / "item_vocabulary.parquet")
+    for encoding in encodings:
+        if len(encoding.values):
+            vocabulary = pa.table({"value": encoding.values, "count": encoding.counts})
+            pq.write_table(vocabulary, folder / "vocabularies" / f"{encoding.name}.parquet")

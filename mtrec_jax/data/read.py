@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,17 @@ class Staged:
 
     def place(self, row: int) -> str:
         """Where a source row is, in words."""
-        first, file, line = self.places[bisect.bisect([p[0] for p in self.places], row) - 1]
-        return f"row {row} ({file} line {row - first + line})" if file else f"row {row}"
+        return place_of(self.places, row)
 
     def files(self) -> str:
         """The names of the files, for messages."""
         return ", ".join(file for _, file, _ in self.places if file) or f"table '{self.name}'"
+
+
+def place_of(places: Sequence[tuple[int, str, int]], row: int) -> str:
+    """Where a source row is, in words, by the first row of every file."""
+    first, file, line = places[bisect.bisect([p[0] for p in places], row) - 1]
+    return f"row {row} ({file} line {row - first + line})" if file else f"row {row}"
 
 
 def check_columns(name: str, have: list[str], needed: dict[str, str], place: str) -> None:
@@ -146,6 +151,25 @@ def stage(
     columns = tuple(names)
     digest = tuple(digests)
     return Staged(name, parts, columns, tuple(places), rows, row, bad, malformed, digest)
+
+
+def digests(
+    name: str, files: Files, base: Path, table: Any, first_row: int, public: str
+) -> tuple[str, ...]:
+    """`Staged.digests` of the files, or of the in-memory `table`, without staging them."""
+    if table is not None:
+        hasher = hashlib.sha256()
+        for _ in _table_blocks(table, name, first_row, hasher):
+            pass
+        return (hasher.hexdigest(),)
+    found = []
+    for file in find_files(name, files, base, public):
+        with open_file(file) as raw:
+            hasher = hashlib.sha256()
+            while data := raw.read(_BYTES):
+                hasher.update(data)
+            found.append(hasher.hexdigest())
+    return tuple(found)
 
 
 def _check_rename(name: str, files: Files, names: list[str], source: str) -> None:

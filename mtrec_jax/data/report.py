@@ -249,6 +249,7 @@ def _features(prepared: Prepared) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     every: dict[str, tuple[IdField | NumberField, ...]] = {
         "context": (*m.context_ids, *m.context_numbers),
+        "request": (*m.request_ids, *m.request_numbers),
         "item": (*m.item_ids, *m.item_numbers),
         "history": m.history,
     }
@@ -258,7 +259,7 @@ def _features(prepared: Prepared) -> list[tuple[str, ...]]:
             values, often = "", ""
             if isinstance(field, IdField):
                 values = f"{field.size - FIRST:,}"
-                often = _frequent(prepared, field.name, declared.get("kind", ""))
+                often = "" if "bins" in declared else _frequent(prepared, field.name)
             else:
                 often = f"{field.mean:.4g} ± {field.std:.3g}"
             share = known.get((on, field.name))
@@ -267,8 +268,8 @@ def _features(prepared: Prepared) -> list[tuple[str, ...]]:
     return rows
 
 
-def _frequent(prepared: Prepared, feature: str, kind: str) -> str:
-    if not (prepared.folder / "vocabularies" / f"{feature}.parquet").is_file() or kind == "binned":
+def _frequent(prepared: Prepared, feature: str) -> str:
+    if not prepared.has_vocabulary(feature):
         return ""
     table = prepared.vocabulary(feature).slice(0, _EXAMPLES).to_pylist()
     return ", ".join(f"{(r['value'] or 'missing')[:40]} ({r['count']:,})" for r in table)
@@ -280,29 +281,28 @@ def _known(prepared: Prepared) -> dict[tuple[str, str], float]:
     Of the items' features: a share of the catalogue. Of others: of training examples or of the
     events in their histories, in the first of the randomly ordered blocks.
     """
-    m, file = prepared.manifest, prepared.parquet("train")
-    hits: dict[tuple[str, str], list[int]] = {}
+    m, hits = prepared.manifest, dict[tuple[str, str], list[int]]()
 
     def add(on: str, field: IdField, ids: np.ndarray) -> None:
+        ids = ids.reshape(-1, field.slots)
         there = ((ids != 0) & ((ids != field.missing) | (field.missing == 0))).any(1)
         pair = hits.setdefault((on, field.name), [0, 0])
         pair[0] += int(there.sum())
         pair[1] += len(there)
 
-    def each(on: str, fields: tuple[IdField, ...], ids: np.ndarray) -> None:
-        start = 0
-        for field in fields:
-            add(on, field, ids[:, start : start + field.slots])
-            start += field.slots
-
-    each("item", m.item_ids, prepared.catalogue()["ids"][FIRST:])
-    blocks = prepared.blocks("train")
-    for _, block in zip(range(min(_BLOCKS, file.num_row_groups)), blocks, strict=False):
-        if m.context_ids:
-            each("context", m.context_ids, block["context_ids"])
-        events = [ids != 0 for name, ids in block.items() if name.startswith("event_")]
-        real = np.logical_or.reduce(events)
+    items, start = prepared.catalogue()["ids"][FIRST:], 0
+    for field in m.item_ids:
+        add("item", field, items[:, start : start + field.slots])
+        start += field.slots
+    for _, block in zip(range(_BLOCKS), prepared.blocks("train"), strict=False):
+        for field in m.context_ids:
+            add("context", field, block[f"context_{field.name}"])
+        real = block["row"] >= 0
+        for field in m.request_ids:
+            ids = block[f"request_{field.name}"].reshape(*real.shape, field.slots)
+            add("request", field, ids[real])
+        events = block.get("event_item", real) != 0
         for field in m.history:
-            ids = np.stack([block[f"event_{c}"] for c in field.columns], -1)
-            add("history", field, ids[real])
+            ids = block[f"event_{field.name}"].reshape(*events.shape, field.slots)
+            add("history", field, ids[events])
     return {pair: n / total for pair, (n, total) in hits.items() if total}

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import datetime
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import ibis
 
 from mtrec_jax.config import Experiment, Task
-from mtrec_jax.data import past
 from mtrec_jax.data.dataset import Rule
 from mtrec_jax.data.engine import rows
 from mtrec_jax.data.expressions import as_text, compile_expression, names, number
-from mtrec_jax.data.features import CLOCK
+from mtrec_jax.data.features import Clock, Gap
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import ConfigError, DataError
 
@@ -42,6 +41,14 @@ def seconds(text: Any, unit: str = "s") -> Any:
     offset = ibis.ifelse(part(3) == "-", -offset, offset).fill_null(0)
     moment = whole + part(2).try_cast("float64").fill_null(0) - offset
     return value.fill_null(moment.cast("float64"))
+
+
+def clock(feature: Clock, seconds: Any) -> Any:
+    """Hour "0" .. "23" or weekday "0" (Monday) .. "6" in UTC, as text, of Unix seconds."""
+    length, shift, size = feature.seconds, feature.first, feature.values
+    sane = ibis.ifelse(seconds.abs() < 1e13, seconds, ibis.null("float64"))
+    whole = (sane / length).floor().cast("int64") + shift
+    return ((whole % size + size) % size).cast("string")
 
 
 def label(task: Task, text: Any) -> Any:
@@ -86,6 +93,8 @@ def bound(text: str, key: str) -> float | None:
 def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     """Events as row, user, item, time, label_*, reference_*, feature_*: one name a meaning.
 
+    New requests (`labels` false) may lack keys that nothing asks of them.
+
     `problem` names the first rule that removes a row, `evidence` is the text that breaks it,
     `broken_<rule>` says where a rule of `clean.values` takes a value away, and `odd_<n>` is text
     that counts as missing (`odd_values`). Bounds that are not "given" are left out here.
@@ -96,10 +105,10 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     columns: dict[str, Any] = {"row": table[ROW]}
     keyed: list[tuple[Any, str, Any]] = []
     for key, column in (("user", data.user), ("item", data.item)):
-        if column:
+        if column in table.columns:
             columns[key] = table[column]
             keyed.append((table[column].isnull(), f"missing {key}", ibis.null("string")))
-    if data.time:
+    if data.time in table.columns:
         text = table[data.time]
         columns["time"] = time = seconds(text, data.time_unit)
         keyed.append((text.isnull(), "missing time", ibis.null("string")))
@@ -117,10 +126,10 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
             keyed.append((text.notnull() & value.isnull(), f"malformed label of {name}", text))
         if task.reference:
             columns[f"reference_{name}"] = number(table[task.reference])
-    for name, column in event_features(experiment).items():
+    for name, column in event_features(experiment, outcomes=labels).items():
         columns[f"feature_{name}"] = value = table[column]
-        if (kind := experiment.features[name].kind) in CLOCK:
-            columns[f"feature_{name}"] = past.clock(kind, seconds(value, data.time_unit))
+        if isinstance(feature := experiment.features[name], Clock):
+            columns[f"feature_{name}"] = clock(feature, seconds(value, data.time_unit))
     for name, rule in experiment.clean.values.items() if labels else ():
         if not rule.valid and rule.bounds != "given":
             columns[f"value_{name}"] = number(table[rule.column])
@@ -238,21 +247,73 @@ def _value_rules(
     return table, problems
 
 
-def event_features(experiment: Experiment) -> dict[str, str]:
-    """{feature: column} of the features that are made of a column of the events."""
-    data, columns = experiment.data, {}
-    searched = query_features(experiment)
+class Use(NamedTuple):
+    """What a column of a raw table is for."""
+
+    table: str
+    column: str
+    purpose: str  # for messages
+    single: bool = True  # one value a cell, no list
+    outcome: bool = False  # of events that have happened: new requests do without
+
+
+def uses(experiment: Experiment) -> list[Use]:
+    """Every column of the raw tables that something needs, and what for; the first use names it."""
+    data, found = experiment.data, list[Use]()
+    for table, keys in {
+        "events": ("user", "item", "time"),
+        "items": ("item",),
+        "users": ("user",),
+        "queries": ("user", "time", "query"),
+        "ties": ("user", "friend"),
+    }.items():
+        found += [
+            Use(table, getattr(data, key), f"data.{key}", outcome=key == "time") for key in keys
+        ]
+    for name, task in experiment.tasks.items():
+        column = "" if task.kind == "retrieval" else task.column or name
+        found.append(Use("events", column, f"the label of task '{name}'", outcome=True))
+        found.append(Use("events", task.reference, f"tasks.{name}.reference", outcome=True))
+    found.append(Use("items", data.title, "data.title"))
     for name, feature in experiment.features.items():
-        on_events = feature.on == "history" or (feature.on == "context" and data.kind == "rows")
-        if on_events and feature.kind != "gap" and name not in searched:
-            own = data.time if feature.kind in CLOCK else name
-            columns[name] = feature.column or own
+        table, column = feature.origin(name, data)
+        several, past = feature.takes_lists, feature.on == "history"
+        purpose = f"features.{name}" + ("" if several else f" (kind = '{feature.kind}')")
+        found.append(Use(table, column, purpose, not several, past))
+    for name, rule in experiment.clean.values.items():
+        found.append(Use("events", rule.column, f"clean.values.{name}.column", outcome=True))
+    for column in experiment.clean.duplicate_columns:
+        found.append(Use("events", column, "clean.duplicate_columns", False, True))
+    return [use for use in found if use.column]
+
+
+def columns_of(
+    experiment: Experiment, table: str, outcomes: bool = True, keys: bool = True
+) -> dict[str, str]:
+    """{column of a raw table: what for}: without those of outcomes for new requests, and without
+    the keys for what else a table says."""
+    columns: dict[str, str] = {}
+    data = experiment.data
+    own = {"items": (data.item,), "users": (data.user,)}.get(table, ())
+    for use in uses(experiment):
+        if use.table == table and (outcomes or not use.outcome) and (keys or use.column not in own):
+            columns.setdefault(use.column, use.purpose.partition(" (")[0])
     return columns
+
+
+def event_features(experiment: Experiment, outcomes: bool = True) -> dict[str, str]:
+    """{feature: column} of the features that are made of a column of the events; without
+    `outcomes` of those that are known of a new request."""
+    roles = ("request", "history") if outcomes else ("request",)
+    found = {}
+    for name, feature in experiment.features.items():
+        table, column = feature.origin(name, experiment.data)
+        if feature.on in roles and table == "events" and not isinstance(feature, Gap):
+            found[name] = column
+    return found
 
 
 def query_features(experiment: Experiment) -> list[str]:
     """The features of the history that hold the text of queries."""
-    if experiment.data.queries is None:
-        return []
-    past = {name: f for name, f in experiment.features.items() if f.on == "history"}
-    return [name for name, f in past.items() if (f.column or name) == experiment.data.query]
+    features, data = experiment.features, experiment.data
+    return [name for name, f in features.items() if f.origin(name, data)[0] == "queries"]

@@ -33,7 +33,7 @@ def split_events(events: Any, experiment: Experiment) -> Any:
     split = experiment.split
     shown = ibis.literal(False)
     if split.kind in ("leave_one_out", "user_ratio", "user_holdout"):
-        by_user = ibis.window(group_by="user", order_by=["time", "row"])
+        by_user = ibis.window(group_by="user", order_by=in_order(events))
         whole = ibis.window(group_by="user")
         events = events.mutate(nth=ibis.row_number().over(by_user), n=events.count().over(whole))
     if split.kind == "leave_one_out":
@@ -65,6 +65,11 @@ def split_events(events: Any, experiment: Experiment) -> Any:
     chosen = ibis.cases((shown, SHOWN), (test, 2), (validation, 1), else_=0).cast("int8")
     helpers = {"part", "nth", "n", "chance"}.intersection(events.columns)
     return events.mutate(split=chosen).drop(*helpers)
+
+
+def in_order(events: Any) -> list[str]:
+    """The columns by which events are in order: time, if there is one, and place in the source."""
+    return [name for name in ("time", "row") if name in events.columns]
 
 
 def describe_split(events: Any, experiment: Experiment) -> SplitInfo:

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtrec_jax.models.layers import linear, normal
+from mtrec_jax.types import Fusing
+
 
 class AttentionFusion(nnx.Module):
     """A user-dependent weighting of the task scores into the final order.
@@ -16,28 +19,35 @@ class AttentionFusion(nnx.Module):
     disturbing the tasks that it fuses.
     """
 
-    def __init__(self, context: int, tasks: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        state: int,
+        tasks: tuple[str, ...],
+        hidden: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         size = 16
-        self.query = nnx.Linear(context, size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.key = nnx.Linear(hidden, size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.identity = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tasks, size), dtype))
-        self.gain = nnx.Param(jnp.full((tasks,), 0.5413, dtype))  # softplus(0.5413) = 1
-        self.bias = nnx.Param(jnp.zeros((tasks,), dtype))
+        self.tasks = tasks
+        self.query = linear(state, size, dtype=dtype, rngs=rngs)
+        self.key = linear(hidden, size, dtype=dtype, rngs=rngs)
+        identity = normal(rngs, (len(tasks), size), 0.02, dtype)
+        self.identity = nnx.Param(identity)
+        self.gain = nnx.Param(jnp.full((len(tasks),), 0.5413, dtype))  # softplus(0.5413) = 1
+        self.bias = nnx.Param(jnp.zeros((len(tasks),), dtype))
 
-    def __call__(
-        self, context: jax.Array, hidden: list[jax.Array | None], scores: list[jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """Context [n, I], per task hidden [n, H] (or None) and score [n] -> fused [n], weights
-        [n, T]."""
-        context, hidden, scores = jax.lax.stop_gradient((context, hidden, scores))
-        query = self.query(context) * self.identity[...].shape[1] ** -0.5
+    def __call__(self, given: Fusing) -> tuple[jax.Array, jax.Array]:
+        """Fused score [n] and weights of the tasks [n, T]."""
+        state, hidden, scores = jax.lax.stop_gradient(given)
+        query = self.query(state) * self.identity[...].shape[1] ** -0.5
         logits = []
-        for t, vector in enumerate(hidden):
+        for t, task in enumerate(self.tasks):
             own = self.identity[...][t][None]
-            key = own if vector is None else self.key(vector) + own
+            key = self.key(hidden[task]) + own if task in hidden else own
             logits.append(jnp.sum(query * key, axis=-1))
         weights = jax.nn.softmax(jnp.stack(logits, axis=-1), axis=-1)
         gain, bias = jax.nn.softplus(self.gain[...]), self.bias[...]
-        calibrated = [gain[t] * score + bias[t] for t, score in enumerate(scores)]
+        calibrated = [gain[t] * scores[task] + bias[t] for t, task in enumerate(self.tasks)]
         fused = sum(weights[:, t] * score for t, score in enumerate(calibrated))
         return jnp.asarray(fused), weights

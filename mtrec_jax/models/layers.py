@@ -3,26 +3,88 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, Key
+from pydantic import Field
+from scipy import special
+
+from mtrec_jax.mixing import mixed_bits
+
+_Width = Annotated[int, Field(ge=1)]
+Hidden = Annotated[tuple[_Width, ...], Field(min_length=1)]  # widths of hidden layers, in options
+MaybeHidden = tuple[_Width, ...]
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
     """Zero each entry with probability `rate`, rescale the rest; `key=None` leaves x as it is.
 
-    The mask is a hash of the entry's place and the key. It is computed where it is used, which on a
-    CPU is many times faster than drawing random bits into memory, and it does not depend on how x
-    is split over devices.
+    The mask comes from `mixed_bits`: it does not depend on how x is split over devices.
     """
     if key is None or rate == 0:
         return x
-    seed = jax.random.bits(key, (2,), jnp.uint32)
     threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    return jnp.where(_hash(x.shape, seed) >= threshold, x / (1 - rate), 0)
+    return jnp.where(mixed_bits(x.shape, key) >= threshold, x / (1 - rate), 0)
+
+
+def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer whose initial values are drawn on the host, without a compiled program."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=lecun_normal,
+        bias_init=constant(0),
+        rngs=rngs,
+    )
+
+
+def layer_norm(size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer normalisation (Ba et al. 2016)."""
+    given = {"scale_init": constant(1), "bias_init": constant(0)}
+    return nnx.LayerNorm(size, dtype=dtype, param_dtype=dtype, rngs=rngs, **given)
+
+
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: jnp.dtype
+) -> np.ndarray | jax.Array:
+    """Normal initial values."""
+    return _drawn(rngs.params(), shape, dtype, lambda rng: scale * rng.standard_normal(shape))
+
+
+def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Normal values of variance 1 / inputs, cut off at two standard deviations (as flax does)."""
+    scale = shape[0] ** -0.5 / 0.87962566103423978  # so that the variance is right after the cut
+    low, high = special.ndtr([-2.0, 2.0])
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        return scale * special.ndtri(rng.uniform(low, high, shape))
+
+    return _drawn(key, shape, dtype, draw)
+
+
+def constant(value: float) -> Callable[..., np.ndarray]:
+    """The initial value of every entry."""
+    return lambda key, shape, dtype: np.full(shape, value, dtype)
+
+
+def _drawn(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    draw: Callable[[np.random.Generator], np.ndarray],
+) -> Any:
+    """Values of a generator that the key seeds; where the key is abstract, only their shape."""
+    if isinstance(key, jax.core.Tracer):
+        return jnp.zeros(shape, dtype)
+    data = np.asarray(jax.random.key_data(getattr(key, "value", key)))
+    return draw(np.random.default_rng(data.ravel().tolist())).astype(dtype)
 
 
 def unit_length(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -33,29 +95,13 @@ def unit_length(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
-def _hash(shape: tuple[int, ...], seed: UInt32[Array, "2"]) -> UInt32[Array, "..."]:
-    """One 32-bit number an entry: a multiply-xorshift mix of its flat index and the seed."""
-    index = jnp.full(shape, seed[0])
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        index = (index ^ (index >> shift)) * jnp.uint32(factor)
-        index = index + seed[1]
-    return index ^ (index >> 15)
-
-
 class MLP(nnx.Module):
     """Dense layers with SiLU between them: [..., in] -> [..., hidden[-1]], activated at the end."""
 
     def __init__(self, inputs: int, hidden: Sequence[int], *, dtype: jnp.dtype, rngs: nnx.Rngs):
         sizes = [inputs, *hidden]
         self.layers = nnx.List(
-            [
-                nnx.Linear(a, b, dtype=dtype, param_dtype=dtype, rngs=rngs)
-                for a, b in itertools.pairwise(sizes)
-            ]
+            [linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(sizes)]
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +124,13 @@ class Experts(nnx.Module):
         self.mlps = nnx.List([MLP(inputs, hidden, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.norms = nnx.List(
             [
-                nnx.RMSNorm(hidden[-1], dtype=dtype, param_dtype=dtype, rngs=rngs)
+                nnx.RMSNorm(
+                    hidden[-1],
+                    dtype=dtype,
+                    param_dtype=dtype,
+                    scale_init=constant(1),
+                    rngs=rngs,
+                )
                 for _ in range(count)
             ]
         )
@@ -90,3 +142,34 @@ class Experts(nnx.Module):
 def mix(weights: Float[Array, "n E"], experts: list[Float[Array, "n H"]]) -> Float[Array, "n H"]:
     """Weighted sum of the experts' outputs, example by example."""
     return sum((weights[:, e, None] * h for e, h in enumerate(experts)), jnp.zeros_like(experts[0]))
+
+
+class TaskHeads(nnx.Module):
+    """A tower and a head a task: T inputs [n, in] to logits [n] or [n, C], and the towers' ends."""
+
+    def __init__(
+        self,
+        inputs: int,
+        tasks: dict[str, int],
+        hidden: Sequence[int],
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.names = tuple(tasks)
+        self.towers = nnx.List([MLP(inputs, hidden, dtype=dtype, rngs=rngs) for _ in tasks])
+        last = hidden[-1] if hidden else inputs
+        self.heads = nnx.List(
+            [linear(last, outputs, dtype=dtype, rngs=rngs) for outputs in tasks.values()]
+        )
+
+    def __call__(
+        self, mixed: Sequence[jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """`mixed` holds each task's input, in order -> logits, hidden."""
+        logits, hidden = {}, {}
+        for t, name in enumerate(self.names):
+            hidden[name] = self.towers[t](mixed[t])
+            out = self.heads[t](hidden[name])
+            logits[name] = out[:, 0] if out.shape[1] == 1 else out
+        return logits, hidden

@@ -1,12 +1,14 @@
 """The multi-task model as pure functions over plain pytrees.
 
-Training and serving call the same functions in the same order:
+Training:
 
-    looked  = model.lookups(batch, catalogue, key)        which rows
-    rows    = gather_rows(params, tables, looked)         fetch them
-    vectors = model.items(params, rows, ...)              item tower          [..., D]
-    states  = model.users(params, rows, events, ...)      history encoder     [B, P, D]
-    outputs = model.rank(params, states, vectors, ...)    experts, towers, fusion
+    wanted = model.ids(batch, catalogue, key)              which rows, which negatives
+    rows, ticket = tables.lookup(..., wanted.ids)          fetch them, once
+    shared = model.encode(params, rows, ...)               item tower, history encoder
+    sums, fusing = model.losses(params, shared, ...)       experts, towers, losses
+    fusion = model.fusion_loss(params, shared, fusing, ..) what teaches the final order
+
+Serving, with the same layers: `items`, `users`, `score`.
 """
 
 from __future__ import annotations
@@ -18,141 +20,168 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.models.lookups import find_items, find_rows
-from mtrec_jax.models.network import Network, make_plan
-from mtrec_jax.tables.layout import BITS, DENSE, gather, initial_table
+from mtrec_jax.models.inputs import ITEM, Inputs, find_ids, item_ids, make_inputs
+from mtrec_jax.models.network import Network
+from mtrec_jax.models.objective import make_objective
+from mtrec_jax.tables.layout import Layout
 from mtrec_jax.types import (
     FIRST,
     UNKNOWN,
     Array,
     Batch,
     Catalogue,
-    ItemVectors,
-    Lookups,
+    Fusing,
     Outputs,
     PyTree,
+    Shared,
     UserStates,
+    Wanted,
 )
 
-Rows = dict[str, dict[str, jax.Array]]  # {stack: {role: rows [..., D]}}
+Rows = dict[str, jax.Array]  # {group: rows [..., M, D]}
 
 
 class Model(NamedTuple):
-    """A multi-task recommender; every function is pure and may be jitted."""
+    """A multi-task recommender; every function is pure and may be jitted.
 
-    init: Callable[..., tuple[PyTree, dict[str, jax.Array]]]  # key, mesh=None -> params, tables
-    lookups: Callable[[Batch, Catalogue, jax.Array | None], Lookups]
-    items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # item ids [...] -> [..., D]
-    batch_items: Callable[[PyTree, Rows, Catalogue, Lookups, Batch], ItemVectors]
-    users: Callable[[PyTree, Rows, Array, Batch, jax.Array | None], UserStates]  # events [B, L, D]
-    rank: Callable[[PyTree, UserStates, jax.Array | None, jax.Array | None], Outputs]
-    item_lookups: Callable[[Array, Catalogue], dict[str, dict[str, jax.Array]]]
+    `losses` are sums; `weights(batch, lottery) -> {loss: what its sum is divided by}` depend on the
+    batch alone, so that it may come in parts. The fusion's is the last. `key=None` means no dropout
+    and no negatives.
+    """
+
+    layout: Layout
     tasks: tuple[str, ...]  # order of the fusion weights
+    names: tuple[str, ...]  # of the balanced losses
+    fuses: bool  # whether a fused order is taught
+    by_example: frozenset[str]  # groups whose ids are split like the batch; others are shared
+    init: Callable[[jax.Array], PyTree]  # key -> dense parameters
+    ids: Callable[[Batch, Catalogue, jax.Array | None], Wanted]
+    encode: Callable[[PyTree, Rows, Batch, Catalogue, Wanted, jax.Array | None], Shared]
+    weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
+    losses: Callable[..., tuple[dict[str, jax.Array], Fusing | None]]
+    fusion_loss: Callable[..., jax.Array]
+    items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # item ids [...] -> [..., D]
+    users: Callable[[PyTree, Rows, Array, Batch, jax.Array | None], UserStates]  # events [B, L, D]
+    score: Callable[[PyTree, UserStates, jax.Array | None], Outputs]  # candidates [B, P, D]
+    item_ids: Callable[[Array, Catalogue], dict[str, jax.Array]]
 
 
 def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     """Build the model of an experiment for a prepared data set.
 
-    Returns pure functions; `init(key, mesh)` gives `(params, tables)`: `params["network"]` are the
-    dense layers, `params["dense"]` the table stack that optax updates, `tables` the stacks that are
-    updated row by row, by the names of their rules (each only where something is declared so).
+    Args:
+      experiment: architecture, tasks, tables.
+      manifest: of the chosen view, `Prepared.chosen(experiment).manifest`.
     """
     dtype = jnp.dtype(experiment.train.precision)
-    plan = make_plan(experiment, manifest)
-    width = experiment.model.width
-    retrieves = any(task.kind == "retrieval" for task in experiment.tasks.values())
-    negatives = experiment.train.negatives if retrieves else 0
+    inputs = make_inputs(experiment, manifest)
+
+    def made(rngs: nnx.Rngs) -> Network:
+        searches = experiment.data.queries is not None
+        return Network(
+            experiment.model, inputs, manifest.history_length, searches, dtype=dtype, rngs=rngs
+        )
+
     # Only the structure is needed here: eval_shape allocates nothing.
-    abstract = nnx.eval_shape(lambda: Network(experiment, manifest, dtype=dtype, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: made(nnx.Rngs(0)))
     graph = nnx.graphdef(abstract)
 
     def network(params: PyTree) -> Network:
         return nnx.merge(graph, nnx.State(params["network"]))
 
-    def init(key: jax.Array, mesh: Mesh | None = None) -> tuple[PyTree, dict[str, jax.Array]]:
-        key_network, key_tables = jax.random.split(key)
-        made = Network(experiment, manifest, dtype=dtype, rngs=nnx.Rngs(params=key_network))
-        params = {"network": nnx.to_pure_dict(nnx.state(made, nnx.Param))}
-        tables = {}
-        for i, (stack, rows) in enumerate(sorted(plan.rows.items())):
-            fields = [f for f in plan.fields.values() if f.stack == stack]
-            stack_key = jax.random.fold_in(key_tables, i)
-            low = experiment.train.row_precision == "bfloat16" and stack != DENSE
-            kept = BITS if low else dtype
-            table = initial_table(stack_key, fields, rows, width, kept, mesh)
-            if stack == DENSE:
-                params["dense"] = table
-            else:
-                tables[stack] = table
-        return params, tables
+    def init(key: jax.Array) -> PyTree:
+        state = nnx.state(made(nnx.Rngs(params=key)), nnx.Param)
+        return {"network": nnx.to_pure_dict(state)}
 
-    def item_lookups(item_ids: Array, catalogue: Catalogue) -> dict[str, dict[str, jax.Array]]:
-        return find_items(plan, item_ids, catalogue)
+    def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Wanted:
+        return find_ids(inputs, batch, catalogue, experiment.train.negatives, key)
 
-    def lookups(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Lookups:
-        return find_rows(plan, batch, catalogue, negatives, key)
+    def items(params: PyTree, rows: Rows, catalogue: Catalogue, item: Array) -> jax.Array:
+        return _items(network(params), rows, catalogue, item, ITEM)
 
-    def items(params: PyTree, rows: Rows, catalogue: Catalogue, item_ids: Array) -> jax.Array:
-        if not plan.has_items:
-            return jnp.zeros((0, width), dtype)
-        own = next(r["item"] for r in rows.values() if "item" in r)
-        features = {s: r["item_features"] for s, r in rows.items() if "item_features" in r}
-        ids = jnp.asarray(catalogue.ids)[item_ids]
-        numbers = jnp.asarray(catalogue.numbers)[item_ids]
-        return network(params).item_vectors(own, features, ids, numbers)
-
-    def batch_items(
-        params: PyTree, rows: Rows, catalogue: Catalogue, looked: Lookups, batch: Batch
-    ) -> ItemVectors:
-        if not plan.has_items:
-            none = jnp.zeros((batch.user.shape[0], 0, width), dtype)
-            return ItemVectors(none, None, none.reshape(0, width))
-        found = items(params, rows, catalogue, looked.item_ids)
-        events = batch.events["item"] if plan.has_events else batch.candidate[:, :0]
-        if plan.fields["item"].stack == DENSE:
-            parts = (events, batch.candidate, looked.negatives)
-            return ItemVectors(*(jnp.take(found, jnp.asarray(ids), axis=0) for ids in parts))
-        alone = _as_items(rows, "negative")
-        negatives = items(params, alone, catalogue, looked.negatives)
-        length = events.shape[1]
-        return ItemVectors(found[:, :length], found[:, length:], negatives)
+    def encode(
+        params: PyTree,
+        rows: Rows,
+        batch: Batch,
+        catalogue: Catalogue,
+        wanted: Wanted,
+        key: jax.Array | None,
+    ) -> Shared:
+        layers = network(params)
+        events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
+        states = layers.users(batch, rows, events, key)
+        return Shared(
+            states.vectors,
+            states.context,
+            states.request,
+            states.events,
+            states.outcomes,
+            candidates,
+            negatives,
+        )
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None
     ) -> UserStates:
-        roles = ("context", "history")
-        by_role = {role: {s: r[role] for s, r in rows.items() if role in r} for role in roles}
-        return network(params).user_states(batch, by_role, events, key)
+        return network(params).users(batch, rows, events, key)
 
-    def rank(
-        params: PyTree, states: UserStates, candidates: jax.Array | None, key: jax.Array | None
-    ) -> Outputs:
-        return network(params).outputs(states, candidates, key)
+    def score(params: PyTree, states: UserStates, candidates: jax.Array | None) -> Outputs:
+        return network(params).outputs(states, candidates, None)[0]
 
-    return Model(init, lookups, items, batch_items, users, rank, item_lookups, plan.task_names)
+    objective = make_objective(experiment, manifest, inputs, network, abstract)
+    by_example = set(inputs.layout.groups) - {"negative", "negative_features"}
+    if inputs.lists_items:
+        by_example -= {ITEM, "item_features"}
+    return Model(
+        layout=inputs.layout,
+        tasks=inputs.order,
+        names=objective.names,
+        fuses=objective.fuses,
+        by_example=frozenset(by_example),
+        init=init,
+        ids=ids,
+        encode=encode,
+        weights=objective.weights,
+        losses=objective.losses,
+        fusion_loss=objective.fusion_loss,
+        items=items,
+        users=users,
+        score=score,
+        item_ids=lambda item, catalogue: item_ids(inputs, item, catalogue),
+    )
 
 
-def _as_items(rows: Rows, role: str) -> Rows:
-    """The rows of another role and its features, as if they were those of the items."""
-    return {
-        stack: {r.replace(role, "item"): rows for r, rows in by_role.items() if r.startswith(role)}
-        for stack, by_role in rows.items()
-    }
+def _items(layers: Network, rows: Rows, catalogue: Catalogue, item: Array, group: str) -> jax.Array:
+    """Vectors [..., D] of items [...] whose rows are those of `group`."""
+    ids, numbers = (jnp.asarray(table)[item] for table in (catalogue.ids, catalogue.numbers))
+    features = rows.get(f"{group}_features")
+    return layers.items(rows[group].squeeze(-2), features, ids, numbers)
 
 
-def gather_rows(
-    params: PyTree, tables: dict[str, jax.Array], found: dict[str, dict[str, jax.Array]]
-) -> Rows:
-    """Fetch the rows of `Lookups.addresses`; differentiate with respect to the result or params."""
-    stacks = {**tables, **({"dense": params["dense"]} if "dense" in params else {})}
-    return {
-        stack: {role: gather(stacks[stack], address) for role, address in by_role.items()}
-        for stack, by_role in found.items()
-    }
+def _batch_items(
+    layers: Network,
+    inputs: Inputs,
+    rows: Rows,
+    batch: Batch,
+    catalogue: Catalogue,
+    wanted: Wanted,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Vectors of the events [B, L, D], the candidates [B, P, D] and the negatives [n, D]."""
+    if not inputs.has_items:
+        none = jnp.zeros((batch.user.shape[0], 0, inputs.layout.width), layers.dtype)
+        return none, none, none.reshape(0, inputs.layout.width)
+    found = _items(layers, rows, catalogue, wanted.items, ITEM)
+    candidate = jnp.asarray(batch.candidate)
+    if inputs.lists_items:
+        events = jnp.asarray(batch.events["item"]) if inputs.has_events else candidate[:, :0]
+        taken = (jnp.take(found, ids, axis=0) for ids in (events, candidate, wanted.negatives))
+        return tuple(taken)  # type: ignore[return-value]
+    negatives = _items(layers, rows, catalogue, wanted.negatives, "negative")
+    length = found.shape[1] - candidate.shape[1]
+    return found[:, :length], found[:, length:], negatives
 
 
 def make_catalogue(

@@ -8,7 +8,7 @@ are enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -16,11 +16,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mtrec_jax import processes
 from mtrec_jax.data.pipeline import BatchSource
-from mtrec_jax.models.model import Model
-from mtrec_jax.tables.exchange import Buffers, demand
-from mtrec_jax.tables.layout import DENSE
-from mtrec_jax.tables.lookup import BuffersOf, flat
-from mtrec_jax.types import Batch, Catalogue
+from mtrec_jax.tables.exchange import Buffers, BuffersOf, demand
+from mtrec_jax.tables.layout import DENSE, Layout
+from mtrec_jax.tables.lookup import Ids, find, flat
+from mtrec_jax.types import Batch
 
 BATCHES = 4  # of a run, which are measured
 
@@ -31,42 +30,39 @@ def first_batches(source: BatchSource) -> list[Batch]:
 
 
 def measured_buffers(
-    model: Model,
-    catalogue: Catalogue,
+    layout: Layout,
+    ids: Callable[[Batch, jax.Array], Ids],
     batches: Iterable[Batch],
     mesh: Mesh | AbstractMesh,
-    rows: dict[str, int],
     seed: int,
 ) -> BuffersOf:
     """Buffers in which the busiest exchange of the batches takes one round, and a little more.
 
     Args:
-      model: tells which rows a batch touches.
-      catalogue: NumPy arrays; everything is computed on one device.
-      batches: whole batches, before they are split over devices.
+      layout: of the tables.
+      ids: tells what a batch looks up: (batch, key of its negatives) -> {group: ids}.
+      batches: whole batches, before they are split over devices; one device computes.
       mesh: with the axes "data" and "table"; its devices need not be there.
-      rows: {stack: V}, as `network.make_plan` lays them out.
       seed: of the sampled negatives.
 
     Returns:
-      {stack: buffers} of the stacks that are updated row by row; {} on one table shard.
+      {stack: buffers} of the sparse stacks; {} on one table shard.
     """
     shards = mesh.shape["table"]
     most: dict[str, tuple[int, int]] = {}
     if shards == 1:
         return {}
     key = jax.random.key(seed, impl="rbg")
-    look_up = jax.jit(model.lookups)
+    found_of = jax.jit(lambda batch, key: find(layout, ids(batch, key)))
     for number, batch in enumerate(batches):
-        host = batch._replace(row=batch.row.astype(np.int32))  # devices hold 32-bit integers
-        found = look_up(host, catalogue, jax.random.fold_in(key, number)).addresses
-        for stack, by_role in found.items():
+        found = found_of(batch._replace(row=None), jax.random.fold_in(key, number))
+        for stack, by_group in found.items():
             if stack == DENSE:
                 continue
-            ids = flat(by_role, mesh.size)
-            sent = int(demand(ids, rows[stack], mesh).max())
-            distinct = np.unique(np.asarray(ids))
-            owners = distinct[distinct >= 0] // (rows[stack] // shards)
+            wanted, rows = flat(by_group, mesh.size), layout.rows[stack]
+            sent = int(demand(wanted, rows, mesh).max())
+            distinct = np.unique(np.asarray(wanted))
+            owners = distinct[distinct >= 0] // (rows // shards)
             touched = int(np.bincount(owners, minlength=shards).max())
             before = most.get(stack, (0, 0))
             most[stack] = max(before[0], sent), max(before[1], touched)

@@ -10,7 +10,7 @@ While it answers, an owner numbers the distinct rows that it is asked for, with 
 & Torczon 1993) over its scratch array: it needs no clearing. Gradients come back under these
 numbers, and are added up in a buffer for one window of numbers after the other.
 
-Rows should be spread evenly over the shards (`embedding.spread`): skew takes more rounds.
+Rows should be spread evenly over the shards (`layout.spread`): skew takes more rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
-from mtrec_jax.tables.layout import RowUpdate, update_rows
 from mtrec_jax.types import PyTree
 
 _BOTH = ("data", "table")
@@ -37,6 +36,9 @@ class Buffers(NamedTuple):
 
     places: int  # ids that a device sends to each owner in a round
     window: int  # rows that an owner updates at once
+
+
+BuffersOf = dict[str, Buffers]  # {stack: sizes}
 
 
 class Asked(NamedTuple):
@@ -137,7 +139,7 @@ def look_up(
 
 
 def update(
-    rule: RowUpdate,
+    apply: Callable[..., tuple[Array, PyTree]],
     table: Num[Array, "V D"],
     slots: PyTree,
     asked: Asked,
@@ -148,7 +150,7 @@ def update(
     """Sum the gradients of equal ids over all devices, and update each touched row once.
 
     Args:
-      rule: (rows, slots, grads) -> (rows, slots), of touched rows only.
+      apply: (table, slots, addresses [m], grads [m, D]) -> (table, slots), of different rows.
       table: split over "table", as the slots.
       slots: a pytree of arrays with a row for each of the table.
       asked: from `look_up` of the same ids.
@@ -189,7 +191,7 @@ def update(
             here = jnp.arange(window, dtype=jnp.int32)
             target = lax.dynamic_slice_in_dim(rows, first, window)
             target = jnp.where(first + here < count, target, shard.shape[0] + here)
-            return update_rows(rule, shard, slots, target, total)
+            return apply(shard, slots, target, total)
 
         windows = lax.pmax(-(-count // window), _BOTH)
         return lax.fori_loop(jnp.int32(0), windows, one_window, (shard, slots))

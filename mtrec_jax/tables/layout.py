@@ -1,17 +1,21 @@
-"""Embedding tables: where a feature's row lives, and the gather that fetches it.
+"""Embedding tables: which row of which array belongs to which id.
 
-All tables that are updated alike share one array, a *stack*: "dense" (part of the parameters,
-updated by optax), or one named after its rule (updated row by row, see `train.sparse`). Addresses
-are int32: what one stack cannot hold goes to a further one, "adagrad-2" after "adagrad". The number
-of a row is the offset of its owner + local id, and in the dense stack that is its address. Stacks
-that are updated row by row are split over devices; popular ids are often neighbours there, so
-neighbours are spread over all parts, the same way for any number of devices.
+A *table* has a row an id. All tables that are updated alike share one array, a *stack*: "dense"
+(with the dense parameters, updated by optax), or one named after its rule (sparse: updated row by
+row, see `tables.rules`). The number of a row is the offset of its table + id; in the dense stack,
+that is its address. Sparse stacks are split over devices where there are several; popular ids are
+often neighbours, so neighbours are spread over all parts, the same way for any number of devices.
+Addresses are int32: what one stack cannot hold goes to a further one, "adagrad-2" after "adagrad".
+
+Tables that are looked up together form a *group*: their ids stand side by side in one [..., M]
+array, and so do their rows, [..., M, D].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +28,7 @@ from jaxtyping import Array, Float, Int, Num
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.sharding import ROW_MULTIPLE
 from mtrec_jax.tables.hashing import hash_rows
-from mtrec_jax.types import FIRST, PAD, PyTree
+from mtrec_jax.types import FIRST, PAD
 
 DENSE = "dense"
 # A table of bfloat16 rows is an array of their bits: for a scatter of bfloat16 itself, XLA on CPUs
@@ -34,54 +38,77 @@ MOST_ROWS = 2**31 - 2**24  # of a stack; addresses beyond it, of what must not b
 
 
 @dataclass(frozen=True)
-class Field:
-    """One owner of rows in a stack."""
+class Place:
+    """Where a table lies."""
 
-    owner: str  # "item", or the role and the name of a feature: "context.age"
+    name: str
     stack: str
     offset: int  # number of its padding row
     size: int  # rows: padding, unknown, vocabulary
-    slots: int  # ids per example
     spread: int = 0  # rows of the stack over which neighbours are spread; 0: they are not
     functions: int = 0  # hash functions that give each id its rows; 0: it has one of its own
 
+
+class Slots(NamedTuple):
+    """A table's ids in a group."""
+
+    place: Place
+    count: int  # ids side by side
+
     @property
     def lookups(self) -> int:
-        """Rows per example."""
-        return self.slots * max(1, self.functions)
+        """Rows that they take."""
+        return self.count * max(1, self.place.functions)
+
+
+Group = tuple[Slots, ...]
+
+
+class Layout(NamedTuple):
+    """All tables of a model, and how it looks them up."""
+
+    places: dict[str, Place]
+    rows: dict[str, int]  # {stack: V}
+    groups: dict[str, Group]
+    width: int  # D
 
 
 @dataclass(frozen=True)
-class Group:
-    """Fields that are looked up together: their ids stand side by side in one [..., M] array."""
+class TableSize:
+    """A table before it has a place."""
 
-    fields: tuple[Field, ...]
-
-    @property
-    def slots(self) -> int:
-        """M, the ids of all fields."""
-        return sum(f.slots for f in self.fields)
+    rule: str  # DENSE, or the rule that updates it row by row
+    rows: int  # padding, unknown, vocabulary and room for more
+    functions: int = 0  # hash functions; 0: a row an id
 
 
-def layout(owners: Sequence[tuple[str, str, int, int]]) -> tuple[dict[str, Field], dict[str, int]]:
-    """Give each owner its place: (owner, rule, size, slots) -> ({owner: Field}, {stack: rows}).
+def make_layout(
+    tables: Mapping[str, TableSize],
+    groups: Mapping[str, Sequence[tuple[str, int]]],
+    width: int,
+) -> Layout:
+    """Give each table its place: {name: size}, {group: [(table, ids side by side)]} -> layout.
 
     Raises:
       ConfigError: a table has more rows than a stack can hold.
 
-    >>> fields, rows = layout([("item", "sgd", 5, 1), ("context.user", "sgd", 4, 1)])
-    >>> fields["context.user"].offset, rows
+    >>> sizes = {"item": TableSize("sgd", 5), "user": TableSize("sgd", 4)}
+    >>> found = make_layout(sizes, {"context": [("user", 1)]}, width=8)
+    >>> found.places["user"].offset, found.rows
     (5, {'sgd': 128})
     """
-    fields: dict[str, Field] = {}
+    places: dict[str, Place] = {}
     used: dict[str, int] = {}
-    for owner, rule, size, slots in owners:
-        stack = _stack_with_room(owner, rule, size, used)
-        fields[owner] = Field(owner, stack, used.get(stack, 0), size, slots)
-        used[stack] = used.get(stack, 0) + size
+    for name, table in tables.items():
+        stack = _stack_with_room(name, table, used)
+        offset = used.get(stack, 0)
+        places[name] = Place(name, stack, offset, table.rows, functions=table.functions)
+        used[stack] = offset + table.rows
     rows = {s: -(-n // ROW_MULTIPLE) * ROW_MULTIPLE for s, n in used.items()}
-    spread = {o: replace(f, spread=rows[f.stack]) for o, f in fields.items() if f.stack != DENSE}
-    return fields | spread, rows
+    spread = {n: replace(p, spread=rows[p.stack]) for n, p in places.items() if p.stack != DENSE}
+    places |= spread
+    named = {g: tuple(Slots(places[n], count) for n, count in of) for g, of in groups.items()}
+    return Layout(places, rows, {g: of for g, of in named.items() if of}, width)
 
 
 def rule_of(stack: str) -> str:
@@ -93,21 +120,21 @@ def rule_of(stack: str) -> str:
     return stack.split("-")[0]
 
 
-def _stack_with_room(owner: str, rule: str, size: int, used: dict[str, int]) -> str:
-    if size > MOST_ROWS:
+def _stack_with_room(name: str, table: TableSize, used: dict[str, int]) -> str:
+    if table.rows > MOST_ROWS:
         raise ConfigError(
-            f"{owner}: a table of {size:,} rows is more than the {MOST_ROWS:,} of one array; hash "
-            "its values into fewer buckets (kind = hashed), or split the feature into several"
+            f"{name}: a table of {table.rows:,} rows is more than the {MOST_ROWS:,} of one array; "
+            f"set tables.{name}.hash_rows, or split the feature into several"
         )
-    stack, number = rule, 1
-    while used.get(stack, 0) + size > MOST_ROWS:
-        if rule == DENSE:
+    stack, number = table.rule, 1
+    while used.get(stack, 0) + table.rows > MOST_ROWS:
+        if table.rule == DENSE:
             raise ConfigError(
-                f"{owner}: the tables with placement = dense have more than {MOST_ROWS:,} rows "
-                "together; give the large ones placement = sparse"
+                f"{name}: the dense tables have more than {MOST_ROWS:,} rows together; give the "
+                'large ones tables.NAME.update = "sparse"'
             )
         number += 1
-        stack = f"{rule}-{number}"
+        stack = f"{table.rule}-{number}"
     return stack
 
 
@@ -122,60 +149,97 @@ def spread(number: Int[Array, "..."], rows: int) -> Int[Array, "..."]:
 
 
 def addresses(group: Group, ids: Int[Array, "... M"]) -> dict[str, Int[Array, "... M_stack"]]:
-    """Local ids of a group's slots to addresses by stack; padding becomes -1 in every stack.
+    """Ids of a group to addresses by stack; padding becomes -1.
 
-    An id of a hashed field becomes as many addresses as it has hash functions, side by side.
+    An id of a hashed table becomes as many addresses as it has hash functions, side by side.
     """
-    group, ids = _hashed(group, ids)
+    parts: dict[str, list[Array]] = {}
+    if not any(slots.place.functions for slots in group):
+        return _addresses_at_once(group, ids)
+    start = 0
+    for (place, count), slots in zip(group, group, strict=True):
+        local = ids[..., start : start + count]
+        start += count
+        if place.functions:
+            local = hash_rows(local, place.name, place.size - FIRST, place.functions)
+        one = (Slots(replace(place, functions=0), slots.lookups),)
+        parts.setdefault(place.stack, []).append(_addresses_at_once(one, local)[place.stack])
+    return {stack: jnp.concatenate(found, axis=-1) for stack, found in parts.items()}
+
+
+def _addresses_at_once(group: Group, ids: Int[Array, "... M"]) -> dict[str, Array]:
+    """The addresses of ids of which each has one row."""
     found = {}
-    for stack in _stacks(group):
-        offsets = [
-            (f.offset, start + i)
-            for f, start in zip(group.fields, _starts(group), strict=True)
-            if f.stack == stack
-            for i in range(f.slots)
-        ]
-        if offsets:
-            shift, slots = (np.array(x, np.int32) for x in zip(*offsets, strict=True))
-            local = ids if len(slots) == group.slots else ids[..., slots]
-            number = jnp.where(local == PAD, -1, local + jnp.broadcast_to(shift, local.shape))
-            rows = next(f.spread for f in group.fields if f.stack == stack)
-            found[stack] = spread(number, rows) if rows else number
+    for stack in stacks(group):
+        of_slots, start = [], 0
+        for place, count in group:
+            if place.stack == stack:
+                of_slots += [(place.offset, start + i) for i in range(count)]
+            start += count
+        shift, slots = (np.array(x, np.int32) for x in zip(*of_slots, strict=True))
+        local = ids if len(slots) == start else ids[..., slots]
+        number = jnp.where(local == PAD, -1, local + jnp.broadcast_to(shift, local.shape))
+        rows = next(place.spread for place, _ in group if place.stack == stack)
+        found[stack] = spread(number, rows) if rows else number
     return found
 
 
-def gather(table: Num[Array, "V D"], address: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Rows at the addresses, zero where the address is -1; tables of `BITS` give float32."""
-    rows = as_numbers(table.at[address].get(mode="clip"))
-    return jnp.where((address >= 0)[..., None], rows, 0)
+def side_by_side(
+    group: Group, rows: Mapping[str, Float[Array, "... M_stack D"]]
+) -> Float[Array, "... M D"]:
+    """Rows by stack, as `addresses` orders them, in the order of the group's ids.
 
-
-# (rows [n, D], slots, grads [n, D]) -> (rows, slots), each slot with a row for each of n
-RowUpdate = Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
-
-
-def update_rows(
-    rule: RowUpdate,
-    table: Num[Array, "V D"],
-    slots: PyTree,
-    address: Int[Array, " n"],
-    grads: Float[Array, "n D"],
-    rows: Float[Array, "n D"] | None = None,
-) -> tuple[Num[Array, "V D"], PyTree]:
-    """Apply `rule(rows, slots, grads)` to different rows and their slots, in place if donated.
-
-    Addresses beyond the table are dropped. A caller who has the `rows` already, in the type of the
-    gradients, saves fetching them anew.
+    The row of a hashed id is the sum of its rows.
     """
-    old = as_numbers(table.at[address].get(mode="clip")) if rows is None else rows
-    old_slots = jax.tree.map(lambda s: s.at[address].get(mode="clip"), slots)
-    new, new_slots = rule(old, old_slots, grads)
+    if len(rows) == 1 and not any(slots.place.functions for slots in group):
+        return next(iter(rows.values()))
+    parts, taken = [], dict.fromkeys(rows, 0)
+    for slots in group:
+        place, count = slots
+        part = rows[place.stack][..., taken[place.stack] :, :][..., : slots.lookups, :]
+        taken[place.stack] += slots.lookups
+        if place.functions:
+            part = part.reshape(*part.shape[:-2], count, place.functions, part.shape[-1]).sum(-2)
+        parts.append(part)
+    return jnp.concatenate(parts, axis=-2)
 
-    def write(whole: Array, part: Array) -> Array:
-        part = as_held(part, whole.dtype)
-        return whole.at[address].set(part, mode="drop", unique_indices=True)
 
-    return write(table, new), jax.tree.map(write, slots, new_slots)
+def by_stack(group: Group, grads: Float[Array, "... M D"]) -> dict[str, Float[Array, "... m D"]]:
+    """Gradients of the rows of `side_by_side` as those of the rows by stack."""
+    if len(stacks(group)) == 1 and not any(slots.place.functions for slots in group):
+        return {group[0].place.stack: grads}
+    parts: dict[str, list[Array]] = {}
+    start = 0
+    for place, count in group:
+        part = grads[..., start : start + count, :]
+        start += count
+        if place.functions:
+            part = jnp.repeat(part, place.functions, axis=-2)
+        parts.setdefault(place.stack, []).append(part)
+    return {stack: jnp.concatenate(found, axis=-2) for stack, found in parts.items()}
+
+
+def stacks(group: Group) -> list[str]:
+    """The stacks in which a group has tables."""
+    return sorted({slots.place.stack for slots in group})
+
+
+def pool(
+    group: Group, ids: Int[Array, "... M"], rows: Float[Array, "... M D"]
+) -> Float[Array, "... F D"]:
+    """One vector a table: the row of a single id, the mean of several; zero for padding."""
+    if all(count == 1 for _, count in group):
+        return rows
+    vectors, start = [], 0
+    for _, count in group:
+        part = rows[..., start : start + count, :]
+        there = jnp.sum(ids[..., start : start + count] != PAD, axis=-1)[..., None]
+        vectors.append(jnp.sum(part, axis=-2) / jnp.maximum(there, 1).astype(part.dtype))
+        start += count
+    return jnp.stack(vectors, axis=-2)
+
+
+# --- What the arrays hold
 
 
 def computed_dtype(table: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
@@ -201,49 +265,49 @@ def as_held(rows: Array, dtype: jnp.dtype) -> Array:
     return rows.astype(dtype)
 
 
-def pool(
-    group: Group, ids: Int[Array, "... M"], rows: dict[str, Float[Array, "... M_stack D"]]
-) -> Float[Array, "... F D"]:
-    """One vector per field: the row of a single id, the mean of several; zero for padding.
+def initial_stacks(
+    layout: Layout, key: jax.Array, dtype: jnp.dtype, low: bool, mesh: Mesh | None = None
+) -> dict[str, Num[Array, "V D"]]:
+    """Normal rows of length about 1 / 4; those of padding and unknown are zero: they say nothing.
 
-    The vector of a hashed id is the sum of its rows.
+    Args:
+      layout: which rows there are.
+      key: of the draws.
+      dtype: of the rows.
+      low: sparse stacks are kept in bfloat16.
+      mesh: a sparse stack is made part by part, by the devices that will hold the parts; what is
+        in it does not depend on their number, and no device holds all of it. None: one device.
     """
-    taken = dict.fromkeys(_stacks(group), 0)
-    if all(f.lookups == 1 for f in group.fields) and len(taken) == 1:
-        return rows[group.fields[0].stack]
-    vectors = []
-    for f, start in zip(group.fields, _starts(group), strict=True):
-        part = rows[f.stack][..., taken[f.stack] : taken[f.stack] + f.lookups, :]
-        taken[f.stack] += f.lookups
-        count = jnp.sum(ids[..., start : start + f.slots] != PAD, axis=-1)[..., None]
-        vectors.append(jnp.sum(part, axis=-2) / jnp.maximum(count, 1).astype(part.dtype))
-    return jnp.stack(vectors, axis=-2)
+    found = {}
+    for i, (stack, rows) in enumerate(sorted(layout.rows.items())):
+        offsets = [p.offset for p in layout.places.values() if p.stack == stack]
+        silent = np.concatenate([np.arange(o, o + FIRST) for o in offsets])
+        kept = BITS if low and stack != DENSE else dtype
+        shape = rows, layout.width
+        of_stack = jax.random.fold_in(key, i)
+        if stack == DENSE:
+            drawn = jax.random.normal(of_stack, shape, dtype) * _scale(layout.width)
+            found[stack] = drawn.at[silent].set(0)
+        else:
+            found[stack] = _initial_parts(of_stack, silent, shape, kept, mesh)
+    return found
 
 
-def initial_table(
-    key: jax.Array,
-    fields: Sequence[Field],
-    rows: int,
-    width: int,
-    dtype: jnp.dtype,
-    mesh: Mesh | None = None,
+def _scale(width: int) -> float:
+    return 0.25 * width**-0.5
+
+
+def _initial_parts(
+    key: jax.Array, silent: np.ndarray, shape: tuple[int, int], dtype: jnp.dtype, mesh: Mesh | None
 ) -> Num[Array, "V D"]:
-    """Normal rows of length about 1 / 4; padding and unknown rows are zero: they say nothing.
-
-    A stack that is spread is made part by part, by the devices of the mesh that will hold the
-    parts: what is in it does not depend on their number, and no device holds all of it.
-    """
-    silent = np.concatenate([np.arange(f.offset, f.offset + FIRST) for f in fields])
-    drawn = jnp.float32 if dtype == BITS else dtype
-    scale = 0.25 * width**-0.5
-    if not fields[0].spread:
-        return (jax.random.normal(key, (rows, width), dtype) * scale).at[silent].set(0)
+    (rows, width), drawn = shape, jnp.float32 if dtype == BITS else dtype
     size = rows // ROW_MULTIPLE
 
     def part(number: Array) -> Array:
-        made = jax.random.normal(jax.random.fold_in(key, number), (size, width), drawn) * scale
-        own = jnp.where(silent % ROW_MULTIPLE == number, silent // ROW_MULTIPLE, size)
-        return as_held(made.at[own].set(0, mode="drop"), dtype)
+        own = jax.random.fold_in(key, number)
+        made = jax.random.normal(own, (size, width), drawn) * _scale(width)
+        zero = jnp.where(silent % ROW_MULTIPLE == number, silent // ROW_MULTIPLE, size)
+        return as_held(made.at[zero].set(0, mode="drop"), dtype)
 
     def parts(numbers: Array) -> Array:
         return lax.map(part, numbers).reshape(-1, width)
@@ -254,24 +318,3 @@ def initial_table(
     by_row = P("table")
     sharded = jax.shard_map(parts, mesh=mesh, in_specs=by_row, out_specs=by_row, check_vma=False)
     return sharded(numbers)
-
-
-def _hashed(group: Group, ids: Int[Array, "... M"]) -> tuple[Group, Int[Array, "... N"]]:
-    """The group with the rows of hashed ids in their place, as if these were its ids."""
-    if not any(f.functions for f in group.fields):
-        return group, ids
-    parts = []
-    for f, start in zip(group.fields, _starts(group), strict=True):
-        part = ids[..., start : start + f.slots]
-        parts.append(hash_rows(part, f.owner, f.size - FIRST, f.functions) if f.functions else part)
-    fields = tuple(replace(f, slots=f.lookups, functions=0) for f in group.fields)
-    return Group(fields), jnp.concatenate(parts, axis=-1)
-
-
-def _stacks(group: Group) -> list[str]:
-    return sorted({f.stack for f in group.fields})
-
-
-def _starts(group: Group) -> list[int]:
-    ends = np.cumsum([f.slots for f in group.fields])
-    return [int(end) - f.slots for end, f in zip(ends, group.fields, strict=True)]

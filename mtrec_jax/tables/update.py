@@ -1,153 +1,130 @@
-"""Row-wise optimizers: a step costs what the touched rows cost, whatever the size of the table."""
+"""Rows are updated: each touched row once, with the gradients of all places that looked it up."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
-from mtrec_jax.tables.layout import BITS, RowUpdate, computed_dtype, update_rows
+from mtrec_jax.mixing import mixed_bits
+from mtrec_jax.tables import exchange
+from mtrec_jax.tables.layout import (
+    BITS,
+    DENSE,
+    Layout,
+    as_held,
+    as_numbers,
+    by_stack,
+    computed_dtype,
+    rule_of,
+)
+from mtrec_jax.tables.lookup import Ticket, flat, joined
+from mtrec_jax.tables.rules import Rate, RowOptimizer
 from mtrec_jax.types import PyTree
 
-Rate = jax.Array | float
-
-
-class RowOptimizer(NamedTuple):
-    """`init(table [V, D]) -> slots`, a pytree of [V, ...] arrays, and
-    `update(rows, slots, grads, learning_rate) -> (rows, slots)` on the touched rows [n, D] only.
-
-    Rows, gradients and slots are of the table's `computed_dtype`: float32 for bfloat16 rows."""
-
-    init: Callable[[jax.Array], PyTree]
-    update: Callable[[jax.Array, PyTree, jax.Array, Rate], tuple[jax.Array, PyTree]]
-
-
-def sgd() -> RowOptimizer:
-    """Gradient descent; it keeps nothing."""
-
-    def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
-    ) -> tuple[jax.Array, PyTree]:
-        return rows - learning_rate * grads, slots
-
-    return RowOptimizer(lambda table: {}, update)
-
-
-def adagrad(initial: float = 0.1, epsilon: float = 1e-7) -> RowOptimizer:
-    """Adagrad (Duchi, Hazan & Singer 2011) with one accumulator a number, as in `optax.adagrad`."""
-
-    def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
-    ) -> tuple[jax.Array, PyTree]:
-        total = slots + jnp.square(grads)
-        scale = jnp.where(total > 0, jax.lax.rsqrt(total + epsilon), 0)
-        return rows - learning_rate * scale * grads, total
-
-    return RowOptimizer(lambda table: jnp.full(table.shape, initial, computed_dtype(table)), update)
-
-
-def rowwise_adagrad(epsilon: float = 1e-8) -> RowOptimizer:
-    """Adagrad with one accumulator a row, the mean square of its gradient (as in DLRM)."""
-
-    def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
-    ) -> tuple[jax.Array, PyTree]:
-        total = slots + jnp.mean(jnp.square(grads), axis=-1)
-        scale = learning_rate / (jnp.sqrt(total) + epsilon)
-        return rows - scale[:, None] * grads, total
-
-    return RowOptimizer(lambda table: jnp.zeros(table.shape[:1], computed_dtype(table)), update)
-
-
-def lazy_adam(b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8) -> RowOptimizer:
-    """Adam (Kingma & Ba 2015) whose moments and step count advance only when a row is touched."""
-
-    def init(table: jax.Array) -> PyTree:
-        # Two arrays, as a donated one must not be given twice.
-        m, v = (jnp.zeros(table.shape, computed_dtype(table)) for _ in range(2))
-        return {"m": m, "v": v, "count": jnp.zeros(len(table), jnp.int32)}
-
-    def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
-    ) -> tuple[jax.Array, PyTree]:
-        count = slots["count"] + 1
-        m = b1 * slots["m"] + (1 - b1) * grads
-        v = b2 * slots["v"] + (1 - b2) * jnp.square(grads)
-        t = count.astype(rows.dtype)[:, None]
-        step = (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + epsilon)
-        return rows - learning_rate * step, {"m": m, "v": v, "count": count}
-
-    return RowOptimizer(init, update)
-
-
-def ftrl(l1: float = 0.0, l2: float = 0.0, beta: float = 1.0) -> RowOptimizer:
-    """FTRL-Proximal (McMahan et al., KDD 2013), algorithm 1; with `l1`, weights become exactly 0.
-
-    A row that has not been touched yet starts from its own values. The learning rate has to stay
-    the same over a run, as the sums in `z` are in its units: see `at_rate`.
-    """
-
-    def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
-    ) -> tuple[jax.Array, PyTree]:
-        n = slots["n"] + jnp.square(grads)
-        before = beta / learning_rate + l2
-        start = -rows * before - jnp.sign(rows) * l1  # the z whose weights are these rows
-        z = jnp.where(slots["n"] == 0, start, slots["z"])
-        z += grads - (jnp.sqrt(n) - jnp.sqrt(slots["n"])) / learning_rate * rows
-        strength = (beta + jnp.sqrt(n)) / learning_rate + l2
-        new = jnp.where(jnp.abs(z) <= l1, 0, (jnp.sign(z) * l1 - z) / strength)
-        return new, {"z": z, "n": n}
-
-    def init(table: jax.Array) -> PyTree:
-        z, n = (jnp.zeros(table.shape, computed_dtype(table)) for _ in range(2))
-        return {"z": z, "n": n}
-
-    return RowOptimizer(init, update)
-
-
-def at_rate(rule: RowOptimizer, learning_rate: float) -> RowOptimizer:
-    """A rule that keeps to one learning rate, whatever it is given."""
-
-    def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, given: Rate
-    ) -> tuple[jax.Array, PyTree]:
-        return rule.update(rows, slots, grads, learning_rate)
-
-    return RowOptimizer(rule.init, update)
-
-
-def bounded(rule: RowOptimizer, weight_decay: float = 0.0, clip_norm: float = 0.0) -> RowOptimizer:
-    """A rule with decoupled weight decay (as in AdamW) of the rows that a step touches, and their
-    gradients clipped to a norm, each row by itself; 0: neither."""
-
-    def update(
-        rows: jax.Array, slots: PyTree, grads: jax.Array, learning_rate: Rate
-    ) -> tuple[jax.Array, PyTree]:
-        if clip_norm:
-            norm = jnp.linalg.norm(grads, axis=-1, keepdims=True)
-            grads = grads * jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30))
-        new, slots = rule.update(rows, slots, grads, learning_rate)
-        return new - learning_rate * weight_decay * rows if weight_decay else new, slots
-
-    return RowOptimizer(rule.init, update)
-
-
-RULES = {
-    "sgd": sgd,
-    "adagrad": adagrad,
-    "rowwise_adagrad": rowwise_adagrad,
-    "lazy_adam": lazy_adam,
-    "ftrl": ftrl,
-}
-
-
 _BLOCK = 2**14  # rows that are updated at once: it bounds the work space
+
+# (rows [n, D], slots, grads [n, D]) -> (rows, slots), each slot with a row for each of n
+RowUpdate = Callable[[jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+
+
+class Updated(NamedTuple):
+    """The sparse stacks after a step."""
+
+    tables: dict[str, jax.Array]
+    slots: dict[str, PyTree]
+    scratch: dict[str, jax.Array]
+    rounds: jax.Array  # of the slowest exchange so far
+
+
+def update(
+    layout: Layout,
+    rules: Mapping[str, RowOptimizer],
+    state: Updated,
+    ticket: Ticket,
+    grads: Mapping[str, Float[Array, "... M D"]],
+    rate: Rate,
+    key: jax.Array,
+    wanted: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> Updated:
+    """Row-wise update of the sparse stacks with the gradients of all groups of a lookup.
+
+    Args:
+      layout: of the tables.
+      rules: {name: rule}.
+      state: the stacks; their scratch is the ticket's.
+      ticket: from `lookup`.
+      grads: {group: gradient of its rows}.
+      rate: learning rate.
+      key: of the rounding of bfloat16 rows.
+      wanted: [] bool; if false, no row is touched.
+      mesh: the devices.
+    """
+    tables, slots, scratch = dict(state.tables), dict(state.slots), dict(ticket.scratch)
+    most = state.rounds
+    grads_of = _of_stacks(layout, grads)
+    for stack, by_group in ticket.addresses.items():
+        if stack == DENSE:
+            continue
+        table, optimizer = tables[stack], rules[rule_of(stack)]
+        given = joined(grads_of[stack], mesh.size)
+        if stack not in ticket.asked:
+            # Every device updates its own copy: it takes the gradients of all, once.
+            all_of = flat(by_group, mesh.size), given
+            ids, given = jax.lax.with_sharding_constraint(all_of, NamedSharding(mesh, P()))
+            ids = jnp.where(wanted, ids, -1)
+            # A copy fetches from its own memory what other devices would have to send.
+            rows = joined(ticket.rows[stack], 1) if mesh.size == 1 else None
+            tables[stack], slots[stack], scratch[stack] = apply_rows(
+                optimizer, table, slots[stack], scratch[stack], ids, given, rate, key, rows
+            )
+            continue
+        asked, sizes = ticket.asked[stack], ticket.buffers[stack]
+        rule = _rule_of_shard(optimizer, rate, key, table.dtype)
+        most = jnp.maximum(most, exchange.rounds(asked, sizes))
+        asked = asked._replace(numbers=jnp.where(wanted, asked.numbers, 0))
+        tables[stack], slots[stack] = exchange.update(
+            functools.partial(update_rows, rule), table, slots[stack], asked, given, mesh, sizes
+        )
+    return Updated(tables, slots, scratch, most)
+
+
+def dense_gradient(
+    layout: Layout, ticket: Ticket, grads: Mapping[str, Float[Array, "... M D"]]
+) -> Float[Array, "V D"]:
+    """The gradient of the dense stack, for optax: the sum over all places that looked a row up."""
+    by_group = _of_stacks(layout, grads)[DENSE]
+    total: Any = 0
+    for group, address in ticket.addresses[DENSE].items():
+        part = by_group[group]
+        zeros = jnp.zeros((layout.rows[DENSE], layout.width), part.dtype)
+        place = jnp.where(address < 0, layout.rows[DENSE], address)
+        total = total + zeros.at[place].add(part, mode="drop")
+    return total
+
+
+def _of_stacks(
+    layout: Layout, grads: Mapping[str, Float[Array, "... M D"]]
+) -> dict[str, dict[str, Array]]:
+    found: dict[str, dict[str, Array]] = {}
+    for group, gradient in grads.items():
+        for stack, part in by_stack(layout.groups[group], gradient).items():
+            found.setdefault(stack, {})[group] = part
+    return found
+
+
+def new_scratch(
+    tables: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """Work space of the exact dedup, one int32 a table row."""
+    return {stack: jnp.zeros(table.shape[0], jnp.int32) for stack, table in tables.items()}
 
 
 def apply_rows(
@@ -166,9 +143,9 @@ def apply_rows(
     The exact dedup needs no sort: every id writes its position into `scratch` and reads back one
     winner among its equals; gradients of the others are added to the winner's. `scratch` is work
     space whose content means nothing between calls. Returns (table, slots, scratch), updated in
-    place when the caller donates them. bfloat16 rows (a table of `embedding.BITS`) are updated in
+    place when the caller donates them. bfloat16 rows (a table of `layout.BITS`) are updated in
     float32 and rounded at random, by `key`.
-    Whoever has the `rows` of the ids already, from `nn.embedding.gather`, saves fetching them anew.
+    Whoever has the `rows` of the ids already, from `lookup.gather`, saves fetching them anew.
     """
     n, rows_total = ids.shape[0], table.shape[0]
     position = jnp.arange(n, dtype=jnp.int32)
@@ -202,16 +179,48 @@ def apply_rows(
     return table, slots, scratch
 
 
+def update_rows(
+    rule: RowUpdate,
+    table: Num[Array, "V D"],
+    slots: PyTree,
+    address: Int[Array, " n"],
+    grads: Float[Array, "n D"],
+    rows: Float[Array, "n D"] | None = None,
+) -> tuple[Num[Array, "V D"], PyTree]:
+    """Apply `rule(rows, slots, grads)` to different rows and their slots, in place if donated.
+
+    Addresses beyond the table are dropped. A caller who has the `rows` already, in the type of the
+    gradients, saves fetching them anew.
+    """
+    old = as_numbers(table.at[address].get(mode="clip")) if rows is None else rows
+    old_slots = jax.tree.map(lambda s: s.at[address].get(mode="clip"), slots)
+    new, new_slots = rule(old, old_slots, grads)
+
+    def write(whole: Array, part: Array) -> Array:
+        part = as_held(part, whole.dtype)
+        return whole.at[address].set(part, mode="drop", unique_indices=True)
+
+    return write(table, new), jax.tree.map(write, slots, new_slots)
+
+
 def row_update(
     optimizer: RowOptimizer, learning_rate: Rate, key: jax.Array | None, dtype: jnp.dtype
 ) -> RowUpdate:
     """The rule as a function of (rows, slots, grads); bfloat16 rows are rounded at random."""
 
-    def update(rows: jax.Array, slots: PyTree, grads: jax.Array) -> tuple[jax.Array, PyTree]:
+    def rule(rows: jax.Array, slots: PyTree, grads: jax.Array) -> tuple[jax.Array, PyTree]:
         new, slots = optimizer.update(rows, slots, grads, learning_rate)
         return stochastic_round(new, key) if dtype == BITS else new, slots
 
-    return update
+    return rule
+
+
+def _rule_of_shard(optimizer: RowOptimizer, rate: Rate, key: jax.Array, dtype: Any) -> RowUpdate:
+    def rule(rows: jax.Array, slots: PyTree, grads: jax.Array) -> tuple[jax.Array, PyTree]:
+        own = jax.random.fold_in(key, jax.lax.axis_index("table"))
+        return row_update(optimizer, rate, own, dtype)(rows, slots, grads)
+
+    return rule
 
 
 def stochastic_round(x: Float[Array, "n D"], key: jax.Array | None) -> Float[Array, "n D"]:
@@ -222,19 +231,6 @@ def stochastic_round(x: Float[Array, "n D"], key: jax.Array | None) -> Float[Arr
     if key is None:
         raise ValueError("a table of bfloat16 rows needs a key, to be rounded at random")
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits += _noise(key, x.shape) >> 16  # a carry moves to the next number
+    bits += mixed_bits(x.shape, key) >> 16  # a carry moves to the next number
     down = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), down, x.astype(jnp.bfloat16))
-
-
-def _noise(key: jax.Array, shape: tuple[int, ...]) -> Array:
-    """32-bit words, mixed from a seed and their places by the finalizer of MurmurHash3 (Appleby).
-
-    Good enough to round by, and on CPUs far faster than as many `jax.random.bits`.
-    """
-    seed, more = jax.random.bits(key, (2,), jnp.uint32)
-    place = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    word = (place + seed) ^ more
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-    return word ^ (word >> 16)

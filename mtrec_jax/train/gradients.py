@@ -1,133 +1,160 @@
-"""Losses and gradients of a batch, at once or in parts one after the other."""
+"""Losses and gradients of a batch, at once or in parts one after the other.
+
+The losses are taken in two halves: `encode` up to the shared representation, `losses` behind it. So
+a balancing method may have the gradient of each task there for a backward pass through the towers
+alone, and whatever it makes of them goes through the encoders once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mtrec_jax.balance.balance import Balancer
-from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.models.model import Model, Rows, gather_rows
-from mtrec_jax.sharding import cut_examples
-from mtrec_jax.tables.layout import DENSE
-from mtrec_jax.tables.lookup import Addresses, BuffersOf, Fetched, fetch
-from mtrec_jax.train.objective import Draws, Sums, batch_losses, draw, known_weights, loss_names
-from mtrec_jax.types import Batch, Catalogue, Lookups, PyTree, TrainState
+from mtrec_jax.balance import Gradients, Pullback
+from mtrec_jax.models.model import Model
+from mtrec_jax.sharding import cut_examples, joined_examples, replicated
+from mtrec_jax.types import Batch, Catalogue, PyTree, Wanted
 
 
-class Differentiated(NamedTuple):
-    """What a batch says, before anything is changed."""
+class Draws(NamedTuple):
+    """What chance decides in a batch besides its negatives."""
 
-    fetched: Fetched
-    sums: Sums
-    balance: PyTree
-    to_params: PyTree
-    to_rows: Rows
+    users: jax.Array  # key of the dropout in the encoder
+    rank: jax.Array  # key of the dropout before the towers
+    lottery: jax.Array  # [B, P]: the fusion learns at the position that has the largest
 
 
-Differentiate = Callable[[TrainState, Batch, Catalogue], Differentiated]
+def draw(key: jax.Array, batch: Batch) -> Draws:
+    """The draws of a whole batch."""
+    key_users, key_rank, key_fusion = jax.random.split(key, 3)
+    shape, dtype = batch.weight.shape, batch.weight.dtype
+    return Draws(key_users, key_rank, jax.random.uniform(key_fusion, shape, dtype))
 
 
-def make_differentiate(
-    experiment: Experiment,
-    manifest: Manifest,
+class Back(NamedTuple):
+    """The way back: `pullback` for the balancing method, and `finish(its gradients)`, which gives
+    the gradients of the dense parameters and of the rows, and the loss of the fusion."""
+
+    pullback: Pullback
+    finish: Callable[[Gradients], tuple[PyTree, dict[str, jax.Array], jax.Array]]
+
+
+class Given(NamedTuple):
+    """What a batch is taught with."""
+
+    network: PyTree  # dense parameters of the layers
+    rows: dict[str, jax.Array]
+    batch: Batch
+    wanted: Wanted
+    draws: Draws
+
+
+def backward(
     model: Model,
+    given: Given,
+    catalogue: Catalogue,
+    weights: dict[str, jax.Array],
+    parts: int,
     mesh: jax.sharding.Mesh,
-    balancer: Balancer,
-    buffers: BuffersOf,
-) -> Differentiate:
-    """Losses and gradients of a batch as a function of the state; to be compiled.
+) -> Back:
+    """Losses of a batch, each divided by its weight in `weights`, and the way back.
 
-    With `train.accumulate` = K the activations of one K-th of the batch exist at a time. Gradients
-    are linear in the sums of the losses: those of the whole batch are the sum of those of its
-    parts, where each loss is divided by its weight in the whole batch. That is known beforehand
-    but for a fusion that learns lists; its gradient is summed apart, and divided at the end. All
-    parts have the same negatives. Dropout alone depends on K.
+    With more than one part the activations of one part exist at a time (`train.accumulate`).
     """
-    names, parts = loss_names(experiment), experiment.train.accumulate
-
-    def differentiate(state: TrainState, batch: Batch, catalogue: Catalogue) -> Differentiated:
-        key_rows, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
-        weights = dict(zip(names, balancer.weights(state.balance), strict=True))
-        known = known_weights(experiment, batch)
-        scales = {n: _share(weights[n], known[n]) if n in known else 1.0 for n in names}
-
-        def lookups(batch: Batch) -> Lookups:
-            return model.lookups(batch, catalogue, key_rows)
-
-        def objective(
-            params: PyTree, fusing: PyTree, rows: Rows, batch: Batch, draws: Draws
-        ) -> tuple[jax.Array, Sums]:
-            looked = lookups(batch)
-            rows = rows | gather_rows(params, {}, _of_stacks(looked, dense=True))
-            given = params, fusing, rows, looked, batch, catalogue, draws, mesh
-            sums = batch_losses(experiment, manifest, model, *given)
-            return jnp.sum(jnp.stack([scales[n] * sums[n][0] for n in names])), sums
-
-        fusing = {"network": state.params["network"]}
-
-        def found(rows: Rows, batch: Batch, draws: Draws) -> tuple[PyTree, Rows]:
-            gradient = jax.grad(objective, argnums=(0, 1, 2), has_aux=True)
-            (to_params, to_fusing, to_rows), sums = gradient(
-                state.params, fusing, rows, batch, draws
-            )
-            return (sums, to_params, to_fusing), to_rows
-
-        draws, search = draw(key_loss, batch), lookups
-        if parts > 1:
-            batch, draws = _cut(batch, draws, parts, mesh)
-            # parts are the second axis of rows, so that each device looks up its own examples
-            search, found = jax.vmap(lookups, out_axes=1), _added_up(found)
-        addresses = _of_stacks(search(batch), dense=False)
-        fetched = fetch(state.tables, state.scratch, addresses, mesh, buffers)
-        (sums, to_params, to_fusing), to_rows = found(fetched.rows, batch, draws)
-        if "fusion" in names and "fusion" not in known:
-            scale = _share(weights["fusion"], sums["fusion"][1])
-            both = to_params["network"], to_fusing["network"]
-            to_network = jax.tree.map(lambda own, more: own + scale * more, *both)
-            to_params = to_params | {"network": to_network}
-        means = jnp.stack([_share(*sums[n]) for n in names])
-        observed = jnp.stack([sums[n][1] > 0 for n in names])
-        balance = balancer.learn(state.balance, means, observed)
-        return Differentiated(fetched, sums, balance, to_params, to_rows)
-
-    return differentiate
+    totals = {name: jnp.maximum(weight, 1e-9) for name, weight in weights.items()}
+    if parts == 1:
+        return _whole(model, given, catalogue, totals, mesh)
+    return _in_parts(model, given, catalogue, totals, parts, mesh)
 
 
-def _share(value: jax.Array, weight: jax.Array) -> jax.Array:
-    return value / jnp.maximum(weight, 1e-9)
+def _whole(
+    model: Model,
+    given: Given,
+    catalogue: Catalogue,
+    totals: dict[str, jax.Array],
+    mesh: jax.sharding.Mesh,
+) -> Back:
+    network, rows, batch, wanted, draws = given
+    # each example meets all negatives
+    wanted = wanted._replace(negatives=replicated(wanted.negatives, mesh))
+
+    def encode(network: PyTree, rows: dict[str, jax.Array]) -> PyTree:
+        params = {"network": network}
+        shared = model.encode(params, rows, batch, catalogue, wanted, draws.users)
+        return shared._replace(negatives=replicated(shared.negatives, mesh))
+
+    def behind(network: PyTree, shared: PyTree) -> tuple[jax.Array, PyTree]:
+        params = {"network": network}
+        sums, fusing = model.losses(params, shared, batch, catalogue, wanted, draws.rank)
+        return jnp.stack([sums[n] / totals[n] for n in model.names]), fusing
+
+    shared, through_encoder = jax.vjp(encode, network, rows)
+    losses, through_heads, fusing = jax.vjp(behind, network, shared, has_aux=True)
+
+    def pullback(weights: jax.Array) -> Gradients:
+        return Gradients(losses, *through_heads(weights))
+
+    def fusion_loss(part: PyTree) -> jax.Array:
+        params = {"network": network | {"fusion": part}}
+        given = params, shared, fusing, batch, wanted, draws.lottery, mesh
+        return model.fusion_loss(*given) / totals["fusion"]
+
+    def finish(combined: Gradients) -> tuple[PyTree, dict[str, jax.Array], jax.Array]:
+        of_encoder, of_rows = through_encoder(combined.shared)
+        of_network = jax.tree.map(jnp.add, combined.heads, of_encoder)
+        if not model.fuses:
+            return of_network, of_rows, jnp.zeros(())
+        loss, own = jax.value_and_grad(fusion_loss)(network["fusion"])  # it touches nothing else
+        return of_network | {"fusion": own}, of_rows, loss
+
+    return Back(pullback, finish)
 
 
-def _of_stacks(looked: Lookups, dense: bool) -> Addresses:
-    return {stack: a for stack, a in looked.addresses.items() if (stack == DENSE) == dense}
-
-
-def _cut(batch: Batch, draws: Draws, parts: int, mesh: jax.sharding.Mesh) -> tuple[Batch, Draws]:
-    batch, lottery = cut_examples((batch, draws.lottery), parts, mesh)
-    users, rank = (jax.random.split(key, parts) for key in (draws.users, draws.rank))
-    return batch, Draws(users, rank, lottery)
-
-
-def _added_up(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply to each part; what is found first is summed over them, the second has their axis.
-
-    Parts are the second axis of the rows and of their gradients, and the first of all else.
+def _in_parts(
+    model: Model,
+    given: Given,
+    catalogue: Catalogue,
+    totals: dict[str, jax.Array],
+    parts: int,
+    mesh: jax.sharding.Mesh,
+) -> Back:
+    """Gradients are linear in the losses: those of the whole batch are sums of those of its parts,
+    where each loss is divided by the weight of the whole batch. All parts have the same negatives;
+    dropout alone depends on their number.
     """
+    rows, draws = given.rows, given.draws
+    split = {group: r for group, r in rows.items() if group in model.by_example}
+    common = {group: r for group, r in rows.items() if group not in split}
+    listed = given.wanted.items.ndim == 1  # every item once, for all parts
+    cut = cut_examples((split, given.batch, draws.lottery), parts, mesh)
+    places = given.wanted.items if listed else cut_examples(given.wanted.items, parts, mesh)
+    keys = [jax.random.split(key, parts) for key in (draws.users, draws.rank)]
 
-    def of_all(rows: Rows, batch: Batch, draws: Draws) -> tuple[PyTree, Rows]:
-        arguments = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), rows), batch, draws
+    def pullback(weights: jax.Array) -> Gradients:
+        def of_part(part: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
+            (own_rows, batch, lottery), key_users, key_rank, own_places = part
+            wanted = given.wanted._replace(ids={}, items=places if listed else own_places)
+            draws = Draws(key_users, key_rank, lottery)
+            one = Given(given.network, common | own_rows, batch, wanted, draws)
+            back = _whole(model, one, catalogue, totals, mesh)
+            pulled = back.pullback(weights)
+            of_network, of_rows, fusion = back.finish(pulled)
+            shared_rows = {group: of_rows.pop(group) for group in common}
+            return (pulled.losses, of_network, shared_rows, fusion), of_rows
 
-        def add(total: PyTree, part: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
-            found, own = function(*part)
-            return jax.tree.map(jnp.add, total, found), own
+        def add(total: PyTree, part: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
+            found, of_rows = of_part(part)
+            return jax.tree.map(jnp.add, total, found), of_rows
 
-        first = jax.eval_shape(lambda: function(*jax.tree.map(lambda a: a[0], arguments))[0])
+        sequence = cut, *keys, None if listed else places
+        first = jax.eval_shape(of_part, jax.tree.map(lambda a: a[0], sequence))[0]
         zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), first)
-        total, own = jax.lax.scan(add, zeros, arguments)
-        return total, jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), own)
+        total, of_rows = jax.lax.scan(add, zeros, sequence)
+        losses, of_network, shared_rows, fusion = total
+        of_rows = joined_examples(of_rows, mesh) | shared_rows
+        return Gradients(losses, (of_network, of_rows, fusion), ())
 
-    return of_all
+    return Back(pullback, lambda combined: combined.heads)

@@ -10,38 +10,48 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtrec_jax.balance.balance import static, uncertainty
+from mtrec_jax.balance import Balancer
 from mtrec_jax.config import Experiment, Train
-from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.model import Model
 from mtrec_jax.sharding import state_shardings
-from mtrec_jax.tables.layout import rule_of
-from mtrec_jax.tables.lookup import BuffersOf, apply_gradients, new_scratch
-from mtrec_jax.tables.update import RULES, RowOptimizer, at_rate, bounded
-from mtrec_jax.train.gradients import Differentiate, Differentiated, make_differentiate
-from mtrec_jax.train.objective import loss_names
+from mtrec_jax.tables.exchange import BuffersOf
+from mtrec_jax.tables.layout import DENSE, initial_stacks, rule_of
+from mtrec_jax.tables.lookup import Ticket, lookup
+from mtrec_jax.tables.rules import RULES, RowOptimizer, at_rate, bounded
+from mtrec_jax.tables.update import Updated, dense_gradient, new_scratch, update
+from mtrec_jax.train.gradients import Given, backward, draw
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 
 
 class Step(NamedTuple):
-    """`init(key) -> state`, `update(state, batch, catalogue) -> state`; both are compiled once.
-    `abstract` has the shapes and shardings of a state.
+    """`init(seed) -> state`, `update(state, batch, catalogue) -> state`; `abstract` has the shapes
+    and shardings of a state.
 
-    A step whose loss, squared gradient or new parameters are not finite changes nothing
-    but `state.bad`; with `train.not_finite = "stop"` neither do the steps after it.
-    `inspect(state, batch, catalogue)` tells which losses and gradients of this batch are finite,
-    by name, losses first.
+    A step whose loss, squared gradient or new parameters are not finite changes nothing but
+    `state.bad`; with `train.not_finite = "stop"` neither do the steps after it.
+    `inspect(state, batch, catalogue)` tells which losses and gradients of this batch are finite, by
+    name, losses first.
     """
 
     abstract: TrainState
-    init: Callable[[jax.Array], TrainState]
+    init: Callable[[int], TrainState]
     update: Callable[[TrainState, Batch, Catalogue], TrainState]
     inspect: Callable[[TrainState, Batch, Catalogue], dict[str, bool]]
 
 
+class Found(NamedTuple):
+    """What a batch says, before anything is changed."""
+
+    sums: dict[str, tuple[jax.Array, jax.Array]]  # {loss: (sum, weight)}
+    to_params: PyTree  # gradients
+    to_rows: dict[str, jax.Array]
+    ticket: Ticket
+    balance: PyTree
+
+
 def make_step(
     experiment: Experiment,
-    manifest: Manifest,
     model: Model,
     mesh: jax.sharding.Mesh,
     total_steps: int,
@@ -52,23 +62,102 @@ def make_step(
 
     Args:
       experiment: losses, balancing, learning rates.
-      manifest: of the prepared data.
-      model: from `make_model` of the same experiment and manifest.
+      model: from `make_model` of the same experiment.
       mesh: devices; batches arrive split over them, `update` keeps the state's shardings.
       total_steps: length of the learning-rate schedule.
       optimizer: optax chain for the dense parameters instead of the configured one.
       buffers: sizes of the exchange of rows by stack, as `capacity.measured_buffers` gives them.
     """
-    config, buffers = experiment.train, buffers or {}
+    config, rules = experiment.train, row_rules(experiment.train)
     dense = optimizer or dense_optimizer(config, total_steps)
-    row_schedule = learning_rate(config, config.row_learning_rate, total_steps)
-    rules = row_rules(config)
-    names, initial = loss_names(experiment), _initial_weights(experiment)
-    balancer = {"static": static, "uncertainty": uncertainty}[config.balance](initial)
+    row_rate = learning_rate(config, config.row_learning_rate, total_steps)
+    balancer = _balancer(experiment, model)
 
-    def init(key: jax.Array) -> TrainState:
-        key_model, key_run = jax.random.split(key)
-        params, tables = model.init(key_model, mesh)
+    def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
+        """Lookup, losses, and their gradients combined."""
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        wanted = model.ids(batch, catalogue, keys[0])
+        stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
+        known = model.layout, stacks, state.scratch, wanted.ids, mesh, buffers or {}
+        rows, ticket = lookup(*known)
+        draws = draw(keys[1], batch)
+        weights = model.weights(batch, draws.lottery)
+        given = Given(state.params["network"], rows, batch, wanted, draws)
+        back = backward(model, given, catalogue, weights, config.accumulate, mesh)
+        observed = jnp.stack([weights[n] > 0 for n in model.names])
+        combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
+        to_network, to_rows, fusion = back.finish(combined)
+        to_params = {"network": to_network}
+        if DENSE in state.params:
+            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
+        means = [*combined.losses, *[fusion] * model.fuses]
+        sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
+        return Found(sums, to_params, to_rows, ticket, balance)
+
+    def step(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
+        """`find`, and the update of the dense parameters and of the touched rows."""
+        found = find(state, batch, catalogue)
+        updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        is_good = _all_finite((found.sums, _squares(found), params))
+        if config.not_finite == "stop":
+            is_good &= state.bad[0] == 0
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)  # of bfloat16 rows
+        stacks = Updated(state.tables, state.slots, state.scratch, state.rounds)
+        taken = found.ticket, found.to_rows, row_rate(state.step), key, is_good, mesh
+        stacks = update(model.layout, rules, stacks, *taken)
+        new = {
+            "params": params,
+            "optimizer": optimizer_state,
+            "balance": found.balance,
+            "sums": {n: state.sums[n] + jnp.stack(found.sums[n]) for n in state.sums},
+        }
+        after = _after(state, is_good, new, config.not_finite == "stop")
+        return after._replace(**stacks._asdict())
+
+    init = _initializer(experiment, model, mesh, dense, balancer)
+    shapes = jax.eval_shape(init, model.init(0), jax.random.key(0, impl="rbg"))
+    shardings = state_shardings(shapes, mesh)
+    compiled = jax.jit(init, out_shardings=shardings)
+    return Step(
+        abstract=jax.tree.map(_placed, shapes, shardings),
+        init=lambda seed: compiled(model.init(seed), jax.random.key(seed, impl="rbg")),
+        update=jax.jit(step, donate_argnums=0, out_shardings=shardings),
+        inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, find))),
+    )
+
+
+def _balancer(experiment: Experiment, model: Model) -> Balancer:
+    """The configured balancing of the tasks, which starts from their declared weights."""
+    config, tasks = experiment.train, experiment.tasks
+    declared = [tasks[n].weight if n in tasks else 1.0 for n in model.names]
+    balancer = config.balance.make(jnp.array(declared, jnp.dtype(config.precision)))
+    if config.accumulate > 1 and not balancer.in_parts:
+        raise ConfigError(
+            f"train.accumulate: {config.accumulate} parts, but train.balance.kind = "
+            f"{config.balance.kind!r} needs the gradient of each task over the whole batch; set "
+            'train.accumulate = 1, or train.balance.kind = "static"'
+        )
+    return balancer
+
+
+def _initializer(
+    experiment: Experiment,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    dense: optax.GradientTransformation,
+    balancer: Balancer,
+) -> Callable[[PyTree, jax.Array], TrainState]:
+    """Initial dense layers and a key -> the state of step 0."""
+    config, dtype = experiment.train, jnp.dtype(experiment.train.precision)
+    rules = row_rules(config)
+
+    def init(params: PyTree, key: jax.Array) -> TrainState:
+        key_tables, key_run = jax.random.split(key)
+        low = config.row_precision == "bfloat16"
+        tables = initial_stacks(model.layout, key_tables, dtype, low, mesh)
+        params = params | {n: tables.pop(n) for n in (DENSE,) if n in tables}
+        names = (*model.names, *["fusion"] * model.fuses)
         return TrainState(
             params=params,
             tables=tables,
@@ -78,40 +167,12 @@ def make_step(
             balance=balancer.init(),
             key=key_run,
             step=jnp.zeros((), jnp.int32),
-            sums={name: jnp.zeros(2, initial.dtype) for name in names},
+            sums={name: jnp.zeros(2, dtype) for name in names},
             rounds=jnp.zeros((), jnp.int32),
             bad=jnp.zeros(2, jnp.int32),
         )
 
-    differentiate = make_differentiate(experiment, manifest, model, mesh, balancer, buffers)
-
-    def update(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
-        found = differentiate(state, batch, catalogue)
-        updates, optimizer_state = dense.update(found.to_params, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        is_good = _all_finite((found.sums, _squares(found), params))
-        if config.not_finite == "stop":
-            is_good &= state.bad[0] == 0
-        rate = row_schedule(state.step)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)  # of bfloat16 rows
-        given = found.fetched, found.to_rows, rate, key, is_good, mesh
-        tables = apply_gradients(rules, state, *given)
-        new = {
-            "params": params,
-            "optimizer": optimizer_state,
-            "balance": found.balance,
-            "sums": {n: state.sums[n] + jnp.stack(found.sums[n]) for n in names},
-        }
-        return _after(state, is_good, new, config.not_finite == "stop")._replace(**tables)
-
-    shapes = jax.eval_shape(init, jax.random.key(0, impl="rbg"))
-    shardings = state_shardings(shapes, mesh)
-    return Step(
-        abstract=jax.tree.map(_placed, shapes, shardings),
-        init=jax.jit(init, out_shardings=shardings),
-        update=jax.jit(update, donate_argnums=0, out_shardings=shardings),
-        inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, differentiate))),
-    )
+    return init
 
 
 def _placed(shape: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -135,12 +196,12 @@ def _inspect(finite: Callable[..., dict[str, jax.Array]], *arguments: Any) -> di
 
 
 def _finite(
-    differentiate: Differentiate,
+    find: Callable[[TrainState, Batch, Catalogue], Found],
     state: TrainState,
     batch: Batch,
     catalogue: Catalogue,
 ) -> dict[str, jax.Array]:
-    found = differentiate(state, batch, catalogue)
+    found = find(state, batch, catalogue)
     finite = {f"the loss of {n}": _all_finite(found.sums[n]) for n in found.sums}
     for name, tree in (("params", found.to_params), ("rows", found.to_rows)):
         for path, leaf in jax.tree.leaves_with_path(tree):
@@ -173,25 +234,17 @@ def _all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _squares(found: Differentiated) -> dict[str, PyTree]:
+def _squares(found: Found) -> dict[str, PyTree]:
     """Finite only where all gradients are, and their squares, which optimizers add up.
 
-    All gradients of a stack's rows may belong to one row.
+    All gradients of a group's rows may belong to one row of a stack.
     """
     return {
         "params": jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient)), found.to_params),
-        "rows": {
-            stack: jnp.square(sum(jnp.sum(jnp.abs(gradient)) for gradient in by_role.values()))
-            for stack, by_role in found.to_rows.items()
-        },
+        "rows": jax.tree.map(
+            lambda gradient: jnp.square(jnp.sum(jnp.abs(gradient))), found.to_rows
+        ),
     }
-
-
-def _initial_weights(experiment: Experiment) -> jax.Array:
-    """Declared weight of each loss, 1 for the fusion: [T]."""
-    names = loss_names(experiment)
-    declared = [experiment.tasks[n].weight if n in experiment.tasks else 1.0 for n in names]
-    return jnp.array(declared, jnp.dtype(experiment.train.precision))
 
 
 def learning_rate(config: Train, peak: float, total_steps: int) -> optax.Schedule:

@@ -38,10 +38,14 @@ def make(**sections: Any) -> Experiment:
 
 
 def rows(**sections: Any) -> Experiment:
-    """A row experiment over log.csv, without users, items and time."""
-    data = {"kind": "rows", "user": "", "item": "", "time": "", **sections.pop("data", {})}
+    """An experiment over log.csv without histories, and without users, items and time; features
+    are of the request unless they say otherwise."""
+    none = {"user": "", "item": "", "time": "", "history_length": 0}
+    data = {**none, **sections.pop("data", {})}
+    features = {n: {"on": "request", **f} for n, f in sections.pop("features", {}).items()}
     base = {"model": {"encoder": "none"}, "clean": {"duplicates": "keep"}}
-    return make(data=data, **base | {"split": {"kind": "random"}} | sections)
+    base |= {"split": {"kind": "random"}}
+    return make(data=data, features=features, **base | sections)
 
 
 def run(folder: Path, experiment: Experiment, text: str = LOG, **files: str) -> Prepared:

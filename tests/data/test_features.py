@@ -12,9 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtrec_jax.config import Feature
-from mtrec_jax.data.dataset import IdField, NumberField
-from mtrec_jax.data.features import Encoding, encode, encode_all, fit
+from mtrec_jax.choices import read
+from mtrec_jax.data.features import (
+    CHOICE,
+    Encoding,
+    Feature,
+    IdField,
+    NumberField,
+    encode,
+    encode_all,
+    fit,
+)
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
@@ -23,9 +31,14 @@ def text(*cells: str | None) -> pa.Array:
     return pa.array(cells, pa.string())
 
 
+def feature(**declared: Any) -> Feature:
+    """A feature as the configuration declares it."""
+    return read(CHOICE, declared, "f")
+
+
 def fitted(cells: pa.Array, counts: list[int] | None = None, **declared: Any) -> Encoding:
     sizes = np.array(counts or [1] * len(cells))
-    return fit("f", Feature(**declared), cells, sizes)
+    return fit("f", feature(**declared), cells, sizes)
 
 
 def codes(encoding: Encoding, *cells: str | None) -> list[list[float]]:
@@ -52,7 +65,7 @@ def test_categories_by_falling_count_then_by_bytes() -> None:
     assert encoding.values.to_pylist() == ["a", "Z", "b", "é"]
     assert encoding.counts.tolist() == [5, 2, 2, 2]
     assert ids(encoding, "a", "é", "rare", "new", None, "") == [2, 5, 1, 1, 0, 0]
-    assert encoding.field == IdField(name="f", size=6, slots=1, placement="dense")
+    assert encoding.field == IdField(name="f", size=6, slots=1)
     with pytest.raises(DataError, match="'f': column 'f' has no training value that occurs 9 time"):
         fitted(cells, [2, 2, 5, 1, 9, 2], min_count=9)
 
@@ -110,6 +123,8 @@ def test_several_values_in_a_cell() -> None:
     assert codes(encoding, "a|b", "x|c|b", None, " c|") == expected
     lists = pa.array([["a", "b"], ["x", "", "c", "b"], None, [" c", None]])
     assert encode(encoding, lists).tolist() == expected
+    one = fitted(cells, [1, 2, 4, 1], **declared | {"max_values": 1})
+    assert codes(one, "a|b", "b|a", None) == [[3], [2], [0]]
     own = fitted(cells, [1, 2, 4, 1], impute="own", **declared)
     assert own.values.to_pylist() == ["", "b", "c", "a"]
     assert codes(own, None, "c", " | ") == [[2, 0], [4, 0], [2, 0]]
@@ -218,11 +233,11 @@ def test_what_the_past_says_may_be_binned_or_scaled() -> None:
     cells = pa.array([0.0, 1.0, 3.0, None])
     binned = fitted(cells, on="history", kind="past_count", bins=2)
     assert encode(binned, pa.array([0.5, 3.0, None]))[:, 0].tolist() == [2, 3, 0]
-    scaled = fitted(cells, on="context", kind="past_count")  # log 1, log 2, log 4
+    scaled = fitted(cells, on="request", kind="past_count")  # log 1, log 2, log 4
     assert scaled.mean == pytest.approx(np.log(2))
     found = encode(scaled, pa.array([1.0, 0.0, None]))
     np.testing.assert_allclose(found[:, 0], [0, -(1.5**0.5), 0], atol=1e-6)
-    rate = fitted(cells, on="context", kind="past_rate")
+    rate = fitted(cells, on="request", kind="past_rate", label="click")
     assert rate.mean == pytest.approx(4 / 3)
     gap = fitted(cells, on="history", kind="gap", bins=1)
     assert encode(gap, cells)[:, 0].tolist() == [2, 2, 2, 0]
@@ -236,17 +251,18 @@ def test_what_the_past_says_may_be_binned_or_scaled() -> None:
     st.sampled_from(["none", "mode", "own"]),
 )
 def test_dictionaries_give_the_same_codes(cells: Any, kind: Any, impute: Any) -> None:
-    encoding = fitted(text("1", "2.5", "a", "b", None), kind=kind, impute=impute, bins=2)
+    bins = {"bins": 2} if kind in ("binned", "piecewise") else {}
+    encoding = fitted(text("1", "2.5", "a", "b", None), kind=kind, impute=impute, **bins)
     plain = encode(encoding, text(*cells))
     assert plain.shape == (len(cells), encoding.slots)
     np.testing.assert_array_equal(encode(encoding, text(*cells).dictionary_encode()), plain)
 
 
 def test_all_features_side_by_side() -> None:
-    city = fit("city", Feature(), text("a", "b"), np.array([2, 1]))
-    age = fit("age", Feature(kind="piecewise", bins=2), text("0", "1", "2", "4"), np.ones(4, int))
-    tall = fit("size", Feature(kind="numeric", scale="none"), text("1"), np.ones(1, int))
-    tags = fit("tags", Feature(kind="multi_valued", max_values=2), text("x y"), np.ones(1, int))
+    city = fit("city", feature(), text("a", "b"), np.array([2, 1]))
+    age = fit("age", feature(kind="piecewise", bins=2), text("0", "1", "2", "4"), np.ones(4, int))
+    tall = fit("size", feature(kind="numeric", scale="none"), text("1"), np.ones(1, int))
+    tags = fit("tags", feature(kind="multi_valued", max_values=2), text("x y"), np.ones(1, int))
     cells = {"city": text("b"), "age": text("3"), "size": text("7"), "tags": text("y x")}
     found_ids, numbers = encode_all([city, age, tall, tags], cells, 1)
     assert found_ids.tolist() == [[3, 3, 2]]

@@ -1,1 +1,18 @@
-"""Encoders of behaviour: a file each."""
+"""Encoders of behaviour: tokens in time order to the user's states. A file each.
+
+An encoder is a frozen dataclass of options with `make`, see `contract`; the dictionary below names
+all that there are.
+"""
+
+from __future__ import annotations
+
+from mtrec_jax.models.encoders.contract import EncoderSizes
+from mtrec_jax.models.encoders.none import NoEncoder
+from mtrec_jax.models.encoders.transformer import Transformer
+
+ENCODERS = {
+    "none": NoEncoder,
+    "transformer": Transformer,
+}
+
+__all__ = ["ENCODERS", "EncoderSizes"]

@@ -1,1 +1,22 @@
-"""Task towers: a file each."""
+"""Task towers: from what is known of a pair to the logits of all tasks. A file each.
+
+Towers are a frozen dataclass of options with `make`, see `contract`; the dictionary below names all
+that there are.
+"""
+
+from __future__ import annotations
+
+from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes, TowerTask
+from mtrec_jax.models.towers.esmm import ESMM
+from mtrec_jax.models.towers.mmoe import MMoE
+from mtrec_jax.models.towers.ple import PLE
+from mtrec_jax.models.towers.shared_bottom import SharedBottom
+
+TOWERS = {
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "esmm": ESMM,
+}
+
+__all__ = ["TOWERS", "TowerInput", "TowerOutput", "TowerSizes", "TowerTask"]

@@ -1,0 +1,183 @@
+"""What is chosen by its kind: frozen options dataclasses, the package's and a user's own.
+
+A room of the package holds a dictionary {kind: dataclass}. A field of the configuration that is
+annotated with `Choice` takes the kind alone, a table with `kind` and that kind's options, or an
+instance. Classes of a user's own come as `extensions` in the context of the validation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import pydantic
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from mtrec_jax.errors import ConfigError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Annotation of a field whose class is chosen by `kind`: `Annotated[Base, Choice(KINDS)]`.
+
+    Where `Base` is a class (no protocol), only extensions and instances of it are taken.
+
+    Args:
+      kinds: {kind: frozen dataclass with a field `kind` of that value}.
+      default: the kind of a table that names none; "": it has to name one.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Flat:
+    ...     kind: str = "flat"
+    ...     width: int = 8
+    >>> read(Choice({"flat": Flat}, default="flat"), {"width": 3}, "head")
+    Flat(kind='flat', width=3)
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Mine:
+    ...     kind: str = "mine"
+    >>> read(Choice({"flat": Flat}), "mine", "head", extensions=[Mine])
+    Mine(kind='mine')
+    """
+
+    kinds: Mapping[str, type]
+    default: str = ""
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.kinds.items()), self.default))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: pydantic.GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """How pydantic reads such a field; `source` is what the annotation says it is."""
+        anything = source is Any or getattr(source, "_is_protocol", False)
+        is_class = isinstance(source, type) and not anything
+        read_it = functools.partial(self._read, source if is_class else object)
+        return core_schema.with_info_plain_validator_function(read_it)
+
+    def _read(self, base: type, value: Any, info: Any) -> Any:
+        extensions = (info.context or {}).get("extensions", {})
+        own = {kind: options for kind, options in extensions.items() if issubclass(options, base)}
+        known = {**self.kinds, **own}
+        value = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(value, Mapping):
+            if isinstance(value, base) and hasattr(value, "kind"):
+                return value
+            raise _problem(f"a kind, or a table with kind, not {value!r}")
+        kind = value.get("kind", self.default)
+        if kind not in known:
+            given = f"{kind!r} is not one of" if kind else "kind is required, one of"
+            hint = nearest(str(kind), known) or " A class of your own comes with extensions=[…]"
+            raise _problem(f"{given} {', '.join(map(repr, known))}.{hint}")
+        _check_keys(known, kind, value)
+        return _adapter(known[kind]).validate_python({**value, "kind": kind}, context=info.context)
+
+
+def read(options: Any, value: Any, where: str, extensions: Iterable[type] = ()) -> Any:
+    """A dataclass, or what a `Choice` chooses, from plain values.
+
+    Args:
+      options: a dataclass of options, or a `Choice`.
+      value: nested mappings as TOML gives them; instances are taken where something is chosen.
+      where: opens the message of an error.
+      extensions: classes that may be chosen beside the package's.
+
+    Raises:
+      ConfigError: an unknown key or kind, or a value that a key does not take, one in a line.
+    """
+    context = {"extensions": {kind_of(extension): extension for extension in extensions}}
+    try:
+        return _adapter(options).validate_python(value, context=context)
+    except pydantic.ValidationError as error:
+        lines = "\n".join(f"  {_explained(e, options)}" for e in error.errors())
+        raise ConfigError(f"{where}:\n{lines}") from None
+
+
+def _explained(error: Any, options: Any) -> str:
+    """One line for one of pydantic's errors: key, allowed values, nearest spelling."""
+    location, given, limits = error["loc"], error["input"], error.get("ctx", {})
+    key, kind = ".".join(map(str, location)), error["type"]
+    if kind == "choice":
+        return f"{key}: {limits['text']}"
+    if kind == "unexpected_keyword_argument":
+        known = keys(_class_at(options, location[:-1]))
+        return (
+            f"{key}: unknown key.{nearest(str(location[-1]), known)} Known here: {', '.join(known)}"
+        )
+    if kind == "missing":
+        return f"{key}: required, and missing"
+    if kind == "literal_error":
+        allowed = limits["expected"]
+        texts = [text.strip("' ") for text in allowed.replace(" or ", ", ").split(",")]
+        return f"{key}: {given!r} is not one of {allowed}.{nearest(str(given), texts)}"
+    words = {
+        "greater_than": "must be above {gt:g}",
+        "greater_than_equal": "must be {ge:g} or more",
+        "less_than": "must be below {lt:g}",
+        "less_than_equal": "must be {le:,} or less",
+        "too_short": "at least {min_length} needed",
+    }
+    text = words[kind].format(**limits) if kind in words else error["msg"]
+    return f"{key}: {text}, not {given!r}"
+
+
+def _class_at(node: Any, location: Iterable[Any]) -> Any:
+    """The dataclass whose key stands at a path that begins with another dataclass."""
+    for part in location:
+        inside = dataclasses.is_dataclass(node)
+        node = typing.get_type_hints(node)[part] if inside else _dataclass_in(node)
+        node = _dataclass_in(node) if isinstance(node, types.UnionType) else node
+    return node
+
+
+def _dataclass_in(annotation: Any) -> Any:
+    return next(a for a in typing.get_args(annotation) if dataclasses.is_dataclass(a))
+
+
+def kind_of(options: Any) -> str:
+    """The kind by which an options dataclass is chosen.
+
+    Raises:
+      ConfigError: it is no dataclass with such a field.
+    """
+    is_class = isinstance(options, type) and dataclasses.is_dataclass(options)
+    kind = getattr(options, "kind", None)
+    if not is_class or "kind" not in keys(options) or not isinstance(kind, str) or not kind:
+        name = getattr(options, "__name__", repr(options))
+        raise ConfigError(
+            f"extensions: {name} is no frozen dataclass with a field such as "
+            "kind: Literal['mine'] = 'mine'"
+        )
+    return kind
+
+
+def keys(options: Any) -> list[str]:
+    """What may be said in a table of this dataclass."""
+    return [field.name for field in dataclasses.fields(options) if field.init]
+
+
+def _check_keys(known: Mapping[str, type], kind: str, value: Mapping[Any, Any]) -> None:
+    """Refuse options that the kind does not have, with the kinds that have them."""
+    have, problems = keys(known[kind]), list[InitErrorDetails]()
+    everywhere = {key for options in known.values() for key in keys(options)}
+    for key in value.keys() - set(have):
+        others = ", ".join(repr(k) for k, options in known.items() if key in keys(options))
+        what = f"unknown key.{nearest(str(key), have) or nearest(str(key), everywhere)}"
+        what = f"not of kind '{kind}', but of {others}." if others else what
+        error = _problem(f"{what} Known here: {', '.join(have)}")
+        problems.append({"type": error, "loc": (key,), "input": value[key]})
+    if problems:
+        raise pydantic.ValidationError.from_exception_data(kind, problems)
+
+
+def _problem(text: str) -> PydanticCustomError:
+    return PydanticCustomError("choice", "{text}", {"text": text})
+
+
+@functools.cache
+def _adapter(options: Any) -> Any:
+    annotated = isinstance(options, Choice)
+    return pydantic.TypeAdapter(Annotated[Any, options] if annotated else options)

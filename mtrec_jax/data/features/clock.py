@@ -1,0 +1,74 @@
+"""The hour and the weekday of a time, UTC."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+
+from mtrec_jax.data.features.base import Codes, Counts, Encoding, Feature
+from mtrec_jax.data.features.categorical import IMPUTES, ids_of, look_up, ranked, with_vocabulary
+
+OF_EVENTS = "users and items have no time; events have"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock(Feature):
+    """A time by the clock, every value an id; without a `column`, of the time of the event."""
+
+    places: ClassVar[tuple[str, ...]] = ("request", "history")
+    because: ClassVar[str] = OF_EVENTS
+    imputes: ClassVar[tuple[str, ...]] = IMPUTES
+    computed: ClassVar[bool] = True
+    seconds: ClassVar[int]  # that a value lasts
+    values: ClassVar[int]
+    first: ClassVar[int] = 0  # value at the beginning of 1970
+
+    @property
+    def room(self) -> int:
+        """The values."""
+        return self.values
+
+    def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
+        """How often each value occurs."""
+        table, fill, missing = ranked(self, cells, counts)
+        columns = (column.to_pylist() for column in table.columns)
+        found = dict(zip(*columns, strict=True))
+        known = [str(v) for v in range(self.values)] + [""] * ("" in found)
+        table = pa.table({"value": known, "count_sum": [found.get(v, 0) for v in known]})
+        return with_vocabulary(name, self, table, fill, missing)
+
+    def encode(self, encoding: Encoding, cells: pa.Array) -> Codes:
+        """An id for each cell "0", "1", …"""
+        return ids_of(encoding, cells, look_up)
+
+    def origin(self, name: str, data: Any) -> tuple[str, str]:
+        """Its column of the events, or their time."""
+        return "events", self.column or data.time
+
+    def problems(self, name: str, data: Any) -> Iterator[str]:
+        """A time is needed."""
+        yield from super().problems(name, data)
+        if not (self.column or data.time):
+            yield ": needs data.time, or a column"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hour(Clock):
+    """0 to 23."""
+
+    kind: Literal["hour"] = "hour"
+    seconds: ClassVar[int] = 3600
+    values: ClassVar[int] = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weekday(Clock):
+    """0 (Monday) to 6."""
+
+    kind: Literal["weekday"] = "weekday"
+    seconds: ClassVar[int] = 86_400
+    values: ClassVar[int] = 7
+    first: ClassVar[int] = 3  # a Thursday

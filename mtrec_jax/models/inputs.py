@@ -1,0 +1,235 @@
+"""What the model reads: its tables and groups of lookups, and rows as vectors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mtrec_jax.config import Experiment, table_of
+from mtrec_jax.data.dataset import IdField, Manifest, NumberField
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.losses.retrieval import sample_negatives
+from mtrec_jax.mixing import mixed_bits
+from mtrec_jax.models.layers import layer_norm, linear
+from mtrec_jax.models.towers import TowerTask
+from mtrec_jax.tables.layout import DENSE, Layout, TableSize, make_layout, pool
+from mtrec_jax.types import FIRST, UNKNOWN, Array, Batch, Catalogue, Wanted
+
+ITEM = "item"  # the items' own table, and the group that looks it up
+SIDES = ("context", "request", "item", "history")
+
+
+class Inputs(NamedTuple):
+    """What follows from the configuration and the manifest."""
+
+    layout: Layout
+    numbers: dict[str, int]  # {side: numbers side by side}
+    order: tuple[str, ...]  # all tasks
+    tasks: dict[str, TowerTask]  # tasks with a tower: all but retrieval
+    retrieval: str | None
+    id_dropout: dict[str, float]  # {table: share of ids that training takes for unknown}
+    has_items: bool
+    has_events: bool
+
+    def width_of(self, side: str) -> int:
+        """How wide a side's features are, side by side."""
+        return (
+            len(self.layout.groups.get(side_group(side), ())) * self.layout.width
+            + (self.numbers[side])
+        )
+
+    @property
+    def lists_items(self) -> bool:
+        """Whether a step computes the vector of every item once, and points into them.
+
+        For a dense table of a few thousand items this is less work than the batch's own places,
+        which repeat the same items, and every row is updated anyway. Otherwise each place of the
+        batch has its own, so that no device needs another's.
+        """
+        return self.has_items and self.layout.places[ITEM].stack == DENSE
+
+
+def side_group(side: str) -> str:
+    """The group of lookups of a side's features: items have one of their own rows as well."""
+    return "item_features" if side == "item" else side
+
+
+def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
+    """Lay out the tables and collect the sizes of a model.
+
+    Raises:
+      ConfigError: there are more values than a table's capacity.
+    """
+    sides: dict[str, tuple[tuple[IdField, ...], tuple[NumberField, ...]]] = {
+        "context": (manifest.context_ids, manifest.context_numbers),
+        "request": (manifest.request_ids, manifest.request_numbers),
+        "item": (manifest.item_ids, manifest.item_numbers),
+        "history": (manifest.history, ()),
+    }
+    has_items = manifest.items > 0
+    has_events = experiment.model.encoder.kind != "none" and manifest.history_length > 0
+    tables: dict[str, TableSize] = {}
+    groups = {side_group(s): [(f.name, f.slots) for f in ids] for s, (ids, _) in sides.items()}
+    if not has_events:
+        groups.pop("history")
+    if has_items:
+        values = manifest.item_values or manifest.trained_items
+        tables[ITEM] = _size(experiment, ITEM, FIRST + values)
+        groups |= {ITEM: [(ITEM, 1)]}
+        if tables[ITEM].rule != DENSE:
+            groups |= {"negative": [(ITEM, 1)], "negative_features": groups["item_features"]}
+    for side, (ids, _) in sides.items():
+        if side != "history" or has_events:
+            tables |= {f.name: _size(experiment, f.name, f.size) for f in ids}
+    kinds = {name: task.kind for name, task in experiment.tasks.items()}
+    return Inputs(
+        layout=make_layout(tables, groups, experiment.model.width),
+        numbers={side: sum(f.slots for f in numbers) for side, (_, numbers) in sides.items()},
+        order=tuple(experiment.tasks),
+        tasks={
+            name: TowerTask(
+                task.kind,
+                len(manifest.tasks[name].classes) if task.kind == "multiclass" else 1,
+                task.where,
+            )
+            for name, task in experiment.tasks.items()
+            if task.kind != "retrieval"
+        },
+        retrieval=next((name for name, kind in kinds.items() if kind == "retrieval"), None),
+        id_dropout={
+            name: share for name in tables if (share := table_of(experiment, name).id_dropout)
+        },
+        has_items=has_items,
+        has_events=has_events,
+    )
+
+
+def _size(experiment: Experiment, name: str, ids: int) -> TableSize:
+    """The rows of a table with so many ids."""
+    table = table_of(experiment, name)
+    if table.capacity and ids > FIRST + table.capacity:
+        raise ConfigError(
+            f"tables.{name}.capacity: {ids - FIRST:,} values have a row of their own, more than "
+            f"{table.capacity:,}. Raise it; rows of an earlier run are then carried over by "
+            "mtrec train --init-from"
+        )
+    rule = table.rule if table.update == "sparse" else DENSE
+    if table.hash_rows:
+        return TableSize(rule, FIRST + table.hash_rows, table.hash_functions)
+    return TableSize(rule, max(ids, FIRST + table.capacity))
+
+
+# --- What a batch looks up
+
+
+def find_ids(
+    inputs: Inputs, batch: Batch, catalogue: Catalogue, negatives: int, key: jax.Array | None
+) -> Wanted:
+    """All ids that a batch looks up, by group; with a key, negatives are drawn and ids dropped."""
+    ids: dict[str, jax.Array] = {}
+    candidate = jnp.asarray(batch.candidate)
+    drawn = listed = jnp.zeros((0,), jnp.int32)
+    if inputs.has_items:
+        if key is not None and inputs.retrieval:
+            drawn = sample_negatives(catalogue, negatives, key)
+        if inputs.lists_items:
+            listed = jnp.arange(catalogue.row.shape[0], dtype=jnp.int32)
+        else:
+            places = [jnp.asarray(batch.events["item"])] if inputs.has_events else []
+            listed = jnp.concatenate([*places, candidate], axis=1)
+            ids |= item_ids(inputs, drawn, catalogue, "negative")
+        ids |= item_ids(inputs, listed, catalogue)
+    for side in ("context", "request", "history"):
+        if side in inputs.layout.groups:
+            part = batch.events if side == "history" else getattr(batch, side)
+            ids[side] = jnp.asarray(part["ids"])
+    if key is not None and inputs.id_dropout:
+        ids = _dropped(inputs, ids, jax.random.fold_in(key, 1))
+    return Wanted(ids, listed, drawn)
+
+
+def item_ids(
+    inputs: Inputs, items: Array, catalogue: Catalogue, group: str = ITEM
+) -> dict[str, jax.Array]:
+    """Ids of items' own rows [..., 1] and of their features [..., M], by group."""
+    found = {group: jnp.asarray(catalogue.row)[items][..., None]}
+    if f"{group}_features" in inputs.layout.groups:
+        found[f"{group}_features"] = jnp.asarray(catalogue.ids)[items]
+    return found
+
+
+def _dropped(inputs: Inputs, ids: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    """Some ids of the tables with `id_dropout` become unknown, so that features have to do."""
+    found = {}
+    for number, (group, of) in enumerate(sorted(ids.items())):
+        shares = [
+            inputs.id_dropout.get(slots.place.name, 0.0)
+            for slots in inputs.layout.groups[group]
+            for _ in range(slots.count)
+        ]
+        if any(shares):
+            least = np.array([min(round(s * 2**32), 2**32 - 1) for s in shares], np.uint32)
+            bits = mixed_bits(of.shape, jax.random.fold_in(key, number))
+            of = jnp.where((bits < jnp.broadcast_to(least, of.shape)) & (of > UNKNOWN), UNKNOWN, of)
+        found[group] = of
+    return found
+
+
+# --- Rows to vectors
+
+
+class SideFeatures(nnx.Module):
+    """Features of the user, or of the moment, side by side: [..., F].
+
+    Embeddings are normalised together. Numbers are standardised already and say something by their
+    size, so they stay outside, cut off at five standard deviations.
+    """
+
+    def __init__(self, inputs: Inputs, side: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.side, self.group = side, inputs.layout.groups.get(side, ())
+        embedded = len(self.group) * inputs.layout.width
+        self.norm = layer_norm(embedded, dtype=dtype, rngs=rngs) if embedded else None
+
+    def __call__(self, batch: Batch, rows: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+        """[B, F] of the user, [B, P, F] of the moments; F may be 0."""
+        part = getattr(batch, self.side)
+        shape = batch.cutoff.shape[: 1 if self.side == "context" else 2]
+        parts = [jnp.zeros((*shape, 0), dtype)]
+        if self.norm is not None:
+            pooled = pool(self.group, jnp.asarray(part["ids"]), rows[self.side])
+            parts.append(self.norm(pooled.reshape(*shape, -1)))
+        if "numbers" in part:
+            parts.append(clipped(part["numbers"]))
+        return jnp.concatenate(parts, axis=-1)
+
+
+def clipped(numbers: Array) -> jax.Array:
+    """Standardised numbers, cut off at five standard deviations."""
+    return jnp.clip(jnp.asarray(numbers), -5, 5)
+
+
+class ItemTower(nnx.Module):
+    """An item's own row and its features to its vector."""
+
+    def __init__(self, inputs: Inputs, id_scale: float, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.id_scale = id_scale
+        self.group = inputs.layout.groups.get("item_features", ())
+        size, width = inputs.width_of("item"), inputs.layout.width
+        self.features = linear(size, width, dtype=dtype, rngs=rngs) if size else None
+
+    def __call__(
+        self, own: jax.Array, rows: jax.Array | None, ids: jax.Array, numbers: jax.Array
+    ) -> jax.Array:
+        """Own rows [..., D], rows of features [..., M, D], their ids and numbers -> [..., D]."""
+        if self.features is None:
+            return own
+        parts = [numbers.astype(own.dtype)]
+        if rows is not None:
+            pooled = pool(self.group, ids, rows)
+            features = pooled.shape[-2] * pooled.shape[-1]  # there may be no items
+            parts.append(pooled.reshape(*own.shape[:-1], features))
+        return self.id_scale * own + self.features(jnp.concatenate(parts, axis=-1))

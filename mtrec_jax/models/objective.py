@@ -1,0 +1,181 @@
+"""What a batch teaches: the sums of its losses, and what each is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtrec_jax.config import Experiment, fusion_objective
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.losses import fusion
+from mtrec_jax.losses.retrieval import sampled_softmax
+from mtrec_jax.losses.tasks import TASK_LOSSES
+from mtrec_jax.models.inputs import Inputs
+from mtrec_jax.models.network import Network
+from mtrec_jax.types import Batch, Catalogue, Fusing, PyTree, Shared, UserStates, Wanted
+
+FUSION = "fusion"  # the loss that teaches the fused order, beside the balanced ones
+
+
+class Objective(NamedTuple):
+    """The losses of a model as functions; see `model.Model`."""
+
+    names: tuple[str, ...]
+    fuses: bool
+    weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
+    losses: Callable[..., tuple[dict[str, jax.Array], Fusing | None]]
+    fusion_loss: Callable[..., jax.Array]
+
+
+def make_objective(
+    experiment: Experiment,
+    manifest: Manifest,
+    inputs: Inputs,
+    network: Callable[[PyTree], Network],
+    abstract: Network,
+) -> Objective:
+    """The losses of an experiment's tasks, or those that its towers bring in their place.
+
+    Args:
+      experiment: tasks, their kinds and worth.
+      manifest: what preparation has learned of them.
+      inputs: of the model.
+      network: dense parameters -> layers.
+      abstract: the layers without values, for what does not depend on any.
+    """
+    towers = getattr(abstract, "towers", None)
+    brings = getattr(towers, "losses", None)
+    names = (*experiment.tasks, *getattr(towers, "extra_losses", ()))
+
+    def weights(batch: Batch, lottery: jax.Array) -> dict[str, jax.Array]:
+        found = {n: jnp.asarray(batch.weight * batch.mask[n]) for n in experiment.tasks}
+        if brings is not None:  # their masks do not depend on the logits
+            zeros = {
+                n: jnp.zeros((*batch.weight.shape, *([t.outputs] * (t.outputs > 1))))
+                for n, t in inputs.tasks.items()
+            }
+            own = brings(zeros, *_flat(batch))
+            found |= {n: batch.weight * counts for n, (_, counts) in own.items()}
+        totals = {name: jnp.sum(found[name]) for name in names}
+        return totals | ({FUSION: fusion_weight(batch, lottery)} if fuses else {})
+
+    def losses(
+        params: PyTree,
+        shared: Shared,
+        batch: Batch,
+        catalogue: Catalogue,
+        wanted: Wanted,
+        key: jax.Array | None,
+    ) -> tuple[dict[str, jax.Array], Fusing | None]:
+        layers = network(params)
+        candidates = shared.candidates if inputs.has_items else None
+        outputs, fusing = layers.outputs(states_of(shared, batch), candidates, key)
+        sums = {}
+        for name, task in experiment.tasks.items():
+            weight = jnp.asarray(batch.weight * batch.mask[name])
+            if task.kind == "retrieval":
+                sums[name] = sampled_softmax(
+                    shared.users,
+                    shared.candidates,
+                    jnp.asarray(batch.candidate),
+                    shared.negatives,
+                    wanted.negatives,
+                    catalogue,
+                    experiment.model.temperature,
+                    weight,
+                )
+            else:
+                labels = jnp.asarray(batch.labels[name])
+                loss = TASK_LOSSES[task.kind](outputs.logits[name], labels, manifest.tasks[name])
+                sums[name] = jnp.sum(loss * weight)
+        if brings is not None:
+            own = layers.towers.losses(outputs.logits, *_flat(batch))
+            sums |= {n: jnp.sum(v * counts * batch.weight) for n, (v, counts) in own.items()}
+        return sums, fusing
+
+    worth = fusion_objective(experiment)
+    fuses = experiment.model.fusion != "none" and bool(inputs.tasks) and bool(worth)
+    listed = inputs.retrieval if inputs.retrieval in worth else None
+
+    def example_weight(batch: Batch) -> jax.Array:
+        value, seen = fusion.utility(worth, dict(batch.labels), dict(batch.mask))
+        return (seen if listed is None else value * batch.mask[listed]) * batch.weight
+
+    def fusion_weight(batch: Batch, lottery: jax.Array) -> jax.Array:
+        weight = example_weight(batch)
+        if listed is None:
+            return jnp.sum(weight)
+        return jnp.sum(jnp.take_along_axis(weight, fusion.chosen_position(weight, lottery), 1))
+
+    def fusion_loss(
+        params: PyTree,
+        shared: Shared,
+        fusing: Fusing,
+        batch: Batch,
+        wanted: Wanted,
+        lottery: jax.Array,
+        mesh: jax.sharding.Mesh,
+    ) -> jax.Array:
+        layers, weight = network(params), example_weight(batch)
+        if listed is None:
+            value, _ = fusion.utility(worth, dict(batch.labels), dict(batch.mask))
+            fused = layers.fuse(fusing)[0].reshape(value.shape)
+            return jnp.sum(optax.sigmoid_binary_cross_entropy(fused, value) * weight)
+        chosen = fusion.chosen_position(weight, lottery)
+        return _list_loss(layers, shared, batch, wanted, weight, chosen, mesh)
+
+    return Objective(names, fuses, weights, losses, fusion_loss)
+
+
+def states_of(shared: Shared, batch: Batch) -> UserStates:
+    """The shared representation as the towers take it."""
+    states = shared.users, shared.context, shared.request, shared.events, shared.outcomes
+    return UserStates(*states, jnp.asarray(batch.cutoff))
+
+
+def _flat(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    labels, mask = batch.labels, batch.mask
+    return {n: jnp.asarray(v) for n, v in labels.items()}, {
+        n: jnp.asarray(v) for n, v in mask.items()
+    }
+
+
+def _list_loss(
+    layers: Network,
+    shared: Shared,
+    batch: Batch,
+    wanted: Wanted,
+    weight: jax.Array,
+    chosen: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> jax.Array:
+    """The fused score puts the target above hard negatives, at one position `chosen` an example.
+
+    A softmax over the target and the sampled negatives that the retrieval scores highest, weighted
+    by the worth of the target.
+    """
+    shared = jax.lax.stop_gradient(shared)
+
+    def at_chosen(array: jax.Array) -> jax.Array:  # (B, P, ...) -> (B, 1, ...)
+        place = chosen.reshape(*chosen.shape, *[1] * (array.ndim - 2))
+        return jnp.take_along_axis(array, place, axis=1)
+
+    user, own = at_chosen(shared.users), at_chosen(shared.candidates)  # (B, 1, D)
+    target = at_chosen(jnp.asarray(batch.candidate))
+    places, retrieved = fusion.hardest(
+        user[:, 0], own[:, 0], target, shared.negatives, wanted.negatives, mesh
+    )
+    candidates = jnp.concatenate([own, jnp.take(shared.negatives, places, axis=0)], axis=1)
+    shape = candidates.shape[:2]  # (B, K)
+    states = states_of(shared, batch)._replace(
+        vectors=jnp.broadcast_to(user, candidates.shape),
+        request=jnp.broadcast_to(at_chosen(shared.request), (*shape, shared.request.shape[-1])),
+        cutoff=jnp.broadcast_to(at_chosen(jnp.asarray(batch.cutoff)), shape),
+    )
+    fused = layers.outputs(states, candidates, None)[0].fused
+    ids = jnp.concatenate([target, wanted.negatives[places]], axis=1)
+    return fusion.listwise(fused, ids, at_chosen(weight)[:, 0] * retrieved)

@@ -1,0 +1,48 @@
+"""What towers are made from, what they are given, and what they give."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class TowerTask(NamedTuple):
+    """A task with a tower: every kind but retrieval."""
+
+    kind: str
+    outputs: int = 1  # logits an example; C for multiclass
+    where: str = ""  # its sample space: the binary task that has to be 1
+
+
+class TowerSizes(NamedTuple):
+    """`options.make(sizes, dtype=..., rngs=...)` gives a module `TowerInput -> TowerOutput`.
+
+    A module may have losses of its own: `losses(logits, labels, mask) -> {task: (values [n], mask
+    [n])}` with logits as in `TowerOutput` and `labels`, `mask` {task: [n]}. They stand in the place
+    of the task's own, and their masks must not depend on the logits.
+    """
+
+    inputs: int  # I
+    context: int  # F
+    request: int  # R
+    width: int  # D, of user and item; 0 where the data has no items
+    tasks: dict[str, TowerTask]
+
+
+class TowerInput(NamedTuple):
+    """What is known of n pairs of a user and a candidate, at a moment."""
+
+    x: jax.Array  # [n, I] all of it side by side
+    context: jax.Array  # [n, F] the user's features
+    request: jax.Array  # [n, R] those of the moment
+    user: jax.Array  # [n, D] the encoder's state
+    item: jax.Array  # [n, D] the candidate's vector
+
+
+class TowerOutput(NamedTuple):
+    """What the towers say."""
+
+    logits: dict[str, jax.Array]  # {task: [n], or [n, C]}
+    hidden: dict[str, jax.Array]  # {task: [n, H]}: for the fusion
+    diagnostics: dict[str, jax.Array]  # gates and similar, [n, ...], for people who look inside

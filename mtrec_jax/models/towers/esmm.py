@@ -1,0 +1,113 @@
+"""Entire-space multi-task model (Ma et al., SIGIR 2018): probabilities multiply in the funnel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.models.layers import MLP, MaybeHidden, TaskHeads
+from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESMM:
+    """`[model.towers] kind = "esmm"`: for a binary task `where` another one is 1, such as a
+    purchase after a click.
+
+    Each task has a network of its own over the shared embeddings. The logit of the purchase is that
+    of its probability given a click, but what it is taught by is the probability of both,
+    p(click) p(purchase | click), over *all* impressions, and never the conditional one over clicks
+    alone: so it is learned without the bias of that selection.
+    """
+
+    kind: Literal["esmm"] = "esmm"
+    expert_hidden: MaybeHidden = (128, 64)  # of each task's network
+    tower_hidden: MaybeHidden = (32,)
+
+    def make(self, sizes: TowerSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> ESMMTowers:
+        """The towers.
+
+        Raises:
+          ConfigError: no binary task has a sample space (`where`).
+        """
+        funnel = {
+            name: task.where
+            for name, task in sizes.tasks.items()
+            if task.kind == "binary" and task.where in sizes.tasks
+        }
+        if not funnel:
+            raise ConfigError(
+                'model.towers: kind = "esmm" needs a binary task whose sample space is another '
+                'one, such as tasks.buy = { kind = "binary", where = "click" }'
+            )
+        return ESMMTowers(self, sizes, funnel, dtype=dtype, rngs=rngs)
+
+
+class ESMMTowers(nnx.Module):
+    """A network a task, and the losses of the funnel."""
+
+    def __init__(
+        self,
+        options: ESMM,
+        sizes: TowerSizes,
+        funnel: dict[str, str],
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.funnel = funnel
+        hidden = options.expert_hidden
+        self.networks = nnx.List(
+            [MLP(sizes.inputs, hidden, dtype=dtype, rngs=rngs) for _ in sizes.tasks]
+        )
+        outputs = {name: task.outputs for name, task in sizes.tasks.items()}
+        last = hidden[-1] if hidden else sizes.inputs
+        self.heads = TaskHeads(last, outputs, options.tower_hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, given: TowerInput) -> TowerOutput:
+        return TowerOutput(*self.heads([network(given.x) for network in self.networks]), {})
+
+    def losses(
+        self,
+        logits: Mapping[str, jax.Array],
+        labels: Mapping[str, jax.Array],
+        mask: Mapping[str, jax.Array],
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """The loss of each task of the funnel over all impressions, and where it counts."""
+        found = {}
+        for name in self.funnel:
+            path = self._path(name)
+            label, counts = labels[path[0]], mask[path[0]]
+            for task in path[1:]:  # what has not happened before cannot happen after
+                counts = jnp.where(label > 0, mask[task], counts)
+                label = label * labels[task]
+            found[name] = product_cross_entropy([logits[task] for task in path], label), counts
+        return found
+
+    def _path(self, task: str) -> list[str]:
+        """From the first task of the funnel to this one."""
+        path = [task]
+        while path[0] in self.funnel:
+            path.insert(0, self.funnel[path[0]])
+        return path
+
+
+def product_cross_entropy(
+    logits: list[Float[Array, " n"]], label: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """Cross-entropy of the product of probabilities that are given as logits.
+
+    >>> one = product_cross_entropy([jnp.array([0.0]), jnp.array([0.0])], jnp.array([1.0]))
+    >>> round(float(one[0]), 4)  # -log(1/2 * 1/2)
+    1.3863
+    """
+    log_both = sum(jax.nn.log_sigmoid(logit) for logit in logits)
+    log_both = jnp.minimum(log_both, -1e-7)  # 1 - p must not be 0
+    return -label * log_both - (1 - label) * jnp.log(-jnp.expm1(log_both))
