@@ -28,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    *(data.data, data.prepare, train.train, train.evaluate, use.recommend, use.predict),
-    *(train.run, plan.plan, doctor.doctor),
+    *(train.run, data.data, data.clean, data.prepare, train.train, train.evaluate),
+    *(use.recommend, use.predict, plan.plan, doctor.doctor),
 ):
     app.command()(command)
 

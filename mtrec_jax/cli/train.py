@@ -100,7 +100,7 @@ def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None 
 
     finished = train_run(experiment, prepared, folder, init_from=init_from)
     if processes.is_first():
-        typer.echo(f"trained: {folder}", err=True)
+        say(f"trained: {folder}")
     return finished
 
 

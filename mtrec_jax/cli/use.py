@@ -69,7 +69,7 @@ def recommend(
         else:
             print_recommendations(result)
     if out is not None:
-        typer.echo(f"{rows:,} recommendations in {out}", err=True)
+        say(f"{rows:,} recommendations in {out}")
     if rows < wanted:
         hint = ", and items of the history are left out: --include-seen keeps them"
         say(
@@ -105,7 +105,7 @@ def predict(
                 "their column 'known' is false"
             )
     result.save(out)
-    typer.echo(f"{len(result):,} predictions in {out}", err=True)
+    say(f"{len(result):,} predictions in {out}")
 
 
 def _progress(tables: Any, recommender: Any) -> Any:
