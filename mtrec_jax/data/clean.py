@@ -439,5 +439,3 @@ def _with_places(table: pa.Table, staged: Staged) -> pa.Table:
         "evidence": table["evidence"],
     }
     return pa.table(columns).cast(QUARANTINE)
-
-

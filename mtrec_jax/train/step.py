@@ -130,6 +130,19 @@ def make_step(
     )
 
 
+def model_shapes(experiment: Experiment, model: Model) -> tuple[PyTree, dict[str, Any]]:
+    """Dense parameters and sparse stacks of a state, as shapes."""
+    config = experiment.train
+
+    def stacks() -> dict[str, jax.Array]:
+        key, low = jax.random.key(0, impl="rbg"), config.row_precision == "bfloat16"
+        return initial_stacks(model.layout, key, jnp.dtype(config.precision), low)
+
+    tables = jax.eval_shape(stacks)
+    dense = {n: tables.pop(n) for n in (DENSE,) if n in tables}
+    return jax.eval_shape(lambda: model.init(0)) | dense, tables
+
+
 def _balancer(experiment: Experiment, model: Model) -> Balancer:
     """The configured balancing of the tasks, which starts from their declared weights."""
     config, tasks = experiment.train, experiment.tasks
