@@ -69,9 +69,11 @@ class Choice:
             raise _problem(f"a kind, or a table with kind, not {value!r}")
         kind = value.get("kind", self.default)
         if kind not in known:
-            given = f"{kind!r} is not one of" if kind else "kind is required, one of"
+            names = ", ".join(map(repr, known))
+            if not kind:
+                raise _problem(f"kind is required, one of {names}")
             hint = nearest(str(kind), known) or " A class of your own comes with extensions=[…]"
-            raise _problem(f"{given} {', '.join(map(repr, known))}.{hint}")
+            raise _problem(f"{kind!r} is not one of {names}.{hint}")
         _check_keys(known, kind, value)
         return _adapter(known[kind]).validate_python({**value, "kind": kind}, context=info.context)
 

@@ -16,13 +16,15 @@ PACKAGE = Path(mtrec_jax.__file__).parent
 SOURCES = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 
-# Imports point to the same layer or to one further up. A room may be on several floors, by the file.
+# Imports point to the same layer or to one further up. A room may be on several, by the file.
 LAYERS = (
-    ("errors", "types", "interrupts", "quiet", "arguments", "processes", "choices"),
-    ("kernels", "sharding", "quantities"),
-    ("config", "overrides", "experiments"),
-    ("data", "tables"),
-    ("losses", "balance", "baselines", "models"),
+    ("errors", "types", "interrupts", "quiet", "arguments", "processes", "choices", "machine"),
+    ("kernels", "sharding", "compilation", "mixing"),
+    ("data.features", "balance", "models.layers", "models.encoders", "models.towers", "baselines"),
+    ("config", "experiments"),
+    ("data", "tables", "quantities"),
+    ("losses",),
+    ("models",),
     ("evaluation",),
     ("train",),
     ("serving",),
@@ -67,8 +69,10 @@ def own_imports(tree: ast.AST) -> Iterator[str]:
 
 
 def part_of(name: str) -> str:
-    """The subpackage or the module of the package's root to which a file or import belongs."""
-    return name.replace("/", ".").removesuffix(".py").split(".")[0]
+    """The room, or the floor of a room, to which a file or import belongs."""
+    first, *rest = name.replace("/", ".").removesuffix(".py").split(".")
+    inner = f"{first}.{rest[0]}" if rest else first
+    return inner if inner in LAYER else first
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -73,14 +74,14 @@ def test_reads_a_file_with_overrides(tmp_path: Path) -> None:
         "train.epochs=0",
         "train.steps=1_000",
         "train.learning_rate=3e-3",
-        "model.expert_hidden=[8, 4]",
+        "model.towers.expert_hidden=[8, 4]",
         "features.price.on=item",  # tables that are not there yet
         "features.price.kind=numeric",
     ]
     found = load_experiment(path, overrides)
-    assert (found.model.towers, found.name) == ("ple", "with spaces")
+    assert (found.model.towers.kind, found.name) == ("ple", "with spaces")
     assert (found.train.steps, found.train.learning_rate) == (1000, 0.003)
-    assert found.model.expert_hidden == (8, 4)
+    assert found.model.towers.expert_hidden == (8, 4)
     assert found.features["price"].kind == "numeric"
 
 
@@ -147,7 +148,7 @@ def test_a_value_of_a_choice_lists_the_choices() -> None:
     [
         ({"train": {"batch_size": "many"}}, "train.batch_size", "'many'"),
         ({"train": {"batch_size": 1.5}}, "train.batch_size", "1.5"),
-        ({"model": {"expert_hidden": 8}}, "model.expert_hidden", "8"),
+        ({"model": {"towers": {"expert_hidden": 8}}}, "model.towers.expert_hidden", "8"),
         ({"data": {"user": 3}}, "data.user", "3"),
         ({"train": {"learning_rate": [1]}}, "train.learning_rate", "[1]"),
     ],
@@ -197,8 +198,6 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
         ({"tasks": {}}, "tasks: at least one is needed"),
         ({"data": {"positions": 9, "history_length": 8}}, "data.positions: at most"),
         ({"data": ALONE}, "tasks.next.kind: 'retrieval' needs data.item"),
-        ({"data": ALONE, "tasks": {"like": LIKE}}, "set encoder = 'none' under [model]"),
-        ({"data": {"history_length": 0}}, "model.encoder: no history that a transformer could"),
         ({"data": ALONE, "tasks": {"like": LIKE}}, "split.kind: 'leave_one_out' needs data.user"),
         ({"data": {"time": ""}, "split": {"kind": "time"}}, "split.kind: 'time' needs data.time"),
         ({"data": ALONE, "tasks": {"like": LIKE}}, "features: one is needed with on = 'request'"),
@@ -245,8 +244,10 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
         ({"select": {"metric": "next/ndcg@5"}}, "task 'next' has hr@10, ndcg@10"),
         ({"train": {"epochs": 0}}, "train.epochs, train.steps: exactly one"),
         ({"train": {"steps": 5}}, "train.epochs, train.steps: exactly one"),
-        ({"model": {"width": 10, "heads": 3}}, "model.width: a multiple of model.heads"),
-        ({"model": {"layers": 0}}, "model.layers: must be 1 or more, not 0"),
+        (
+            {"model": {"width": 10, "encoder": {"heads": 3}}},
+            "model.width: 10 is no multiple of model.encoder.heads = 3",
+        ),
         (
             {"tasks": {"a": {**LIKE, "where": "b"}, "b": {**LIKE, "where": "a"}}},
             "tasks.a.where: the sample spaces run in a circle",
@@ -287,16 +288,12 @@ def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem:
         ("clean.min_item_events", 0),
         ("clean.max_bad_fraction", 0),
         ("split.seed", 0),
-        ("model.layers", 0),
-        ("model.heads", 1),
         ("train.batch_size", 1),
         ("train.accumulate", 1),
         ("train.negatives", 1),
         ("train.log_every", 1),
         ("evaluate.candidates", 1),
         ("evaluate.batch_size", 1),
-        ("model.experts", 1),
-        ("model.task_experts", 1),
         ("train.epochs", 0),
         ("train.steps", 0),
         ("train.seed", 0),
@@ -330,8 +327,12 @@ def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
         ("train.learning_rate", 0, "train.learning_rate: must be above 0, not 0"),
         ("model.temperature", -1.0, "model.temperature: must be above 0, not -1.0"),
         ("model.dropout", 1.0, "model.dropout: must be below 1, not 1.0"),
-        ("model.tower_hidden", [], "model.tower_hidden: at least 1 needed, not []"),
-        ("model.expert_hidden", [8, 0], "model.expert_hidden.1: must be 1 or more, not 0"),
+        ("model.encoder", {"layers": 0}, "model.encoder.layers: must be 1 or more, not 0"),
+        ("model.towers", {"experts": 0}, "model.towers.experts: must be 1 or more, not 0"),
+        ("model.towers", {"expert_hidden": []}, "towers.expert_hidden: at least 1 needed, not []"),
+        ("model.towers", {"expert_hidden": [8, 0]}, "towers.expert_hidden.1: must be 1 or more"),
+        ("model.towers", {"levels": 3}, "model.towers.levels: unknown key. Known here: kind,"),
+        ("train.balance", "pcgard", "train.balance: 'pcgard' is not one of 'static', 'uncertaint"),
         ("model.fusion_objective", {"like": -1.0}, "fusion_objective.like: must be 0 or more, not"),
         ("split.validation", 0.0, "split.validation: must be above 0, not 0.0"),
         ("split.test", 1.0, "split.test: must be below 1, not 1.0"),
@@ -343,11 +344,6 @@ def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
 def test_a_value_out_of_its_bounds_is_refused(key: str, value: Any, problem: str) -> None:
     section, name = key.split(".")
     assert problem in refusal(**{section: {name: value}})
-
-
-def test_no_layers_are_fine_without_a_transformer() -> None:
-    values = with_keys(model={"encoder": "none", "layers": 0}, features={"age": {}})
-    assert parse_experiment(values).model.layers == 0
 
 
 @pytest.mark.parametrize("name", RESERVED)
@@ -623,7 +619,9 @@ def test_an_extension_is_a_class_with_a_kind(extension: Any) -> None:
 
 def test_an_option_may_be_set_where_a_kind_stands_alone(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(
-        to_toml(parse_experiment(LEAST)).replace("[features]", "features.age = 'binned'"), "utf-8"
-    )
+    text = to_toml(parse_experiment(with_keys(features={"age": "binned"})))
+    [table] = re.findall(r"\[features.age\]\n(?:.+\n)+", text)
+    path.write_text(text.replace(table, "") + "[features]\nage = 'binned'\n", "utf-8")
     assert load_experiment(path, ["features.age.bins=3"]).features["age"] == Binned(bins=3)
+    found = load_experiment(path, ["model.towers=ple", "model.towers.experts=3"])
+    assert (found.model.towers.kind, found.model.towers.experts) == ("ple", 3)

@@ -47,7 +47,7 @@ from mtrec_jax.data import read
 from mtrec_jax.data.dataset import Rule, configuration
 from mtrec_jax.data.engine import Engine, Name, open_engine
 from mtrec_jax.data.engine import rows as rows_of
-from mtrec_jax.data.features import Clock
+from mtrec_jax.data.features.clock import Clock
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged
 from mtrec_jax.data.rules import (
     Bounds,
@@ -454,5 +454,3 @@ def _with_places(table: pa.Table, staged: Staged) -> pa.Table:
         "evidence": table["evidence"],
     }
     return pa.table(columns).cast(QUARANTINE)
-
-

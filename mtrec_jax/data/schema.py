@@ -16,7 +16,8 @@ from mtrec_jax.config import Experiment, Task
 from mtrec_jax.data.dataset import Rule
 from mtrec_jax.data.engine import rows
 from mtrec_jax.data.expressions import as_text, compile_expression, names, number
-from mtrec_jax.data.features import Clock, Gap
+from mtrec_jax.data.features.clock import Clock
+from mtrec_jax.data.features.gap import Gap
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import ConfigError, DataError
 

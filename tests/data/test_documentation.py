@@ -16,9 +16,12 @@ import typer.main
 from typer.testing import CliRunner
 
 from mtrec_jax import config
+from mtrec_jax.balance import BALANCERS
 from mtrec_jax.cli import app
-from mtrec_jax.data import describe
+from mtrec_jax.data.features import KINDS, Feature
 from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.models.encoders import ENCODERS
+from mtrec_jax.models.towers import TOWERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -94,8 +97,7 @@ def test_every_command_is_understood(folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("text", MORE)
 def test_every_further_piece_of_toml_fits_the_first(text: str) -> None:
-    experiment = parse_experiment(merged(tomllib.loads(MAIN), tomllib.loads(text)))
-    describe.check(experiment)
+    assert parse_experiment(merged(tomllib.loads(MAIN), tomllib.loads(text)))
 
 
 CONFIGURATION = (PAGE.parent / "configuration.md").read_text("utf-8")
@@ -106,6 +108,7 @@ SECTIONS = {
     "`[clean.values.NAME]`": config.Values,
     "`[split]`": config.Split,
     "`[features.NAME]`": config.Feature,
+    "`[tables.NAME]`": config.Table,
     "`[guard]`": config.Guard,
     "`[tasks.NAME]`": config.Task,
     "`[model]`": config.Model,
@@ -118,17 +121,17 @@ SECTIONS = {
 
 def shown(field: dataclasses.Field[Any]) -> str:
     """The default of a key as its table writes it."""
-    value = field.default
+    value = field.default if field.name != "kind" or field.default else "categorical"
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     if value is dataclasses.MISSING:
         return "required"
     if value is None:
         return "none"
-    if dataclasses.is_dataclass(value):
+    if isinstance(value, config.Files):
         return "no files"
     plain = list(value) if isinstance(value, tuple) else value
-    return f"`{json.dumps(plain)}`"
+    return f"`{json.dumps(getattr(plain, 'kind', plain))}`"
 
 
 @pytest.mark.parametrize("heading", SECTIONS)
@@ -148,6 +151,31 @@ def test_every_key_is_listed_with_its_choices_and_default(heading: str) -> None:
         assert default.startswith(expected), name
         if typing.get_origin(hints[name]) is typing.Literal:
             assert kind == ", ".join(f'`"{c}"`' for c in typing.get_args(hints[name])), name
+
+
+CHOICES = {
+    "`[features.NAME]`": KINDS,
+    "`[model.encoder]`": ENCODERS,
+    "`[model.towers]`": TOWERS,
+    "`[train.balance]`": BALANCERS,
+}
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"), [(h, k) for h, kinds in CHOICES.items() for k in kinds]
+)
+def test_every_kind_is_listed_with_its_options(heading: str, kind: str) -> None:
+    (text,) = [p for p in re.split(r"\n#{2,3} ", CONFIGURATION) if p.startswith(heading)]
+    (row,) = re.findall(rf"\n\| (?:`\w+`, )*`{kind}`(?:, `\w+`)* \| (.*?) \| ", text)
+    shared = {field.name for field in dataclasses.fields(Feature)} | {"kind"}
+    own = [f for f in dataclasses.fields(CHOICES[heading][kind]) if f.name not in shared]
+    options = [
+        f"`{f.name}` required"
+        if f.default is dataclasses.MISSING
+        else f"`{f.name} = {json.dumps(f.default)}`"
+        for f in own
+    ]
+    assert row == (", ".join(options) or "none")
 
 
 def test_the_toml_of_the_configuration_page_is_toml() -> None:

@@ -251,7 +251,7 @@ def test_what_the_past_says_may_be_binned_or_scaled() -> None:
     st.sampled_from(["none", "mode", "own"]),
 )
 def test_dictionaries_give_the_same_codes(cells: Any, kind: Any, impute: Any) -> None:
-    bins = {"bins": 2} if kind in ("binned", "piecewise") else {}
+    bins: dict[str, Any] = {"bins": 2} if kind in ("binned", "piecewise") else {}
     encoding = fitted(text("1", "2.5", "a", "b", None), kind=kind, impute=impute, **bins)
     plain = encode(encoding, text(*cells))
     assert plain.shape == (len(cells), encoding.slots)

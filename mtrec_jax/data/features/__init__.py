@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 
 from mtrec_jax import choices
 from mtrec_jax.data.features.base import (
-    NUMBER,
     Codes,
     Encoding,
     Feature,
@@ -23,7 +22,7 @@ from mtrec_jax.data.features.base import (
 )
 from mtrec_jax.data.features.binned import Binned
 from mtrec_jax.data.features.categorical import Categorical
-from mtrec_jax.data.features.clock import Clock, Hour, Weekday
+from mtrec_jax.data.features.clock import Hour, Weekday
 from mtrec_jax.data.features.gap import Gap
 from mtrec_jax.data.features.hashed import Hashed
 from mtrec_jax.data.features.multi_valued import MultiValued
@@ -50,32 +49,6 @@ KINDS: dict[str, type[Feature]] = {
     "friends_taste": FriendsTaste,
 }
 CHOICE = choices.Choice(KINDS, default="categorical")
-
-__all__ = [
-    "CHOICE",
-    "KINDS",
-    "NUMBER",
-    "Categorical",
-    "Clock",
-    "Encoding",
-    "Feature",
-    "FriendsTaste",
-    "Gap",
-    "IdField",
-    "MultiValued",
-    "NumberField",
-    "PastCount",
-    "PastRate",
-    "Text",
-    "Ties",
-    "as_numbers",
-    "encode",
-    "encode_all",
-    "fit",
-    "one_array",
-    "restore",
-    "unreadable",
-]
 
 
 def fit(name: str, feature: Feature, cells: pa.Array, counts: Int[np.ndarray, " n"]) -> Encoding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,8 @@ class Binned(Feature):
     kind: Literal["binned"] = "binned"
     bins: Count = 32  # quantile bins of the training values
 
-    imputes: ClassVar[tuple[str, ...]] = IMPUTES
-    of_numbers: ClassVar[bool] = True
+    imputes = IMPUTES
+    of_numbers = True
 
     def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
         """Lower edges of bins that hold about equally many training values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,9 @@ class Categorical(Feature):
     kind: Literal["categorical"] = "categorical"
     min_count: Count = 1  # rarer training values become the unknown id
 
-    imputes: ClassVar[tuple[str, ...]] = IMPUTES
-    takes_lists: ClassVar[bool] = True
-    grows: ClassVar[bool] = True
+    imputes = IMPUTES
+    takes_lists = True
+    grows = True
 
     def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
         """The vocabulary; and the id of missing values, which training may have made frequent."""

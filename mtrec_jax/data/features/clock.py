@@ -18,13 +18,13 @@ OF_EVENTS = "users and items have no time; events have"
 class Clock(Feature):
     """A time by the clock, every value an id; without a `column`, of the time of the event."""
 
-    places: ClassVar[tuple[str, ...]] = ("request", "history")
-    because: ClassVar[str] = OF_EVENTS
-    imputes: ClassVar[tuple[str, ...]] = IMPUTES
-    computed: ClassVar[bool] = True
+    places = ("request", "history")
+    because = OF_EVENTS
+    imputes = IMPUTES
+    computed = True
     seconds: ClassVar[int]  # that a value lasts
     values: ClassVar[int]
-    first: ClassVar[int] = 0  # value at the beginning of 1970
+    first = 0  # value at the beginning of 1970
 
     @property
     def room(self) -> int:
@@ -60,8 +60,8 @@ class Hour(Clock):
     """0 to 23."""
 
     kind: Literal["hour"] = "hour"
-    seconds: ClassVar[int] = 3600
-    values: ClassVar[int] = 24
+    seconds = 3600
+    values = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,6 @@ class Weekday(Clock):
     """0 (Monday) to 6."""
 
     kind: Literal["weekday"] = "weekday"
-    seconds: ClassVar[int] = 86_400
-    values: ClassVar[int] = 7
-    first: ClassVar[int] = 3  # a Thursday
+    seconds = 86_400
+    values = 7
+    first = 3  # a Thursday

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from mtrec_jax.data.features.binned import Binned
 from mtrec_jax.data.features.clock import OF_EVENTS
@@ -16,10 +16,10 @@ class Gap(Binned):
 
     kind: Literal["gap"] = "gap"  # type: ignore[assignment]
 
-    places: ClassVar[tuple[str, ...]] = ("request", "history")
-    because: ClassVar[str] = OF_EVENTS
-    computed: ClassVar[bool] = True
-    looks_back: ClassVar[bool] = True
+    places = ("request", "history")
+    because = OF_EVENTS
+    computed = True
+    looks_back = True
 
     def origin(self, name: str, data: Any) -> tuple[str, str]:
         """The time of the events."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,9 @@ class Hashed(Feature):
     kind: Literal["hashed"] = "hashed"
     buckets: Annotated[int, Field(ge=1, le=MOST_IDS)] = 1024
 
-    imputes: ClassVar[tuple[str, ...]] = IMPUTES
-    takes_lists: ClassVar[bool] = True
-    encoded_once: ClassVar[bool] = True
+    imputes = IMPUTES
+    takes_lists = True
+    encoded_once = True
 
     @property
     def room(self) -> int:

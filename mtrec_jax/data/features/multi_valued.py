@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ class MultiValued(Categorical):
     separator: Annotated[str, Field(min_length=1)] = " "  # between the values of a cell
     max_values: Count = 8  # further values are dropped
 
-    encoded_once: ClassVar[bool] = True
+    encoded_once = True
 
     def problems(self, name: str, data: Any) -> Iterator[str]:
         """On the history, only what users searched for has several values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +28,11 @@ class Numeric(Feature):
     kind: Literal["numeric"] = "numeric"
     scale: Literal["standard", "log", "none"] = "standard"  # log: sign(x) log(1 + |x|)
 
-    places: ClassVar[tuple[str, ...]] = NO_HISTORY
-    because: ClassVar[str] = OF_IDS
-    imputes: ClassVar[tuple[str, ...]] = IMPUTES
-    of_numbers: ClassVar[bool] = True
-    gives_numbers: ClassVar[bool] = True
+    places = NO_HISTORY
+    because = OF_IDS
+    imputes = IMPUTES
+    of_numbers = True
+    gives_numbers = True
 
     def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
         """Mean and standard deviation."""
@@ -106,8 +106,8 @@ def learned(
     elif feature.impute == "constant":
         fill = float(feature.constant)
     missing = 0 if feature.impute == "none" else int(counts[~known].sum())
-    given = {"missing": fill, "imputed": missing, "unreadable": unreadable, "unread": unread}
-    return Encoding(name, feature, **given), values, sizes
+    encoding = Encoding(name, feature, missing=fill, imputed=missing)
+    return replace(encoding, unreadable=unreadable, unread=unread), values, sizes
 
 
 def filled(

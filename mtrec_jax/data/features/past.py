@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pyarrow as pa
 
 from mtrec_jax.data.features.base import Amount, Codes, Counts, Encoding
 from mtrec_jax.data.features.binned import Binned
-from mtrec_jax.data.features.numeric import Scale, encode_scaled, fit_scaled, logarithm
+from mtrec_jax.data.features.numeric import encode_scaled, fit_scaled, logarithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +19,14 @@ class PastCount(Binned):
 
     kind: Literal["past_count"] = "past_count"  # type: ignore[assignment]
 
-    places: ClassVar[tuple[str, ...]] = ("request", "history")
-    because: ClassVar[str] = (
+    places = ("request", "history")
+    because = (
         "counts and rates of the past belong to a moment; as a feature of a user or an item they "
         "would contain the outcome of the target itself"
     )
-    computed: ClassVar[bool] = True
-    looks_back: ClassVar[bool] = True
-    scales: ClassVar[tuple[Scale, ...]] = (logarithm,)
+    computed = True
+    looks_back = True
+    scales = (logarithm,)
 
     @property
     def gives_numbers(self) -> bool:  # type: ignore[override]
@@ -54,4 +54,4 @@ class PastRate(PastCount):
     label: str  # which task's
     smoothing: Amount = 20.0  # events that the overall mean counts for
 
-    scales: ClassVar[tuple[Scale, ...]] = ()
+    scales = ()

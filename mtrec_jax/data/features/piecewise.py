@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,11 @@ class Piecewise(Feature):
     kind: Literal["piecewise"] = "piecewise"
     bins: Count = 32  # quantile bins of the training values, a number each
 
-    places: ClassVar[tuple[str, ...]] = NO_HISTORY
-    because: ClassVar[str] = OF_IDS
-    imputes: ClassVar[tuple[str, ...]] = IMPUTES
-    of_numbers: ClassVar[bool] = True
-    gives_numbers: ClassVar[bool] = True
+    places = NO_HISTORY
+    because = OF_IDS
+    imputes = IMPUTES
+    of_numbers = True
+    gives_numbers = True
 
     @property
     def room(self) -> int:

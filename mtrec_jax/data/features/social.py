@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from mtrec_jax.data.features.base import Amount, Count, Feature
 from mtrec_jax.data.features.categorical import Categorical
@@ -18,10 +18,10 @@ class Ties(Categorical):
     kind: Literal["ties"] = "ties"  # type: ignore[assignment]
     max_values: Count = 8  # further friends are dropped
 
-    places: ClassVar[tuple[str, ...]] = ("context",)
-    because: ClassVar[str] = _OF_USERS
-    imputes: ClassVar[tuple[str, ...]] = ("none",)
-    computed: ClassVar[bool] = True
+    places = ("context",)
+    because = _OF_USERS
+    imputes = ("none",)
+    computed = True
 
     def origin(self, name: str, data: Any) -> tuple[str, str]:
         """The friends in the ties."""
@@ -38,11 +38,11 @@ class FriendsTaste(Feature):
     min_count: Count = 1  # rarer ones are left out
     smoothing: Amount = 20.0  # events that the overall mean counts for
 
-    places: ClassVar[tuple[str, ...]] = ("context",)
-    because: ClassVar[str] = _OF_USERS
-    gives_numbers: ClassVar[bool] = True
-    computed: ClassVar[bool] = True
-    fitted: ClassVar[bool] = False
+    places = ("context",)
+    because = _OF_USERS
+    gives_numbers = True
+    computed = True
+    fitted = False
 
     @property
     def room(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from mtrec_jax.data.features.base import Feature
 
@@ -14,7 +14,7 @@ class Text(Feature):
 
     kind: Literal["text"] = "text"
 
-    places: ClassVar[tuple[str, ...]] = ("context", "item")
-    because: ClassVar[str] = "texts are kept for items and users, not for every event"
-    takes_lists: ClassVar[bool] = True
-    fitted: ClassVar[bool] = False
+    places = ("context", "item")
+    because = "texts are kept for items and users, not for every event"
+    takes_lists = True
+    fitted = False
