@@ -91,7 +91,7 @@ def prepare(
     """Clean, split and index raw files into a prepared folder, with a report of every change."""
     from mtrec_jax.experiments import load_experiment
 
-    experiment = load_experiment(config, overrides or [])
+    experiment = load_experiment(config, overrides or [], choose=False)
     out = out or Path("prepared") / experiment.name
     remedy = "Name another folder with --out"
     _prepare(experiment, data, out, None, remedy, engine, memory, master, grow_from)
@@ -257,7 +257,8 @@ def run(
     elif public:
         fetch(public, data)
     remedy = "Name other folders for the new data with --run and --prepared"
-    opened = _prepare(experiment, data, out, folder, remedy, engine, memory, master)
+    whole = load_experiment(config, overrides or [], choose=False)  # of which training chooses
+    opened = _prepare(whole, data, out, folder, remedy, engine, memory, master)
     _evaluate(_train(experiment, opened, folder), "validation")
 
 
