@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -27,10 +28,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append JSON lines to FILE")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--set", nargs="+", metavar="SET", help="topk: which cases; all of them")
-    parser.add_argument("--rounds", type=int, default=7, help="topk, softmax, rank: turns of each")
+    parser.add_argument("--rounds", type=int, help="turns of each: 7 in contests, first_result 3")
     parser.add_argument("--events", type=int, help="prepare: events of the log (50,000,000)")
-    parser.add_argument("--folder", type=Path, help="prepare: where its files go for a while")
+    parser.add_argument(
+        "--folder", type=Path, help="prepare, first_result: where files go; the latter keeps them"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="social: other shops than (505, 606)")
+    parser.add_argument("--against", metavar="COMMIT", help="first_result: beside this commit")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="first_result: help,fit")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the contestant's side
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -39,7 +44,7 @@ def main() -> None:
             docstring = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
             print(f"{name}: {docstring.splitlines()[0]}")
         return
-    if chosen.rounds < 1:
+    if chosen.rounds is not None and chosen.rounds < 1:
         parser.error("--rounds: at least 1")
     if chosen.json and not chosen.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no folder {chosen.json.resolve().parent}")
@@ -52,7 +57,8 @@ def main() -> None:
         del sys.argv[1:]  # some contestants read it
         contest.serve(question, chosen.set[0], chosen.case, chosen.contestant)
     elif hasattr(question, "answer"):  # a question of quality or throughput: figures
-        given = {"events": chosen.events, "folder": chosen.folder, "seeds": chosen.seeds}
+        taken = set(inspect.signature(question.answer).parameters) - {"quick"}
+        given = {name: getattr(chosen, name) for name in taken}
         given = {name: value for name, value in given.items() if value is not None}
         try:
             results = question.answer(chosen.quick, **given)
@@ -65,7 +71,7 @@ def main() -> None:
         sets = ["quick"] if chosen.quick else chosen.set or every
         if unknown := set(sets) - set(question.CASES):
             parser.error(f"--set: {', '.join(unknown)}; there are {', '.join(every)}")
-        _run_contest(question, sets, chosen.rounds, chosen.threads, chosen.json)
+        _run_contest(question, sets, chosen.rounds or 7, chosen.threads, chosen.json)
 
 
 def _run_contest(
@@ -96,7 +102,7 @@ def _append(path: Path | None, shared: dict[str, Any], results: list[dict[str, A
 def _figures(results: list[dict[str, Any]]) -> Table:
     table = Table(box=None)
     for name in results[0]:
-        table.add_column(name, justify="left" if name == "task" else "right")
+        table.add_column(name, justify="left" if name in ("task", "case") else "right")
     for result in results:
         table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in result.values()))
     return table

@@ -222,8 +222,11 @@ def check(experiment: Experiment) -> None:
 def _names(e: Experiment) -> Iterator[str]:
     if not re.fullmatch(r"[\w-][\w. -]*", e.name):
         yield f"name: '{e.name}' names folders; use letters, digits, '_', '-' and '.'"
-    sections: dict[str, Any] = {"features": e.features, "tasks": e.tasks}
-    sections["clean.values"] = e.clean.values
+    sections: dict[str, Mapping[str, Any]] = {
+        "features": e.features,
+        "tasks": e.tasks,
+        "clean.values": e.clean.values,
+    }
     for key, names in sections.items():
         lower = [name.lower() for name in names]
         for name in names:

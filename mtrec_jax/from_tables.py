@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrec_jax.arguments import a_mapping, a_path, shown
+from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
@@ -56,6 +57,7 @@ def fit(
       ConfigError, DataError: as `load_experiment`, `prepare` and `train`.
       Stopped: a signal asked to stop; with `folder` the state is saved, otherwise nothing is.
     """
+    use_compilation_cache()
     experiment = experiment_of(user, item, time, tasks, title, features, settings)
     if events is None:
         raise DataError("events: None; pass a pandas, Polars or Arrow table")

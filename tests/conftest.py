@@ -6,6 +6,7 @@ import os
 
 # XLA takes twice as long to optimize programs that run for milliseconds here.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["MTREC_CACHE"] = "off"  # programs are kept for the session, not among the user's own
 QUICKLY = " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + QUICKLY + " --xla_force_host_platform_device_count=8"

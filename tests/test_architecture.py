@@ -16,13 +16,15 @@ PACKAGE = Path(mtrec_jax.__file__).parent
 SOURCES = {p.relative_to(PACKAGE).as_posix(): p for p in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 
-# Imports point to the same layer or to one further up. A room may be on several floors, by the file.
+# Imports point to the same layer or to one further up. A room may be on several, by the file.
 LAYERS = (
-    ("errors", "types", "interrupts", "quiet", "arguments", "processes", "choices"),
-    ("kernels", "sharding", "quantities", "data.features"),
+    ("errors", "types", "interrupts", "quiet", "arguments", "processes", "choices", "machine"),
+    ("kernels", "sharding", "compilation", "mixing"),
+    ("data.features", "balance", "models.layers", "models.encoders", "models.towers", "baselines"),
     ("config", "experiments"),
-    ("data", "tables"),
-    ("losses", "balance", "baselines", "models"),
+    ("data", "tables", "quantities"),
+    ("losses",),
+    ("models",),
     ("evaluation",),
     ("train",),
     ("serving",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,18 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+import mtrec_jax
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, open_prepared
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.serving.result import Result
 from mtrec_jax.train.run import Run
 
-COMMANDS = ("data", "prepare", "train", "evaluate", "predict", "recommend", "run")
+COMMANDS = (
+    *("data", "clean", "prepare", "train", "evaluate", "predict", "recommend", "run"),
+    *("plan", "doctor"),
+)
 Mtrec = Callable[..., tuple[int, str, str]]
 
 
@@ -58,8 +65,10 @@ for command in ([], *([name] for name in {COMMANDS})):
         cli.main()
     except SystemExit as end:
         assert not end.code, command
-heavy = {{"jax", "numpy", "pyarrow", "ibis", "flax"}} & {{m.split(".")[0] for m in sys.modules}}
-assert not heavy, heavy
+    heavy = {{"jax", "numpy", "pyarrow", "ibis", "flax"}}
+    heavy |= set() if command else {{"pydantic"}}  # which Typer loads for arguments
+    heavy &= {{m.split(".")[0] for m in sys.modules}}
+    assert not heavy, heavy
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -68,6 +77,61 @@ assert not heavy, heavy
     for option in ("--set", "--prepared", "--run", "--split", "--all-users", "--k", "--rows"):
         assert option in shown
     assert "129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM" in shown
+
+
+def test_the_version_is_said(mtrec: Mtrec) -> None:
+    assert mtrec("--version") == (0, f"mtrec_jax {mtrec_jax.__version__}\n", "")
+
+
+def test_doctor_says_what_a_bug_report_needs(mtrec: Mtrec, tmp_path: Path) -> None:
+    status, out, err = mtrec("doctor", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["versions"]["mtrec_jax"] == mtrec_jax.__version__
+    assert report["versions"]["jaxlib"] == jax.lib.__version__
+    assert report["devices"] == {"platform": "cpu", "count": jax.device_count(), "kinds": ["cpu"]}
+    assert report["processor"]["cores"] == os.cpu_count()
+    assert report["memory"]["machine"].endswith(" GB")
+    assert report["packages"]["mtrec_jax"] == "complete"
+    assert report["environment"]["MTREC_CACHE"] == "off"
+    assert not any("failed" in part for part in report.values())
+    status, out, _ = mtrec("doctor")
+    assert status == 0
+    assert flat(out).startswith(f"versions mtrec_jax {mtrec_jax.__version__} Python ")
+    assert "container's limit" in out
+
+
+def test_doctor_names_what_is_missing_for_an_extra(
+    mtrec: Mtrec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = {
+        "mtrec_jax": [
+            "numpy>=2.1",
+            "jax<0.2",
+            'pyspark>=4; extra == "spark"',
+            'nothing-like-it[all]>=1; extra == "cuda13"',
+            'numpy[more]; extra == "tpu"',
+            'never; extra == "tpu" and python_version < "3"',
+        ],
+        "numpy": ['also-missing; extra == "more"'],
+    }
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs.get(name, []))
+    packages = json.loads(mtrec("doctor", "--json")[1])["packages"]
+    assert packages["mtrec_jax"].startswith(f"missing jax<0.2 (here {jax.__version__})")
+    assert packages["mtrec_jax[spark]"] == "complete"
+    for extra, missing in (("cuda13", "nothing-like-it"), ("tpu", "also-missing")):
+        name = f"mtrec_jax[{extra}]"
+        assert packages[name] == f'missing {missing}: pip install "{name}"'
+
+
+def test_doctor_says_what_is_broken(mtrec: Mtrec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(jax, "devices", broken)
+    status, out, _ = mtrec("doctor")
+    assert status == 0
+    assert "failed RuntimeError: no driver" in flat(out)
 
 
 def test_no_arguments_show_the_help(mtrec: Mtrec) -> None:
@@ -142,8 +206,14 @@ def test_prepare_train_evaluate(
     """The way of a new user, with the folders of their choice; training equals the Python call."""
     config, prepared, run = (tmp_path / n for n in ("mine.toml", "prepared", "run"))
     config.write_text(to_toml(shop_experiment), encoding="utf-8")
-    status, _, err = mtrec("prepare", config, "--data", shop_data.parent, "--out", prepared)
+    places = ("--data", shop_data.parent)
+    cleaned = tmp_path / "cleaned"
+    status, _, err = mtrec("clean", config, *places, "--out", cleaned)
     assert status == 0, err
+    assert f"events in {cleaned}; " in flat(err)
+    status, _, err = mtrec("prepare", config, *places, "--out", prepared, "--cleaned", cleaned)
+    assert status == 0, err
+    assert f"clean events of {cleaned} are used again" in flat(err)
     assert "48 users" in flat(err)
     assert "label of buy missing (masked)" in flat(err)
     assert open_prepared(prepared).manifest == shop_run.prepared.manifest

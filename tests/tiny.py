@@ -30,6 +30,17 @@ TASKS: dict[str, dict[str, Any]] = {
     "stars": {"kind": "regression", "where": "click", "weight": 0.5},
     "genre": {"kind": "multiclass"},
 }
+FEATURES: dict[str, dict[str, Any]] = {
+    "segment": {"on": "context"},
+    "tags": {"on": "context", "kind": "multi_valued", "max_values": 3},
+    "age": {"on": "context", "kind": "numeric"},
+    "hour": {"on": "request"},
+    "discount": {"on": "request", "kind": "numeric"},
+    "brand": {"on": "item"},
+    "price": {"on": "item", "kind": "numeric"},
+    "click": {"on": "history"},
+}
+SPARSE = {"tags": {"update": "sparse"}, "brand": {"update": "sparse"}}  # as items are
 
 
 def experiment(**sections: dict[str, Any]) -> Experiment:
@@ -47,7 +58,12 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
     }
     tasks = sections.pop("tasks", TASKS)
     return parse_experiment(
-        {"name": "tiny", "tasks": tasks, "tables": sections.pop("tables", {})}
+        {
+            "name": "tiny",
+            "tasks": tasks,
+            "features": FEATURES,
+            "tables": SPARSE | sections.pop("tables", {}),
+        }
         | {name: values | sections.get(name, {}) for name, values in base.items()}
     )
 

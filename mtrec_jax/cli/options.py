@@ -1,4 +1,4 @@
-"""Arguments and options that several commands of `mtrec` share."""
+"""Arguments, options and words that several commands of `mtrec` share."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ Memory = Annotated[
 ]
 Master = Annotated[str, typer.Option(help="Of Spark; a cluster must see data and out.")]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
+
+
+def say(text: str) -> None:
+    """Tell a person something that is no result."""
+    typer.echo(text, err=True)

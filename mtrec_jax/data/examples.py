@@ -232,7 +232,9 @@ def sequence_examples(
         new, sizes = np.arange(len(targets)), np.ones(len(targets), np.int64)
         order = np.argsort(mix(log.row[targets], seed), kind="stable")
         look_back = None
-    more = numbers(log.user[targets[new]] - FIRST, log.time[targets[new]], visible) if numbers else {}
+    more = (
+        numbers(log.user[targets[new]] - FIRST, log.time[targets[new]], visible) if numbers else {}
+    )
     for start in range(0, max(len(order), 1), BLOCK):
         chosen = order[start : start + BLOCK]
         there = np.arange(positions) < sizes[chosen, None]  # [n, P]
@@ -274,9 +276,7 @@ def _histories(
     # a target looks back on what is before this event
     seen_from = _first_of_ties(log)[targets] if hide_ties else targets
 
-    def look_back(
-        last: np.ndarray, place: np.ndarray, there: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def look_back(last: np.ndarray, place: np.ndarray, there: np.ndarray) -> dict[str, np.ndarray]:
         user, end = log.user[targets[last]], earlier[targets[last]]
         base = np.maximum(earlier[begins[user - FIRST]], end - length)
         token = base[:, None] + np.arange(length)  # [n, L]

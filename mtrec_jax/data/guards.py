@@ -55,7 +55,9 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
     }
     train = events.filter(events.split == 0)
     more = int(train.count().to_pyarrow().as_py()) / _EVENTS
-    if more > 1:  # every so many rows: a prime, which pages of so many impressions are no multiple of
+    if (
+        more > 1
+    ):  # every so many rows: a prime, which pages of so many impressions are no multiple of
         found = itertools.count(math.ceil(more))
         train = train.filter(train.row % next(n for n in found if _is_prime(n)) == 0)
     train = train.select("row", *(f"label_{name}" for name in tasks), *_beside_labels(train, seen))

@@ -233,9 +233,7 @@ def fit_tastes(
         encodings.append(Encoding(name, feature, values, often, slots=len(values), std=std))
         problems.append((events, shape))
 
-    def numbers(
-        user: np.ndarray, at: np.ndarray, splits: tuple[int, ...]
-    ) -> dict[str, np.ndarray]:
+    def numbers(user: np.ndarray, at: np.ndarray, splits: tuple[int, ...]) -> dict[str, np.ndarray]:
         return {
             f"context_{encoding.name}": friends_taste(friends, events, user, at, splits, *shape)
             / np.float32(encoding.std)

@@ -57,7 +57,7 @@ class Model(NamedTuple):
     names: tuple[str, ...]  # of the balanced losses
     fuses: bool  # whether a fused order is taught
     by_example: frozenset[str]  # groups whose ids are split like the batch; others are shared
-    init: Callable[[jax.Array], PyTree]  # key -> dense parameters
+    init: Callable[[int], PyTree]  # seed -> initial values of the layers, drawn on the host
     ids: Callable[[Batch, Catalogue, jax.Array | None], Wanted]
     encode: Callable[[PyTree, Rows, Batch, Catalogue, Wanted, jax.Array | None], Shared]
     weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
@@ -92,8 +92,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     def network(params: PyTree) -> Network:
         return nnx.merge(graph, nnx.State(params["network"]))
 
-    def init(key: jax.Array) -> PyTree:
-        state = nnx.state(made(nnx.Rngs(params=key)), nnx.Param)
+    def init(seed: int) -> PyTree:
+        state = nnx.state(made(nnx.Rngs(params=seed)), nnx.Param)
         return {"network": nnx.to_pure_dict(state)}
 
     def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Wanted:

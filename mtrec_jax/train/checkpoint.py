@@ -1,32 +1,34 @@
 """Checkpoints: one atomic Orbax step holds everything that a run needs to continue exactly.
 
-With the arrays goes a digest of each, made on the devices that hold them; with the position in the
-data and the notes of the loop goes one of their text. What is restored has to have the same.
+With the arrays goes a digest of each; with the position in the data and the notes of the loop goes
+one of their text. What is restored has to have the same.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
 from mtrec_jax import processes
 from mtrec_jax.errors import CheckpointError, Error
 from mtrec_jax.sharding import by_row_on, whole_on
-from mtrec_jax.tables.lookup import new_scratch
+from mtrec_jax.tables.update import new_scratch
 from mtrec_jax.types import PyTree, TrainState
 
 _CHUNK = 2**26  # bytes of an array that are compressed and written at a time
+_PLACES = np.arange(2**16, dtype=np.uint32)  # in a piece that a digest adds up at a time
 _ADDED = ("selected", "cursor", "digests", "checksum")  # to the notes of the loop
 
 
@@ -278,36 +280,58 @@ def digests(tree: PyTree) -> dict[str, int]:
     """A 32-bit digest of each array, by its path; the same however the array is split.
 
     The sum of all 32-bit words times odd numbers that differ by place: any single wrong bit shows.
+    Each process adds up what its own devices hold, piece by piece and without a program for it.
     """
-    made = _digests(tree)
-    paths = jax.tree.leaves_with_path(made)
-    return {jax.tree_util.keystr(path): int(value) for path, value in paths}
+    leaves = jax.tree.leaves_with_path(tree)
+    sums = np.array([_digest(leaf) for _, leaf in leaves], np.uint32)
+    if not all(leaf.is_fully_addressable for _, leaf in leaves):
+        whole = np.array([leaf.is_fully_addressable for _, leaf in leaves])
+        every = np.stack(processes.gathered(sums)).sum(0, dtype=np.uint32)
+        sums = np.where(whole, sums, every)
+    return {jax.tree_util.keystr(path): int(sums[n]) for n, (path, _) in enumerate(leaves)}
 
 
-@jax.jit
-def _digests(tree: PyTree) -> PyTree:
-    return jax.tree.map(_digest, tree)
-
-
-def _digest(array: jax.Array) -> jax.Array:
+def _digest(array: jax.Array) -> int:
+    """Of the parts of an array that are here, each once."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
-    if array.dtype == bool:
-        array = array.astype(jnp.uint8)
-    if array.dtype.itemsize == 8:
-        words = lax.bitcast_convert_type(array, jnp.uint32)  # two, on an axis of their own
+    total = 0
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            starts = tuple(part.start or 0 for part in shard.index)
+            for place, part in _runs(np.asarray(shard.data), starts, array.shape):
+                total += _weighted(_words(part), place * max(1, part.itemsize // 4))
+    return total % 2**32
+
+
+def _runs(
+    part: np.ndarray, starts: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Elements of a part that follow each other in the whole array, and the place of the first."""
+    stride = math.prod(shape[1:])
+    if part.shape[1:] == shape[1:]:
+        yield (starts[0] if starts else 0) * stride, part.reshape(-1)
     else:
-        same = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        words = lax.bitcast_convert_type(array, same).astype(jnp.uint32)
-    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for axis in reversed(range(words.ndim)):
-        steps = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        place, stride = place + steps * jnp.uint32(stride % 2**32), stride * words.shape[axis]
-    # Two sums at once: XLA would split a single one into steps that take as much memory as a table.
-    zeros, every = (jnp.uint32(0), jnp.uint32(0)), tuple(range(words.ndim))
-    terms = words * (place * jnp.uint32(2654435762)), words
-    by_place, plain = lax.reduce(terms, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), every)
-    return by_place + plain
+        for number, row in enumerate(part, starts[0]):
+            for place, run in _runs(row, starts[1:], shape[1:]):
+                yield number * stride + place, run
+
+
+def _words(elements: np.ndarray) -> np.ndarray:
+    """Elements of 8 bytes are two words, others are one."""
+    size = elements.itemsize
+    return elements.view(np.uint32 if size >= 4 else f"uint{8 * size}")
+
+
+def _weighted(words: np.ndarray, first: int) -> int:
+    """The words times 1 + K x their place, K even."""
+    plain, by_place = 0, 0
+    for start in range(0, len(words), len(_PLACES)):
+        piece = words[start : start + len(_PLACES)].astype(np.uint32, copy=False)
+        here = int(piece.sum(dtype=np.uint32))
+        plain += here
+        by_place += int(np.dot(piece, _PLACES[: len(piece)])) + (first + start) * here
+    return plain + by_place * 2654435762
 
 
 def _verify(manager: ocp.CheckpointManager, step: int, found: Any) -> None:

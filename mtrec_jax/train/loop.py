@@ -25,10 +25,11 @@ from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_inference
 from mtrec_jax.interrupts import collecting
-from mtrec_jax.models.model import make_model
-from mtrec_jax.models.network import make_plan
+from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.tables.capacity import first_batches, measured_buffers
+from mtrec_jax.tables.exchange import BuffersOf
+from mtrec_jax.tables.lookup import Ids
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
@@ -55,7 +56,7 @@ def train(
 
     Args:
       experiment: what to train; stored as `config.toml`.
-      prepared: data that were prepared by the same experiment.
+      prepared: data of which the experiment chooses tasks and features.
       run: the run folder, created if missing.
       optimizer: optax chain for the dense parameters instead of the configured one. It is not
         stored: pass the same one to continue.
@@ -75,7 +76,8 @@ def train(
         instance("optimizer", optimizer, optax.GradientTransformation, "pass an optax optimizer")
     folder = a_path("run", run)
     check_start(experiment, folder)
-    check_data(folder, experiment, prepared)
+    prepared = prepared.chosen(experiment)
+    check_data(folder, prepared)
     there = sorted(path.name for path in (folder / "checkpoints").glob("*"))
     same = to_toml(experiment), prepared.manifest.fingerprint, str(there)
     processes.check_same("what is trained", "\n".join(same))
@@ -138,8 +140,7 @@ def _train(
     checkpoint.set_aside_unreadable(folder / "checkpoints", notes.append)
     with checkpoint.open_manager(folder / "checkpoints", larger) as manager:
         restored = checkpoint.restore_latest(manager, job.step.abstract, job.batches, notes.append)
-        key = jax.random.key(experiment.train.seed, impl="rbg")
-        state, meta = restored or (job.step.init(key), meta)
+        state, meta = restored or (job.step.init(experiment.train.seed), meta)
         if restored is None and source is not None:
             state = warm_start(state, run, source, job.mesh, notes.append)
         number = int(state.step)
@@ -204,9 +205,7 @@ def _make_job(
     source, total, every = _schedule(experiment, prepared)
     model = make_model(experiment, prepared.manifest)
     items = load_catalogue(prepared, experiment)
-    rows = make_plan(experiment, prepared.manifest).rows
-    first = first_batches(source) if mesh.shape["table"] > 1 else []
-    buffers = measured_buffers(model, items, first, mesh, rows, experiment.train.seed)
+    buffers = _buffers(model, items, source, mesh, experiment.train.seed)
     catalogue = replicate(items, mesh)
     return _Job(
         experiment=experiment,
@@ -217,11 +216,23 @@ def _make_job(
         every=every,
         epoch=source.batches_per_epoch,
         batches=training_batches(source),
-        step=make_step(experiment, prepared.manifest, model, mesh, total, optimizer, buffers),
+        step=make_step(experiment, model, mesh, total, optimizer, buffers),
         catalogue=catalogue,
         inference=make_inference(model, catalogue, mesh),
         records=Records(folder / "metrics.jsonl", processes.is_first()),
     )
+
+
+def _buffers(
+    model: Model, items: Catalogue, source: BatchSource, mesh: jax.sharding.Mesh, seed: int
+) -> BuffersOf:
+    """Sizes of the exchange of rows, measured on the run's first batches."""
+    first = first_batches(source) if mesh.shape["table"] > 1 else []
+
+    def ids(batch: Batch, key: jax.Array) -> Ids:
+        return model.ids(batch, items, key).ids
+
+    return measured_buffers(model.layout, ids, first, mesh, seed)
 
 
 def _run_steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, one_of
 from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
-from mtrec_jax.data.describe import configuration
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.evaluation.inference import prepared_inference
@@ -24,6 +24,7 @@ from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.records import read_json, write_json
+from mtrec_jax.train.step import model_shapes
 from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
@@ -48,12 +49,15 @@ class Run:
         return f"Run({str(self.folder)!r}: {self.experiment.name}, {self.prepared!r})"
 
 
-def open_run(folder: str | Path, prepared: str | Path | None = None) -> Run:
+def open_run(
+    folder: str | Path, prepared: str | Path | None = None, extensions: Iterable[type] = ()
+) -> Run:
     """Open a run folder.
 
     Args:
       folder: a folder that `train` has written.
       prepared: where its prepared data is now; by default where it was.
+      extensions: the classes of kinds of your own that its configuration names.
 
     Raises:
       CheckpointError: no run there.
@@ -64,7 +68,7 @@ def open_run(folder: str | Path, prepared: str | Path | None = None) -> Run:
         raise CheckpointError(
             f"{folder} is no run folder (no config.toml). Run: mtrec train CONFIG --run {folder}"
         )
-    experiment = load_experiment(folder / "config.toml")
+    experiment = load_experiment(folder / "config.toml", extensions=extensions)
     notes = read_json(folder / "prepared.json")
     opened = open_prepared(a_path("prepared", prepared or notes["folder"]))
     if opened.manifest.fingerprint != notes["fingerprint"]:
@@ -72,7 +76,7 @@ def open_run(folder: str | Path, prepared: str | Path | None = None) -> Run:
             f"{opened.folder} holds other data ({opened.manifest.fingerprint}) than {folder} was "
             f"trained on ({notes['fingerprint']}); pass the right folder with --prepared"
         )
-    return Run(folder, experiment, opened)
+    return Run(folder, experiment, opened.chosen(experiment))
 
 
 def load_best(
@@ -85,7 +89,7 @@ def load_best(
     """
     _, _, larger = select_metric(run.experiment)
     model = make_model(run.experiment, run.prepared.manifest)
-    like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
+    like = model_shapes(run.experiment, model)
     folder = run.folder / "checkpoints"
     while True:
         with checkpoint.open_manager(folder, larger, True) as manager:
@@ -149,7 +153,8 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
             "back, or pass another --run folder"
         )
     if has_checkpoint(folder):
-        keys = _differences(to_dict(load_experiment(path)), to_dict(experiment))
+        with path.open("rb") as file:
+            keys = _differences(tomllib.load(file), to_dict(experiment))
         keys = [key for key in keys if key[0] not in _MAY_CHANGE]
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
@@ -163,25 +168,13 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
         raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
 
 
-def check_data(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
-    """Raise `ConfigError` unless the data suit the experiment, and a run that is in the folder."""
-    check_prepared(experiment, prepared)
+def check_data(folder: Path, prepared: Prepared) -> None:
+    """Raise `ConfigError` unless the data are those of a run that is in the folder."""
     trained_on = _trained_on(folder)
     if trained_on and trained_on["fingerprint"] != prepared.manifest.fingerprint:
         raise ConfigError(
             f"{folder} was trained on other data ({trained_on['fingerprint']}) than "
             f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
-        )
-
-
-def check_prepared(experiment: Experiment, prepared: Prepared) -> None:
-    """Raise `ConfigError` unless the data were prepared as the experiment says."""
-    stored, wanted = prepared.manifest.config, configuration(experiment)
-    differing = sorted(key for key in wanted if stored.get(key) != wanted[key])
-    if differing:
-        raise ConfigError(
-            f"{prepared.folder} was prepared with other [{'], ['.join(differing)}] settings than "
-            f"'{experiment.name}' has; run: mtrec prepare CONFIG, or pass another --prepared"
         )
 
 

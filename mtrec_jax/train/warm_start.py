@@ -22,8 +22,8 @@ from mtrec_jax.arguments import a_path
 from mtrec_jax.data.dataset import SPLITS, Manifest, NumberField, Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.models.network import Plan, make_plan
-from mtrec_jax.tables.layout import DENSE, Field, Group, as_held, as_numbers, spread
+from mtrec_jax.models.inputs import ITEM, Inputs, make_inputs, side_group
+from mtrec_jax.tables.layout import DENSE, Place, as_held, as_numbers, spread
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
 from mtrec_jax.types import FIRST, UNKNOWN, PyTree, TrainState
@@ -151,13 +151,13 @@ def warm_start(
     params, tables, step = load_best(source, mesh)
     network = _same_shapes(state.params["network"], params["network"], source)
     old, new = ({**t, **_dense(p)} for t, p in ((tables, params), (state.tables, state.params)))
-    plans = [make_plan(r.experiment, r.prepared.manifest) for r in (source, run)]
+    plans = [make_inputs(r.experiment, r.prepared.manifest) for r in (source, run)]
     _same_meaning(plans, source, run)
     matches = {
-        owner: _rows_of(_match(owner, source, run), plans[0].fields.get(owner), field)
-        for owner, field in plans[1].fields.items()
+        name: _rows_of(_match(name, source, run), plans[0].layout.places.get(name), place)
+        for name, place in plans[1].layout.places.items()
     }
-    if plans[0][:2] == plans[1][:2] and all(match.same for match in matches.values()):
+    if plans[0].layout == plans[1].layout and all(match.same for match in matches.values()):
         taken = {stack: _placed(old[stack], new[stack]) for stack in new}
     else:
         taken = _carry(old, new, plans, matches)
@@ -206,14 +206,15 @@ def _same_shapes(new: PyTree, old: PyTree, source: Run) -> PyTree:
     return jax.tree.map(_placed, old, new)
 
 
-def _same_meaning(plans: Sequence[Plan], source: Run, run: Run) -> None:
+def _same_meaning(plans: Sequence[Inputs], source: Run, run: Run) -> None:
     """Equal shapes could still mean others: tasks or inputs that have changed places or names."""
     there, here = (
         {
-            "tasks": list(plan.task_names),
-            "inputs of a row": _inputs(plan.context, r.prepared.manifest.context_numbers),
-            "inputs of an item": _inputs(plan.item, r.prepared.manifest.item_numbers),
-            "inputs of an event": [f.owner for f in plan.history.fields],
+            "tasks": list(plan.order),
+            "inputs of a user": _inputs(plan, "context", r.prepared.manifest.context_numbers),
+            "inputs of a moment": _inputs(plan, "request", r.prepared.manifest.request_numbers),
+            "inputs of an item": _inputs(plan, "item", r.prepared.manifest.item_numbers),
+            "inputs of an event": _inputs(plan, "history", ()),
         }
         for plan, r in zip(plans, (source, run), strict=True)
     )
@@ -226,8 +227,9 @@ def _same_meaning(plans: Sequence[Plan], source: Run, run: Run) -> None:
             )
 
 
-def _inputs(group: Group, numbers: Sequence[NumberField]) -> list[str]:
-    return [f.owner for f in group.fields] + [f.name for f in numbers]
+def _inputs(plan: Inputs, side: str, numbers: Sequence[NumberField]) -> list[str]:
+    group = plan.layout.groups.get(side_group(side), ())
+    return [slots.place.name for slots in group] + [f.name for f in numbers]
 
 
 def _match(owner: str, source: Run, run: Run) -> _Match:
@@ -252,7 +254,7 @@ def _match(owner: str, source: Run, run: Run) -> _Match:
     return _Match(of, to, carried, values - carried, same)
 
 
-def _rows_of(match: _Match, there: Field | None, here: Field) -> _Match:
+def _rows_of(match: _Match, there: Place | None, here: Place) -> _Match:
     """The rows of these ids. Rows that hashed ids share are carried over if no id has changed."""
     nothing = match.of[:0]
     none = _Match(nothing, nothing, 0, match.carried + match.fresh, False)
@@ -266,37 +268,35 @@ def _rows_of(match: _Match, there: Field | None, here: Field) -> _Match:
     return match._replace(of=every, to=every)
 
 
-def _size(prepared: Prepared, owner: str) -> int:
-    """Values that an owner's local ids stand for."""
+def _size(prepared: Prepared, name: str) -> int:
+    """Values that a table's ids stand for."""
     m = prepared.manifest
-    if owner == "item":
+    if name == ITEM:
         return m.item_values or m.trained_items
-    role, _, name = owner.partition(".")
-    fields = {"context": m.context_ids, "item": m.item_ids, "history": m.history}[role]
+    fields = (*m.context_ids, *m.request_ids, *m.item_ids, *m.history)
     return next((f.size - FIRST for f in fields if f.name == name), 0)
 
 
 def _values(prepared: Prepared, owner: str) -> pa.Array | None:
     """Raw value of each local id from `FIRST` on; None where ids are hashes of the values."""
-    if owner == "item":
+    if owner == ITEM:
         return one_array(prepared.item_vocabulary)
-    name = owner.partition(".")[2]
-    if not (prepared.folder / "vocabularies" / f"{name}.parquet").is_file():
+    if not (prepared.folder / "vocabularies" / f"{owner}.parquet").is_file():
         return None
-    return one_array(prepared.vocabulary(name)["value"])
+    return one_array(prepared.vocabulary(owner)["value"])
 
 
 def _carry(
     old: dict[str, jax.Array],
     new: dict[str, jax.Array],
-    plans: Sequence[Plan],
+    plans: Sequence[Inputs],
     matches: dict[str, _Match],
 ) -> dict[str, jax.Array]:
     """The new stacks with the rows of the old ones; the new ones are donated."""
     moves: dict[tuple[str, str], list[np.ndarray]] = {}
     for owner, match in matches.items():
         if len(match.to):
-            there, here = plans[0].fields[owner], plans[1].fields[owner]
+            there, here = (plan.layout.places[owner] for plan in plans)
             numbers = np.stack([match.of + there.offset, match.to + here.offset])
             moves.setdefault((there.stack, here.stack), []).append(numbers)
     new = dict(new)

@@ -137,6 +137,44 @@ def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
         checkpoint.best_or_latest(manager, tmp_path / "runs" / "a" / "checkpoints")
 
 
+SPLITS = ((), ("table",), (("table", "data"),), (None, "table"), ("data", "table"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_digests_do_not_depend_on_how_an_array_is_split(split: Any, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    array = jnp.asarray(rng.normal(size=(16, 8, 3)) * 9).astype(dtype)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "table"))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*split))
+    one, several = ({"table": a} for a in (array, jax.device_put(array, where)))
+    assert checkpoint.digests(one) == checkpoint.digests(several)
+
+
+def test_digests_are_the_sum_that_they_say() -> None:
+    """Words times 1 + K x place, modulo 2**32, past the first piece of 2**16 as well."""
+    words = np.random.default_rng(1).integers(0, 2**32, 2**16 + 5, np.uint32)
+    weights = (1 + 2654435762 * np.arange(len(words), dtype=np.uint64)) % 2**32
+    expected = int((words.astype(np.uint64) * weights % 2**32).sum() % 2**32)
+    assert checkpoint.digests({"a": jnp.asarray(words)}) == {"['a']": expected}
+    floats = jnp.asarray(words.view(np.float32).reshape(-1, 3))
+    assert checkpoint.digests([floats]) == {"[0]": expected}
+    assert checkpoint.digests({"step": jnp.array(7, jnp.int32)}) == {"['step']": 7}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_any_wrong_bit_and_any_exchange_shows(dtype: str) -> None:
+    array = np.asarray(jnp.arange(1, 13).astype(dtype).reshape(4, 3))
+    right = checkpoint.digests([jnp.asarray(array)])
+    raw = np.frombuffer(array.tobytes(), np.uint8)
+    for bit in range(8 * len(raw)):
+        wrong = raw.copy()
+        wrong[bit // 8] ^= 1 << bit % 8
+        changed = wrong.view(array.dtype).reshape(array.shape)
+        assert checkpoint.digests([jnp.asarray(changed)]) != right, bit
+    assert checkpoint.digests([jnp.asarray(array[[1, 0, 2, 3]])]) != right
+
+
 RESTORE = """
 import sys
 from pathlib import Path

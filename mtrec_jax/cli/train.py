@@ -1,0 +1,114 @@
+"""`mtrec train`, `evaluate` and `run`: from a prepared folder to a judged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mtrec_jax.cli.data import SHOPS, fetch, generate_shop, prepare_folder
+from mtrec_jax.cli.options import (
+    Config,
+    DataFolder,
+    EngineOption,
+    Master,
+    Memory,
+    MovedFolder,
+    PreparedFolder,
+    RunFolder,
+    RunOption,
+    Set,
+    say,
+)
+
+
+def train(
+    config: Config,
+    prepared: PreparedFolder = None,
+    run: RunOption = None,
+    overrides: Set = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Run whose best parameters and tables a new RUN begins with."),
+    ] = None,
+) -> None:
+    """Train; a RUN with a checkpoint of the same configuration is continued by itself."""
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.data.dataset import open_prepared
+    from mtrec_jax.experiments import load_experiment
+
+    use_compilation_cache()
+    experiment = load_experiment(config, overrides or [])
+    opened = open_prepared(prepared or Path("prepared") / experiment.name)
+    _train(experiment, opened, run or Path("runs") / experiment.name, init_from)
+
+
+def evaluate(
+    run: RunFolder,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="The test set's looks are counted.")
+    ] = "validation",
+    prepared: MovedFolder = None,
+) -> None:
+    """Evaluate the best checkpoint beside the baselines, under one protocol."""
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.train.run import open_run
+
+    use_compilation_cache()
+    _evaluate(open_run(run, prepared), split)
+
+
+def run(
+    config: Config,
+    run: RunOption = None,
+    overrides: Set = None,
+    data: DataFolder = Path("data"),
+    prepared: PreparedFolder = None,
+    engine: EngineOption = "duckdb",
+    memory: Memory = "",
+    master: Master = "local[*]",
+) -> None:
+    """All at once: data, prepare, train, evaluate on validation."""
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.experiments import load_experiment
+    from mtrec_jax.train.loop import check_start
+
+    use_compilation_cache()
+    experiment = load_experiment(config, overrides or [])
+    folder = run or Path("runs") / experiment.name
+    out = prepared or Path("prepared") / experiment.name
+    check_start(experiment, folder)
+    public = experiment.data.public
+    if public in SHOPS and (data / public / "events.csv").exists():
+        say(
+            f"{public} in {data / public} is there already and stays as it is; "
+            f"`mtrec data {public} --to {data}` generates it anew"
+        )
+    elif public in SHOPS:
+        generate_shop(data, public, 0)
+    elif public:
+        fetch(public, data)
+    remedy = "Name other folders for the new data with --run and --prepared"
+    whole = load_experiment(config, overrides or [], choose=False)  # of which training chooses
+    opened = prepare_folder(whole, data, out, folder, remedy, engine, memory, master)
+    _evaluate(_train(experiment, opened, folder), "validation")
+
+
+def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None = None) -> Any:
+    from mtrec_jax import processes
+    from mtrec_jax.train.loop import train as train_run
+
+    finished = train_run(experiment, prepared, folder, init_from=init_from)
+    if processes.is_first():
+        say(f"trained: {folder}")
+    return finished
+
+
+def _evaluate(opened: Any, split: str) -> None:
+    from mtrec_jax.evaluation.tables import print_evaluation
+    from mtrec_jax.train.run import evaluate_run
+
+    evaluation, looks = evaluate_run(opened, split)
+    print_evaluation(opened.experiment, evaluation)
+    say(f"looks at the test set so far: {looks} · {opened.folder / 'evaluation.json'}")

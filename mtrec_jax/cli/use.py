@@ -1,0 +1,128 @@
+"""`mtrec recommend` and `predict`: what a trained run is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mtrec_jax.cli.options import MovedFolder, RunFolder, say
+
+
+def recommend(
+    run: RunFolder,
+    users: Annotated[list[str] | None, typer.Option(help="Raw user ids.")] = None,
+    more_users: Annotated[list[str] | None, typer.Argument(help="Further user ids.")] = None,
+    k: Annotated[
+        int, typer.Option("--k", min=1, help="Items a user; fewer where the filters leave fewer.")
+    ] = 10,
+    all_users: Annotated[bool, typer.Option("--all-users", help="Every user in the data.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A .csv, .jsonl or .parquet file.")] = None,
+    blocked: Annotated[
+        list[str] | None, typer.Option(help="Item id never to show; repeat it.")
+    ] = None,
+    allowed: Annotated[
+        list[str] | None, typer.Option(help="Item id to choose from; repeat it.")
+    ] = None,
+    exclude_seen: Annotated[
+        bool,
+        typer.Option("--exclude-seen/--include-seen", help="Leave out the items of the history."),
+    ] = True,
+    prepared: MovedFolder = None,
+) -> None:
+    """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
+    from mtrec_jax import processes
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.serving.recommender import Recommender
+    from mtrec_jax.serving.result import print_recommendations, save_tables
+    from mtrec_jax.train.run import open_run
+
+    if more_users and (not users or blocked or allowed):
+        raise typer.BadParameter(
+            f"unexpected {' '.join(more_users)}: repeat the option for each id, as in "
+            "--users u1 --users u2 --blocked i1 --blocked i2"
+        )
+    chosen = list(dict.fromkeys([*(users or []), *(more_users or [])]))
+    if bool(chosen) == all_users:
+        raise typer.BadParameter("name --users, or ask for --all-users (with --out FILE)")
+    if processes.count() > 1 and not all_users:
+        raise typer.BadParameter("several processes share --all-users; name --users to one process")
+    if all_users and out is None:
+        raise typer.BadParameter("--all-users writes a file: add --out FILE")
+    use_compilation_cache()
+    recommender = Recommender(open_run(run, prepared))
+    filters: dict[str, Any] = {"allowed": allowed, "blocked": blocked or ()}
+    filters["exclude_seen"] = exclude_seen
+    if all_users:
+        assert out is not None
+        tables = recommender.recommend_all(k, **filters)
+        rows = save_tables(_progress(tables, recommender), processes.own_file(out))
+        rows, wanted = processes.total(rows), k * recommender.prepared.manifest.users
+    else:
+        result = recommender.recommend(chosen, k, **filters)
+        rows, wanted = len(result), k * len(chosen)
+        known = recommender.prepared.user_ids
+        _warn_unknown([u for u in chosen if u not in known])
+        if out is not None:
+            result.save(out)
+        else:
+            print_recommendations(result)
+    if out is not None:
+        say(f"{rows:,} recommendations in {out}")
+    if rows < wanted:
+        hint = ", and items of the history are left out: --include-seen keeps them"
+        say(
+            f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
+            f"more{hint if exclude_seen else ''}"
+        )
+
+
+def predict(
+    run: RunFolder,
+    rows: Annotated[
+        Path,
+        typer.Option(
+            help="Raw rows like the training ones, or user, item pairs: .csv, .tsv, .jsonl (also "
+            ".gz, .zst) or .parquet; otherwise in the training files' format."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
+    prepared: MovedFolder = None,
+) -> None:
+    """Write every task's prediction for given rows or (user, item) pairs."""
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.serving.recommender import Recommender, predict_file
+    from mtrec_jax.train.run import open_run
+
+    use_compilation_cache()
+    result = predict_file(Recommender(open_run(run, prepared)), rows)
+    if "known" in result.columns:
+        unknown = result["known"].count(False)
+        if unknown:
+            say(
+                f"mtrec: {unknown} pairs have a user or an item that is not in the prepared data; "
+                "their column 'known' is false"
+            )
+    result.save(out)
+    say(f"{len(result):,} predictions in {out}")
+
+
+def _progress(tables: Any, recommender: Any) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    from mtrec_jax import processes
+    from mtrec_jax.serving.requests import BATCH
+
+    total = -(-recommender.prepared.manifest.users // (BATCH * processes.count()))
+    return track(tables, "recommending", total=total, console=Console(stderr=True))
+
+
+def _warn_unknown(users: list[str]) -> None:
+    if users:
+        shown = ", ".join(repr(user) for user in users[:5]) + (" …" if len(users) > 5 else "")
+        say(
+            f"mtrec: {len(users)} unknown user{'s' if len(users) > 1 else ''} ({shown}): not in "
+            "the prepared data; the most popular items stand in, and 'known' is false"
+        )
