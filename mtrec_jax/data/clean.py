@@ -144,8 +144,25 @@ def clean(
     """
     data, tables = check_arguments(experiment, data, tables, engine, memory, master)
     out = a_path("out", out)
-    with appears_whole(out) as partial, open_engine(partial, engine, memory, master) as opened:
+    beside = out.with_name(f"{out.name}.work")
+    with appears_whole(beside) as work, open_engine(work, engine, memory, master) as opened:
         return clean_with(opened, experiment, data, out, tables, progress or (lambda text: None))
+
+
+def open_cleaned(folder: str | Path) -> Cleaned:
+    """Open a folder that `clean` has written.
+
+    Raises:
+      DataError: the folder is missing, unfinished, or of another format.
+    """
+    path = a_path("folder", folder) / "cleaned.json"
+    try:
+        notes = pydantic.TypeAdapter(Notes).validate_json(path.read_bytes())
+    except (OSError, pydantic.ValidationError) as error:
+        raise DataError(f"{folder} is no cleaned folder: {error}. Clean anew") from error
+    if notes.format != FORMAT:
+        raise DataError(f"{path}: format {notes.format}, this version reads {FORMAT}: clean anew")
+    return Cleaned(Path(folder), notes)
 
 
 def check_arguments(
@@ -270,24 +287,22 @@ def _usable(
     if not (out / "cleaned.json").is_file() or experiment.clean.latest == "now":
         return None
     try:
-        notes = pydantic.TypeAdapter(Notes).validate_json((out / "cleaned.json").read_bytes())
+        found = open_cleaned(out)
         digests = {
             name: read.digests(
                 name,
                 files,
                 data or Path(),
                 tables.get(name),
-                notes.places[name][0][0],
+                found.notes.places[name][0][0],
                 experiment.data.public,
             )
             for name, files in tables_of(experiment, tables).items()
         }
-        same = notes.format == FORMAT and notes.fingerprint == fingerprint(experiment, digests)
-        if same and _digests_of(out) == notes.files:
-            return Cleaned(out, notes)
-    except (OSError, KeyError, DataError, pydantic.ValidationError):
+        same = found.notes.fingerprint == fingerprint(experiment, digests)
+        return found if same and _digests_of(out) == found.notes.files else None
+    except (OSError, KeyError, DataError):
         return None  # whatever is wrong has its message when the files are read
-    return None
 
 
 def _digests_of(folder: Path) -> dict[str, str]:

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import past
+from mtrec_jax.data import past, schema
+from mtrec_jax.data.features import Hour, Weekday
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.examples import mix
 from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.prepare import prepare
-from mtrec_jax.errors import ConfigError
 from tests.data.small import joined, make, rows
 
 pytestmark = [
@@ -207,11 +207,11 @@ def test_hours_and_weekdays(duckdb: Engine, spark: Engine) -> None:
     times = pa.table({"time": [0.0, 3599.9, 1_700_000_000.0, -1.0, 1e35, None]})  # a Tuesday, 22:13
     for engine in (duckdb, spark):
         time = engine.load("times", times).time
-        for kind, wanted in (
-            ("hour", ["0", "0", "22", "23", None, None]),
-            ("weekday", ["3", "3", "1", "2", None, None]),
+        for feature, wanted in (
+            (Hour(on="request"), ["0", "0", "22", "23", None, None]),
+            (Weekday(on="request"), ["3", "3", "1", "2", None, None]),
         ):
-            told = time.name("time").as_table().select(time, text=past.clock(kind, time))
+            told = time.name("time").as_table().select(time, text=schema.clock(feature, time))
             answer = {r["time"]: r["text"] for r in told.to_pyarrow().to_pylist()}
             assert answer == dict(zip(times["time"].to_pylist(), wanted, strict=True))
 
@@ -270,26 +270,3 @@ def test_rows_and_what_new_rows_are_told(tmp_path: Path) -> None:
     wanted = np.array([scaled(1, (1 + prior) / 2), scaled(0, prior), [0, 0]])
     np.testing.assert_allclose(encoded["request_numbers"], wanted, rtol=1e-5)
     assert encoded["request_ids"].tolist() == [[3, 2], [2, 2], [0, 2]]  # 34 s, 11 s, never
-
-
-@pytest.mark.parametrize(
-    ("feature", "message"),
-    [
-        ({"kind": "past_rate", "label": "like", "column": "item"}, r"contain the outcome of the t"),
-        ({"kind": "past_count", "on": "item"}, r"feature of the item they.*Use on = 'history'"),
-        ({"kind": "past_rate", "label": "lik", "on": "history"}, r"label: 'lik' is no bin.*'like'"),
-        ({"kind": "gap", "on": "item"}, r"an event has a time, users and items have none"),
-        ({"kind": "text", "on": "history"}, r"kind: on the history one that gives ids"),
-        ({"kind": "piecewise", "on": "history"}, r"kind: on the history one that gives ids"),
-        ({"kind": "numeric", "impute": "constant"}, r"constant: impute = 'constant' and its value"),
-        ({"kind": "binned", "impute": "constant", "constant": "x"}, r"constant: 'x' is no number"),
-        ({"impute": "median"}, r"impute: 'median' is for numbers"),
-        ({"kind": "hashed", "buckets": 0}, r"buckets: must be 1 or more, not 0"),
-    ],
-)
-def test_what_cannot_be(tmp_path: Path, feature: dict[str, Any], message: str) -> None:
-    tasks = {"like": {"kind": "binary", "column": "rating", "at_least": 4}}
-    data = {"items": {"files": ["i.csv"]}, "users": {"files": ["u.csv"]}}
-    experiment = make(data=data, tasks=tasks, features={"f": feature})
-    with pytest.raises(ConfigError, match=rf"features\.f\.{message}|features\.f\..*{message}"):
-        prepare(experiment, tmp_path, tmp_path / "out")
