@@ -61,7 +61,7 @@ from mtrec_jax.data.rules import (
 from mtrec_jax.data.schema import check_times, columns_of
 from mtrec_jax.data.social import clean_queries, clean_ties
 from mtrec_jax.data.sources import EVENTS, Source, read_sources, tables_of
-from mtrec_jax.errors import DataError
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import check
 
 Say = Callable[[str], None]
@@ -180,6 +180,12 @@ def check_arguments(
         kind = type(tables).__name__
         raise DataError(f"tables: a {kind}; pass a mapping such as {{'events': table}}")
     check(experiment)
+    if experiment.left_out:
+        raise ConfigError(
+            f"experiment '{experiment.name}': its tasks are chosen from others (left_out = "
+            f"{list(experiment.left_out)}). Prepare all that is declared, without a list as tasks "
+            "(load_experiment(…, choose=False)); training chooses from the folder"
+        )
     for name, text in (("memory", memory), ("master", master)):
         instance(name, text, str, "such as memory='4GB', master='local[*]'")
     one_of("engine", engine, ("duckdb", "spark"))

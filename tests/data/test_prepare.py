@@ -12,7 +12,8 @@ import pytest
 from mtrec_jax.data.dataset import SPLITS
 from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.prepare import prepare
-from mtrec_jax.errors import DataError
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.experiments import chosen
 from tests.data.small import LOG, example_of, make, rows, rules, run
 
 
@@ -42,7 +43,10 @@ def test_ids_splits_and_examples_of_leave_one_out(tmp_path: Path) -> None:
     [test] = example_of(prepared, "test", "a")
     assert (test["event_item"], test["cutoff"], test["candidate"]) == ([2, 3, 5], [3], [4])
     assert test["row"] == [5]
-    assert m.protocol == "leave-one-out by (time, source row), rolling past, 3 users, 4 items, 8 events"
+    assert (
+        m.protocol
+        == "leave-one-out by (time, source row), rolling past, 3 users, 4 items, 8 events"
+    )
 
 
 def test_windows_are_cut_from_the_end_and_look_back_history_length(tmp_path: Path) -> None:
@@ -264,3 +268,29 @@ def test_features_of_the_moment_stand_at_each_position(tmp_path: Path) -> None:
             padding = block["row"] < 0
             assert not np.reshape(block["request_hour"], (-1, positions))[padding].any()
             assert not found[padding].any()
+def test_one_folder_holds_what_experiments_choose_from(tmp_path: Path) -> None:
+    tasks = {
+        "next": {"kind": "retrieval"},
+        "high": {"kind": "binary", "column": "rating", "at_least": 4},
+        "top": {"kind": "binary", "column": "rating", "at_least": 5, "where": "high"},
+    }
+    features = {
+        "rating": {"on": "history", "kind": "binned", "bins": 2},
+        "so_far": {"on": "request", "kind": "past_rate", "column": "user", "label": "high"},
+        "hour": {"on": "request", "kind": "hour"},
+    }
+    whole = make(tasks=tasks, features=features)
+    prepared = run(tmp_path, whole)
+    some = chosen(whole, tasks=["top"], features="hour,so_far")
+    view = prepared.chosen(some)
+    assert list(view.manifest.tasks) == ["top"]
+    assert not view.manifest.history
+    assert [f.name for f in view.manifest.request_ids] == ["hour"]
+    assert [f.name for f in view.manifest.request_numbers] == ["so_far"]  # of a task left out
+    [block] = view.blocks("train")
+    [every] = prepared.blocks("train")
+    assert "label_high" in every
+    assert "label_high" not in block
+    np.testing.assert_array_equal(block["label_top"], every["label_top"])  # only where high is 1
+    with pytest.raises(ConfigError, match=r"left_out = \['next', 'high'\].*choose=False"):
+        prepare(some, tmp_path, tmp_path / "other")
