@@ -190,12 +190,8 @@ class Model:
     dropout: Fraction = 0.1  # in the encoder and before the towers
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
     temperature: Positive = 0.05  # of the cosine in the retrieval softmax
-    encoder: Annotated[Any, Choice(ENCODERS, "transformer")] = field(
-        default_factory=Transformer
-    )  # of histories
-    towers: Annotated[Any, Choice(TOWERS, "mmoe")] = field(
-        default_factory=MMoE
-    )  # of all but retrieval
+    encoder: Annotated[Any, Choice(ENCODERS, "transformer")] = field(default_factory=Transformer)
+    towers: Annotated[Any, Choice(TOWERS, "mmoe")] = field(default_factory=MMoE)
     fusion: Literal["attention", "none"] = "attention"
     fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: all 1
 
@@ -221,9 +217,7 @@ class Train:
     row_weight_decay: Amount = 0.0  # decoupled, of the rows that a step touches
     row_clip_norm: Amount = 0.0  # of each touched row's gradient; 0: no clipping
     row_precision: Literal["same", "bfloat16"] = "same"  # as stored; bfloat16: rounded at random
-    balance: Annotated[Any, Choice(BALANCERS, "static")] = field(
-        default_factory=Static
-    )  # of the tasks
+    balance: Annotated[Any, Choice(BALANCERS, "static")] = field(default_factory=Static)
     negatives: Count = 512  # shared sampled negatives of a step
     negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
     evaluate_every: Natural = 0  # steps; 0: each epoch

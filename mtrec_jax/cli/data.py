@@ -51,7 +51,7 @@ def clean(
     from mtrec_jax.data.clean import clean as clean_data
     from mtrec_jax.experiments import load_experiment
 
-    experiment = load_experiment(config, overrides or [])
+    experiment = load_experiment(config, overrides or [], choose=False)
     out = out or Path("prepared") / "cleaned" / experiment.name
     raw = _raw_folder(experiment, data)
     notes = clean_data(experiment, raw, out, None, say, engine, memory, master).notes
@@ -78,7 +78,7 @@ def prepare(
     """Clean, split and index raw files into a prepared folder, with a report of every change."""
     from mtrec_jax.experiments import load_experiment
 
-    experiment = load_experiment(config, overrides or [])
+    experiment = load_experiment(config, overrides or [], choose=False)
     out = out or Path("prepared") / experiment.name
     remedy = "Name another folder with --out"
     prepare_folder(experiment, data, out, None, remedy, engine, memory, master, grow_from, cleaned)

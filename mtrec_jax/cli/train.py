@@ -90,7 +90,8 @@ def run(
     elif public:
         fetch(public, data)
     remedy = "Name other folders for the new data with --run and --prepared"
-    opened = prepare_folder(experiment, data, out, folder, remedy, engine, memory, master)
+    whole = load_experiment(config, overrides or [], choose=False)  # of which training chooses
+    opened = prepare_folder(whole, data, out, folder, remedy, engine, memory, master)
     _evaluate(_train(experiment, opened, folder), "validation")
 
 

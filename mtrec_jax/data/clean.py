@@ -61,7 +61,7 @@ from mtrec_jax.data.rules import (
 from mtrec_jax.data.schema import check_times, columns_of
 from mtrec_jax.data.social import clean_queries, clean_ties
 from mtrec_jax.data.sources import EVENTS, Source, read_sources, tables_of
-from mtrec_jax.errors import DataError
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import check
 
 Say = Callable[[str], None]
@@ -144,8 +144,25 @@ def clean(
     """
     data, tables = check_arguments(experiment, data, tables, engine, memory, master)
     out = a_path("out", out)
-    with appears_whole(out) as partial, open_engine(partial, engine, memory, master) as opened:
+    beside = out.with_name(f"{out.name}.work")
+    with appears_whole(beside) as work, open_engine(work, engine, memory, master) as opened:
         return clean_with(opened, experiment, data, out, tables, progress or (lambda text: None))
+
+
+def open_cleaned(folder: str | Path) -> Cleaned:
+    """Open a folder that `clean` has written.
+
+    Raises:
+      DataError: the folder is missing, unfinished, or of another format.
+    """
+    path = a_path("folder", folder) / "cleaned.json"
+    try:
+        notes = pydantic.TypeAdapter(Notes).validate_json(path.read_bytes())
+    except (OSError, pydantic.ValidationError) as error:
+        raise DataError(f"{folder} is no cleaned folder: {error}. Clean anew") from error
+    if notes.format != FORMAT:
+        raise DataError(f"{path}: format {notes.format}, this version reads {FORMAT}: clean anew")
+    return Cleaned(Path(folder), notes)
 
 
 def check_arguments(
@@ -163,6 +180,12 @@ def check_arguments(
         kind = type(tables).__name__
         raise DataError(f"tables: a {kind}; pass a mapping such as {{'events': table}}")
     check(experiment)
+    if experiment.left_out:
+        raise ConfigError(
+            f"experiment '{experiment.name}': its tasks are chosen from others (left_out = "
+            f"{list(experiment.left_out)}). Prepare all that is declared, without a list as tasks "
+            "(load_experiment(…, choose=False)); training chooses from the folder"
+        )
     for name, text in (("memory", memory), ("master", master)):
         instance(name, text, str, "such as memory='4GB', master='local[*]'")
     one_of("engine", engine, ("duckdb", "spark"))
@@ -264,24 +287,22 @@ def _usable(
     if not (out / "cleaned.json").is_file() or experiment.clean.latest == "now":
         return None
     try:
-        notes = pydantic.TypeAdapter(Notes).validate_json((out / "cleaned.json").read_bytes())
+        found = open_cleaned(out)
         digests = {
             name: read.digests(
                 name,
                 files,
                 data or Path(),
                 tables.get(name),
-                notes.places[name][0][0],
+                found.notes.places[name][0][0],
                 experiment.data.public,
             )
             for name, files in tables_of(experiment, tables).items()
         }
-        same = notes.format == FORMAT and notes.fingerprint == fingerprint(experiment, digests)
-        if same and _digests_of(out) == notes.files:
-            return Cleaned(out, notes)
-    except (OSError, KeyError, DataError, pydantic.ValidationError):
+        same = found.notes.fingerprint == fingerprint(experiment, digests)
+        return found if same and _digests_of(out) == found.notes.files else None
+    except (OSError, KeyError, DataError):
         return None  # whatever is wrong has its message when the files are read
-    return None
 
 
 def _digests_of(folder: Path) -> dict[str, str]:

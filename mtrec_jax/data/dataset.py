@@ -224,7 +224,7 @@ class Prepared:
             tasks={name: m.tasks[name] for name in wanted["tasks"]},
             **{group: some(getattr(m, group)) for group in FIELDS},
         )
-        return Prepared(self.folder, view, tuple(map(type, experiment.features.values())))
+        return Prepared(self.folder, view, extensions_of(experiment))
 
     def columns(self, references: bool = False) -> list[str]:
         """The columns of an example that this view reads, in their order in the files."""

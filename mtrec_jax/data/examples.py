@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -258,7 +259,8 @@ def sequence_examples(
 def _flat(array: np.ndarray, there: Bool[np.ndarray, "n p"]) -> np.ndarray:
     """`[n, P]` or `[n, P, S]` as `[n, P * S]`, 0 where nothing is there."""
     mask = there.reshape(*there.shape, *(1,) * (array.ndim - 2))
-    return np.where(mask, array, array.dtype.type(0)).reshape(len(array), -1)
+    found = np.where(mask, array, array.dtype.type(0))
+    return found.reshape(len(array), math.prod(array.shape[1:]))
 
 
 def _histories(
@@ -281,7 +283,7 @@ def _histories(
         base = np.maximum(earlier[begins[user - FIRST]], end - length)
         token = base[:, None] + np.arange(length)  # [n, L]
         seen = token < end[:, None]
-        token = kept[np.where(seen, token, 0)] if len(kept) else token
+        token = kept[np.where(seen, token, 0)] if len(kept) else np.zeros_like(token)
         before = earlier[seen_from[place]] if len(targets) else place
         cutoff = np.where(there, np.maximum(before - base[:, None], 0), 0)
         events = {f"event_{f}": _flat(ids[token], seen) for f, ids in log.events.items()}

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data import features
-from mtrec_jax.data.dataset import Prepared, TaskField, open_prepared
+from mtrec_jax.data.dataset import Prepared, TaskField, extensions_of, open_prepared
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST
@@ -31,7 +31,7 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
       DataError: it is no prepared folder.
       ConfigError: the experiment gives a feature or a task of that name another meaning.
     """
-    base = open_prepared(folder, map(type, experiment.features.values()))
+    base = open_prepared(folder, extensions_of(experiment))
     config, problems = base.manifest.config, []
     for name, feature in experiment.features.items():
         if name in config["features"]:

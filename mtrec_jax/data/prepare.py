@@ -124,7 +124,7 @@ def prepare(
         put_in_place(partial, out)
         say(f"fit: {sum(manifest.examples.values()):,} examples in "
             f"{time.perf_counter() - started:.1f} s")  # fmt: skip
-    return open_prepared(out, map(type, experiment.features.values()))
+    return open_prepared(out, extensions_of(experiment))
 
 
 class _Divided(NamedTuple):

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtrec_jax.data.dataset import BLOCK
-from mtrec_jax.data.examples import MODULUS, Log, mix, sequence_examples, write_examples
+from mtrec_jax.data.examples import (
+    MODULUS,
+    QUERY,
+    Log,
+    mix,
+    sequence_examples,
+    write_examples,
+)
 
 
 def test_row_groups_and_random_order(tmp_path: Path) -> None:
@@ -28,6 +37,13 @@ def test_mix_agrees_between_python_and_numpy(value: int, seed: int) -> None:
     assert mix(np.array([value]), seed).tolist() == [mix(value, seed)]
 
 
+SEES = {  # what targets of each split may see, and so the searches of a frozen past
+    "rolling": ((0, {0}), (1, {0, 1, 3}), (2, {0, 1, 2, 3})),
+    "frozen": ((0, {0}), (1, {0, 3}), (2, {0, 1, 3})),
+}
+
+
+@pytest.mark.parametrize("past", ["rolling", "frozen"])
 @given(
     data=st.data(),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
@@ -37,36 +53,72 @@ def test_mix_agrees_between_python_and_numpy(value: int, seed: int) -> None:
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_target_once_and_only_events_that_it_may_see(
-    data: st.DataObject, lengths: list[int], history: int, positions: int, hide_ties: bool
+    past: Literal["rolling", "frozen"],
+    data: st.DataObject,
+    lengths: list[int],
+    history: int,
+    positions: int,
+    hide_ties: bool,
 ) -> None:
-    """Its own user's earlier events: for training those of training, for validation no test."""
+    """Its own user's earlier events: for training those of training, for validation no test. All
+    see searches; with a frozen past those before the last event that they see."""
     user = np.repeat(np.arange(len(lengths)) + 2, lengths).astype(np.int32)
     n = len(user)
     nth = np.concatenate([np.arange(length) for length in lengths])
-    drawn = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    drawn = data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
     split = np.array(drawn, np.int8)
     items = np.arange(n, dtype=np.int32) + 2  # an item is its event, so that it can be traced
     time = (nth // 2).astype(np.float64)
     log = Log(user, split, np.arange(n), time, {"item": items}, {}, {})
-    for part, may_see in ((0, {0}), (1, {0, 1, 3}), (2, {0, 1, 2, 3})):
+
+    def known(query: int, may_see: set[int]) -> bool:
+        later = [e for e in range(query, n) if user[e] == user[query] and split[e] in may_see]
+        return past == "rolling" or bool(later)
+
+    for part, may_see in SEES[past]:
         p = min(positions, history) if part == 0 else 1
         seen = []
-        for block in sequence_examples(log, {}, part, p, history, hide_ties, seed=3):
+        for block in sequence_examples(log, {}, part, p, history, hide_ties, 3, past):
             for index in range(len(block["row"])):
                 tokens = block["event_item"][index] - 2
                 for place in np.flatnonzero(block["row"][index] >= 0):
                     target = block["row"][index, place]
                     seen.append(target)
                     assert block["candidate"][index, place] == items[target]
-                    past = tokens[: block["cutoff"][index, place]].tolist()
+                    found = tokens[: block["cutoff"][index, place]].tolist()
                     end = target - nth[target] % 2 if hide_ties else target
                     expected = [
                         e
                         for e in range(target - nth[target], end)
-                        if user[e] == user[target] and split[e] in may_see
+                        if user[e] == user[target]
+                        and (split[e] in may_see or (split[e] == QUERY and known(e, may_see)))
                     ]
-                    assert past == expected[len(expected) - len(past) :]
-                    most = history - p + 1 - (1 if hide_ties else 0)
-                    assert len(past) >= min(len(expected), most)
-                assert set(split[tokens[tokens >= 0]].tolist()) <= may_see
+                    assert found == expected[len(expected) - len(found) :]
+                    between = int((split == QUERY).sum()) if part == 0 else 0  # among the targets
+                    most = history - p + 1 - (1 if hide_ties else 0) - between
+                    assert len(found) >= min(len(expected), most)
+                assert set(split[tokens[tokens >= 0]].tolist()) <= may_see | {QUERY}
         assert sorted(seen) == np.flatnonzero(split == part).tolist()
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_without_a_history_every_target_stands_alone_in_mixed_order(users: bool) -> None:
+    n = 5000
+    row = np.arange(n) if users else np.random.default_rng(0).permutation(n)
+    user = np.repeat(np.arange(50, dtype=np.int32) + 2, 100) if users else np.zeros(n, np.int32)
+    split = (np.arange(n) % 3).astype(np.int8)
+    item = (row + 2).astype(np.int32)
+    request = {"request_a": item * 2, "request_b": np.stack([row, -row], 1).astype(np.float32)}
+    log = Log(user, split, row, row * 1.0, {"item": item}, {"label_y": row % 2 * 1.0}, request)
+    context = {"context_c": np.arange(50, dtype=np.int32)} if users else {}
+    blocks = list(sequence_examples(log, context, 1, 1, 0, seed=7))
+    found = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    rows = found["row"][:, 0]
+    assert rows.tolist() == sorted(row[split == 1], key=lambda r: mix(int(r), 7))
+    assert found["candidate"][:, 0].tolist() == (rows + 2).tolist()
+    assert found["request_a"][:, 0].tolist() == (2 * rows + 4).tolist()
+    np.testing.assert_array_equal(found["request_b"], np.stack([rows, -rows], 1))
+    assert not found["cutoff"].any()
+    assert not any(name.startswith("event_") for name in found)
+    if users:
+        assert found["context_c"].tolist() == (found["user"] - 2).tolist()

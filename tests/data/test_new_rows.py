@@ -108,7 +108,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     assert f"{new}: 1 malformed line" in refused(prepared, new)
     with gzip.open(tmp_path / "new.csv.gz", "wt") as file:
         file.write("colour,size\nred,1\n")
-    assert "new.csv.gz: no column 'at'" in refused(prepared, tmp_path / "new.csv.gz")
+    assert "new.csv.gz: no column 'age'" in refused(prepared, tmp_path / "new.csv.gz")
 
 
 @pytest.mark.parametrize("value", ["abc", "nan", "1e99", "1_0"])

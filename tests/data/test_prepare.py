@@ -12,7 +12,8 @@ import pytest
 from mtrec_jax.data.dataset import SPLITS
 from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.prepare import prepare
-from mtrec_jax.errors import DataError
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.experiments import chosen
 from tests.data.small import LOG, example_of, make, rows, rules, run
 
 
@@ -42,7 +43,10 @@ def test_ids_splits_and_examples_of_leave_one_out(tmp_path: Path) -> None:
     [test] = example_of(prepared, "test", "a")
     assert (test["event_item"], test["cutoff"], test["candidate"]) == ([2, 3, 5], [3], [4])
     assert test["row"] == [5]
-    assert m.protocol == "leave-one-out by (time, source row), rolling past, 3 users, 4 items, 8 events"
+    assert (
+        m.protocol
+        == "leave-one-out by (time, source row), rolling past, 3 users, 4 items, 8 events"
+    )
 
 
 def test_windows_are_cut_from_the_end_and_look_back_history_length(tmp_path: Path) -> None:
@@ -204,3 +208,89 @@ def test_foreign_folders_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         run(tmp_path, make(), "user,item\n1,2\n")
     assert (out / "manifest.json").read_bytes() == before  # a failure leaves the old one alone
+
+
+def test_without_a_time_the_order_is_that_of_the_source(tmp_path: Path) -> None:
+    text = "user,item,like\nb,x,1\na,x,0\na,y,1\nb,y,0\na,z,1\nb,z,1\na,w,0\n"
+    features = {
+        "like": {"on": "history"},
+        "seen": {"on": "request", "kind": "past_count", "column": "item"},
+    }
+    data = {"time": "", "history_length": 2}
+    prepared = run(tmp_path, make(data=data, features=features), text)
+    assert prepared.manifest.protocol.startswith("leave-one-out by source row, rolling past, 2 us")
+    names = prepared.item_names
+    order = [[names[i - 2] for i in prepared.user_lists("event_item")[user]] for user in (0, 1)]
+    assert order == [["x", "y", "z", "w"], ["x", "y", "z"]]
+    assert prepared.user_lists("split")[0].tolist() == [0, 0, 1, 2]
+    [test] = example_of(prepared, "test", "a")
+    assert [names[i - 2] for i in test["event_item"]] == ["y", "z"]
+    [found] = prepared.manifest.request_numbers
+    # by source row: b x, a x, a y train; of z the validation event of a sees none, the test of b one
+    counts = {
+        (split, user): example_of(prepared, split, user)[0]["request_seen"]
+        for split, user in (("train", "a"), ("validation", "a"), ("test", "b"))
+    }
+    scaled = {key: np.round(np.expm1(np.array(v) * found.std + found.mean), 6) for key, v in counts.items()}
+    assert {key: v.tolist() for key, v in scaled.items()} == {
+        ("train", "a"): [1, 0],
+        ("validation", "a"): [0],
+        ("test", "b"): [1],
+    }
+
+
+def test_features_of_the_moment_stand_at_each_position(tmp_path: Path) -> None:
+    text = "user,item,hour,tags,price,time\n" + "".join(
+        f"u{n % 2},i{n % 3},{n % 5},{'p q' if n % 2 else 'q'},{n},{n}\n" for n in range(12)
+    )
+    features = {
+        "hour": {"on": "request"},
+        "tags": {"on": "request", "kind": "multi_valued", "max_values": 2},
+        "price": {"on": "request", "kind": "numeric"},
+    }
+    prepared = run(tmp_path, make(data={"positions": 2}, features=features), text)
+    m = prepared.manifest
+    assert [(f.name, f.slots) for f in m.request_ids] == [("hour", 1), ("tags", 2)]
+    hours = prepared.vocabulary("hour")["value"].to_pylist()
+    tags = prepared.vocabulary("tags")["value"].to_pylist()
+    [price] = m.request_numbers
+    for split in SPLITS:
+        for block in prepared.blocks(split):
+            positions = block["row"].shape[1]
+            found = block["request_tags"].reshape(-1, positions, 2)
+            for place in zip(*np.nonzero(block["row"] >= 0), strict=True):
+                row = int(block["row"][place])
+                hour = np.reshape(block["request_hour"], (-1, positions))[place]
+                assert hours[hour - 2] == str(row % 5)
+                assert [tags[i - 2] for i in found[place] if i] == (["p", "q"] if row % 2 else ["q"])
+                value = np.reshape(block["request_price"], (-1, positions))[place]
+                assert value == pytest.approx((row - price.mean) / price.std, rel=1e-5)
+            padding = block["row"] < 0
+            assert not np.reshape(block["request_hour"], (-1, positions))[padding].any()
+            assert not found[padding].any()
+def test_one_folder_holds_what_experiments_choose_from(tmp_path: Path) -> None:
+    tasks = {
+        "next": {"kind": "retrieval"},
+        "high": {"kind": "binary", "column": "rating", "at_least": 4},
+        "top": {"kind": "binary", "column": "rating", "at_least": 5, "where": "high"},
+    }
+    features = {
+        "rating": {"on": "history", "kind": "binned", "bins": 2},
+        "so_far": {"on": "request", "kind": "past_rate", "column": "user", "label": "high"},
+        "hour": {"on": "request", "kind": "hour"},
+    }
+    whole = make(tasks=tasks, features=features)
+    prepared = run(tmp_path, whole)
+    some = chosen(whole, tasks=["top"], features="hour,so_far")
+    view = prepared.chosen(some)
+    assert list(view.manifest.tasks) == ["top"]
+    assert not view.manifest.history
+    assert [f.name for f in view.manifest.request_ids] == ["hour"]
+    assert [f.name for f in view.manifest.request_numbers] == ["so_far"]  # of a task left out
+    [block] = view.blocks("train")
+    [every] = prepared.blocks("train")
+    assert "label_high" in every
+    assert "label_high" not in block
+    np.testing.assert_array_equal(block["label_top"], every["label_top"])  # only where high is 1
+    with pytest.raises(ConfigError, match=r"left_out = \['next', 'high'\].*choose=False"):
+        prepare(some, tmp_path, tmp_path / "other")

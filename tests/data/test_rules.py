@@ -40,20 +40,6 @@ def test_a_rule_that_says_too_little_or_too_much(
         run(tmp_path, make(clean={"values": {"odd": rule}}))
 
 
-@pytest.mark.parametrize(
-    ("clean", "message"),
-    [
-        ({"max_user_events_a_day": 5}, "needs data.user and data.time"),
-        ({"earliest": "2020-01-01"}, "clean.earliest: needs data.time"),
-        ({"values": {"a": {"valid": "size > 0"}, "A": {"valid": "size > 1"}}}, "occurs twice"),
-    ],
-)
-def test_a_rule_without_what_it_needs(tmp_path: Path, clean: Any, message: str) -> None:
-    experiment = rows(tasks={"sold": {"kind": "binary"}}, features={"size": {}}, clean=clean)
-    with pytest.raises(ConfigError, match=message):
-        run(tmp_path, experiment, SIZES)
-
-
 @pytest.mark.parametrize("bounds", [{"high": 9}, {"bounds": "quantiles", "high": 0.9}])
 def test_new_rows_lose_the_values_that_training_rows_lost(
     tmp_path: Path, bounds: dict[str, Any]

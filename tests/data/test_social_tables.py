@@ -183,5 +183,5 @@ def test_ties_without_a_table_are_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(DataError, match="'taste' needs the table of items"):
         small.run(tmp_path, small.make(features={"taste": taste}, **given), ties_csv=TIES)
-    with pytest.raises(ConfigError, match="friends are context of the users"):
+    with pytest.raises(ConfigError, match="friends are a context of the users"):
         small.run(tmp_path, small.make(features={"friends": friends | {"on": "item"}}))
