@@ -18,7 +18,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 
 # Imports point to the same layer or to one further up. A room may be on several, by the file.
 LAYERS = (
-    ("errors", "types", "interrupts", "quiet", "arguments", "processes", "choices", "machine"),
+    ("errors", "types", "interrupts", "arguments", "processes", "choices", "machine"),
     ("kernels", "sharding", "quantities", "compilation"),
     ("config", "overrides", "experiments"),
     ("data", "tables"),
