@@ -61,6 +61,10 @@ class Choice:
     def _read(self, base: type, value: Any, info: Any) -> Any:
         extensions = (info.context or {}).get("extensions", {})
         own = {kind: options for kind, options in extensions.items() if issubclass(options, base)}
+        for kind in own.keys() & self.kinds.keys():
+            if own[kind] is not self.kinds[kind]:
+                name = own[kind].__name__
+                raise _problem(f"'{kind}' is a kind of the package; give {name} another one")
         known = {**self.kinds, **own}
         value = {"kind": value} if isinstance(value, str) else value
         if not isinstance(value, Mapping):
@@ -90,9 +94,12 @@ def read(options: Any, value: Any, where: str, extensions: Iterable[type] = ()) 
     Raises:
       ConfigError: an unknown key or kind, or a value that a key does not take, one in a line.
     """
-    context = {"extensions": {kind_of(extension): extension for extension in extensions}}
+    own: dict[str, type] = {}
+    for extension in extensions:
+        if own.setdefault(kind_of(extension), extension) is not extension:
+            raise ConfigError(f"extensions: two classes of kind '{kind_of(extension)}'; rename one")
     try:
-        return _adapter(options).validate_python(value, context=context)
+        return _adapter(options).validate_python(value, context={"extensions": own})
     except pydantic.ValidationError as error:
         lines = "\n".join(f"  {_explained(e, options)}" for e in error.errors())
         raise ConfigError(f"{where}:\n{lines}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -615,6 +616,16 @@ def test_a_kind_of_ones_own_is_read_and_written() -> None:
 def test_an_extension_is_a_class_with_a_kind(extension: Any) -> None:
     with pytest.raises(ConfigError, match=r"extensions: .* is no frozen dataclass with a field"):
         kind_of(extension)
+
+
+def test_a_kind_of_ones_own_takes_no_other_ones_name() -> None:
+    make: Any = functools.partial(dataclasses.make_dataclass, frozen=True, kw_only=True)
+    hours = make("Hours", [("kind", str, "hour")], bases=(Feature,))
+    with pytest.raises(ConfigError, match="'hour' is a kind of the package; give Hours another"):
+        parse_experiment(with_keys(features={"city": {}}), extensions=[hours])
+    twin = make("Twin", [("kind", str, "parity")])
+    with pytest.raises(ConfigError, match="extensions: two classes of kind 'parity'; rename one"):
+        parse_experiment(LEAST, extensions=[Parity, twin])
 
 
 def test_an_option_may_be_set_where_a_kind_stands_alone(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import SPLITS, Lists, Prepared, to_arrays
 from mtrec_jax.data.examples import SHOWN, mix, visible_events
 from mtrec_jax.data.pipeline import BatchSource
-from mtrec_jax.evaluation.inference import Inference, pad_rows, to_index
 from mtrec_jax.kernels import ItemIndex
-from mtrec_jax.types import FIRST, Batch, Outputs, PyTree, UserStates
+from mtrec_jax.models.serve import Answer, Serving, pad_rows
+from mtrec_jax.types import FIRST, Batch, PyTree, UserStates
 
 ABSENT = np.iinfo(np.int32).max  # rank of a target that is not among the candidates
 QUERIES = 512  # targets that are ranked at once
@@ -39,19 +39,16 @@ class Collected:
 def collect(
     experiment: Experiment,
     prepared: Prepared,
-    inference: Inference,
+    serving: Serving,
     params: PyTree,
     tables: dict[str, jax.Array],
     split: str,
     orders: bool,
 ) -> Collected:
     """Run the model over a split; `orders` also reranks the retrieved candidates of each target."""
-    vectors: jax.Array | np.ndarray = np.zeros((0, experiment.model.width), np.float32)
-    own_vectors = vectors
-    if prepared.manifest.items:
-        vectors = inference.item_vectors(params, tables)
-        own_vectors = inference.own(vectors)
-    own_params = inference.own(params)
+    vectors = serving.item_vectors(params, tables)
+    own_vectors = serving.own(vectors) if prepared.manifest.items else vectors
+    own_params = serving.own(params)
     index = ItemIndex(own_vectors[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
@@ -59,10 +56,10 @@ def collect(
     seen = seen_items(prepared, split, everyone) if exclude_seen else None
     widest = 0 if seen is None else int(np.diff(seen.offsets).max(initial=0))
     parts: list[Collected] = []
-    for batch in _own_batches(experiment, prepared, inference, split):
-        states = inference.states(params, tables, vectors, batch)
-        part = _predicted(batch, inference.rank(own_params, states, own_vectors, batch.candidate))
-        r, p = np.nonzero(np.asarray(batch.row) >= 0)
+    for batch in _own_batches(experiment, prepared, serving, split):
+        states = serving.states(params, tables, vectors, batch)
+        part = _predicted(batch, serving.answer(own_params, states, own_vectors, batch.candidate))
+        r, p = np.nonzero(np.asarray(batch.weight) > 0)
         if retrieval is not None:
             observed = np.asarray(batch.mask[retrieval])[r, p] > 0
             part.retrieved = observed & (part.candidate >= FIRST)
@@ -74,22 +71,22 @@ def collect(
                 chosen = rows[start : start + QUERIES]
                 queries = _queries(states, r[chosen], p[chosen])
                 exclude = _exclude(seen, widest, part, chosen)
-                targets = pad_rows(to_index(part.candidate[chosen]), QUERIES).astype(np.int32)
+                targets = pad_rows(part.candidate[chosen] - FIRST, QUERIES).astype(np.int32)
                 ranks = index.rank(queries.vectors[:, 0], targets, exclude)
                 part.ranks[chosen] = ranks[: len(chosen)]
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
                     found = index.search(queries.vectors[:, 0], k, exclude)[1]
-                    _rerank(inference, own_params, part, chosen, queries, own_vectors, found)
+                    _rerank(serving, own_params, part, chosen, queries, own_vectors, found)
         parts.append(part)
     return _in_file_order(parts)
 
 
 def _own_batches(
-    experiment: Experiment, prepared: Prepared, inference: Inference, split: str
+    experiment: Experiment, prepared: Prepared, serving: Serving, split: str
 ) -> Iterator[Batch]:
     """This process's batches of a split; the processes take turns and have equally many."""
-    devices = 1 if inference.mesh is None else inference.mesh.size // processes.count()
+    devices = 1 if serving.mesh is None else serving.mesh.size // processes.count()
     size = -(-experiment.evaluate.batch_size // devices) * devices
     config = experiment.train
     source = BatchSource(
@@ -97,20 +94,20 @@ def _own_batches(
     )
     for first in range(0, len(source), processes.count()):
         number = first + processes.index()
-        yield _for_device(source[number] if number < len(source) else source.empty(size))
+        yield source[number] if number < len(source) else source.empty(size)
 
 
-def _predicted(batch: Batch, outputs: Outputs) -> Collected:
+def _predicted(batch: Batch, answer: Answer) -> Collected:
     """A batch's targets and predictions, nothing retrieved yet."""
-    r, p = np.nonzero(np.asarray(batch.row) >= 0)
+    r, p = np.nonzero(np.asarray(batch.weight) > 0)
     mask = {n: np.asarray(m)[r, p] > 0 for n, m in batch.mask.items()}
     labels = {n: np.asarray(v)[r, p] for n, v in batch.labels.items()}
     return Collected(
         user=np.asarray(batch.user)[r],
         candidate=np.asarray(batch.candidate)[r, p],
         labels={n: np.where(mask[n], labels[n], np.nan) for n in labels},
-        logits={n: np.asarray(v)[r, p] for n, v in outputs.logits.items()},
-        fused=np.asarray(outputs.fused)[r, p],
+        logits={n: np.asarray(v)[r, p] for n, v in answer.logits.items()},
+        fused=np.asarray(answer.fused)[r, p],
         retrieved=np.zeros(len(r), bool),
         ranks=np.full(len(r), ABSENT, np.int64),
         order_ranks={},
@@ -178,16 +175,13 @@ def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lis
     return Lists(values[position], offsets)
 
 
-def _for_device(batch: Batch) -> Batch:
-    return batch._replace(row=np.asarray(batch.row).astype(np.int32))
-
-
 def _queries(states: UserStates, row: np.ndarray, position: np.ndarray) -> UserStates:
     """The chosen (row, position) pairs as QUERIES examples of one position."""
     row, position = pad_rows(row, QUERIES), pad_rows(position, QUERIES)
     return UserStates(
         vectors=jnp.asarray(states.vectors)[row, position][:, None],
         context=jnp.asarray(states.context)[row],
+        request=jnp.asarray(states.request)[row, position][:, None],
         events=jnp.asarray(states.events)[row],
         outcomes=jnp.asarray(states.outcomes)[row],
         cutoff=jnp.asarray(states.cutoff)[row, position][:, None],
@@ -204,7 +198,7 @@ def _exclude(
     if seen is None or not widest:
         return None
     found = np.full((QUERIES, widest), -1, np.int32)
-    targets = to_index(part.candidate[chosen])
+    targets = part.candidate[chosen] - FIRST
     for i, (user, target) in enumerate(zip(part.user[chosen], targets, strict=True)):
         if user >= FIRST:
             values = seen[user - FIRST]
@@ -213,7 +207,7 @@ def _exclude(
 
 
 def _rerank(
-    inference: Inference,
+    serving: Serving,
     params: PyTree,
     part: Collected,
     chosen: np.ndarray,
@@ -222,16 +216,12 @@ def _rerank(
     found: np.ndarray,
 ) -> None:
     """Fill in the rank of each chosen target among its retrieved candidates, in each order."""
-    users, k = jnp.asarray(queries.vectors), found.shape[1]
+    k = found.shape[1]
     ids = (found + FIRST).astype(np.int32)  # the filling -1 becomes unknown
     shape = (QUERIES, k)
-    states = queries._replace(
-        vectors=jnp.broadcast_to(users, (*shape, users.shape[2])),
-        cutoff=jnp.broadcast_to(queries.cutoff, shape),
-    )
-    outputs = inference.rank(params, states, vectors, ids)
-    scores = {"fused": np.asarray(outputs.fused)}
-    for name, logits in outputs.logits.items():
+    answer = serving.answer(params, queries, vectors, ids)
+    scores = {"fused": np.asarray(answer.fused)}
+    for name, logits in answer.logits.items():
         flat = np.asarray(logits).reshape(QUERIES * k, *logits.shape[2:])
         scores[name] = order_score(flat).reshape(shape)
     n = len(chosen)

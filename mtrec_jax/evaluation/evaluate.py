@@ -15,7 +15,6 @@ from mtrec_jax.data.dataset import SPLITS, Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, collect, order_score
 from mtrec_jax.evaluation.comparison import Metrics, compare
-from mtrec_jax.evaluation.inference import Inference, predictions
 from mtrec_jax.evaluation.metrics import (
     Statistic,
     auc,
@@ -25,6 +24,7 @@ from mtrec_jax.evaluation.metrics import (
     task_metrics,
     task_statistics,
 )
+from mtrec_jax.models.serve import Serving, predictions
 from mtrec_jax.types import PyTree
 
 # an absolute value of a mean: resampling adds noise to it, and hence moves it upwards
@@ -57,7 +57,7 @@ class Evaluation:
 def evaluate(
     experiment: Experiment,
     prepared: Prepared,
-    inference: Inference,
+    serving: Serving,
     params: PyTree,
     tables: dict[str, jax.Array],
     split: str,
@@ -68,7 +68,7 @@ def evaluate(
     Args:
       experiment: tasks, ks, baselines.
       prepared: the data.
-      inference: compiled passes of the model.
+      serving: compiled passes of the model.
       params, tables: what is evaluated.
       split: "train", "validation" or "test".
       full: also the orders, the baselines and the bootstrap intervals; training leaves them out.
@@ -79,7 +79,7 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: it must be one of {', '.join(SPLITS)}")
     config = experiment.evaluate
-    collected = collect(experiment, prepared, inference, params, tables, split, orders=full)
+    collected = collect(experiment, prepared, serving, params, tables, split, orders=full)
     tasks, statistics = _task_metrics(experiment, prepared, collected)
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
     if retrieval is not None:
@@ -109,7 +109,8 @@ def _task_metrics(
     """Metrics of the tasks with a tower, and their statistics with the number of examples."""
     found: dict[str, Metrics] = {}
     statistics: dict[str, tuple[dict[str, Statistic], int]] = {}
-    values = predictions(experiment, prepared.manifest, collected.logits)
+    exact = {n: x.astype(np.float64) for n, x in collected.logits.items()}
+    values = predictions(experiment, prepared.manifest, exact)
     for name, task in experiment.tasks.items():
         if task.kind == "retrieval":
             continue

@@ -23,9 +23,9 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
-from mtrec_jax.evaluation.inference import Inference, load_catalogue, make_inference
 from mtrec_jax.interrupts import collecting
 from mtrec_jax.models.model import Model, make_model
+from mtrec_jax.models.serve import Serving, load_catalogue, make_serving
 from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.tables.capacity import first_batches, measured_buffers
 from mtrec_jax.tables.exchange import BuffersOf
@@ -191,7 +191,7 @@ class _Job(NamedTuple):
     batches: Any  # the training iterator
     step: Step
     catalogue: Catalogue
-    inference: Inference
+    serving: Serving
     records: Records
 
 
@@ -218,7 +218,7 @@ def _make_job(
         batches=training_batches(source),
         step=make_step(experiment, model, mesh, total, optimizer, buffers),
         catalogue=catalogue,
-        inference=make_inference(model, catalogue, mesh),
+        serving=make_serving(experiment, prepared.manifest, model, catalogue, mesh),
         records=Records(folder / "metrics.jsonl", processes.is_first()),
     )
 
@@ -353,7 +353,7 @@ def _log_losses(
 def _evaluate(job: _Job, state: TrainState, number: int, task: str, metric: str) -> float:
     """Record all validation metrics; return the one that selects."""
     started = time.perf_counter()
-    parts = job.experiment, job.prepared, job.inference, state.params, state.tables
+    parts = job.experiment, job.prepared, job.serving, state.params, state.tables
     found = evaluate(*parts, "validation", full=False)
     for name, metrics in found.tasks.items():
         for which, value in metrics.items():

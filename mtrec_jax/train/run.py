@@ -17,9 +17,9 @@ from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
-from mtrec_jax.evaluation.inference import prepared_inference
 from mtrec_jax.experiments import load_experiment
 from mtrec_jax.models.model import make_model
+from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.disk import full_disk_named
@@ -119,8 +119,8 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
     mesh = shared_mesh(run.experiment)
     params, tables, _ = load_best(run, mesh)
-    inference = prepared_inference(run.experiment, run.prepared, mesh)
-    evaluation = evaluate(run.experiment, run.prepared, inference, params, tables, split)
+    serving = prepared_serving(run.experiment, run.prepared, mesh)
+    evaluation = evaluate(run.experiment, run.prepared, serving, params, tables, split)
     path = run.folder / "evaluation.json"
     looks = int(read_json(path)["test_looks"]) if path.exists() else 0
     looks += split == "test"

@@ -78,7 +78,7 @@ class Feature:
     @property
     def room(self) -> int:
         """Values that the configuration alone tells, or an upper bound; 0: only the data tell."""
-        return 1 if self.gives_numbers else getattr(self, "bins", 0)
+        return getattr(self, "bins", int(self.gives_numbers))
 
     def origin(self, name: str, data: Any) -> tuple[str, str]:
         """The raw table that it is made of, and the column, given the section [data]."""

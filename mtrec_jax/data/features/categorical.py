@@ -16,7 +16,7 @@ from mtrec_jax.data.features.base import Codes, Count, Counts, Encoding, Feature
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST, UNKNOWN
 
-IMPUTES = ("none", "mode", "constant", "own")
+IMPUTES: tuple[str, ...] = ("none", "mode", "constant", "own")
 _ORDER = [("count_sum", "descending"), ("value", "ascending")]
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from mtrec_jax.data.features.base import Codes, Counts, Encoding, Feature, as_numbers
 from mtrec_jax.errors import DataError
 
-IMPUTES = ("none", "median", "mode", "constant", "own")
+IMPUTES: tuple[str, ...] = ("none", "median", "mode", "constant", "own")
 NO_HISTORY = ("context", "request", "item")
 OF_IDS = "the history takes ids, such as those of kind 'binned'"
 Values = Float[np.ndarray, " v"]  # distinct

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 
 from mtrec_jax.data.features.base import Amount, Codes, Counts, Encoding
 from mtrec_jax.data.features.binned import Binned
-from mtrec_jax.data.features.numeric import encode_scaled, fit_scaled, logarithm
+from mtrec_jax.data.features.numeric import Scale, encode_scaled, fit_scaled, logarithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,17 @@ class PastCount(Binned):
     )
     computed = True
     looks_back = True
-    scales = (logarithm,)
+    scales: ClassVar[tuple[Scale, ...]] = (logarithm,)
 
     @property
     def gives_numbers(self) -> bool:  # type: ignore[override]
         """On the request."""
         return self.on == "request"
+
+    @property
+    def room(self) -> int:
+        """One number, or the bins."""
+        return 1 if self.gives_numbers else self.bins
 
     def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
         """Mean and standard deviation, or bins."""

@@ -37,11 +37,6 @@ class Piecewise(Feature):
     of_numbers = True
     gives_numbers = True
 
-    @property
-    def room(self) -> int:
-        """The bins."""
-        return self.bins
-
     def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
         """Lower edges of bins that hold about equally many training values, and the last upper."""
         encoding, values, sizes = learned(name, self, cells, counts)

@@ -44,11 +44,6 @@ class FriendsTaste(Feature):
     computed = True
     fitted = False
 
-    @property
-    def room(self) -> int:
-        """The values."""
-        return self.bins
-
     def origin(self, name: str, data: Any) -> tuple[str, str]:
         """A column of the items."""
         return "items", self.column or name

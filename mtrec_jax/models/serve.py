@@ -1,0 +1,203 @@
+"""The trained model as it answers: one path for evaluation, recommendations and predictions.
+
+vectors = serving.item_vectors(params, tables)                  once a model
+states  = serving.states(params, tables, vectors, batch)        histories, once a request
+answer  = serving.answer(params, states, vectors, candidates)   probabilities and order
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Manifest, Prepared
+from mtrec_jax.models.model import Model, make_catalogue, make_model
+from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
+from mtrec_jax.tables.layout import DENSE
+from mtrec_jax.tables.lookup import fetch
+from mtrec_jax.types import Array, Batch, Catalogue, PyTree, UserStates
+
+ITEM_CHUNK = 65_536  # items whose vectors are computed at once
+Tables = dict[str, jax.Array]
+
+
+class Answer(NamedTuple):
+    """What the model says of candidates [B, K]."""
+
+    predictions: dict[str, jax.Array]  # {task: [B, K], or [B, K, C]}: see `predictions`
+    fused: jax.Array  # [B, K]: the final order, larger is better
+    weights: jax.Array  # [B, K, T] of the tasks in it
+    logits: dict[str, jax.Array]  # {task: [B, K], or [B, K, C]}
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Compiled functions of one model; build it once and pass the parameters of the moment.
+
+    Over a mesh, what depends on the tables (item vectors, `states`) is computed by all devices of
+    all processes together, which therefore have to call it equally often; the rest is each one's.
+    """
+
+    model: Model
+    catalogue: Catalogue
+    items: Callable[[PyTree, Tables, Array], jax.Array]  # item ids -> [n, D]
+    users: Callable[[PyTree, Tables, Array, Batch], UserStates]
+    answer: Callable[[PyTree, UserStates, Array, Array], Answer]  # candidate ids [B, K]
+    mesh: Mesh | None = None  # of the parameters and tables; None: one device
+
+    def own(self, tree: PyTree) -> PyTree:
+        """What every device holds whole, such as `params`, as `answer` wants it."""
+        return tree if self.mesh is None else own_copy(tree, self.mesh)
+
+    def states(self, params: PyTree, tables: Tables, vectors: Array, batch: Batch) -> UserStates:
+        """`users` of this process's batch; batches of all processes are equally long."""
+        if self.mesh is None:
+            return self.users(params, tables, vectors, batch._replace(row=None))
+        found = self.users(params, tables, vectors, put_own(batch, self.mesh))
+        return own_part(found, self.mesh)
+
+    def item_vectors(self, params: PyTree, tables: Tables) -> Float[jax.Array, "N2 D"]:
+        """Vectors of all items by item id: [N + 2, D], computed in chunks of one shape.
+
+        [0, D] where the data has no items.
+        """
+        n = self.catalogue.row.shape[0]
+        if "item" not in self.model.layout.groups:
+            return jnp.zeros((0, self.model.layout.width), jnp.float32)
+        devices = 1 if self.mesh is None else self.mesh.size
+        chunk = -(-min(ITEM_CHUNK, n) // devices) * devices
+        parts = []
+        for start in range(0, n, chunk):
+            ids = np.minimum(np.arange(start, start + chunk), n - 1).astype(np.int32)
+            parts.append(self.items(params, tables, ids))
+        return jnp.concatenate(parts)[:n] if len(parts) > 1 else parts[0][:n]
+
+
+def make_serving(
+    experiment: Experiment,
+    manifest: Manifest,
+    model: Model,
+    catalogue: Catalogue,
+    mesh: Mesh | None = None,
+) -> Serving:
+    """Compile the passes of a model over a catalogue, on one device or over a mesh."""
+    whole = None if mesh is None else NamedSharding(mesh, P())
+    split = None if mesh is None else NamedSharding(mesh, P(AXES))
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def items(known: Catalogue, params: PyTree, tables: Tables, ids: Array) -> jax.Array:
+        ids = jnp.asarray(ids) if split is None else lax.with_sharding_constraint(ids, split)
+        rows = fetch(model.layout, _stacks(params, tables), model.item_ids(ids, known))
+        return model.items(params, rows, known, ids)
+
+    @functools.partial(jax.jit, out_shardings=split)
+    def users(
+        known: Catalogue, params: PyTree, tables: Tables, vectors: Array, batch: Batch
+    ) -> UserStates:
+        wanted = model.ids(batch, known, None).ids
+        sides = {
+            group: wanted[group] for group in ("context", "request", "history") if group in wanted
+        }
+        rows = fetch(model.layout, _stacks(params, tables), sides)
+        none = jnp.zeros((batch.user.shape[0], 0, vectors.shape[1]), vectors.dtype)
+        past = batch.events.get("item")
+        events = none if past is None else jnp.take(vectors, jnp.asarray(past), axis=0)
+        return model.users(params, rows, events, batch, None)
+
+    @jax.jit
+    def answer(params: PyTree, states: UserStates, vectors: Array, candidates: Array) -> Answer:
+        """Users [B, P] and as many candidates, or one moment a user and any number of them."""
+        found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
+        outputs = model.score(params, repeated(states, candidates.shape[1]), found)
+        read = predictions(experiment, manifest, outputs.logits, jnp)
+        return Answer(read, outputs.fused, outputs.fusion, outputs.logits)
+
+    of_items, of_users = (functools.partial(passed, catalogue) for passed in (items, users))
+    return Serving(model, catalogue, of_items, of_users, answer, mesh)
+
+
+def _stacks(params: PyTree, tables: Tables) -> Tables:
+    return tables | ({DENSE: params[DENSE]} if DENSE in params else {})
+
+
+def repeated(states: UserStates, count: int) -> UserStates:
+    """States of one moment a user, for so many candidates; others stay as they are."""
+    if states.cutoff.shape[1] == count:
+        return states
+
+    def spread(array: Array) -> jax.Array:
+        return jnp.broadcast_to(array, (array.shape[0], count, *array.shape[2:]))
+
+    return states._replace(
+        vectors=spread(states.vectors),
+        request=spread(states.request),
+        cutoff=spread(states.cutoff),
+    )
+
+
+def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
+    """The catalogue of a prepared folder as arrays by item id."""
+    counts = prepared.items.column("count").to_numpy()
+    return make_catalogue(
+        prepared.catalogue(),
+        counts,
+        prepared.manifest.trained_items,
+        experiment.train.negative_power,
+        experiment.train.precision,
+        prepared.item_rows(),
+    )
+
+
+def prepared_serving(
+    experiment: Experiment, prepared: Prepared, mesh: Mesh | None = None
+) -> Serving:
+    """Model and catalogue of an experiment, compiled to answer."""
+    model = make_model(experiment, prepared.manifest)
+    catalogue = load_catalogue(prepared, experiment)
+    placed = replicate(catalogue, mesh) if mesh else catalogue
+    return make_serving(experiment, prepared.manifest, model, placed, mesh)
+
+
+def predictions(
+    experiment: Experiment, manifest: Manifest, logits: Mapping[str, Any], xp: Any = np
+) -> dict[str, Any]:
+    """Logits to what people read: probabilities, class probabilities, values in the label's unit,
+    and the cosine for retrieval. Shapes and types stay.
+
+    Args:
+      experiment, manifest: tasks and what preparation has learned of them.
+      logits: {task: array}.
+      xp: NumPy, or `jax.numpy` inside of a compiled function.
+    """
+    found = {}
+    for name, x in logits.items():
+        kind, learned = experiment.tasks[name].kind, manifest.tasks[name]
+        if kind == "binary":
+            found[name] = 0.5 * (1 + xp.tanh(x / 2))
+        elif kind == "regression":
+            found[name] = x * learned.std + learned.mean
+        elif kind == "retrieval":
+            found[name] = x * experiment.model.temperature
+        else:
+            exponential = xp.exp(x - x.max(axis=-1, keepdims=True))
+            found[name] = exponential / exponential.sum(axis=-1, keepdims=True)
+    return found
+
+
+def pad_rows(array: np.ndarray, size: int, fill: int | float = 0) -> np.ndarray:
+    """`[n, ...]` filled up to `[size, ...]`, so that compiled shapes stay few."""
+    if len(array) == size:
+        return array
+    padding = np.full((size - len(array), *array.shape[1:]), fill, array.dtype)
+    return np.concatenate([array, padding])
