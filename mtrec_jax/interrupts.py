@@ -7,11 +7,9 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-
-_Handlers = dict[int, Any]  # {signal: what handled it before}
 
 
 def stop_signals() -> tuple[int, ...]:
@@ -31,14 +29,9 @@ def leave_terminal(number: int) -> None:
         return
     for descriptor in (1, 2):
         with suppress(OSError):  # closed already
-            _to_nowhere(descriptor)
-
-
-def _to_nowhere(terminal: int) -> None:
-    if stat.S_ISCHR(os.fstat(terminal).st_mode):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, terminal)
-        os.close(nowhere)
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 @contextmanager
@@ -55,16 +48,13 @@ def unwinding() -> Iterator[list[int]]:
     []
     """
 
-    def interrupt(number: int, previous: _Handlers) -> None:
-        raise KeyboardInterrupt
-
     def dropped(unraisable: Any) -> None:
         if received and unraisable.exc_type is KeyboardInterrupt:
             threading.Timer(0.01, os.kill, (os.getpid(), received[0])).start()
         else:
             hook(unraisable)
 
-    with _received(interrupt) as received:
+    with _received(raises=True) as received:
         hook, sys.unraisablehook = sys.unraisablehook, dropped
         try:
             yield received
@@ -81,29 +71,26 @@ def collecting() -> Iterator[list[int]]:
     []
     """
 
-    def once(number: int, previous: _Handlers) -> None:
-        signal.signal(number, previous[number])
-
-    with _received(once) as received:
+    with _received(raises=False) as received:
         yield received
 
 
 @contextmanager
-def _received(react: Callable[[int, _Handlers], None]) -> Iterator[list[int]]:
-    """The `stop_signals` that have come so far; each is listed, then `react` is called."""
+def _received(raises: bool) -> Iterator[list[int]]:
+    """The `stop_signals` that have come so far."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may install handlers
-        return
-    previous: _Handlers = {}
+    previous: dict[int, Any] = {}  # {signal: what handled it before}
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)
         leave_terminal(number)
-        react(number, previous)
+        if raises:
+            raise KeyboardInterrupt
+        signal.signal(number, previous[number])
 
-    for number in stop_signals():
-        previous[number] = signal.signal(number, handle)
+    if threading.current_thread() is threading.main_thread():  # no other may install handlers
+        for number in stop_signals():
+            previous[number] = signal.signal(number, handle)
     try:
         yield received
     finally:

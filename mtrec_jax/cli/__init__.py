@@ -5,11 +5,13 @@ A file a group of commands. Heavy imports stand inside them, so that `--help` an
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +20,6 @@ from mtrec_jax.cli import data, doctor, plan, train, use
 from mtrec_jax.cli.options import say
 from mtrec_jax.errors import Error, Stalled
 from mtrec_jax.interrupts import unwinding
-from mtrec_jax.quiet import quieten
 
 app = typer.Typer(
     name="mtrec",
@@ -71,7 +72,7 @@ def main(begin: Callable[[], None] | None = None) -> None:
 
     `begin` is called first, and its errors are treated alike.
     """
-    quieten()
+    _quieten()
     with unwinding() as received:
         try:
             if begin:
@@ -104,3 +105,19 @@ def _leave(status: int) -> None:
         from mtrec_jax import processes
 
         processes.leave(status)
+
+
+def _quieten() -> None:
+    """Keep notes of libraries from the screen; what matters of them is raised as well."""
+    for message in (".*Sharding info not provided.*", "coroutine .* was never awaited"):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("absl", "asyncio"):  # of Orbax and its tasks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def print_others(unraisable: Any) -> None:
+        # One failed write ends a checkpoint's loop; tensorstore reports those that come after it.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = print_others

@@ -26,20 +26,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fetch_arrow_table:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-SEEN = {0: (0,), 3: (0, 1, 3), 1: (0, 1, 3), 2: (0, 1, 2, 3)}  # split: what its events may know
+SEEN = {  # {data.past: {split: what its events may know}}
+    "rolling": {0: (0,), 3: (0, 1, 3), 1: (0, 1, 3), 2: (0, 1, 2, 3)},
+    "frozen": {0: (0,), 3: (0, 3), 1: (0, 3), 2: (0, 1, 3)},
+}
 Event = tuple[str | None, float, float | None, int]  # key, time, label, split
 
 
-def declared(kind: str, smoothing: float) -> Experiment:
+def declared(kind: str, smoothing: float, past: str = "rolling") -> Experiment:
     past_features: dict[str, Any] = {
         "count": {"kind": "past_count", "column": "item", "on": "history"},
         "rate": {"kind": "past_rate", "column": "item", "label": "like", "on": "history"},
         "gap": {"kind": "gap", "on": "history"},
     }
     past_features["rate"]["smoothing"] = smoothing
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {"past": past}
     if kind == "random":
-        data = {"history_length": 0}
+        data["history_length"] = 0
         for feature in past_features.values():
             feature["on"] = "request"
     return make(
@@ -47,7 +50,7 @@ def declared(kind: str, smoothing: float) -> Experiment:
         tasks={"like": {"kind": "regression"}},
         features=past_features,
         split={"kind": kind},
-        model={"encoder": "none"} if data else {},
+        model={"encoder": "none"} if kind == "random" else {},
     )
 
 
@@ -74,7 +77,9 @@ def found(engine: Engine, events: list[Event], experiment: Experiment) -> dict[s
     return answer
 
 
-def by_hand(events: list[Event], kind: str, smoothing: float) -> dict[str, list[Any]]:
+def by_hand(
+    events: list[Event], kind: str, smoothing: float, past_is: str = "rolling"
+) -> dict[str, list[Any]]:
     """The definition, event by event."""
     trained = [label for _, _, label, split in events if split == 0 and label is not None]
     prior = sum(trained) / max(len(trained), 1)
@@ -90,13 +95,15 @@ def by_hand(events: list[Event], kind: str, smoothing: float) -> dict[str, list[
                 if k == key and s == 0 and (split != 0 or folds[other] != folds[row])
             ]
         else:
-            known = [lab for k, t, lab, s in events if k == key and t < time and s in SEEN[split]]
+            may = SEEN[past_is][split]
+            known = [lab for k, t, lab, s in events if k == key and t < time and s in may]
         labels = [label for label in known if label is not None]
         weight = len(labels) + smoothing
         mean = (sum(labels) + smoothing * prior) / weight if weight else None
         counts.append(None if key is None else float(len(known)))
         rates.append(None if key is None else mean)
-        own = [(t, r) for r, (_, t, _, _) in enumerate(events) if r % 3 == row % 3]
+        may = SEEN[past_is][split] if past_is == "frozen" else (0, 1, 2, 3)
+        own = [(t, r) for r, (_, t, _, s) in enumerate(events) if r % 3 == row % 3 and s in may]
         before = [t for t, r in own if (t, r) < (time, row)]
         gaps.append(time - max(before) if before else None)
     return {"feature_count": counts, "feature_rate": rates, "feature_gap": gaps}
@@ -153,10 +160,14 @@ quick = settings(
 
 @quick
 @given(log_of_events, st.sampled_from([0.0, 0.5, 20.0]))
-@pytest.mark.parametrize("kind", ["leave_one_out", "random"])
-def test_against_a_loop(duckdb: Engine, kind: str, events: list[Event], smoothing: float) -> None:
-    told = found(duckdb, events, declared(kind, smoothing))
-    same(told, by_hand(events, kind, smoothing))
+@pytest.mark.parametrize(
+    ("kind", "past"), [("leave_one_out", "rolling"), ("random", "rolling"), ("time", "frozen")]
+)
+def test_against_a_loop(
+    duckdb: Engine, kind: str, past: str, events: list[Event], smoothing: float
+) -> None:
+    told = found(duckdb, events, declared(kind, smoothing, past))
+    same(told, by_hand(events, kind, smoothing, past))
 
 
 @quick
@@ -270,3 +281,91 @@ def test_rows_and_what_new_rows_are_told(tmp_path: Path) -> None:
     wanted = np.array([scaled(1, (1 + prior) / 2), scaled(0, prior), [0, 0]])
     np.testing.assert_allclose(encoded["request_numbers"], wanted, rtol=1e-5)
     assert encoded["request_ids"].tolist() == [[3, 2], [2, 2], [0, 2]]  # 34 s, 11 s, never
+
+
+PASSING = """user,item,like,time
+a,x,1,1
+b,x,0,2
+a,y,1,3
+b,x,1,4
+a,x,0,5
+a,x,1,6
+b,x,1,7
+a,x,0,8
+a,x,1,9
+a,x,1,10
+"""  # five train, three validate, two test
+TOLD: dict[str, dict[str, Any]] = {  # of the judged events, rows 5 .. 9
+    "rolling": {
+        "count": [4, 5, 6, 7, 8],  # earlier events of x, whatever their split
+        "rate": [2.6 / 5, 3.6 / 6, 4.6 / 7, 4.6 / 8, 5.6 / 9],  # the prior .6 counts as one event
+        "past": ["xyx", "xx", "xyxx", "xyxxx", "xyxxxx"],
+        "gap": [1, 3, 2, 1, 1],
+    },
+    "frozen": {
+        "count": [4, 4, 4, 7, 7],  # those that train; for the test those that validate, too
+        "rate": [2.6 / 5, 2.6 / 5, 2.6 / 5, 4.6 / 8, 4.6 / 8],
+        "past": ["xyx", "xx", "xyx", "xyxxx", "xyxxx"],
+        "gap": [1, 3, 3, 1, 2],
+    },
+}
+
+
+@pytest.mark.parametrize("past_is", ["rolling", "frozen"])
+def test_rolling_and_frozen_pasts_by_hand(tmp_path: Path, duckdb: Engine, past_is: str) -> None:
+    """Of histories, counts, rates and gaps; on the request, and at the events of histories."""
+    (tmp_path / "log.csv").write_text(PASSING)
+    of = {"column": "item", "label": "like", "smoothing": 1.0}
+    features = {
+        "count": {"kind": "past_count", "on": "request", "column": "item"},
+        "rate": {"kind": "past_rate", "on": "request", **of},
+        "gap": {"kind": "gap", "on": "request", "bins": 2},
+        "then": {"kind": "past_count", "on": "history", "column": "item", "bins": 8},
+    }
+    experiment = make(
+        data={"past": past_is, "history_length": 8},
+        tasks={"like": {"kind": "binary"}},
+        features=features,
+        split={"kind": "time", "validation": 0.3, "test": 0.2},
+    )
+    prepared = prepare(experiment, tmp_path, tmp_path / "out")
+    m, told = prepared.manifest, TOLD[past_is]
+    text = "past frozen at the split" if past_is == "frozen" else "rolling past"
+    assert m.protocol == (
+        f"split at two points in time (0.3 validation, 0.2 test), {text}, 2 users, 2 items, "
+        "10 events"
+    )
+    assert m.config["data"]["past"] == past_is
+    names = {i: raw for raw, i in prepared.item_ids.items()}
+    edges = np.array([float(v) for v in prepared.vocabulary("then")["value"].to_pylist()])
+    bins = np.searchsorted(edges, [0, 1, 0, 2, 3, *told["count"]], side="right") + 1
+    rows: list[int] = []
+    for block in [*prepared.blocks("validation"), *prepared.blocks("test")]:
+        numbers = joined(prepared, block, "request_numbers")
+        for n, row in enumerate(block["row"][:, 0]):
+            rows.append(int(row))
+            count, rate = told["count"][row - 5], told["rate"][row - 5]
+            wanted = (
+                (value - f.mean) / f.std
+                for value, f in zip((math.log1p(count), rate), m.request_numbers, strict=True)
+            )
+            np.testing.assert_allclose(numbers[n], list(wanted), rtol=1e-5)
+            shown = "".join(names[i] for i in block["event_item"][n] if i)
+            assert shown == told["past"][row - 5]
+            assert block["cutoff"][n] == len(shown)
+            own = [r for r, user in enumerate("ababaabaaa"[: row]) if user == "ababaabaaa"[row]]
+            if past_is == "frozen":
+                own = [r for r in own if r < (5 if row < 8 else 8)]
+            assert block["event_then"][n][: len(shown)].tolist() == bins[own].tolist()
+    assert sorted(rows) == [5, 6, 7, 8, 9]
+    events = pa.table(
+        {
+            "row": range(10),
+            "user": list("ababaabaaa"),
+            "time": np.arange(1.0, 11.0),
+            "split": pa.array([0] * 5 + [1] * 3 + [2] * 2, pa.int8()),
+        }
+    )
+    only = make(data={"past": past_is}, features={"gap": features["gap"]})
+    gaps = past.add(duckdb, duckdb.load("split", events), only).order_by("row").to_pyarrow()
+    assert gaps["feature_gap"].to_pylist()[5:] == told["gap"]

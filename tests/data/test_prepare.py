@@ -210,6 +210,64 @@ def test_foreign_folders_are_not_replaced(tmp_path: Path) -> None:
     assert (out / "manifest.json").read_bytes() == before  # a failure leaves the old one alone
 
 
+def test_without_a_time_the_order_is_that_of_the_source(tmp_path: Path) -> None:
+    text = "user,item,like\nb,x,1\na,x,0\na,y,1\nb,y,0\na,z,1\nb,z,1\na,w,0\n"
+    features = {
+        "like": {"on": "history"},
+        "seen": {"on": "request", "kind": "past_count", "column": "item"},
+    }
+    data = {"time": "", "history_length": 2}
+    prepared = run(tmp_path, make(data=data, features=features), text)
+    assert prepared.manifest.protocol.startswith("leave-one-out by source row, rolling past, 2 us")
+    names = prepared.item_names
+    order = [[names[i - 2] for i in prepared.user_lists("event_item")[user]] for user in (0, 1)]
+    assert order == [["x", "y", "z", "w"], ["x", "y", "z"]]
+    assert prepared.user_lists("split")[0].tolist() == [0, 0, 1, 2]
+    [test] = example_of(prepared, "test", "a")
+    assert [names[i - 2] for i in test["event_item"]] == ["y", "z"]
+    [found] = prepared.manifest.request_numbers
+    # by source row: b x, a x, a y train; of z the validation event of a sees none, the test of b one
+    counts = {
+        (split, user): example_of(prepared, split, user)[0]["request_seen"]
+        for split, user in (("train", "a"), ("validation", "a"), ("test", "b"))
+    }
+    scaled = {key: np.round(np.expm1(np.array(v) * found.std + found.mean), 6) for key, v in counts.items()}
+    assert {key: v.tolist() for key, v in scaled.items()} == {
+        ("train", "a"): [1, 0],
+        ("validation", "a"): [0],
+        ("test", "b"): [1],
+    }
+
+
+def test_features_of_the_moment_stand_at_each_position(tmp_path: Path) -> None:
+    text = "user,item,hour,tags,price,time\n" + "".join(
+        f"u{n % 2},i{n % 3},{n % 5},{'p q' if n % 2 else 'q'},{n},{n}\n" for n in range(12)
+    )
+    features = {
+        "hour": {"on": "request"},
+        "tags": {"on": "request", "kind": "multi_valued", "max_values": 2},
+        "price": {"on": "request", "kind": "numeric"},
+    }
+    prepared = run(tmp_path, make(data={"positions": 2}, features=features), text)
+    m = prepared.manifest
+    assert [(f.name, f.slots) for f in m.request_ids] == [("hour", 1), ("tags", 2)]
+    hours = prepared.vocabulary("hour")["value"].to_pylist()
+    tags = prepared.vocabulary("tags")["value"].to_pylist()
+    [price] = m.request_numbers
+    for split in SPLITS:
+        for block in prepared.blocks(split):
+            positions = block["row"].shape[1]
+            found = block["request_tags"].reshape(-1, positions, 2)
+            for place in zip(*np.nonzero(block["row"] >= 0), strict=True):
+                row = int(block["row"][place])
+                hour = np.reshape(block["request_hour"], (-1, positions))[place]
+                assert hours[hour - 2] == str(row % 5)
+                assert [tags[i - 2] for i in found[place] if i] == (["p", "q"] if row % 2 else ["q"])
+                value = np.reshape(block["request_price"], (-1, positions))[place]
+                assert value == pytest.approx((row - price.mean) / price.std, rel=1e-5)
+            padding = block["row"] < 0
+            assert not np.reshape(block["request_hour"], (-1, positions))[padding].any()
+            assert not found[padding].any()
 def test_one_folder_holds_what_experiments_choose_from(tmp_path: Path) -> None:
     tasks = {
         "next": {"kind": "retrieval"},
