@@ -31,10 +31,10 @@ item_vocabulary.parquet           only where the folder continues another one: r
 past/<feature>.parquet            what new requests are told: value string, number float64; the last
                                   row, of value null, is for values without training rows
 ```
-The folder is a superset: a column a feature and a task, so that `Prepared.chosen` can leave out what
-an experiment does not use, and nothing reads it. Fixed-size columns are Parquet fixed-size lists, so
-that reading them is a reshape. Examples are split into byte planes and packed by LZ4, which is fast
-to read. Without a user, an item or a history there is no `event_*` column.
+The folder is a superset: a column a feature and a task, so that `Prepared.chosen` can leave out
+what an experiment does not use, and nothing reads it. Fixed-size columns are Parquet fixed-size
+lists, so that reading them is a reshape. Examples are split into byte planes and packed by LZ4,
+which is fast to read. Without a user, an item or a history there is no `event_*` column.
 """
 
 from __future__ import annotations

@@ -163,9 +163,8 @@ def test_tables_in_memory_leave_a_cleaned_stage_only_where_asked(raw: Path) -> N
 def test_a_view_has_the_tasks_and_features_of_its_experiment(raw: Path) -> None:
     prepared = prepare(whole(), raw, raw / "out")
     every = prepared.chosen(whole())
-    assert [f.name for f in every.manifest.fields] == [*FEATURES][:1] + [
-        *("shop", "hour", "price", "genre", "year", "rating")
-    ]
+    names = ["user", "shop", "hour", "price", "genre", "year", "rating"]
+    assert [f.name for f in every.manifest.fields] == names
     some = prepared.chosen(whole(tasks=["like"], features=["rating", "year", "price"]))
     assert list(some.manifest.tasks) == ["like"]
     assert [f.name for f in some.manifest.fields] == ["price", "year", "rating"]
@@ -205,8 +204,8 @@ def test_a_task_keeps_its_sample_space_without_the_task_that_defines_it(raw: Pat
     np.testing.assert_array_equal(
         view.interactions("train")["label_top"], prepared.interactions("train")["label_top"]
     )
+    both = {"like": base.tasks["like"], "top": alone.tasks["top"]}
     with pytest.raises(ConfigError, match=r"tasks\.top\.where: 'like' there, '' here"):
-        both = {"like": base.tasks["like"], "top": alone.tasks["top"]}
         prepared.chosen(dataclasses.replace(base, tasks=both))
 
 
@@ -219,9 +218,7 @@ def test_a_task_keeps_its_sample_space_without_the_task_that_defines_it(raw: Pat
         ({"clean": {"min_user_events": 2}}, "clean.min_user_events: 0 there, 2 here"),
     ],
 )
-def test_a_folder_of_another_experiment(
-    raw: Path, sections: dict[str, Any], message: str
-) -> None:
+def test_a_folder_of_another_experiment(raw: Path, sections: dict[str, Any], message: str) -> None:
     few = {"tasks": ["next", "like"], "features": ["rating"]}
     prepared = prepare(whole(**few), raw, raw / "out")
     with pytest.raises(ConfigError, match=message):
@@ -234,7 +231,9 @@ def test_what_a_folder_lacks_or_means_otherwise(raw: Path) -> None:
         prepared.chosen(whole(tasks=["like"], features=["rating", "year"]))
     hashed = make(features={"rating": {"on": "history", "kind": "hashed"}}).features
     other = dataclasses.replace(whole(tasks=["next"]), features=hashed)
-    with pytest.raises(ConfigError, match="features.rating.kind: 'categorical' there, 'hashed' he"):
+    with pytest.raises(
+        ConfigError, match=r"features\.rating\.kind: 'categorical' there, 'hashed' h"
+    ):
         prepared.chosen(other)
     free = dataclasses.replace(whole().data, public="x", reference="y")
     same = dataclasses.replace(whole(tasks=["next"], features=["rating"]), data=free)
