@@ -18,7 +18,15 @@ from jaxtyping import Bool, Int
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import features
-from mtrec_jax.data.dataset import BLOCK, TaskField, fixed_size
+from mtrec_jax.data.dataset import (
+    BLOCK,
+    SPLITS,
+    Lists,
+    Prepared,
+    TaskField,
+    fixed_size,
+    to_arrays,
+)
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.schema import query_features
@@ -247,7 +255,7 @@ def sequence_examples(
             "user": user.astype(np.int32),
             **{name: array[user - FIRST] for name, array in context.items()},
             **{name: one_column(array[chosen]) for name, array in more.items()},
-            **{name: _flat(array[target], there) for name, array in log.request.items()},
+            **{n: one_column(_flat(array[target], there)) for n, array in log.request.items()},
             "cutoff": np.zeros(there.shape, np.int32),
             **past_of,
             "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),
@@ -290,6 +298,42 @@ def _histories(
         return {**events, "cutoff": cutoff.astype(np.int32)}
 
     return look_back
+
+
+def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
+    """Item ids of the events before each chosen target, a list per target.
+
+    An event that its split or `cutoff` hides from the model is hidden here too, but the history is
+    not cut to the model's length.
+
+    Args:
+      prepared: the folder.
+      split: of the targets.
+      chosen: targets of the split, numbered from 0 in file order.
+    """
+    data, length = prepared.manifest.config["data"], prepared.manifest.history_length
+    if not length:
+        return Lists(np.empty(0, np.int32), np.zeros(len(chosen) + 1, np.int64))
+    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split").values
+    columns = to_arrays(prepared.parquet(split).read(["user", "cutoff", "row"]))
+    # examples are chunks of the targets in the order of the log, shuffled by `sequence_examples`
+    chunk = np.argsort(mix(np.arange(len(columns["user"])), data["seed"]), kind="stable")
+    there = columns["row"] >= 0
+    size = np.zeros(len(chunk), np.int64)
+    size[chunk] = there.sum(axis=1)
+    place = np.cumsum(size)[chunk] - 1  # of each example's last target among the split's
+    code, owner = SPLITS.index(split), np.repeat(np.arange(len(items)), np.diff(items.offsets))
+    frozen = owner if data["past"] == "frozen" else None
+    kept, earlier = visible_events(splits, VISIBLE[data["past"]][code], frozen)
+    last = earlier[np.flatnonzero(splits == code)[place]]
+    begin = earlier[items.offsets[columns["user"] - FIRST]]
+    base = np.maximum(begin, last - length)  # `cutoff` counts from it
+    example, position = (axis[chosen] for axis in np.nonzero(there))
+    cutoff = columns["cutoff"][example, position]
+    sizes = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - begin[example], sizes)
+    return Lists(items.values[kept][places], offsets)
 
 
 def visible_events(
