@@ -215,9 +215,9 @@ def test_devices_agree_in_double_precision(steps: int) -> None:
     whole = np.concatenate([v.ravel() for n, v in expected.items() if n.startswith("params.net")])
     assert np.mean(whole.astype(np.float32) != whole) > 0.99
     unused = "params.network.encoder.blocks.0.key.bias"
-    assert np.abs(expected.pop(unused)).max() < 1e-10  # a softmax does not see this bias
+    assert np.abs(expected.pop(unused)).max() < 1e-9  # rounding: a softmax does not see this bias
     for found in others:
-        assert np.abs(found.pop(unused)).max() < 1e-10
+        assert np.abs(found.pop(unused)).max() < 1e-9
         _assert_same(expected, found, 1e-10)
 
 
