@@ -8,7 +8,7 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     user          int32           0 when the data has no users
     context_<f>   [S]             of the user: S ids (int32, 0: padding) or S scaled numbers
                                   (float32), the slots of feature f; a plain column where S is 1
-    request_<f>   [P * S]         of the moment of each position
+    request_<f>   [P * S]         of the moment of each position, likewise
     event_item    int32[L]        the past, oldest first, 0: none
     event_<f>     int32[L * S]    what each event of the past shows
     cutoff        int32[P]        position p sees the first cutoff[p] events
@@ -55,7 +55,7 @@ import pydantic
 
 from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, to_dict
-from mtrec_jax.data.features import KINDS, IdField, NumberField
+from mtrec_jax.data.features import KINDS, IdField, NumberField, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, PAD, UNKNOWN
 
@@ -421,18 +421,13 @@ def open_prepared(folder: str | Path, extensions: Iterable[type] = ()) -> Prepar
 def to_arrays(table: pa.Table) -> dict[str, np.ndarray]:
     """Arrow columns as NumPy arrays; fixed-size lists become `[n, size]`, without a copy."""
     arrays = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # an empty table has no chunks
-            column = (
-                pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-            )
-        if pa.types.is_fixed_size_list(column.type):
-            size = column.type.list_size
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            arrays[name] = flat.reshape(len(column), size)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        whole = column.chunk(0) if column.num_chunks == 1 else one_array(column)
+        if pa.types.is_fixed_size_list(whole.type):
+            flat = whole.flatten().to_numpy(zero_copy_only=False)
+            arrays[name] = flat.reshape(len(whole), whole.type.list_size)
         else:
-            arrays[name] = column.to_numpy(zero_copy_only=False)
+            arrays[name] = whole.to_numpy(zero_copy_only=False)
     return arrays
 
 

@@ -255,7 +255,7 @@ def sequence_examples(
             "user": user.astype(np.int32),
             **{name: array[user - FIRST] for name, array in context.items()},
             **{name: one_column(array[chosen]) for name, array in more.items()},
-            **{name: _flat(array[target], there) for name, array in log.request.items()},
+            **{n: one_column(_flat(array[target], there)) for n, array in log.request.items()},
             "cutoff": np.zeros(there.shape, np.int32),
             **past_of,
             "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),

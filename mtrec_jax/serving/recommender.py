@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of
-from mtrec_jax.data.new_rows import encode_rows, read_columns
+from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
-from mtrec_jax.evaluation.inference import pad_rows, predictions, prepared_inference
 from mtrec_jax.kernels import ItemIndex
+from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
 from mtrec_jax.serving.requests import BATCH, Encoder, History, Requests, check_id, raw_texts
 from mtrec_jax.serving.result import Result
 from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
-from mtrec_jax.types import FIRST, UNKNOWN, Outputs, UserStates
+from mtrec_jax.types import FIRST, UNKNOWN, UserStates
+
+Request = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class Recommender:
@@ -37,17 +38,13 @@ class Recommender:
         self.experiment, self.prepared = self.run.experiment, self.run.prepared
         mesh = shared_mesh(self.experiment)
         params, tables, self.step = load_best(self.run, mesh)
-        self._inference = prepared_inference(self.experiment, self.prepared, mesh)
-        has_items = self.prepared.manifest.items > 0
-        width = self.experiment.model.width
-        vectors = (
-            self._inference.item_vectors(params, tables) if has_items else jnp.zeros((0, width))
-        )
+        self._serving = prepared_serving(self.experiment, self.prepared, mesh)
+        vectors = self._serving.item_vectors(params, tables)
         self._shared = params, tables, vectors  # by all processes, where there are several
-        self._params = self._inference.own(params)
-        self._vectors = self._inference.own(vectors) if has_items else vectors
+        self._params = self._serving.own(params)
+        self._vectors = self._serving.own(vectors) if len(vectors) else vectors
         self._index = ItemIndex(self._vectors[FIRST:])
-        self._encoder = Encoder(self.prepared, self.experiment.train.precision)
+        self._encoder = Encoder(self.experiment, self.prepared)
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.experiment.tasks)
@@ -61,6 +58,7 @@ class Recommender:
         k: int = 10,
         *,
         histories: Sequence[History] | None = None,
+        request: Request | None = None,
         allowed: Iterable[Any] | None = None,
         blocked: Iterable[Any] = (),
         exclude_seen: bool = True,
@@ -78,6 +76,8 @@ class Recommender:
             `blocked` leave fewer: often so with a small catalogue.
           histories: instead of the stored ones, for each user the raw item ids, oldest first; or a
             mapping {"item": [...], "<history feature>": [...]}.
+          request: the moment, {column of the events: raw value} such as {"device": "phone"}, of all
+            users; or a list, one for each. What is absent counts as missing.
           allowed: raw item ids to choose from; None: the whole catalogue.
           blocked: raw item ids never to be shown.
           exclude_seen: leave out what the user's history holds.
@@ -102,13 +102,15 @@ class Recommender:
                 raise DataError(f"histories: {len(histories)} given for {len(users)} users")
         if on_unknown == "error":
             self._refuse_unknown(users)
+        moments = self._moments(request, len(users))
         tables = []
-        for start in range(0, len(users), BATCH):
-            part = users[start : start + BATCH]
-            fresh = None if histories is None else histories[start : start + BATCH]
-            tables.append(self._recommend_batch(part, k, fresh, subset, exclude_seen))
-        if not tables:
-            tables = [self._recommend_batch([], k, None, subset, exclude_seen)]
+        for start in range(0, max(len(users), 1), BATCH):
+            some = slice(start, start + BATCH)
+            fresh = None if histories is None else histories[some]
+            at = {name: array[some] for name, array in moments.items()}
+            encoded = self._encoder.users(users[some], fresh, at)
+            found = self._recommend_batch(users[some], encoded, k, subset, exclude_seen)
+            tables.append(found)
         return Result(pa.concat_tables(tables))
 
     def recommend_all(
@@ -128,9 +130,12 @@ class Recommender:
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
-            yield self._recommend_batch(part, k, None, subset, exclude_seen)
+            encoded = self._encoder.users(part)
+            yield self._recommend_batch(part, encoded, k, subset, exclude_seen)
 
-    def predict(self, users: Iterable[Any], items: Iterable[Any]) -> Result:
+    def predict(
+        self, users: Iterable[Any], items: Iterable[Any], *, request: Request | None = None
+    ) -> Result:
         """Every task's prediction for (user, item) pairs, given the users' stored histories.
 
         Stored histories hold every event of the log. A prediction for a pair that is in the log
@@ -138,6 +143,7 @@ class Recommender:
 
         Args:
           users, items: raw ids, equally many.
+          request: as in `recommend`.
 
         Returns:
           A `Result`, a row a pair in the given order: user, item, known (both are in the data),
@@ -145,29 +151,34 @@ class Recommender:
           column per class.
 
         Raises:
-          ConfigError: the run was trained on rows, use `predict_rows`.
+          ConfigError: the data has no users or no items, use `predict_rows`.
           DataError: different lengths, or a text instead of a list of ids.
         """
-        if self.prepared.manifest.kind != "sequences":
+        if not self.experiment.data.user or not self.experiment.data.item:
             raise ConfigError("this run predicts rows, not (user, item) pairs: use predict_rows")
         users, items = raw_texts("users", users), raw_texts("items", items)
         if len(users) != len(items):
             raise DataError(f"predict: {len(users)} users and {len(items)} items; give pairs")
+        moments = self._moments(request, len(users))
         tables = []
         for start in range(0, max(len(users), 1), BATCH):
-            part = users[start : start + BATCH]
-            pairs = items[start : start + BATCH]
-            encoded = self._encoder.users(part, None)
-            ids = np.array([self.prepared.item_ids.get(i, 1) for i in pairs], np.int32)
-            outputs = self._rank(encoded, ids[:, None])
+            some = slice(start, start + BATCH)
+            part, pairs = users[some], items[some]
+            at = {name: array[some] for name, array in moments.items()}
+            encoded = self._encoder.users(part, moments=at)
+            ids = np.array([self.prepared.item_ids.get(i, UNKNOWN) for i in pairs], np.int32)
+            answer = self._answer(self._states(encoded), ids[:, None])
             columns: dict[str, Any] = {"user": part, "item": pairs}
             columns["known"] = encoded.known & (ids >= FIRST)
-            columns |= self._task_columns(outputs, len(part))
+            columns |= self._task_columns(answer, len(part))
             tables.append(pa.table(columns))
         return Result(pa.concat_tables(tables))
 
     def predict_rows(self, rows: Any) -> Result:
-        """Every task's prediction for raw rows of a run that was trained on rows.
+        """Every task's prediction for raw rows like those of the events, labels aside.
+
+        Features of the moment are taken from the row, histories and features of the user from the
+        data, where its user is in it; what is not there counts as missing.
 
         Args:
           rows: a pandas, Polars or Arrow table, or the path of a file: .csv, .tsv, .jsonl or
@@ -175,20 +186,17 @@ class Recommender:
             files' format.
 
         Raises:
-          ConfigError: the run was trained on sequences, use `predict`.
           DataError: a missing file or column, or a cell that is no number where one is needed.
         """
-        if self.prepared.manifest.kind != "rows":
-            raise ConfigError("this run predicts (user, item) pairs, not rows: use predict")
-        arrays = encode_rows(self.prepared, rows)
+        arrays = encode_requests(self.prepared, rows)
         n = len(arrays["user"])
         tables = []
         for start in range(0, max(n, 1), BATCH):
             part = {name: a[start : start + BATCH] for name, a in arrays.items()}
             count = len(part["user"])
-            outputs = self._rank(self._encoder.rows(part), part["candidate"])
+            answer = self._answer(self._states(self._encoder.rows(part)), part["candidate"])
             columns: dict[str, Any] = {"row": np.arange(start, start + count)}
-            tables.append(pa.table(columns | self._task_columns(outputs, count)))
+            tables.append(pa.table(columns | self._task_columns(answer, count)))
         return Result(pa.concat_tables(tables))
 
     def similar_items(self, item: Any, k: int = 10) -> Result:
@@ -216,21 +224,20 @@ class Recommender:
     def _recommend_batch(
         self,
         users: list[str],
+        encoded: Requests,
         k: int,
-        histories: Sequence[History] | None,
         subset: np.ndarray,
         exclude_seen: bool,
     ) -> pa.Table:
-        encoded = self._encoder.users(users, histories)
-        candidates = self._candidates(encoded, k, subset, exclude_seen)
-        outputs = self._rank(encoded, candidates)
+        states = self._states(encoded)
+        candidates = self._candidates(states, encoded, k, subset, exclude_seen)
+        answer = self._answer(states, candidates)
         n = len(candidates)
         real = candidates >= FIRST
-        fused = np.where(real, np.asarray(outputs.fused)[:n], -np.inf)
+        fused = np.where(real, np.asarray(answer.fused)[:n], -np.inf)
         # without any history the model has nothing to say: popularity keeps its order
-        nothing = ~encoded.known & (encoded.batch.cutoff[:n, 0] == 0)
         popularity = self._popularity()[candidates].astype(fused.dtype)
-        fused = np.where(nothing[:, None] & real, popularity, fused)
+        fused = np.where(self._says_nothing(encoded)[:, None] & real, popularity, fused)
         order = np.argsort(-fused, axis=1, kind="stable")[:, :k]
         row, rank = np.nonzero(np.take_along_axis(real, order, axis=1))
         place = order[row, rank]
@@ -244,17 +251,23 @@ class Recommender:
             "title": pa.array([titles[i] for i in chosen], pa.string()),
             "score": fused[row, place],
         }
-        columns |= self._task_columns(outputs, n, (row, place))
-        weights = np.asarray(outputs.fusion)[:n][row, place]
+        columns |= self._task_columns(answer, n, (row, place))
+        weights = np.asarray(answer.weights)[:n][row, place]
         columns |= {f"weight {t}": weights[:, i] for i, t in enumerate(self.experiment.tasks)}
         return pa.table(columns)
 
     def _candidates(
-        self, encoded: Requests, k: int, subset: np.ndarray, exclude_seen: bool
+        self,
+        states: UserStates,
+        encoded: Requests,
+        k: int,
+        subset: np.ndarray,
+        exclude_seen: bool,
     ) -> np.ndarray:
-        """Item ids [n, K] to put in order, unknown (1) where there are fewer."""
+        """Item ids [n, K] to put in order, unknown (1) where there are fewer; K whatever filters
+        leave, so that few shapes are compiled."""
         n = len(encoded.known)
-        count = min(max(self.experiment.evaluate.candidates, k), len(subset))
+        count = min(max(self.experiment.evaluate.candidates, k), len(self._index))
         allowed = np.zeros(len(self._index), bool)
         allowed[subset - FIRST] = True
         width = max(int(np.diff(encoded.seen.offsets).max(initial=0)), 1)
@@ -264,44 +277,52 @@ class Recommender:
             for i in range(n):
                 seen = encoded.seen[i]
                 exclude[i, : len(seen)] = np.maximum(seen - FIRST, -1)
-        states = self._states(encoded)
-        found = self._index.search(states.vectors[:, 0], count, exclude, allowed)[1][:n]
-        nothing = np.flatnonzero(~encoded.known & (encoded.batch.cutoff[:n, 0] == 0))
+        found = np.array(self._index.search(states.vectors[:, 0], count, exclude, allowed)[1][:n])
+        nothing = np.flatnonzero(self._says_nothing(encoded))
         if len(nothing):
-            popular = np.argsort(-self._popularity()[subset], kind="stable")
-            found[nothing] = subset[popular[:count]] - FIRST
+            popular = np.argsort(-self._popularity()[subset], kind="stable")[:count]
+            found[nothing] = -1
+            found[nothing, : len(popular)] = subset[popular] - FIRST
         return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
+
+    def _says_nothing(self, encoded: Requests) -> np.ndarray:
+        """Requests [n] of which the model knows neither the user nor a history."""
+        return ~encoded.known & (encoded.batch.cutoff[: len(encoded.known), 0] == 0)
 
     def _popularity(self) -> np.ndarray:
         counts = self.prepared.items.column("count").to_numpy()
         return np.concatenate([np.zeros(FIRST, counts.dtype), counts])
 
-    def _states(self, encoded: Requests) -> UserStates:
-        return self._inference.states(*self._shared, encoded.batch)
+    def _moments(self, request: Request | None, count: int) -> dict[str, np.ndarray]:
+        """Encoded request features of so many requests."""
+        if request is None or isinstance(request, Mapping):
+            return self._encoder.moments([request or {}] * count)
+        given = a_list("request", request)
+        if len(given) != count:
+            raise DataError(f"request: {len(given)} given for {count} users")
+        return self._encoder.moments(given)
 
-    def _rank(self, encoded: Requests, candidates: np.ndarray) -> Outputs:
-        states = self._states(encoded)
+    def _states(self, encoded: Requests) -> UserStates:
+        """Each history is encoded here, once."""
+        return self._serving.states(*self._shared, encoded.batch)
+
+    def _answer(self, states: UserStates, candidates: np.ndarray) -> Answer:
         ids = pad_rows(np.asarray(candidates, np.int32), BATCH)
-        shape = (*ids.shape, states.vectors.shape[-1])
-        states = states._replace(
-            vectors=jnp.broadcast_to(states.vectors, shape),
-            cutoff=jnp.broadcast_to(states.cutoff, ids.shape),
-        )
-        return self._inference.rank(self._params, states, self._vectors, ids)
+        return self._serving.answer(self._params, states, self._vectors, ids)
 
     def _task_columns(
-        self, outputs: Outputs, n: int, where: tuple[np.ndarray, np.ndarray] | None = None
+        self, answer: Answer, n: int, where: tuple[np.ndarray, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
         """Predictions as columns, in the order of the tasks; a column per class for multiclass."""
         rows, places = where if where is not None else (np.arange(n), np.zeros(n, int))
-        logits = {t: np.asarray(outputs.logits[t])[rows, places] for t in self.experiment.tasks}
         columns = {}
-        for task, values in predictions(self.experiment, self.prepared.manifest, logits).items():
+        for task in self.experiment.tasks:
+            values = np.asarray(answer.predictions[task])[rows, places].astype(np.float32)
             if values.ndim == 1:
-                columns[task] = values.astype(np.float32)
+                columns[task] = values
             else:
                 for c, name in enumerate(self.prepared.manifest.tasks[task].classes):
-                    columns[f"{task} {name}"] = values[:, c].astype(np.float32)
+                    columns[f"{task} {name}"] = values[:, c]
         return columns
 
     def _admissible(
@@ -342,9 +363,9 @@ def predict_file(recommender: Recommender, rows: str | Path) -> Result:
     Raises:
       DataError: the file is missing, of an unknown format, or has no such columns.
     """
-    if recommender.prepared.manifest.kind == "rows":
-        return recommender.predict_rows(rows)
     config = recommender.experiment.data
+    if not config.user or not config.item or recommender.prepared.manifest.request_ids:
+        return recommender.predict_rows(rows)
     table = read_columns(recommender.experiment, rows, [config.user, config.item])
     users, items = (table.column(c).to_pylist() for c in (config.user, config.item))
     return recommender.predict(users, items)

@@ -11,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from mtrec_jax.arguments import a_list, shown
+from mtrec_jax.config import Experiment
 from mtrec_jax.data import features
 from mtrec_jax.data.cells import as_text
-from mtrec_jax.data.dataset import Lists, Prepared, to_arrays
+from mtrec_jax.data.dataset import Lists, Prepared
 from mtrec_jax.data.features import Encoding
+from mtrec_jax.data.new_rows import encode_requests
+from mtrec_jax.data.schema import columns_of
 from mtrec_jax.errors import DataError, nearest
-from mtrec_jax.evaluation.inference import pad_rows
+from mtrec_jax.models.serve import pad_rows
 from mtrec_jax.types import FIRST, UNKNOWN, Batch
 
 BATCH = 256  # requests in a batch
@@ -26,57 +29,136 @@ History = Sequence[str] | Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Requests:
-    """Encoded users: what the model needs, and what must not be recommended to them."""
+    """Encoded requests: what the model needs, and what must not be recommended."""
 
     batch: Batch
-    known: np.ndarray  # [n] bool
-    seen: Lists  # item ids
+    known: np.ndarray  # [n] bool: whose user is in the data
+    seen: Lists  # item ids of the histories
+    items: np.ndarray  # [n] item ids that the requests name themselves; 0: none
 
 
 class Encoder:
     """Encodes requests for one prepared folder; lists and vocabularies are read once."""
 
-    def __init__(self, prepared: Prepared, dtype: str):
-        self.prepared, self._dtype = prepared, dtype
+    def __init__(self, experiment: Experiment, prepared: Prepared):
+        self.prepared, self._experiment = prepared, experiment
+        self._dtype = experiment.train.precision
         self._lists: dict[str, Lists] = {}
         self._features: dict[str, Encoding] = {}
 
-    def users(self, users: list[str], histories: Sequence[History] | None) -> Requests:
-        """Users to a batch of exactly BATCH examples of one position."""
-        manifest, n = self.prepared.manifest, len(users)
-        ids = np.array([self.prepared.user_ids.get(u, 1) for u in users], np.int32)
-        known = ids >= FIRST
-        fields = ["item", *(column for f in manifest.history for column in f.columns)]
-        length = manifest.history_length
-        events = {name: np.zeros((n, length), np.int32) for name in fields}
-        cutoff = np.zeros((n, 1), np.int32)
-        seen = []
-        for i in range(n):
-            if histories is not None:
-                past = self._encode_history(histories[i], f"histories[{i}]")
-            elif known[i]:
-                past = {name: self._list(f"event_{name}")[ids[i] - FIRST] for name in fields}
-            else:
-                past = {name: np.zeros(0, np.int32) for name in fields}
-            count = min(len(past["item"]), length)
-            for name in fields:
-                events[name][i, :count] = past[name][len(past[name]) - count :]
-            cutoff[i] = count
-            seen.append(past["item"])
-        lengths = np.cumsum([0, *(len(s) for s in seen)])
-        values = np.concatenate([np.zeros(0, np.int32), *seen])
-        arrays = {}
-        for name, array in self._contexts.items():
-            chosen = array[np.maximum(ids - FIRST, 0)] if n else array[:0]
-            arrays[name] = np.where(known[:, None], chosen, np.zeros((), array.dtype))
-        batch = self._batch(arrays, events, cutoff, ids)
-        return Requests(batch, known, Lists(values, lengths))
+    def users(
+        self,
+        users: list[str],
+        histories: Sequence[History] | None = None,
+        moments: dict[str, np.ndarray] | None = None,
+    ) -> Requests:
+        """Users, at most BATCH, to a batch of exactly BATCH examples of one position.
+
+        Args:
+          users: raw ids.
+          histories: instead of the stored ones.
+          moments: request features [n, ...], as `moments` gives them.
+        """
+        ids = np.array([self.prepared.user_ids.get(u, UNKNOWN) for u in users], np.int32)
+        if histories is None:
+            past = [self._stored(user) for user in ids]
+        else:
+            past = [self._encode_history(h, f"histories[{i}]") for i, h in enumerate(histories)]
+        return self._requests(ids, past, moments or self.moments([{}] * len(users)))
 
     def rows(self, arrays: dict[str, np.ndarray]) -> Requests:
-        """Columns of `prepare.encode_rows`, at most BATCH rows, to a batch without histories."""
-        n = len(arrays["user"])
-        batch = self._batch(arrays, {}, np.zeros((n, 1), np.int32), arrays["user"])
-        return Requests(batch, np.ones(n, bool), Lists(np.zeros(0, np.int32), np.zeros(n + 1, int)))
+        """What `encode_requests` gives, at most BATCH rows, with the histories of their users."""
+        ids = arrays["user"]
+        past = [self._stored(user) for user in ids]
+        return self._requests(ids, past, arrays, arrays["candidate"][:, 0])
+
+    def moments(self, raw: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Request features of moments {column of the events: raw value}; absent ones are missing.
+
+        Raises:
+          DataError: a column that no request feature reads, or a cell that is no number where one
+            is needed.
+        """
+        manifest = self.prepared.manifest
+        fields = (*manifest.request_ids, *manifest.request_numbers)
+        columns = list(columns_of(self._experiment, "events", outcomes=False))
+        for moment in raw:
+            for name in moment:
+                if not fields or name not in columns:
+                    known = f"; there are {', '.join(columns)}" if fields else ": there are none"
+                    raise DataError(f"request: no feature of the moment reads {name!r}{known}")
+        if not fields:
+            return {}
+        if not any(raw):
+            return {name: np.repeat(a, len(raw), axis=0) for name, a in self._no_moment.items()}
+        cells = {c: [raw_text(moment.get(c)) or None for moment in raw] for c in columns}
+        return encode_requests(
+            self.prepared, pa.table(cells, pa.schema([(c, pa.string()) for c in columns]))
+        )
+
+    @functools.cached_property
+    def _no_moment(self) -> dict[str, np.ndarray]:
+        columns = list(columns_of(self._experiment, "events", outcomes=False))
+        nothing = pa.table({c: pa.array([None], pa.string()) for c in columns})
+        return encode_requests(self.prepared, nothing)
+
+    def _requests(
+        self,
+        ids: np.ndarray,
+        past: list[dict[str, np.ndarray]],
+        moments: Mapping[str, np.ndarray],
+        items: np.ndarray | None = None,
+    ) -> Requests:
+        manifest, n = self.prepared.manifest, len(ids)
+        length, known = manifest.history_length, ids >= FIRST
+        events = {}
+        cutoff = np.array([[min(len(p["item"]), length)] for p in past], np.int32).reshape(n, 1)
+        for name in past[0] if past and length else ():
+            shape = (n, length, *past[0][name].shape[1:])
+            events[name] = np.zeros(shape, np.int32)
+            for i, (count,) in enumerate(cutoff):
+                events[name][i, :count] = past[i][name][len(past[i][name]) - count :]
+        lengths = np.cumsum([0, *(len(p["item"]) for p in past)])
+        seen = np.concatenate([np.zeros(0, np.int32), *(p["item"] for p in past)])
+        request = {
+            part: moments[f"request_{part}"][:, None]
+            for part in ("ids", "numbers")
+            if getattr(manifest, f"request_{part}")
+        }
+        batch = self._padded(self._context(ids), request, events, cutoff, ids)
+        named = np.zeros(n, np.int32) if items is None else items
+        return Requests(batch, known, Lists(seen, lengths), named)
+
+    def _context(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Context features of users; one who is not in the data has the trained unknown ones."""
+        known = (ids >= FIRST)[:, None]
+        found = {}
+        for part, of_users in self._contexts.items():
+            unknown = np.zeros(of_users.shape[1], of_users.dtype)
+            if part == "ids":
+                slots = [field.slots for field in self.prepared.manifest.context_ids]
+                unknown[np.cumsum([0, *slots[:-1]])] = UNKNOWN
+            chosen = of_users[np.maximum(ids - FIRST, 0)]
+            found[part] = np.where(known, chosen, unknown)
+        return found
+
+    def _stored(self, user: int | np.integer) -> dict[str, np.ndarray]:
+        """The stored history of a user id: "item" [e], "ids" [e, M]; empty where there is none."""
+        fields = self.prepared.manifest.history
+        nothing = np.zeros(0, np.int32)
+        if not self.prepared.manifest.history_length:
+            return {"item": nothing}
+        there = user >= FIRST
+        item = self._list("event_item")[user - FIRST] if there else nothing
+        if not fields:
+            return {"item": item}
+        parts = [
+            self._list(f"event_{f.name}")[user - FIRST].reshape(len(item), -1)
+            if there
+            else np.zeros((0, f.slots), np.int32)
+            for f in fields
+        ]
+        return {"item": item, "ids": np.concatenate(parts, axis=1)}
 
     def item_ids(self, items: Iterable[Any], name: str = "items") -> np.ndarray:
         """Ids [n] of raw item ids.
@@ -95,29 +177,30 @@ class Encoder:
             found.append(item)
         return np.array(found, np.int64)
 
-    def _batch(
+    def _padded(
         self,
-        arrays: dict[str, np.ndarray],
+        context: dict[str, np.ndarray],
+        request: dict[str, np.ndarray],
         events: dict[str, np.ndarray],
         cutoff: np.ndarray,
         user: np.ndarray,
     ) -> Batch:
-        context = {}
-        if self.prepared.manifest.context_ids:
-            context["ids"] = pad_rows(arrays["context_ids"], BATCH)
-        if self.prepared.manifest.context_numbers:
-            context["numbers"] = pad_rows(arrays["context_numbers"].astype(self._dtype), BATCH)
+        def padded(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            kinds = {"numbers": self._dtype, "ids": "int32", "item": "int32"}
+            return {name: pad_rows(a.astype(kinds[name]), BATCH) for name, a in parts.items()}
+
         one = np.zeros((BATCH, 1), np.int32)
         return Batch(
-            context=context,
-            events={name: pad_rows(a, BATCH) for name, a in events.items()},
+            context=padded(context),
+            request=padded(request),
+            events=padded(events),
             cutoff=pad_rows(cutoff, BATCH),
             candidate=one,
             labels={},
             mask={},
             user=pad_rows(user, BATCH),
             weight=np.ones((BATCH, 1), self._dtype),
-            row=one,
+            row=None,
         )
 
     def _encode_history(self, history: History, name: str) -> dict[str, np.ndarray]:
@@ -135,8 +218,9 @@ class Encoder:
         if queries:
             shown = np.array([item is not None for item in items], bool)
             items = [item for item in items if item is not None]
-        past = {"item": np.full(len(shown), UNKNOWN, np.int32)}
-        past["item"][shown] = self.item_ids(items, name)
+        ids = np.full(len(shown), UNKNOWN, np.int32)
+        ids[shown] = self.item_ids(items, name)
+        parts = []
         for field in self.prepared.manifest.history:
             values = columns.get(field.name, [None] * len(shown))
             values = a_list(f"{name}, {field.name}", values)
@@ -152,11 +236,11 @@ class Encoder:
                     f"history: place {wrong[0]} of {field.name} holds "
                     f"{cells[int(wrong[0])].as_py()!r}, which is no number; None is a missing one"
                 )
-            ids = features.encode(encoding, cells).astype(np.int32)
+            codes = features.encode(encoding, cells).astype(np.int32)
             searched = queries and (encoding.feature.column or field.name) == data["query"]
-            ids[shown == searched] = 0  # as in preparation
-            past |= {column: ids[:, slot] for slot, column in enumerate(field.columns)}
-        return past
+            codes[shown == searched] = 0  # as in preparation
+            parts.append(codes)
+        return {"item": ids, "ids": np.concatenate(parts, axis=1)} if parts else {"item": ids}
 
     def _feature(self, name: str) -> Encoding:
         """A feature of the history, as it was fitted."""
@@ -166,10 +250,8 @@ class Encoder:
 
     @functools.cached_property
     def _contexts(self) -> dict[str, np.ndarray]:
-        """Context features of all users."""
-        users = self.prepared.users
-        names = [n for n in ("context_ids", "context_numbers") if n in users.column_names]
-        return to_arrays(users.select(names))
+        """Context features of all users: "ids" [U, M], "numbers" [U, C]."""
+        return self.prepared.user_context()
 
     def _list(self, column: str) -> Lists:
         if column not in self._lists:

@@ -108,7 +108,6 @@ def test_other_bytes_and_another_meaning_are_cleaned_anew(raw: Path) -> None:
         (make(tasks={"like": {"kind": "regression", "column": "rating"}}), False),
         (make(features={"rating": {"on": "history"}}), False),
         (make(clean={"latest": "now"}), False),
-        (make(clean={"latest": "now"}), False),  # another now
     ):
         cleaned(raw)
         assert cleaned(raw, experiment)[1] == same
@@ -118,6 +117,18 @@ def test_other_bytes_and_another_meaning_are_cleaned_anew(raw: Path) -> None:
     assert not used
     assert (first.notes.events, second.notes.events) == (8, 9)
     assert first.notes.fingerprint != second.notes.fingerprint
+
+
+def test_now_is_another_one_where_rows_lay_in_the_future(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = make(clean={"latest": "now"})
+    assert [cleaned(raw, now)[1] for _ in range(2)] == [False, True]
+    with (raw / "log.csv").open("a") as file:
+        file.write("d,x,1,4e9,1\n")  # in 2096
+    assert [cleaned(raw, now)[1] for _ in range(2)] == [False, True]
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert not cleaned(raw, now)[1]
 
 
 def test_the_split_belongs_to_it_where_cleaning_depends_on_it(raw: Path) -> None:
