@@ -48,8 +48,8 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "ibis": tuple(
         f"data/{n}.py"
         for n in (
-            *("prepare", "schema", "expressions", "clean", "split", "index"),
-            *("past", "guards", "twins", "engine", "social_tables"),
+            *("prepare", "schema", "expressions", "clean", "rules", "split"),
+            *("past", "guards", "engine", "social"),
         )
     ),
     "duckdb": (),

@@ -42,7 +42,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -364,6 +364,21 @@ class Prepared:
             for name, array in block.items():
                 parts.setdefault(name, []).append(array[keep])
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def grouped(
+    fields: Mapping[str, Iterable[IdField | NumberField]],
+) -> dict[str, tuple[Any, ...]]:
+    """{group of a manifest: its fields}, from {what features are on: their fields}."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for on, some in fields.items():
+        ids = tuple(field for field in some if isinstance(field, IdField))
+        if on == "history":
+            found["history"] = ids
+            continue
+        found[f"{on}_ids"] = ids
+        found[f"{on}_numbers"] = tuple(f for f in some if isinstance(f, NumberField))
+    return found
 
 
 def configuration(experiment: Experiment) -> dict[str, Any]:
