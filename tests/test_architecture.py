@@ -19,10 +19,10 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 # Imports point to the same layer or to one further up. A room may be on several, by the file.
 LAYERS = (
     ("errors", "types", "interrupts", "arguments", "processes", "choices", "machine"),
-    ("kernels", "sharding", "compilation", "mixing"),
+    ("kernels", "sharding", "compilation", "mixing", "quantities"),
     ("data.features", "balance", "models.layers", "models.encoders", "models.towers", "baselines"),
     ("config", "experiments"),
-    ("data", "tables", "quantities"),
+    ("data", "tables"),
     ("losses",),
     ("models",),
     ("evaluation",),
