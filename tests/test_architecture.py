@@ -121,16 +121,19 @@ def test_baselines_know_only_the_data_contract() -> None:
 
 
 def test_nobody_imports_the_command_line() -> None:
-    assert not [n for n, tree in TREES.items() if "cli" in {part_of(i) for i in own_imports(tree)}]
+    others = {n: tree for n, tree in TREES.items() if not n.startswith("cli/")}
+    assert not [n for n, tree in others.items() if "cli" in {part_of(i) for i in own_imports(tree)}]
 
 
 def test_functions_stay_readable() -> None:
-    long = [
-        f"{name}: {f.name} has {f.end_lineno - f.lineno + 1} lines"
-        for name, tree in TREES.items()
-        for f in functions(tree)
-        if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > 60
-    ]
+    """At most 60 lines, the signature and the docstring aside."""
+    long = []
+    for name, tree in TREES.items():
+        for function in functions(tree):
+            body = function.body[1 if ast.get_docstring(function) else 0 :]
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            if lines > 60:
+                long.append(f"{name}: {function.name} has {lines} lines")
     assert not long
 
 
