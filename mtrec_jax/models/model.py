@@ -76,7 +76,6 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
       manifest: of the chosen view, `Prepared.chosen(experiment).manifest`.
     """
     inputs = make_inputs(experiment, manifest)
-
     abstract, network, init = _layers(experiment, manifest, inputs)
 
     def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Wanted:
@@ -124,6 +123,40 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         score=score,
         item_ids=lambda item, catalogue: item_ids(inputs, item, catalogue),
     )
+
+
+def _layers(
+    experiment: Experiment, manifest: Manifest, inputs: Inputs
+) -> tuple[Network, Callable[[PyTree], Network], Callable[[int], PyTree]]:
+    """The layers without values, with those of parameters, and initial parameters of a seed."""
+    dtype = jnp.dtype(experiment.train.precision)
+
+    def made(rngs: nnx.Rngs) -> Network:
+        searches = experiment.data.queries is not None
+        return Network(
+            experiment.model, inputs, manifest.history_length, searches, dtype=dtype, rngs=rngs
+        )
+
+    # Only the structure is needed here: eval_shape allocates nothing.
+    abstract = nnx.eval_shape(lambda: made(nnx.Rngs(0)))
+    graph = nnx.graphdef(abstract)
+
+    def network(params: PyTree) -> Network:
+        return nnx.merge(graph, nnx.State(params["network"]))
+
+    def init(seed: int) -> PyTree:
+        state = nnx.state(made(nnx.Rngs(params=seed)), nnx.Param)
+        return {"network": nnx.to_pure_dict(state)}
+
+    return abstract, network, init
+
+
+def _by_example(inputs: Inputs) -> frozenset[str]:
+    """Groups whose ids are split like the batch; every example has those of others."""
+    shared = {"negative", "negative_features"}
+    if inputs.lists_items:
+        shared |= {ITEM, "item_features"}
+    return frozenset(inputs.layout.groups) - shared
 
 
 def _items(layers: Network, rows: Rows, catalogue: Catalogue, item: Array, group: str) -> jax.Array:
