@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
