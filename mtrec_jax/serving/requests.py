@@ -1,7 +1,8 @@
-"""Requests to batches: raw user ids, fresh histories and raw rows as the model wants them."""
+"""Requests to batches: raw user ids, fresh histories and moments as the model wants them."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +11,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
-from mtrec_jax.data import features
+from mtrec_jax.config import Experiment
+from mtrec_jax.data import features, past
 from mtrec_jax.data.cells import as_text
-from mtrec_jax.data.dataset import Lists, Prepared, to_arrays
-from mtrec_jax.data.features import Encoding
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.features.clock import Clock
 from mtrec_jax.errors import DataError, nearest
-from mtrec_jax.evaluation.inference import pad_rows
-from mtrec_jax.types import FIRST, UNKNOWN, Batch
+from mtrec_jax.evaluation.collect import met_items
+from mtrec_jax.models.serve import pad_rows
+from mtrec_jax.types import FIRST, UNKNOWN, Batch, Lists
 
 BATCH = 256  # requests in a batch
+SIZES = (8, BATCH)  # what a batch is filled up to, so that few programs are compiled
 
 History = Sequence[str] | Mapping[str, Sequence[Any]]
+Moments = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # for all requests, or for each
 
 
 @dataclass(frozen=True)
@@ -36,47 +43,69 @@ class Requests:
 class Encoder:
     """Encodes requests for one prepared folder; lists and vocabularies are read once."""
 
-    def __init__(self, prepared: Prepared, dtype: str):
-        self.prepared, self._dtype = prepared, dtype
-        self._lists: dict[str, Lists] = {}
+    def __init__(self, prepared: Prepared, dtype: str, sizes: tuple[int, ...] = SIZES):
+        self.prepared, self._dtype, self._sizes = prepared, dtype, sizes
         self._features: dict[str, Encoding] = {}
+        self._experiment = described(prepared)
 
-    def users(self, users: list[str], histories: Sequence[History] | None) -> Requests:
-        """Users to a batch of exactly BATCH examples of one position."""
-        manifest, n = self.prepared.manifest, len(users)
-        ids = np.array([self.prepared.user_ids.get(u, 1) for u in users], np.int32)
-        known = ids >= FIRST
-        fields = ["item", *(column for f in manifest.history for column in f.columns)]
-        length = manifest.history_length
-        events = {name: np.zeros((n, length), np.int32) for name in fields}
+    def users(
+        self,
+        users: list[str],
+        histories: Sequence[History] | None,
+        request: Sequence[Mapping[str, Any]],
+        items: list[str] | None = None,
+    ) -> Requests:
+        """Users at one moment each, at most BATCH, to a batch of one of a few sizes.
+
+        Args:
+          users: raw ids.
+          histories: instead of the stored ones.
+          request: what is known of the moment of each.
+          items: the raw id of the one candidate of each, if there is one.
+        """
+        ids = np.array([self.prepared.user_ids.get(user, UNKNOWN) for user in users], np.int32)
+        moments = self._moments(users, items, request)
+        return self.rows({**moments, "user": ids}, histories)
+
+    def rows(
+        self, arrays: dict[str, np.ndarray], histories: Sequence[History] | None = None
+    ) -> Requests:
+        """Columns of `encode_requests`, at most BATCH rows, with the users' histories and context.
+
+        A user who is not in the data has the unknown value of each context feature.
+        """
+        manifest, ids = self.prepared.manifest, arrays["user"].astype(np.int32)
+        n, length, known = len(ids), manifest.history_length, ids >= FIRST
+        fields = manifest.history if length else ()
+        events = {f.name: np.zeros((n, length, f.slots), np.int32) for f in fields}
+        events |= {"item": np.zeros((n, length), np.int32)} if length else {}
         cutoff = np.zeros((n, 1), np.int32)
-        seen = []
+        seen = [np.zeros(0, np.int32)] * n
         for i in range(n):
+            past: dict[str, np.ndarray] = {}
             if histories is not None:
                 past = self._encode_history(histories[i], f"histories[{i}]")
             elif known[i]:
-                past = {name: self._list(f"event_{name}")[ids[i] - FIRST] for name in fields}
-            else:
-                past = {name: np.zeros(0, np.int32) for name in fields}
-            count = min(len(past["item"]), length)
-            for name in fields:
-                events[name][i, :count] = past[name][len(past[name]) - count :]
-            cutoff[i] = count
-            seen.append(past["item"])
-        lengths = np.cumsum([0, *(len(s) for s in seen)])
-        values = np.concatenate([np.zeros(0, np.int32), *seen])
-        arrays = {}
-        for name, array in self._contexts.items():
-            chosen = array[np.maximum(ids - FIRST, 0)] if n else array[:0]
-            arrays[name] = np.where(known[:, None], chosen, np.zeros((), array.dtype))
-        batch = self._batch(arrays, events, cutoff, ids)
-        return Requests(batch, known, Lists(values, lengths))
-
-    def rows(self, arrays: dict[str, np.ndarray]) -> Requests:
-        """Columns of `prepare.encode_rows`, at most BATCH rows, to a batch without histories."""
-        n = len(arrays["user"])
-        batch = self._batch(arrays, {}, np.zeros((n, 1), np.int32), arrays["user"])
-        return Requests(batch, np.ones(n, bool), Lists(np.zeros(0, np.int32), np.zeros(n + 1, int)))
+                past = {name: lists[ids[i] - FIRST] for name, lists in self._events.items()}
+            seen[i] = past.get("item", seen[i])
+            if not length or not len(seen[i]):
+                continue
+            cutoff[i] = count = min(len(past["item"]), length)
+            for name, array in events.items():
+                array[i, :count] = past[name][-count:].reshape(count, *array.shape[2:])
+        found = {"item": events["item"]} if length else {}
+        if fields:
+            found["ids"] = np.concatenate([events[f.name] for f in fields], axis=-1)
+        request = {
+            part: arrays[f"request_{part}"][:, None]
+            for part in ("ids", "numbers")
+            if getattr(manifest, f"request_{part}")
+        }
+        batch = self._batch(self._context(ids), request, found, cutoff, ids)
+        offsets = np.cumsum([0, *map(len, seen)])
+        return Requests(
+            batch, known, Lists(np.concatenate([np.zeros(0, np.int32), *seen]), offsets)
+        )
 
     def item_ids(self, items: Iterable[Any], name: str = "items") -> np.ndarray:
         """Ids [n] of raw item ids.
@@ -97,28 +126,135 @@ class Encoder:
 
     def _batch(
         self,
-        arrays: dict[str, np.ndarray],
+        context: dict[str, np.ndarray],
+        request: dict[str, np.ndarray],
         events: dict[str, np.ndarray],
         cutoff: np.ndarray,
         user: np.ndarray,
     ) -> Batch:
-        context = {}
-        if self.prepared.manifest.context_ids:
-            context["ids"] = pad_rows(arrays["context_ids"], BATCH)
-        if self.prepared.manifest.context_numbers:
-            context["numbers"] = pad_rows(arrays["context_numbers"].astype(self._dtype), BATCH)
-        one = np.zeros((BATCH, 1), np.int32)
+        size = next(size for size in self._sizes if size >= len(user))
+
+        def padded(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            typed = {
+                name: array.astype(self._dtype if name == "numbers" else np.int32)
+                for name, array in parts.items()
+            }
+            return {name: pad_rows(array, size) for name, array in typed.items()}
+
         return Batch(
-            context=context,
-            events={name: pad_rows(a, BATCH) for name, a in events.items()},
-            cutoff=pad_rows(cutoff, BATCH),
-            candidate=one,
+            context=padded(context),
+            request=padded(request),
+            events=padded(events),
+            cutoff=pad_rows(cutoff, size),
+            candidate=np.zeros((size, 1), np.int32),
             labels={},
             mask={},
-            user=pad_rows(user, BATCH),
-            weight=np.ones((BATCH, 1), self._dtype),
-            row=one,
+            user=pad_rows(user, size),
+            weight=np.ones((size, 1), self._dtype),
+            row=None,
         )
+
+    def _context(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Context features [n, ...] of users: of unknown ones the ids that stand for unknown."""
+        found = {}
+        for part, (stored, unknown) in self._contexts.items():
+            rows = np.concatenate([unknown, stored])
+            found[part] = rows[np.maximum(ids - UNKNOWN, 0)]
+        return found
+
+    @functools.cached_property
+    def _contexts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """{part: context features of all users [U, M], and of one who is not among them [1, M]}.
+
+        An unknown id is one that training knows: it stood for its rare values. A number is taken
+        for what a missing one is.
+        """
+        manifest = self.prepared.manifest
+        unknown: dict[str, list[np.ndarray]] = {"ids": [], "numbers": []}
+        for field in manifest.context_ids:
+            unknown["ids"].append(np.arange(field.slots)[None] == 0)  # UNKNOWN is 1, padding 0
+        for number in manifest.context_numbers:
+            none = pa.nulls(1, pa.string())
+            unknown["numbers"].append(features.encode(self._feature(number.name), none))
+        return {
+            part: (stored, np.concatenate(unknown[part], axis=1).astype(stored.dtype))
+            for part, stored in self.prepared.user_context().items()
+        }
+
+    @functools.cached_property
+    def _events(self) -> dict[str, Lists]:
+        """What each user has met: items, and the history features where there are histories."""
+        fields = self.prepared.manifest.history if self.prepared.manifest.history_length else ()
+        found = {field.name: self.prepared.user_lists(f"event_{field.name}") for field in fields}
+        return {"item": met_items(self.prepared)[0], **found}
+
+    def _moments(
+        self, users: list[str], items: list[str] | None, given: Sequence[Mapping[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """Features of the moments of users, and of the items if there are any.
+
+        Raises:
+          DataError: a key that is no feature of the request and no column of one, or a cell that is
+            no number where one is needed.
+        """
+        n, asked = len(users), self._asked
+        columns = {name: column for name, (_, column) in asked.items()}
+        data = self._experiment.data
+        allowed = {*columns, *columns.values(), *([data.time] if data.time else [])}
+        for moment in given:
+            for key in moment:
+                if key not in allowed:
+                    raise DataError(
+                        f"request: {key!r} is no feature on = 'request' of this data."
+                        f"{nearest(str(key), allowed)} There are {', '.join(columns) or 'none'}"
+                    )
+        own = {data.user: users, data.item: items or [None] * n}
+        rows: dict[str, pa.Array] = {
+            "user": pa.array([user or None for user in users], pa.string())
+        }
+        if data.time:
+            times = [seconds(moment.get(data.time), data.time_unit) for moment in given]
+            rows["time"] = pa.array(times, pa.float64())
+        for name, (encoding, column) in asked.items():
+            values = [m.get(name, m.get(column)) for m in given]
+            if column in own and not any(name in m or column in m for m in given):
+                values = list(own[column])
+            if isinstance(encoding.feature, Clock):
+                values = [
+                    m[name]
+                    if name in m
+                    else encoding.feature.of(seconds(m.get(column), data.time_unit))
+                    for m in given
+                ]
+            rows[f"feature_{name}"] = self._cells(encoding, values)
+        table = past.look_up(pa.table(rows), self.prepared, self._experiment)
+        cells = {name: one_array(table[f"feature_{name}"]) for name in asked}
+        encodings = [encoding for encoding, _ in asked.values()]
+        ids, numbers = features.encode_all(encodings, cells, n)
+        return {"request_ids": ids, "request_numbers": numbers}
+
+    def _cells(self, encoding: Encoding, values: list[Any]) -> pa.Array:
+        """Values as cells of the raw data: text, or lists of it."""
+        if any(isinstance(value, list | tuple) for value in values):
+            return pa.array([None if v is None else list(map(raw_text, v)) for v in values])
+        cells = pa.array([raw_text(value) or None for value in values], pa.string())
+        wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))
+        if len(wrong):
+            raise DataError(
+                f"request: {encoding.name} = {cells[int(wrong[0])].as_py()!r} is no number; leave "
+                "it out where it is missing"
+            )
+        return cells
+
+    @functools.cached_property
+    def _asked(self) -> dict[str, tuple[Encoding, str]]:
+        """The features of the request, and the column of each."""
+        declared = self._experiment.features
+        return {
+            name: (self._feature(name), feature.origin(name, self._experiment.data)[1])
+            for name, feature in declared.items()
+            if feature.on == "request" and feature.fitted
+        }
 
     def _encode_history(self, history: History, name: str) -> dict[str, np.ndarray]:
         """Ids of each column of a history; where data has queries, an item of None is a search."""
@@ -135,8 +271,8 @@ class Encoder:
         if queries:
             shown = np.array([item is not None for item in items], bool)
             items = [item for item in items if item is not None]
-        past = {"item": np.full(len(shown), UNKNOWN, np.int32)}
-        past["item"][shown] = self.item_ids(items, name)
+        encoded = {"item": np.full(len(shown), UNKNOWN, np.int32)}
+        encoded["item"][shown] = self.item_ids(items, name)
         for field in self.prepared.manifest.history:
             values = columns.get(field.name, [None] * len(shown))
             values = a_list(f"{name}, {field.name}", values)
@@ -155,26 +291,14 @@ class Encoder:
             ids = features.encode(encoding, cells).astype(np.int32)
             searched = queries and (encoding.feature.column or field.name) == data["query"]
             ids[shown == searched] = 0  # as in preparation
-            past |= {column: ids[:, slot] for slot, column in enumerate(field.columns)}
-        return past
+            encoded[field.name] = ids
+        return encoded
 
     def _feature(self, name: str) -> Encoding:
         """A feature of the history, as it was fitted."""
         if name not in self._features:
             self._features[name] = features.restore(self.prepared, name)
         return self._features[name]
-
-    @functools.cached_property
-    def _contexts(self) -> dict[str, np.ndarray]:
-        """Context features of all users."""
-        users = self.prepared.users
-        names = [n for n in ("context_ids", "context_numbers") if n in users.column_names]
-        return to_arrays(users.select(names))
-
-    def _list(self, column: str) -> Lists:
-        if column not in self._lists:
-            self._lists[column] = self.prepared.user_lists(column)
-        return self._lists[column]
 
 
 def raw_text(value: Any) -> str:
@@ -213,3 +337,31 @@ def check_id(name: str, value: Any) -> None:
     """Raise `DataError` for a list, an array or a mapping in the place of an id."""
     if isinstance(value, list | tuple | set | Mapping) or getattr(value, "ndim", 0) > 0:
         raise DataError(f"{name}: {shown(value)} is no id; pass a text or a number")
+
+
+def seconds(time: Any, unit: str) -> float | None:
+    """A time, as a number in the unit of the data or as a datetime, in seconds; None: none.
+
+    >>> seconds(datetime.datetime(1970, 1, 2), "s"), seconds(5000, "ms")
+    (86400.0, 5.0)
+    """
+    if time is None:
+        return None
+    if isinstance(time, str):
+        try:
+            time = datetime.datetime.fromisoformat(time)
+        except ValueError:
+            raise DataError(f"request: time {time!r} is neither ISO 8601 nor a number") from None
+    if isinstance(time, datetime.datetime):
+        utc = time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
+        return utc.timestamp()
+    if isinstance(time, bool) or not isinstance(time, int | float | np.number):
+        raise DataError(f"request: time {shown(time)} is neither a number nor a datetime")
+    return float(time) / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
+
+
+def described(prepared: Prepared) -> Experiment:
+    """What a folder was prepared with, as an experiment without a model."""
+    values = {"name": prepared.manifest.name, **prepared.manifest.config}
+    found: Experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
+    return found
