@@ -18,8 +18,10 @@ from pydantic import Field
 
 from mtrec_jax.balance import BALANCERS
 from mtrec_jax.balance.static import Static
+from mtrec_jax.baselines import BASELINES
 from mtrec_jax.choices import Choice
 from mtrec_jax.data.features import CHOICE, Feature
+from mtrec_jax.evaluation.metrics import METRICS, metric_of
 from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.encoders.transformer import Transformer
 from mtrec_jax.models.towers import TOWERS
@@ -247,8 +249,7 @@ class Evaluate:
     ks: Sizes = (10,)
     exclude_seen: bool = True
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
-    baselines: tuple[Literal["popularity", "bias", "item_knn"], ...] = ()
-    neighbours: Count = 100  # item_knn
+    baselines: tuple[Annotated[Any, Choice(BASELINES)], ...] = ()
     bootstrap: Natural = 200  # resamples of the 95 % intervals; 0: none
     batch_size: Count = 512
 
@@ -263,6 +264,7 @@ class Published:
     metrics: dict[str, float]
     source: str
     split: Literal["validation", "test"] = "test"
+    protocol: str = ""  # how it was measured there, where that differs from here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +293,6 @@ MAIN_METRIC = {  # of retrieval: ndcg at the first k
     "regression": "rmse",
     "multiclass": "accuracy",
 }
-LOWER_IS_BETTER = ("rmse", "mae", "log_loss", "calibration_error")
 
 
 def to_dict(experiment: Any) -> dict[str, Any]:
@@ -334,7 +335,8 @@ def select_metric(experiment: Experiment) -> tuple[str, str, bool]:
         task = next(iter(experiment.tasks))
         at_first_k = f"ndcg@{experiment.evaluate.ks[0]}"
         metric = MAIN_METRIC.get(experiment.tasks[task].kind, at_first_k)
-    return task, metric, metric not in LOWER_IS_BETTER
+    known = metric_of(metric)
+    return task, metric, not (known and known.lower_is_better)
 
 
 def fusion_objective(experiment: Experiment) -> dict[str, float]:
@@ -348,9 +350,5 @@ def fusion_objective(experiment: Experiment) -> dict[str, float]:
 def metrics_of(kind: str, ks: Iterable[int]) -> list[str]:
     """Names of the metrics that evaluation reports for a kind of task."""
     if kind == "retrieval":
-        return [f"{m}@{k}" for k in ks for m in ("hr", "ndcg", "mrr", "recall")]
-    return {
-        "binary": ["auc", "log_loss", "calibration_error", "accuracy"],
-        "regression": ["rmse", "mae"],
-        "multiclass": ["accuracy", "log_loss"],
-    }[kind]
+        return [f"{name}@{k}" for k in ks for name in METRICS[kind]]
+    return list(METRICS[kind])

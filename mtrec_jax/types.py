@@ -40,6 +40,19 @@ class Batch(NamedTuple):
     row: Array | None  # [B, P] int64 source row, -1 on padding; None on devices
 
 
+class Lists:
+    """Variable-length integer lists in one flat array: `lists[i]` is a view."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray):
+        self.values, self.offsets = values, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int | np.integer) -> np.ndarray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
 class Catalogue(NamedTuple):
     """What is known of every item, by item id; rows 0 (padding) and 1 (unknown) are zero."""
 

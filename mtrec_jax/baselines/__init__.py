@@ -1,7 +1,20 @@
-"""What a deep model has to beat, as plain functions on arrays of training interactions.
+"""What a deep model has to beat: fitted in seconds, measured on the same targets. A file each.
 
-Every module has `fit(...) -> model` (a frozen dataclass of arrays) and `scorer(model, histories)`,
-whose result scores blocks of the catalogue as `mtrec_jax.evaluation.protocol.Scorer` asks.
-`users` and `items` are ids as in `Prepared.interactions`: 0 padding, 1 unknown, real ids from 2.
-Scores are by catalogue index, that is item id - 2.
+A baseline is a frozen dataclass of options with `fit`, see `contract`; the dictionary below names
+all that there are.
 """
+
+from __future__ import annotations
+
+from mtrec_jax.baselines.bias import Bias
+from mtrec_jax.baselines.contract import Baseline, Interactions, Predicts, Ranks, Scorer
+from mtrec_jax.baselines.knn import ItemKnn
+from mtrec_jax.baselines.popularity import Popularity
+
+BASELINES = {
+    "popularity": Popularity,
+    "bias": Bias,
+    "item_knn": ItemKnn,
+}
+
+__all__ = ["BASELINES", "Baseline", "Interactions", "Predicts", "Ranks", "Scorer"]

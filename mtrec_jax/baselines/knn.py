@@ -9,23 +9,85 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float32, Int
+from pydantic import Field
 
-from mtrec_jax.data.dataset import Lists
-from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.types import FIRST
+from mtrec_jax.baselines.contract import Interactions
+from mtrec_jax.types import FIRST, Lists
 
 _WORK = 1 << 25  # products of one block of the similarity matrix: bounds its memory to ~0.4 GB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ItemKnn:
+    """Items like those of a history."""
+
+    kind: Literal["item_knn"] = "item_knn"
+    neighbours: Annotated[int, Field(ge=1)] = 100  # kept per item
+
+    def fit(self, train: Interactions) -> Similarities:
+        """Cosine between the columns of the binary user-item matrix, the nearest kept per item.
+
+        similarity(i, j) = users of both / sqrt(users of i x users of j). Repeated interactions
+        count once; padding and unknown ids are left out; of equal ones the lowest item is kept.
+
+        >>> train = Interactions(np.array([2, 2, 3, 3]), np.array([2, 3, 2, 3]), 2, 3)
+        >>> ItemKnn().fit(train).similarity.toarray()
+        array([[0., 1., 0.],
+               [1., 0., 0.],
+               [0., 0., 0.]], dtype=float32)
+        """
+        users, items = train.liked
+        known = (users >= FIRST) & (items >= FIRST)
+        shape = (train.n_users, train.n_items)
+        seen = _binary(users[known] - FIRST, items[known] - FIRST, shape)  # (users, items)
+        by_item = seen.T.tocsr()
+        count = np.diff(by_item.indptr).astype(np.float64)
+        data, indices, lengths = [], [], []
+        for part in _blocks(by_item, seen):
+            together = (by_item[part] @ seen).tocsr()  # (block, items): users of both, integers
+            together.sort_indices()
+            for row in range(together.shape[0]):
+                inside = slice(together.indptr[row], together.indptr[row + 1])
+                others = together.indices[inside]
+                norm = np.sqrt(count[others] * count[part.start + row])
+                cosine = (together.data[inside] / norm).astype(np.float32)
+                cosine[others == part.start + row] = 0
+                keep = _nearest(cosine, self.neighbours)
+                data.append(cosine[keep])
+                indices.append(others[keep])
+                lengths.append(len(keep))
+        offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
+        parts = (np.concatenate(data), np.concatenate(indices), offsets)
+        return Similarities(sp.csr_array(parts, shape=(train.n_items, train.n_items)))
+
+
+@dataclass(frozen=True)
+class Similarities:
     """Cosine similarities to the nearest neighbours; row i holds those of catalogue index i."""
 
     similarity: sp.csr_array  # [N, N] float32, diagonal 0
+
+    def scorer(self, users: np.ndarray, histories: Lists) -> KnnScorer:
+        """Score each query's history of item ids; repeats count once, padding, unknown and
+        untrained items are passed over.
+
+        >>> train = Interactions(np.array([2, 2, 3, 3]), np.array([2, 3, 2, 3]), 2, 3)
+        >>> history = Lists(np.array([2, 0]), np.array([0, 2]))
+        >>> scorer = ItemKnn().fit(train).scorer(np.array([2]), history)
+        >>> scorer.block(np.array([0]), slice(0, 3))
+        array([[0., 1., 0.]], dtype=float32)
+        """
+        n_items = self.similarity.shape[0]
+        rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
+        columns = histories.values[histories.offsets[0] : histories.offsets[-1]] - FIRST
+        known = (columns >= 0) & (columns < n_items)
+        shape = (len(histories), n_items)
+        return KnnScorer(_binary(rows[known], columns[known], shape), self.similarity)
 
 
 @dataclass(frozen=True)
@@ -40,83 +102,6 @@ class KnnScorer:
         whole = (items.start, items.stop) == (0, self.similarity.shape[1])
         similarity = self.similarity if whole else self.similarity[:, items]
         return (self.histories[queries] @ similarity).toarray()
-
-
-def fit(
-    users: Int[np.ndarray, " n"],
-    items: Int[np.ndarray, " n"],
-    n_users: int,
-    n_items: int,
-    neighbours: int = 100,
-) -> ItemKnn:
-    """Cosine between the columns of the binary user-item matrix, the nearest kept per item.
-
-    similarity(i, j) = users of both / sqrt(users of i x users of j). Repeated interactions count
-    once; padding and unknown ids are left out; of equal similarities the lowest item is kept.
-
-    Args:
-      users, items: ids of the interactions.
-      n_users, n_items: how many real users and catalogue items there are.
-      neighbours: kept per item.
-
-    Raises:
-      ConfigError: `neighbours` is below 1.
-      DataError: an id is beyond `n_users` or `n_items`.
-
-    >>> fit(np.array([2, 2, 3, 3]), np.array([2, 3, 2, 3]), 2, 3).similarity.toarray()
-    array([[0., 1., 0.],
-           [1., 0., 0.],
-           [0., 0., 0.]], dtype=float32)
-    """
-    if neighbours < 1:
-        raise ConfigError(f"item_knn: neighbours must be 1 or more, not {neighbours}")
-    known = (users >= FIRST) & (items >= FIRST)
-    rows, columns = users[known] - FIRST, items[known] - FIRST
-    for name, index, size in (("user", rows, n_users), ("item", columns, n_items)):
-        if len(index) and index.max() >= size:
-            raise DataError(
-                f"item_knn: {name} id {index.max() + FIRST} is beyond n_{name}s = {size}; pass it "
-                "as in the manifest"
-            )
-    seen = _binary(rows, columns, (n_users, n_items))  # (users, items)
-    by_item = seen.T.tocsr()
-    count = np.diff(by_item.indptr).astype(np.float64)
-    data, indices, lengths = [], [], []
-    for part in _blocks(by_item, seen):
-        together = (by_item[part] @ seen).tocsr()  # (block, items): users of both, exact integers
-        together.sort_indices()
-        for row in range(together.shape[0]):
-            inside = slice(together.indptr[row], together.indptr[row + 1])
-            others = together.indices[inside]
-            norm = np.sqrt(count[others] * count[part.start + row])
-            cosine = (together.data[inside] / norm).astype(np.float32)
-            cosine[others == part.start + row] = 0
-            keep = _nearest(cosine, neighbours)
-            data.append(cosine[keep])
-            indices.append(others[keep])
-            lengths.append(len(keep))
-    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
-    parts = (np.concatenate(data), np.concatenate(indices), offsets)
-    return ItemKnn(sp.csr_array(parts, shape=(n_items, n_items)))
-
-
-def scorer(model: ItemKnn, histories: Lists) -> KnnScorer:
-    """Score each query's history of item ids.
-
-    Args:
-      histories: per query the item ids (not indexes) of its past, in any order; repeats count
-        once, padding, unknown and untrained items are passed over.
-
-    >>> model = fit(np.array([2, 2, 3, 3]), np.array([2, 3, 2, 3]), 2, 3)
-    >>> scorer(model, Lists(np.array([2, 0]), np.array([0, 2]))).block(np.array([0]), slice(0, 3))
-    array([[0., 1., 0.]], dtype=float32)
-    """
-    n_items = model.similarity.shape[0]
-    rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
-    columns = histories.values[histories.offsets[0] : histories.offsets[-1]] - FIRST
-    known = (columns >= 0) & (columns < n_items)
-    shape = (len(histories), n_items)
-    return KnnScorer(_binary(rows[known], columns[known], shape), model.similarity)
 
 
 def _binary(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sp.csr_array:

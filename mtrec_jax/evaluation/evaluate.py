@@ -19,16 +19,15 @@ from mtrec_jax.evaluation.metrics import (
     Statistic,
     auc,
     bootstrap_interval,
+    metric_of,
     ranking_metrics,
     ranking_statistics,
     task_metrics,
     task_statistics,
 )
+from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.models.serve import Serving, predictions
-from mtrec_jax.types import PyTree
-
-# an absolute value of a mean: resampling adds noise to it, and hence moves it upwards
-WITHOUT_INTERVAL = ("calibration_error",)
+from mtrec_jax.types import FIRST, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Evaluation:
     """What `evaluation.json` holds, but for the count of looks at the test set."""
 
     split: str
-    protocol: str
+    protocol: Protocol
     fingerprint: str
     tasks: dict[str, Metrics]
     baselines: dict[str, Metrics] = field(default_factory=dict)  # {name: {"task/metric": value}}
@@ -49,7 +48,7 @@ class Evaluation:
 
         A baseline's metrics have their plain names as well where one task alone has them.
         """
-        found = dataclasses.asdict(self)
+        found = dataclasses.asdict(self) | {"protocol": self.protocol.to_dict()}
         found["baselines"] = {n: _with_plain_names(m) for n, m in self.baselines.items()}
         return _without_nan(found)
 
@@ -88,7 +87,7 @@ def evaluate(
         statistics[retrieval] = ranking_statistics(ranks, config.ks), len(ranks)
     result = Evaluation(
         split=split,
-        protocol=prepared.manifest.protocol,
+        protocol=protocol_of(experiment, prepared),
         fingerprint=prepared.manifest.fingerprint,
         tasks={name: tasks[name] for name in experiment.tasks},
         targets={name: statistics[name][1] for name in experiment.tasks},
@@ -99,7 +98,7 @@ def evaluate(
         result,
         orders=_orders(experiment, prepared, collected),
         baselines=compare(experiment, prepared, collected, split),
-        intervals=_intervals(statistics, config.bootstrap),
+        intervals=_intervals(statistics, _groups(experiment, collected), config.bootstrap),
     )
 
 
@@ -153,17 +152,35 @@ def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) ->
     return found if len(experiment.tasks) > 1 else {}
 
 
+def _groups(experiment: Experiment, collected: Collected) -> dict[str, np.ndarray]:
+    """The user of each example of a task: a user's targets are not independent."""
+    user = np.where(collected.user < FIRST, -1, collected.user)
+    return {
+        name: user[collected.retrieved]
+        if task.kind == "retrieval"
+        else user[~np.isnan(collected.labels[name])]
+        for name, task in experiment.tasks.items()
+    }
+
+
 def _intervals(
-    statistics: dict[str, tuple[dict[str, Statistic], int]], resamples: int
+    statistics: dict[str, tuple[dict[str, Statistic], int]],
+    groups: dict[str, np.ndarray],
+    resamples: int,
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """95 % bootstrap intervals over the targets, but for the metrics that resampling shifts."""
+    """95 % bootstrap intervals over the users, but for the metrics that resampling shifts."""
     if not resamples:
         return {}
+
+    def has_interval(name: str) -> bool:
+        metric = metric_of(name)
+        return metric is None or metric.interval
+
     return {
         task: {
-            metric: bootstrap_interval(statistic, n, resamples)
+            metric: bootstrap_interval(statistic, n, resamples, groups=groups[task])
             for metric, statistic in by_metric.items()
-            if metric not in WITHOUT_INTERVAL
+            if has_interval(metric)
         }
         for task, (by_metric, n) in statistics.items()
     }

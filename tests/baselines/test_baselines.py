@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrec_jax.baselines import bias, knn, popularity
-from mtrec_jax.data.dataset import Lists
+from mtrec_jax.types import Lists
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation.protocol import Scorer, target_ranks, top_items
 from mtrec_jax.types import FIRST

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrec_jax.data import social
-from mtrec_jax.data.dataset import Lists
+from mtrec_jax.types import Lists
 from mtrec_jax.data.social import Responses, friends_taste
 
 USERS, VALUES, MEAN, SMOOTHING = 4, 3, 0.25, 2.0
