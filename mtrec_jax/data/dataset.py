@@ -57,7 +57,7 @@ from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data.features import KINDS, IdField, NumberField
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.types import FIRST, PAD, UNKNOWN
+from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
 
 FORMAT = 3
 FIELDS = (  # the groups of fields of a manifest
@@ -153,19 +153,6 @@ class Manifest:
         """Write `manifest.json` into the folder."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
-
-
-class Lists:
-    """Variable-length integer lists in one flat array: `lists[i]` is a view."""
-
-    def __init__(self, values: np.ndarray, offsets: np.ndarray):
-        self.values, self.offsets = values, offsets
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int | np.integer) -> np.ndarray:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
 
 
 @dataclass(frozen=True)

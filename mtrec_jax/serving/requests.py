@@ -14,13 +14,13 @@ from mtrec_jax.arguments import a_list, shown
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import features
 from mtrec_jax.data.cells import as_text
-from mtrec_jax.data.dataset import Lists, Prepared
+from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.features import Encoding
 from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.schema import columns_of
 from mtrec_jax.errors import DataError, nearest
 from mtrec_jax.models.serve import pad_rows
-from mtrec_jax.types import FIRST, UNKNOWN, Batch
+from mtrec_jax.types import FIRST, UNKNOWN, Batch, Lists
 
 BATCH = 256  # requests in a batch
 
