@@ -113,8 +113,7 @@ def prepare(
         if accept:
             accept(manifest)
         put_in_place(partial, out)
-        seconds = time.perf_counter() - started
-        say(f"fit: {sum(manifest.examples.values()):,} examples in {seconds:.1f} s")
+        say(f"fit: {manifest.events:,} events in {time.perf_counter() - started:.1f} s")
     return open_prepared(out, extensions_of(experiment))
 
 
