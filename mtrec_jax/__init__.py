@@ -23,7 +23,6 @@ _HOME = {
     "fit": "mtrec_jax.from_tables",
     "Recommender": "mtrec_jax.serving.recommender",
     "plan": "mtrec_jax.planner",
-    "Device": "mtrec_jax.planner",
     "cosine_scores": "mtrec_jax.kernels",
     "cosine_topk": "mtrec_jax.kernels",
     "dot_topk": "mtrec_jax.kernels",

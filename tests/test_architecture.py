@@ -22,13 +22,13 @@ LAYERS = (
     ("kernels", "sharding", "compilation", "mixing"),
     ("data.features", "balance", "models.layers", "models.encoders", "models.towers", "baselines"),
     ("config", "experiments"),
-    ("data", "tables", "quantities"),
+    ("data", "tables"),
     ("losses",),
     ("models",),
     ("evaluation",),
     ("train",),
     ("serving",),
-    ("from_tables", "planner", "planner_changes", "planner_tables"),
+    ("from_tables", "planner"),
     ("cli",),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
