@@ -48,8 +48,8 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "ibis": tuple(
         f"data/{n}.py"
         for n in (
-            *("prepare", "schema", "expressions", "clean", "split", "index"),
-            *("past", "guards", "twins", "engine", "social_tables"),
+            *("prepare", "schema", "expressions", "clean", "rules", "split"),
+            *("past", "guards", "engine", "social"),
         )
     ),
     "duckdb": (),
@@ -77,10 +77,8 @@ def own_imports(tree: ast.AST) -> Iterator[str]:
 
 
 def part_of(name: str) -> str:
-    """The room, or the floor of a room, to which a file or import belongs."""
-    first, *rest = name.replace("/", ".").removesuffix(".py").split(".")
-    inner = f"{first}.{rest[0]}" if rest else first
-    return inner if inner in LAYER else first
+    """The room or the module of the package's root to which a file or import belongs."""
+    return name.replace("/", ".").removesuffix(".py").split(".")[0]
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

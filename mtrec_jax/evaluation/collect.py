@@ -11,8 +11,8 @@ import numpy as np
 
 from mtrec_jax import processes
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SPLITS, Lists, Prepared, to_arrays
-from mtrec_jax.data.examples import SHOWN, mix, visible_events
+from mtrec_jax.data.dataset import SPLITS, Lists, Prepared
+from mtrec_jax.data.examples import SHOWN
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, Serving, pad_rows
@@ -137,35 +137,6 @@ def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
     known = users >= FIRST
     index = np.where(known, users - FIRST, 0)
     return _stretches(values, count[index], np.where(known, count[index + 1] - count[index], 0))
-
-
-def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
-    """Item ids of the events before each chosen target, a list per target.
-
-    An event that its split or `cutoff` hides from the model is hidden here too, but the history is
-    not cut to the model's length.
-
-    Args:
-      chosen: targets of the split, numbered from 0 in file order.
-    """
-    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
-    columns = to_arrays(prepared.parquet(split).read(["user", "cutoff", "row"]))
-    # examples are chunks of the targets in the order of the log, shuffled by `sequence_examples`
-    seed = prepared.manifest.config["data"]["seed"]
-    chunk = np.argsort(mix(np.arange(len(columns["user"])), seed), kind="stable")
-    there = columns["row"] >= 0
-    size = np.zeros(len(chunk), np.int64)
-    size[chunk] = there.sum(axis=1)
-    place = np.cumsum(size)[chunk] - 1  # of each example's last target among the split's
-    code = SPLITS.index(split)
-    kept, earlier = visible_events(splits.values, code)
-    last = earlier[np.flatnonzero(splits.values == code)[place]]
-    begin = earlier[items.offsets[columns["user"] - FIRST]]
-    base = np.maximum(begin, last - prepared.manifest.history_length)  # `cutoff` counts from it
-    example, position = (axis[chosen] for axis in np.nonzero(there))
-    cutoff = columns["cutoff"][example, position]
-    length = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
-    return _stretches(items.values[kept], begin[example], length)
 
 
 def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lists:
