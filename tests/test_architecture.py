@@ -25,13 +25,13 @@ LAYERS = (
         *("baselines", "evaluation.metrics"),
     ),
     ("config", "experiments"),
-    ("data", "tables", "quantities"),
+    ("data", "tables"),
     ("losses",),
     ("models",),
     ("evaluation",),
     ("train",),
     ("serving",),
-    ("from_tables", "planner", "planner_changes", "planner_tables"),
+    ("from_tables", "planner"),
     ("cli",),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
