@@ -21,7 +21,6 @@ from mtrec_jax.data import features
 from mtrec_jax.data.dataset import (
     BLOCK,
     SPLITS,
-    Lists,
     Prepared,
     TaskField,
     fixed_size,
@@ -31,7 +30,7 @@ from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.schema import query_features
 from mtrec_jax.errors import DataError
-from mtrec_jax.types import FIRST
+from mtrec_jax.types import FIRST, Lists
 
 MODULUS = 1 << 31
 SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
@@ -104,7 +103,7 @@ def event_log(
       encodings: the fitted features of the history and of the request.
       tasks: the classes of the labels.
     """
-    data, searched = experiment.data, query_features(experiment)
+    data = experiment.data
     if not data.time:
         events = events.mutate(time=events.row.cast("float64"))
     order: tuple[Any, ...] = ("user_id", "time", "row")
@@ -116,24 +115,10 @@ def event_log(
     for name in ("split", "past"):  # they have been sorted, and so copied
         engine.forget(name)
 
-    def encoded(part: pa.Table) -> dict[str, np.ndarray]:
-        arrays = {name: part[name].to_numpy() for name in ("split", "row", "time")}
-        arrays["split"] = arrays["split"].astype(np.int8)
-        arrays["user"] = part["user_id"].to_numpy().astype(np.int32)
-        arrays["event_item"] = part["item_id"].to_numpy().astype(np.int32)
-        for encoding in encodings:
-            values = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
-            role = "request" if encoding.feature.on == "request" else "event"
-            if role == "event":
-                # a search has no outcome, and nothing else a text, whatever a missing value becomes
-                values[(arrays["split"] == QUERY) != (encoding.name in searched)] = 0
-            arrays[f"{role}_{encoding.name}"] = one_column(values)
-        return arrays | _targets(part, experiment, tasks)
-
     whole: dict[str, np.ndarray] = {}
     done = 0
     for part in engine.batches("ordered"):
-        for name, array in encoded(part).items():
+        for name, array in _encoded(part, experiment, encodings, tasks).items():
             if name not in whole:
                 shape = (rows, *array.shape[1:])
                 whole[name] = mapped(engine.folder / f"{name}.array", shape, array.dtype)
@@ -146,6 +131,28 @@ def event_log(
     return Log(
         *(whole[name] for name in ("user", "split", "row", "time")), fields, targets, request
     )
+
+
+def _encoded(
+    part: pa.Table,
+    experiment: Experiment,
+    encodings: Sequence[Encoding],
+    tasks: dict[str, TaskField],
+) -> dict[str, np.ndarray]:
+    """The columns of a log from some of its events, in their order."""
+    searched = query_features(experiment)
+    arrays = {name: part[name].to_numpy() for name in ("split", "row", "time")}
+    arrays["split"] = arrays["split"].astype(np.int8)
+    arrays["user"] = part["user_id"].to_numpy().astype(np.int32)
+    arrays["event_item"] = part["item_id"].to_numpy().astype(np.int32)
+    for encoding in encodings:
+        values = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
+        role = "request" if encoding.feature.on == "request" else "event"
+        if role == "event":
+            # a search has no outcome, and nothing else a text, whatever a missing value becomes
+            values[(arrays["split"] == QUERY) != (encoding.name in searched)] = 0
+        arrays[f"{role}_{encoding.name}"] = one_column(values)
+    return arrays | _targets(part, experiment, tasks)
 
 
 def one_column(array: np.ndarray) -> np.ndarray:
