@@ -31,9 +31,7 @@ _PLACES = np.arange(2**16, dtype=np.uint32)  # in a piece that a digest adds up 
 _ADDED = ("cursor", "digests", "checksum")  # to the notes of the loop
 
 
-def open_manager(
-    folder: Path, notes: Mapping[str, Any] | None = None
-) -> ocp.CheckpointManager:
+def open_manager(folder: Path, notes: Mapping[str, Any] | None = None) -> ocp.CheckpointManager:
     """A manager of a run's steps.
 
     Args:

@@ -31,12 +31,11 @@ from mtrec_jax.tables.capacity import first_batches, measured_buffers
 from mtrec_jax.tables.exchange import BuffersOf
 from mtrec_jax.tables.lookup import Ids
 from mtrec_jax.train import checkpoint
-from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
-from mtrec_jax.train.stopping import asked_to_stop, stopped_at
+from mtrec_jax.train.stopping import asked_to_stop, full_disk_named, stopped_at
 from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.types import Batch, Catalogue, TrainState
 

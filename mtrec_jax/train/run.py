@@ -22,9 +22,9 @@ from mtrec_jax.models.model import make_model
 from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
-from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.step import model_shapes
+from mtrec_jax.train.stopping import full_disk_named
 from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind

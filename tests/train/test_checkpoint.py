@@ -225,7 +225,9 @@ def test_an_unfinished_step_is_no_step(shop_prepared: Prepared, tmp_path: Path) 
     assert not left.exists()
 
 
-def test_a_folder_without_a_checkpoint_says_what_to_do_and_reading_creates_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_says_what_to_do_and_reading_creates_nothing(
+    tmp_path: Path,
+) -> None:
     with (
         checkpoint.open_manager(tmp_path / "checkpoints") as manager,
         pytest.raises(CheckpointError, match="has no checkpoint yet. Run: mtrec train CONFIG"),

@@ -29,7 +29,9 @@ def columns_read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The columns of training examples that anybody asks the files for."""
     read, seen = pq.ParquetFile.read_row_group, set[str]()
 
-    def watched(self: pq.ParquetFile, number: int, columns: list[str] | None = None, **more: Any) -> Any:
+    def watched(
+        self: pq.ParquetFile, number: int, columns: list[str] | None = None, **more: Any
+    ) -> Any:
         seen.update(columns or [])
         return read(self, number, columns=columns, **more)
 

@@ -70,9 +70,7 @@ def declared(
 
 
 @pytest.fixture(scope="module")
-def world(
-    shop_data: Path, plain: Experiment, tmp_path_factory: pytest.TempPathFactory
-) -> World:
+def world(shop_data: Path, plain: Experiment, tmp_path_factory: pytest.TempPathFactory) -> World:
     place, experiment = tmp_path_factory.mktemp("warm"), declared(plain)
     folders = {}
     for name in ("first", "whole"):
