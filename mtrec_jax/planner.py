@@ -267,9 +267,7 @@ def compiled_step(
     lowered = step.update.lower(step.abstract, batch, catalogue)  # type: ignore[attr-defined]
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
-    return Compiled(
-        int(memory.temp_size_in_bytes), collectives_in(compiled.as_text(), devices.size)
-    )
+    return Compiled(int(memory.temp_size_in_bytes), collectives_in(compiled.as_text(), devices.size))
 
 
 def _compiled(

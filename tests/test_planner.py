@@ -320,14 +320,7 @@ def test_ten_thousand_million_rows_are_planned_on_256_devices(
     # 10^10 rows of 512 bytes over 128 devices; 4 bytes a row of Adagrad and of scratch
     assert lines["tables"][-2:] == ["40", "GB"]
     assert lines["slots"][-2:] == lines["scratch"][-2:] == ["313", "MB"]
-    assert lines["device"][1:] == [
-        "2,000,000,002",
-        "sparse,",
-        "rowwise_adagrad",
-        "128",
-        "8.13",
-        "GB",
-    ]
+    assert lines["device"][1:] == ["2,000,000,002", "sparse,", "rowwise_adagrad", "128", "8.13", "GB"]
     assert lines["all-to-all"][1] == "128"
 
 
