@@ -46,7 +46,7 @@ def one_shop(folder: Path, seed: int, settings: tuple[str, ...] = ()) -> list[di
         "with": (experiment, {}),
         "shuffled": (experiment, shuffled(raw, np.random.default_rng(seed))),
     }
-    best = {"without": truth["social"]["without"]["both"], "with": truth["best"]["click"]["auc"]}
+    best = {"without": truth["social"]["without"]["all"], "with": truth["best"]["click"]["auc"]}
     results, base = [], None
     for name, (contestant, tables) in contestants.items():
         users, labels, scores = validation_clicks(contestant, folder, name, tables)

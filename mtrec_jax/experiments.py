@@ -25,7 +25,7 @@ def built_in_names() -> list[str]:
     """Names of the experiments that come with the package.
 
     >>> built_in_names()
-    ['census-income', 'ml-1m', 'shop', 'shop-social']
+    ['census-income', 'ml-1m', 'shop', 'shop-requests', 'shop-social']
     """
     folder = resources.files("mtrec_jax") / "configs"
     return sorted(

@@ -157,7 +157,7 @@ def test_a_social_shop_is_the_shop_with_searches_and_circles(tmp_path: Path) -> 
     # each part is worth more than any interval, and none of them is a small part of the whole
     without = truth["social"]["without"]
     assert truth["best"]["click"]["auc"] > max(without["queries"], without["ties"]) + 0.02
-    assert min(without["queries"], without["ties"]) > without["both"] + 0.02
+    assert min(without["queries"], without["ties"]) > without["all"] + 0.02
     # ties: symmetric, once, to others, mostly inside the circle
     pairs = set(zip(read["ties"].user, read["ties"].friend, strict=True))
     assert len(pairs) == len(read["ties"])
