@@ -112,7 +112,9 @@ def _predicted(experiment: Experiment, collected: Collected, fitted: Predicts) -
         users, items = collected.user[observed], collected.candidate[observed]
         values = fitted.predict(name, users, items)
         if values is not None:
-            found |= _of_task(name, task_metrics(task.kind, collected.labels[name][observed], values))
+            found |= _of_task(
+                name, task_metrics(task.kind, collected.labels[name][observed], values)
+            )
     return found
 
 

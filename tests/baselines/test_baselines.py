@@ -170,7 +170,9 @@ def test_bias_without_regularization_leaves_those_without_rows_alone() -> None:
 def test_bias_errors() -> None:
     with pytest.raises(DataError, match="no training row has a label of task 'stars'"):
         Bias().fit(log([2], [2], 1, 1, [np.nan]))
-    with pytest.raises(DataError, match=r"bias: user ids 5 \.\. 5 go beyond 0 \.\. 2; pass n_users"):
+    with pytest.raises(
+        DataError, match=r"bias: user ids 5 \.\. 5 go beyond 0 \.\. 2; pass n_users"
+    ):
         Bias().fit(log([5], [2], 1, 1, [1.0]))
 
 
