@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from jaxtyping import Float, Int, Num, Shaped
+from jaxtyping import Float, Num, Shaped
 from scipy import special, stats
 
 from mtrec_jax.data import shop_requests, shop_social
@@ -145,7 +145,9 @@ def generate(
     moments = _plant_requests(seed, log, shelf) if requests else None
     added = {"social": friends.added} if friends else {}
     added |= {"requests": moments.added} if moments else {}
-    extra = sum((part for parts in added.values() for part in parts.values()), np.zeros(len(log.user)))
+    extra = sum(
+        (part for parts in added.values() for part in parts.values()), np.zeros(len(log.user))
+    )
     columns, intercepts = _respond(rng, tastes, shelf, people, log, extra)
     truth = {
         "version": _VERSION,
@@ -229,9 +231,7 @@ def _planted(
     }
 
 
-def is_generated(
-    folder: Path, seed: int = 0, social: bool = False, requests: bool = False
-) -> bool:
+def is_generated(folder: Path, seed: int = 0, social: bool = False, requests: bool = False) -> bool:
     """Whether `generate` of this version, with default sizes, filled the folder."""
     files = FILES + shop_social.FILES if social else FILES
     if not all((folder / name).is_file() for name in files):
