@@ -191,10 +191,11 @@ def _learned(folder: Path) -> list[bytes]:
     from mtrec_jax.models.model import make_model
     from mtrec_jax.train import checkpoint
     from mtrec_jax.train.run import open_run
+    from mtrec_jax.train.step import model_shapes
 
     run = open_run(folder)
     model = make_model(run.experiment, run.prepared.manifest)
-    like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
+    like = model_shapes(run.experiment, model)
     larger = select_metric(run.experiment)[2]
     with checkpoint.open_manager(folder / "checkpoints", larger, read_only=True) as manager:
         steps = [manager.latest_step(), manager.best_step()]

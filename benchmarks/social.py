@@ -87,14 +87,14 @@ def validation_clicks(
     """User, click and score of every validation row of a trained model, in the order of rows."""
     from mtrec_jax.data.prepare import prepare
     from mtrec_jax.evaluation.collect import collect
-    from mtrec_jax.evaluation.inference import prepared_inference
+    from mtrec_jax.models.serve import prepared_serving
     from mtrec_jax.train.loop import train
     from mtrec_jax.train.run import load_best
 
     prepared = prepare(experiment, folder / "raw", folder / f"{name}-prepared", tables)
     run = train(experiment, prepared, folder / f"{name}-run", show_progress=False)
     params, tables_, _ = load_best(run)
-    inference = prepared_inference(experiment, prepared)
+    inference = prepared_serving(experiment, prepared)
     found = collect(experiment, prepared, inference, params, tables_, "validation", orders=False)
     order = np.argsort(prepared.interactions("validation")["row"])
     return found.user[order], found.labels["click"][order], found.logits["click"][order]
