@@ -92,7 +92,7 @@ def resized(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
     groups = {name: getattr(manifest, name) for name in FIELDS if not name.endswith("numbers")}
     known = [field.name for fields in groups.values() for field in fields]
     _check_names(rows, ["item"] * bool(manifest.items) + known)
-    changed = {
+    changed: dict[str, Any] = {
         name: tuple(
             dataclasses.replace(f, size=FIRST + rows[f.name]) if f.name in rows else f
             for f in fields
