@@ -19,8 +19,8 @@ from pathlib import Path
 
 import jax
 
+from mtrec_jax.arguments import parse_bytes
 from mtrec_jax.machine import threads
-from mtrec_jax.quantities import parse_quantity
 
 _ROOM = 64 * 2**20  # bytes that have to be free on the disk
 
@@ -39,7 +39,7 @@ def cache_home() -> Path | None:
 
 def cache_limit() -> int:
     """Most bytes that a process finds in it: `MTREC_CACHE_SIZE`, such as 500MB; by default 2 GB."""
-    return int(parse_quantity("MTREC_CACHE_SIZE", os.environ.get("MTREC_CACHE_SIZE", "2GB"), "B"))
+    return int(parse_bytes("MTREC_CACHE_SIZE", os.environ.get("MTREC_CACHE_SIZE", "2GB")))
 
 
 def cache_size(home: Path) -> int:
@@ -56,8 +56,8 @@ def use_compilation_cache() -> None:
     of them, for which the others would be late.
     """
     home = cache_home()
-    chosen = jax.config.jax_compilation_cache_dir is not None
-    is_off = not jax.config.jax_enable_compilation_cache
+    chosen = jax.config.values["jax_compilation_cache_dir"] is not None
+    is_off = not jax.config.values["jax_enable_compilation_cache"]
     alone = not jax.distributed.is_initialized() or "MTREC_CACHE" in os.environ
     if home is None or chosen or is_off or not alone:
         return

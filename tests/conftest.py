@@ -43,10 +43,10 @@ if TYPE_CHECKING:  # the fixtures load what they need, and a test without them l
 SMALL_SHOP = (
     "data.history_length=16",
     "model.width=8",
-    "model.layers=1",
-    "model.experts=2",
-    "model.expert_hidden=[8]",
-    "model.tower_hidden=[4]",
+    "model.encoder.layers=1",
+    "model.towers.experts=2",
+    "model.towers.expert_hidden=[8]",
+    "model.towers.tower_hidden=[4]",
     "train.epochs=0",
     "train.steps=27",
     "train.batch_size=8",
@@ -56,7 +56,7 @@ SMALL_SHOP = (
     "train.log_every=4",
     "train.mesh=[1, 1]",
     "evaluate.candidates=20",
-    "evaluate.neighbours=10",
+    'evaluate.baselines=["popularity", "bias", { kind = "item_knn", neighbours = 10 }]',
     "evaluate.bootstrap=20",
     "evaluate.batch_size=16",
 )

@@ -32,10 +32,8 @@ from mtrec_jax.data.clean import (
 from mtrec_jax.data.dataset import (
     FORMAT,
     SPLITS,
-    IdField,
     Lists,
     Manifest,
-    NumberField,
     Prepared,
     Rule,
     SplitInfo,
@@ -43,6 +41,7 @@ from mtrec_jax.data.dataset import (
     TaskField,
     configuration,
     extensions_of,
+    grouped,
     open_prepared,
 )
 from mtrec_jax.data.engine import Engine, Name, count, open_engine
@@ -69,7 +68,7 @@ def prepare(
     grow_from: str | Path | None = None,
     cleaned: str | Path | None = None,
 ) -> Prepared:
-    """Clean, split, index and encode raw tables, and write them as the folder `out`.
+    """Clean, split, index and encode raw tables into the folder `out`, and open it.
 
     The folder appears whole or not at all. An older prepared folder of that name is replaced.
 
@@ -90,9 +89,6 @@ def prepare(
       cleaned: the folder of the clean events, which other splits of the same raw data use again;
         by default cleaned/NAME beside `out`, and a temporary one for tables in memory.
 
-    Returns:
-      The opened folder.
-
     Raises:
       DataError: a file, column, row or label is not what the experiment says, or nothing is left,
         or `out` holds something else. The message names the place and the remedy.
@@ -102,28 +98,22 @@ def prepare(
     data, tables = check_arguments(experiment, data, tables, engine, memory, master)
     check_own(out, "manifest.json", "a prepared folder")
     base = None if grow_from is None else open_base(grow_from, experiment)
-    say = progress or (lambda text: None)
+    say, beside = progress or (lambda _: None), out.parent / "cleaned" / experiment.name
     with appears_whole(out) as partial:
         work = partial / "work"
-        kept = out.parent / "cleaned" / experiment.name
-        if cleaned is not None:
-            kept = a_path("cleaned", cleaned)
-        elif tables:
-            kept = work / "cleaned"
-        (partial / "vocabularies").mkdir()
+        kept = a_path("cleaned", cleaned or (work / "cleaned" if tables else beside))
         with open_engine(work, engine, memory, master) as opened:
             source = clean_with(opened, experiment, data, kept, tables, say)
             started = time.perf_counter()
             manifest = _build(opened, experiment, source, partial, say, base)
-        shutil.copyfile(source.folder / "quarantine.parquet", partial / "quarantine.parquet")
+            shutil.copyfile(source.folder / "quarantine.parquet", partial / "quarantine.parquet")
         shutil.rmtree(work, ignore_errors=True)
         report.write_report(Prepared(partial, manifest), partial / "report.html")
         manifest.save(partial)
         if accept:
             accept(manifest)
         put_in_place(partial, out)
-        say(f"fit: {sum(manifest.examples.values()):,} examples in "
-            f"{time.perf_counter() - started:.1f} s")  # fmt: skip
+        say(f"fit: {manifest.events:,} events in {time.perf_counter() - started:.1f} s")
     return open_prepared(out, extensions_of(experiment))
 
 
@@ -205,13 +195,7 @@ def _build(
         examples={name: n for name, (n, _) in written.items()},
         positions=positions,
         targets={name: n for name, (_, n) in written.items()},
-        context_ids=_id_fields(on["context"]),
-        context_numbers=_number_fields(on["context"]),
-        request_ids=_id_fields(on["request"]),
-        request_numbers=_number_fields(on["request"]),
-        item_ids=_id_fields(on["item"]),
-        item_numbers=_number_fields(on["item"]),
-        history=_id_fields(on["history"]),
+        **grouped({role: [e.field for e in some] for role, some in on.items()}),
         tasks=divided.tasks,
         report=(*notes.rules, *divided.rules, *values_report(encodings)),
         bounds=notes.bounds,
@@ -219,15 +203,7 @@ def _build(
         continues=continues,
         item_values=0 if own is None else len(own),
         event_files=notes.digests["events"],
-    )  # fmt: skip
-
-
-def _id_fields(encodings: list[Encoding]) -> tuple[IdField, ...]:
-    return tuple(e.field for e in encodings if isinstance(e.field, IdField))
-
-
-def _number_fields(encodings: list[Encoding]) -> tuple[NumberField, ...]:
-    return tuple(e.field for e in encodings if isinstance(e.field, NumberField))
+    )
 
 
 def _divide(
@@ -378,6 +354,7 @@ def _write_examples(
 
 def _write_vocabularies(folder: Path, encodings: list[Encoding], items: pa.Array | None) -> None:
     """Write the values of the features, and those of the items' own table where they are given."""
+    (folder / "vocabularies").mkdir()
     if items is not None:
         pq.write_table(pa.table({"value": items}), folder / "item_vocabulary.parquet")
     for encoding in encodings:
