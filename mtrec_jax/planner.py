@@ -36,6 +36,7 @@ from mtrec_jax.data.dataset import (
     Prepared,
     SplitInfo,
     TaskField,
+    grouped,
 )
 from mtrec_jax.data.features import Feature, Text
 from mtrec_jax.data.pipeline import BatchSource, to_batch
@@ -70,7 +71,7 @@ class Collective(NamedTuple):
     size: int  # bytes of the results on a device
 
     @property
-    def sent(self) -> float:
+    def sent(self) -> float | int:
         """Bytes that a device sends, by the ring algorithms.
 
         >>> Collective("all-reduce", 4, 1, 100).sent
@@ -95,7 +96,7 @@ class DevicePlan:
 
     experiment: Experiment
     mesh: tuple[int, int]  # devices on ("data", "table")
-    device_memory: float
+    device_memory: float | int
     tables: tuple[Table, ...]
     memory: dict[str, int]  # {what: bytes}
     collectives: tuple[Collective, ...]
@@ -113,7 +114,7 @@ def plan(
     devices: int = 0,
     prepared: Prepared | None = None,
     rows: Mapping[str, int] | None = None,
-    device_memory: float = 80e9,
+    device_memory: float | int = 80e9,
 ) -> DevicePlan:
     """Plan a run on devices that need not be here.
 
@@ -221,7 +222,7 @@ def _check_fits(
     mesh: tuple[int, int],
     memory: dict[str, int],
     tables: Sequence[Table],
-    device_memory: float,
+    device_memory: float | int,
 ) -> None:
     """Raise `ConfigError` with the numbers, and with the settings that would change them."""
     needed, devices = sum(memory.values()), math.prod(mesh)
@@ -267,7 +268,9 @@ def compiled_step(
     lowered = step.update.lower(step.abstract, batch, catalogue)  # type: ignore[attr-defined]
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
-    return Compiled(int(memory.temp_size_in_bytes), collectives_in(compiled.as_text(), devices.size))
+    return Compiled(
+        int(memory.temp_size_in_bytes), collectives_in(compiled.as_text(), devices.size)
+    )
 
 
 def _compiled(
@@ -388,11 +391,9 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
             f"the sizes of {', '.join(missing)} are not known without prepared data: give them, "
             f"as in --rows {missing[0]}=1e6, or name a prepared folder with --prepared"
         )
-    fields: dict[str, tuple[Any, ...]] = {}
+    fields: dict[str, list[IdField | NumberField]] = {}
     for name, feature in chosen.items():
-        kind = "_numbers" if feature.gives_numbers else "_ids"
-        group = "history" if feature.on == "history" else feature.on + kind
-        fields[group] = (*fields.get(group, ()), _field(name, feature, sizes[name]))
+        fields.setdefault(feature.on, []).append(_field(name, feature, sizes[name]))
     counts = dict.fromkeys(("users", "events", "quarantined"), 0)
     unknown = "0" * 16
     return Manifest(
@@ -414,7 +415,7 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
             for name in experiment.tasks
         },
         **counts,
-        **fields,
+        **grouped(fields),
     )
 
 

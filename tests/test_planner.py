@@ -18,7 +18,7 @@ import mtrec_jax
 from mtrec_jax import ConfigError, planner
 from mtrec_jax.arguments import bytes_text
 from mtrec_jax.cli.plan import parse_rows
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, Table
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.experiments import parse_experiment
@@ -27,7 +27,7 @@ from mtrec_jax.models.serve import load_catalogue
 from mtrec_jax.planner import Collective, DevicePlan, plan
 from mtrec_jax.sharding import make_mesh, put_batch, replicate
 from mtrec_jax.tables.exchange import default_buffers
-from mtrec_jax.tables.layout import DENSE, computed_dtype
+from mtrec_jax.tables.layout import DENSE, computed_dtype, stacks
 from mtrec_jax.train.loop import STEPS_IN_FLIGHT
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import FIRST, Batch
@@ -209,7 +209,10 @@ def test_bytes_are_those_of_the_exchange_and_of_the_gradients(name: str) -> None
     key = jax.random.key(0, impl="rbg")
     catalogue = planner.catalogue_shapes(case.experiment, case.manifest)
     wanted = jax.eval_shape(lambda b, c: model.ids(b, c, key).ids, case.batch, catalogue)
+    dense = [group for group in model.layout.groups.values() if DENSE in stacks(group)]
     expected = {("all-reduce", 8): _bytes(state.params)}
+    if dense:  # the gradient of the dense stack, of each group by itself
+        expected["all-reduce", 8] += (len(dense) - 1) * _bytes(state.params[DENSE])
     for stack, table in state.tables.items():
         places = sum(
             math.prod(ids.shape[:-1]) * slots.count
@@ -320,7 +323,14 @@ def test_ten_thousand_million_rows_are_planned_on_256_devices(
     # 10^10 rows of 512 bytes over 128 devices; 4 bytes a row of Adagrad and of scratch
     assert lines["tables"][-2:] == ["40", "GB"]
     assert lines["slots"][-2:] == lines["scratch"][-2:] == ["313", "MB"]
-    assert lines["device"][1:] == ["2,000,000,002", "sparse,", "rowwise_adagrad", "128", "8.13", "GB"]
+    assert lines["device"][1:] == [
+        "2,000,000,002",
+        "sparse,",
+        "rowwise_adagrad",
+        "128",
+        "8.13",
+        "GB",
+    ]
     assert lines["all-to-all"][1] == "128"
 
 
@@ -377,9 +387,9 @@ def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
         ("--rows", "user", "--rows user: write it as item=1e9"),
         ("--rows", "click=5", "--rows click: no such table"),
         ("--rows", "item=5", "no such table; there are user, page, query, advert, device."),
-        ("--devices", "6", "train.mesh: [2, 128] needs 256 devices, there are 6"),
+        ("--devices", "6", "train.mesh: [4, 2] needs 8 devices, there are 6"),
     ):
-        status, _, err = mtrec("plan", pod, option, text)
+        status, _, err = mtrec("plan", pod, "--set", "train.mesh=[4,2]", option, text)
         assert status == 2
         assert message in err
 
@@ -397,7 +407,8 @@ def test_prepared_data_gives_sizes_shapes_and_buffers(
     shop_prepared: Prepared, shop_experiment: Experiment
 ) -> None:
     train = replace(shop_experiment.train, mesh=(0, 4))
-    experiment = replace(shop_experiment, train=train)
+    tables = {"item": Table(update="sparse")}
+    experiment = replace(shop_experiment, train=train, tables=tables)
     manifest = shop_prepared.chosen(experiment).manifest
     batch = put_batch(BatchSource(shop_prepared, "train", 8)[0], make_mesh((1, 1)))
     pairs = (
