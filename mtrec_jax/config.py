@@ -8,7 +8,6 @@ from TOML and checked is in `experiments`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,8 +17,10 @@ from pydantic import Field
 
 from mtrec_jax.balance import BALANCERS
 from mtrec_jax.balance.static import Static
+from mtrec_jax.baselines import BASELINES
 from mtrec_jax.choices import Choice
 from mtrec_jax.data.features import CHOICE, Feature
+from mtrec_jax.evaluation.metrics import METRICS, metric_named
 from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.encoders.transformer import Transformer
 from mtrec_jax.models.towers import TOWERS
@@ -247,9 +248,8 @@ class Evaluate:
     ks: Sizes = (10,)
     exclude_seen: bool = True
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
-    baselines: tuple[Literal["popularity", "bias", "item_knn"], ...] = ()
-    neighbours: Count = 100  # item_knn
-    bootstrap: Natural = 200  # resamples of the 95 % intervals; 0: none
+    baselines: tuple[Annotated[Any, Choice(BASELINES)], ...] = ()
+    bootstrap: Natural = 200  # resamples of users for the 95 % intervals; 0: none
     batch_size: Count = 512
 
 
@@ -263,6 +263,7 @@ class Published:
     metrics: dict[str, float]
     source: str
     split: Literal["validation", "test"] = "test"
+    protocol: str = ""  # hash of the protocol it was measured by; "": said to be the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,14 +285,6 @@ class Experiment:
     select: Select = field(default_factory=Select)
     evaluate: Evaluate = field(default_factory=Evaluate)
     published: tuple[Published, ...] = ()
-
-
-MAIN_METRIC = {  # of retrieval: ndcg at the first k
-    "binary": "auc",
-    "regression": "rmse",
-    "multiclass": "accuracy",
-}
-LOWER_IS_BETTER = ("rmse", "mae", "log_loss", "calibration_error")
 
 
 def to_dict(experiment: Any) -> dict[str, Any]:
@@ -332,9 +325,9 @@ def select_metric(experiment: Experiment) -> tuple[str, str, bool]:
         task, _, metric = experiment.select.metric.partition("/")
     else:
         task = next(iter(experiment.tasks))
-        at_first_k = f"ndcg@{experiment.evaluate.ks[0]}"
-        metric = MAIN_METRIC.get(experiment.tasks[task].kind, at_first_k)
-    return task, metric, metric not in LOWER_IS_BETTER
+        known = METRICS.get(experiment.tasks[task].kind)
+        metric = next(iter(known)) if known else f"ndcg@{experiment.evaluate.ks[0]}"
+    return task, metric, metric_named(metric).larger_is_better
 
 
 def fusion_objective(experiment: Experiment) -> dict[str, float]:
@@ -343,14 +336,3 @@ def fusion_objective(experiment: Experiment) -> dict[str, float]:
         return experiment.model.fusion_objective
     kinds = ("retrieval", "binary")
     return {name: 1.0 for name, task in experiment.tasks.items() if task.kind in kinds}
-
-
-def metrics_of(kind: str, ks: Iterable[int]) -> list[str]:
-    """Names of the metrics that evaluation reports for a kind of task."""
-    if kind == "retrieval":
-        return [f"{m}@{k}" for k in ks for m in ("hr", "ndcg", "mrr", "recall")]
-    return {
-        "binary": ["auc", "log_loss", "calibration_error", "accuracy"],
-        "regression": ["rmse", "mae"],
-        "multiclass": ["accuracy", "log_loss"],
-    }[kind]

@@ -26,7 +26,7 @@ def fit(
     *,
     user: str,
     item: str,
-    time: str,
+    time: str = "",
     tasks: Mapping[str, str | Mapping[str, Any]],
     items: Any = None,
     title: str = "",
@@ -40,7 +40,8 @@ def fit(
 
     Args:
       events: pandas, Polars or Arrow table, a row an event.
-      user, item, time: its columns; time is a number (seconds) or a timestamp.
+      user, item, time: its columns; time is a number (seconds) or a timestamp;
+        without it events happened in the order of the table.
       tasks: {name: kind} or {name: {"kind": …, "column": …, …}} as in the configuration, e.g.
         `{"next_item": "retrieval", "like": {"kind": "binary", "column": "rating", "at_least": 4}}`.
       items, title: table of the items with the same item column, and its column of titles.

@@ -1,7 +1,12 @@
-"""What a deep model has to beat, as plain functions on arrays of training interactions.
+"""What a deep model has to beat. A file a method, a line a method in the dictionary below."""
 
-Every module has `fit(...) -> model` (a frozen dataclass of arrays) and `scorer(model, histories)`,
-whose result scores blocks of the catalogue as `mtrec_jax.evaluation.protocol.Scorer` asks.
-`users` and `items` are ids as in `Prepared.interactions`: 0 padding, 1 unknown, real ids from 2.
-Scores are by catalogue index, that is item id - 2.
-"""
+from __future__ import annotations
+
+from mtrec_jax.baselines.bias import Bias
+from mtrec_jax.baselines.contract import Interactions, Predicts, Ranks, Scorer
+from mtrec_jax.baselines.item_knn import ItemKnn
+from mtrec_jax.baselines.popularity import Popularity
+
+BASELINES = {"popularity": Popularity, "bias": Bias, "item_knn": ItemKnn}
+
+__all__ = ["BASELINES", "Interactions", "Predicts", "Ranks", "Scorer"]

@@ -3,60 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int
 
-from mtrec_jax.data.dataset import Lists
-from mtrec_jax.errors import DataError
-from mtrec_jax.types import FIRST
+from mtrec_jax.baselines.contract import Interactions, check_ids
+from mtrec_jax.types import FIRST, Lists
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Popularity:
-    """How often each catalogue item occurs in the training interactions."""
+    """`kind = "popularity"`: how often each item is liked in the training split."""
 
-    counts: np.ndarray  # [N] int64
+    kind: Literal["popularity"] = "popularity"
+
+    def fit(self, interactions: Interactions) -> Counts:
+        """Count; padding and unknown items are left out.
+
+        Raises:
+          DataError: an id is beyond the catalogue.
+        """
+        check_ids(self.kind, interactions)
+        items = interactions.items[interactions.liked]
+        return Counts(np.bincount(items, minlength=interactions.n_items + FIRST)[FIRST:])
 
 
 @dataclass(frozen=True)
-class SameForEveryone:
-    """A scorer without personalization."""
+class Counts:
+    """One score an item, the same for each query.
 
-    scores: np.ndarray  # [N] float32
-
-    def block(self, queries: Int[np.ndarray, " q"], items: slice) -> Float32[np.ndarray, "q n"]:
-        """The same scores for each query."""
-        scores = self.scores[items]
-        return np.broadcast_to(scores, (len(queries), len(scores)))
-
-
-def fit(items: Int[np.ndarray, " n"], n_items: int) -> Popularity:
-    """Count the training interactions of each item.
-
-    Args:
-      items: item ids of the interactions; padding and unknown are not counted.
-      n_items: N, the size of the catalogue.
-
-    Raises:
-      DataError: an id is beyond `n_items`.
-
-    >>> fit(np.array([2, 4, 4, 1, 0]), n_items=3).counts
-    array([1, 0, 2])
+    >>> Counts(np.array([1, 0, 2])).scores(np.array([0, 1]))
+    array([[1., 0., 2.],
+           [1., 0., 2.]], dtype=float32)
     """
-    index = items[items >= FIRST] - FIRST
-    if len(index) and index.max() >= n_items:
-        raise DataError(
-            f"popularity: item id {index.max() + FIRST} is beyond n_items = {n_items}; pass it as "
-            "in the manifest"
-        )
-    return Popularity(np.bincount(index, minlength=n_items))
 
+    counts: np.ndarray  # [N] by catalogue index
 
-def scorer(model: Popularity, histories: Lists | None = None) -> SameForEveryone:
-    """Score by count; histories change nothing.
+    def scorer(self, users: Int[np.ndarray, " Q"], histories: Lists) -> Counts:
+        """Itself: neither users nor histories change anything."""
+        return self
 
-    >>> scorer(Popularity(np.array([1, 0, 2]))).block(np.array([0]), slice(1, 3))
-    array([[0., 2.]], dtype=float32)
-    """
-    return SameForEveryone(model.counts.astype(np.float32))
+    def scores(self, queries: Int[np.ndarray, " q"]) -> Float32[np.ndarray, "q N"]:
+        """The counts, a row a query."""
+        return np.broadcast_to(self.counts.astype(np.float32), (len(queries), len(self.counts)))

@@ -57,7 +57,7 @@ from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data.features import KINDS, IdField, NumberField, one_array
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.types import FIRST, PAD, UNKNOWN
+from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
 
 FORMAT = 3
 FIELDS = (  # the groups of fields of a manifest
@@ -155,19 +155,6 @@ class Manifest:
         (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
-class Lists:
-    """Variable-length integer lists in one flat array: `lists[i]` is a view."""
-
-    def __init__(self, values: np.ndarray, offsets: np.ndarray):
-        self.values, self.offsets = values, offsets
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int | np.integer) -> np.ndarray:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-
 @dataclass(frozen=True)
 class Prepared:
     """An opened prepared folder."""
@@ -258,12 +245,23 @@ class Prepared:
     @functools.cached_property
     def items(self) -> pa.Table:
         """The catalogue, row r is item id r + 2."""
-        return pq.read_table(self.folder / "items.parquet")
+        return self._side("items.parquet")
 
     @functools.cached_property
     def users(self) -> pa.Table:
         """All users, row r is user id r + 2."""
-        return pq.read_table(self.folder / "users.parquet")
+        return self._side("users.parquet")
+
+    def _side(self, name: str) -> pa.Table:
+        """A file of users or items, with the columns of the chosen features alone."""
+        path, features = self.folder / name, self.manifest.config.get("features", {})
+        chosen = {"item", *features, *(field.name for field in self.manifest.fields)}
+        columns = []
+        for column in pq.read_schema(path).names:
+            role, _, feature = column.partition("_")
+            if role not in ("context", "event", "item", "text") or feature in chosen:
+                columns.append(column)
+        return pq.read_table(path, columns=columns)
 
     def user_lists(self, column: str) -> Lists:
         """A list column of `users.parquet`, e.g. `event_item` or `split`."""

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Float32, Int
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import Lists, Prepared, Rule, TaskField
+from mtrec_jax.data.dataset import Prepared, Rule, TaskField
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.examples import QUERY, VISIBLE, Log, Numbers
 from mtrec_jax.data.features import Categorical, Encoding, FriendsTaste, Ties, one_array
@@ -23,7 +23,7 @@ from mtrec_jax.data.rules import bad_lines, check_bad_fraction, counted
 from mtrec_jax.data.schema import bound, query_features, seconds
 from mtrec_jax.data.sources import Source
 from mtrec_jax.errors import DataError
-from mtrec_jax.types import FIRST, UNKNOWN
+from mtrec_jax.types import FIRST, UNKNOWN, Lists
 
 _WORK = 1 << 21  # friends' events and numbers of one block of users: bounds the memory to ~0.3 GB
 

@@ -1,1 +1,1 @@
-"""What is measured, and by which rules: metrics, calibration, and the ranking protocol."""
+"""What is measured, and by which rules: metrics, ranking, and the protocol."""

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtrec_jax import processes
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SPLITS, Lists, Prepared
+from mtrec_jax.data.dataset import SPLITS, Prepared
 from mtrec_jax.data.examples import SHOWN
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, Serving, pad_rows
-from mtrec_jax.types import FIRST, Batch, PyTree, UserStates
+from mtrec_jax.types import FIRST, Batch, Lists, PyTree, UserStates
 
 ABSENT = np.iinfo(np.int32).max  # rank of a target that is not among the candidates
 QUERIES = 512  # targets that are ranked at once
@@ -69,7 +68,8 @@ def collect(
             rows = np.flatnonzero(part.retrieved)
             for start in range(0, len(rows), QUERIES):
                 chosen = rows[start : start + QUERIES]
-                queries = _queries(states, r[chosen], p[chosen])
+                places = pad_rows(np.stack([r, p])[:, chosen].T, QUERIES)
+                queries = serving.moments(states, places)
                 exclude = _exclude(seen, widest, part, chosen)
                 targets = pad_rows(part.candidate[chosen] - FIRST, QUERIES).astype(np.int32)
                 ranks = index.rank(queries.vectors[:, 0], targets, exclude)
@@ -129,9 +129,9 @@ def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
 
     Events that are only shown come before validation and test.
     """
-    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
+    items, splits = met_items(prepared)
     code = SPLITS.index(split)
-    before = (splits.values < code) | ((splits.values == SHOWN) & (code > 0))
+    before = (splits < code) | ((splits == SHOWN) & (code > 0))
     values = items.values[before].astype(np.int64) - FIRST
     count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
     known = users >= FIRST
@@ -139,24 +139,23 @@ def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
     return _stretches(values, count[index], np.where(known, count[index + 1] - count[index], 0))
 
 
+def met_items(prepared: Prepared) -> tuple[Lists, np.ndarray]:
+    """Item ids that each user has met, a list a user, and the split of each of them."""
+    if "event_item" in prepared.users.column_names:
+        return prepared.user_lists("event_item"), prepared.user_lists("split").values
+    parts = [prepared.interactions(name) for name in SPLITS]  # of data without histories
+    user, item = (np.concatenate([part[n] for part in parts]) for n in ("user", "candidate"))
+    splits = np.repeat(np.arange(len(parts)), [len(part["user"]) for part in parts])
+    order = np.argsort(user, kind="stable")
+    offsets = np.searchsorted(user[order], np.arange(prepared.manifest.users + 1) + FIRST)
+    return Lists(item[order], offsets), splits[order]
+
+
 def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lists:
     """Copies of values[start : start + length], a list per pair."""
     offsets = np.concatenate([[0], np.cumsum(length)])
     position = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - start, length)
     return Lists(values[position], offsets)
-
-
-def _queries(states: UserStates, row: np.ndarray, position: np.ndarray) -> UserStates:
-    """The chosen (row, position) pairs as QUERIES examples of one position."""
-    row, position = pad_rows(row, QUERIES), pad_rows(position, QUERIES)
-    return UserStates(
-        vectors=jnp.asarray(states.vectors)[row, position][:, None],
-        context=jnp.asarray(states.context)[row],
-        request=jnp.asarray(states.request)[row, position][:, None],
-        events=jnp.asarray(states.events)[row],
-        outcomes=jnp.asarray(states.outcomes)[row],
-        cutoff=jnp.asarray(states.cutoff)[row, position][:, None],
-    )
 
 
 def _exclude(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
-from mtrec_jax.baselines import bias, knn, popularity
+from mtrec_jax.baselines import Interactions, Predicts, Ranks
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.examples import past_items
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, seen_items
-from mtrec_jax.evaluation.metrics import ranking_metrics, task_metrics
-from mtrec_jax.evaluation.protocol import Scorer, target_ranks
+from mtrec_jax.evaluation.metrics import METRICS, ranking_metrics, task_metrics
+from mtrec_jax.evaluation.ranking import target_ranks
 from mtrec_jax.types import FIRST
 
 Metrics = dict[str, float]
@@ -23,58 +28,93 @@ def compare(
 
     Returns:
       {baseline: {"task/metric": value}}.
+
+    Raises:
+      ConfigError: a baseline neither ranks nor predicts.
     """
-    config, manifest = experiment.evaluate, prepared.manifest
+    baselines = experiment.evaluate.baselines
+    interactions = training_interactions(experiment, prepared) if baselines else None
     found: dict[str, Metrics] = {}
-    train = prepared.interactions("train") if config.baselines else {}
-    rows = np.flatnonzero(collected.retrieved)
-    if config.baselines and len(rows):
-        retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
-        positive = ~np.isnan(train[f"label_{retrieval}"])
-        users = collected.user[rows]
-        excluded = seen_items(prepared, split, users) if config.exclude_seen else None
-        targets = (collected.candidate[rows] - FIRST).astype(np.int64)
-        scorers: dict[str, Scorer] = {}
-        if "popularity" in config.baselines:
-            counts = popularity.fit(train["candidate"][positive], manifest.items)
-            scorers["popularity"] = popularity.scorer(counts)
-        if "item_knn" in config.baselines:
-            liked = train["user"][positive], train["candidate"][positive]
-            similar = knn.fit(*liked, manifest.users, manifest.items, config.neighbours)
-            scorers["item_knn"] = knn.scorer(similar, past_items(prepared, split, rows))
-        for name, scorer in scorers.items():
-            ranks = target_ranks(scorer, targets, excluded, manifest.items)
-            found[name] = _of_task(retrieval, ranking_metrics(ranks, config.ks))
-    if "bias" in config.baselines:
-        found["bias"] = _bias(experiment, prepared, collected, train)
+    for name, baseline in _named(baselines).items():
+        fitted = baseline.fit(interactions)
+        if not isinstance(fitted, Ranks | Predicts):
+            raise ConfigError(
+                f"evaluate.baselines: {type(baseline).__name__}.fit gave a "
+                f"{type(fitted).__name__}, which has neither scorer(users, histories) nor "
+                "predict(task, users, items)"
+            )
+        found[name] = {}
+        if isinstance(fitted, Ranks):
+            found[name] |= _ranked(experiment, prepared, collected, split, fitted)
+        if isinstance(fitted, Predicts):
+            found[name] |= _predicted(experiment, collected, fitted)
     reference = _reference(experiment, prepared, split)
     if reference:
         found[experiment.data.reference] = reference
-    return found
+    return {name: metrics for name, metrics in found.items() if metrics}
 
 
-def _bias(
-    experiment: Experiment, prepared: Prepared, collected: Collected, train: dict[str, np.ndarray]
+def training_interactions(experiment: Experiment, prepared: Prepared) -> Interactions:
+    """The training split as baselines are fitted on it."""
+    train, tasks = prepared.interactions("train"), experiment.tasks
+    kinds = {n: t.kind for n, t in tasks.items() if t.kind in ("binary", "regression")}
+    retrieval = next((n for n, t in tasks.items() if t.kind == "retrieval"), None)
+    none = np.zeros(len(train["user"]), bool)
+    return Interactions(
+        users=train["user"],
+        items=train["candidate"],
+        liked=none if retrieval is None else ~np.isnan(train[f"label_{retrieval}"]),
+        labels={name: train[f"label_{name}"] for name in kinds},
+        kinds=kinds,
+        n_users=prepared.manifest.users,
+        n_items=prepared.manifest.items,
+    )
+
+
+def _named(baselines: Iterable[Any]) -> dict[str, Any]:
+    """Baselines by their kind; of one kind with other options, by these as well."""
+    different = list(dict.fromkeys(baselines))
+    kinds = [baseline.kind for baseline in different]
+
+    def name(baseline: Any) -> str:
+        if kinds.count(baseline.kind) == 1:
+            return str(baseline.kind)
+        options = {f.name: getattr(baseline, f.name) for f in dataclasses.fields(baseline)}
+        shown = ", ".join(f"{key}={value}" for key, value in options.items() if key != "kind")
+        return f"{baseline.kind} ({shown})"
+
+    return {name(baseline): baseline for baseline in different}
+
+
+def _ranked(
+    experiment: Experiment, prepared: Prepared, collected: Collected, split: str, fitted: Ranks
 ) -> Metrics:
-    """User + item biases for each binary and regression task, on the model's own examples."""
+    """Ranks of the retrieval targets among all items."""
+    rows = np.flatnonzero(collected.retrieved)
+    if not len(rows):
+        return {}
+    retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
+    users = collected.user[rows]
+    excluded = seen_items(prepared, split, users) if experiment.evaluate.exclude_seen else None
+    targets = (collected.candidate[rows] - FIRST).astype(np.int64)
+    scorer = fitted.scorer(users, past_items(prepared, split, rows))
+    ranks = target_ranks(scorer, targets, excluded, prepared.manifest.items)
+    return _of_task(retrieval, ranking_metrics(ranks, experiment.evaluate.ks))
+
+
+def _predicted(experiment: Experiment, collected: Collected, fitted: Predicts) -> Metrics:
+    """Metrics of the tasks that it predicts, on the examples that have a label."""
     found: Metrics = {}
-    manifest = prepared.manifest
     for name, task in experiment.tasks.items():
-        if task.kind not in ("binary", "regression"):
+        if task.kind not in METRICS:
             continue
-        limits = bias.PROBABILITY if task.kind == "binary" else None
-        fitted = bias.fit(
-            train["user"],
-            train["candidate"],
-            train[f"label_{name}"],
-            manifest.users,
-            manifest.items,
-            limits,
-        )
         observed = ~np.isnan(collected.labels[name])
-        predicted = bias.predict(fitted, collected.user[observed], collected.candidate[observed])
-        metrics = task_metrics(task.kind, collected.labels[name][observed], predicted)
-        found |= _of_task(name, metrics)
+        users, items = collected.user[observed], collected.candidate[observed]
+        values = fitted.predict(name, users, items)
+        if values is not None:
+            found |= _of_task(
+                name, task_metrics(task.kind, collected.labels[name][observed], values)
+            )
     return found
 
 

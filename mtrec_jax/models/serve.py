@@ -54,6 +54,7 @@ class Serving:
     items: Callable[[PyTree, Tables, Array], jax.Array]  # item ids -> [n, D]
     users: Callable[[PyTree, Tables, Array, Batch], UserStates]
     answer: Callable[[PyTree, UserStates, Array, Array], Answer]  # candidate ids [B, K]
+    moments: Callable[[UserStates, Array], UserStates]  # of [n, 2] (example, position): [n, 1, …]
     mesh: Mesh | None = None  # of the parameters and tables; None: one device
 
     def own(self, tree: PyTree) -> PyTree:
@@ -123,8 +124,18 @@ def make_serving(
         read = predictions(experiment, manifest, outputs.logits, jnp)
         return Answer(read, outputs.fused, outputs.fusion, outputs.logits)
 
+    @jax.jit
+    def moments(states: UserStates, places: Array) -> UserStates:
+        row, position = places[:, 0], places[:, 1]
+        picked = jax.tree.map(lambda array: jnp.asarray(array)[row], states)
+        vectors, request, cutoff = (
+            jax.vmap(lambda of, p: of[p][None])(array, position)
+            for array in (picked.vectors, picked.request, picked.cutoff)
+        )
+        return picked._replace(vectors=vectors, request=request, cutoff=cutoff)
+
     of_items, of_users = (functools.partial(passed, catalogue) for passed in (items, users))
-    return Serving(model, catalogue, of_items, of_users, answer, mesh)
+    return Serving(model, catalogue, of_items, of_users, answer, moments, mesh)
 
 
 def _stacks(params: PyTree, tables: Tables) -> Tables:

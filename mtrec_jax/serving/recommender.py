@@ -10,17 +10,24 @@ import numpy as np
 import pyarrow as pa
 
 from mtrec_jax import processes
-from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of
+from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
 from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
-from mtrec_jax.serving.requests import BATCH, Encoder, History, Requests, check_id, raw_texts
+from mtrec_jax.serving.requests import (
+    BATCH,
+    SIZES,
+    Encoder,
+    History,
+    Moments,
+    Requests,
+    check_id,
+    raw_texts,
+)
 from mtrec_jax.serving.result import Result
 from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
 from mtrec_jax.types import FIRST, UNKNOWN, UserStates
-
-Request = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class Recommender:
@@ -42,9 +49,10 @@ class Recommender:
         vectors = self._serving.item_vectors(params, tables)
         self._shared = params, tables, vectors  # by all processes, where there are several
         self._params = self._serving.own(params)
-        self._vectors = self._serving.own(vectors) if len(vectors) else vectors
+        self._vectors = self._serving.own(vectors) if self.prepared.manifest.items else vectors
         self._index = ItemIndex(self._vectors[FIRST:])
-        self._encoder = Encoder(self.experiment, self.prepared)
+        sizes = SIZES if mesh is None else (BATCH,)  # over devices a batch comes in equal parts
+        self._encoder = Encoder(self.prepared, self.experiment.train.precision, sizes)
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.experiment.tasks)
@@ -58,7 +66,7 @@ class Recommender:
         k: int = 10,
         *,
         histories: Sequence[History] | None = None,
-        request: Request | None = None,
+        request: Moments = None,
         allowed: Iterable[Any] | None = None,
         blocked: Iterable[Any] = (),
         exclude_seen: bool = True,
@@ -76,8 +84,9 @@ class Recommender:
             `blocked` leave fewer: often so with a small catalogue.
           histories: instead of the stored ones, for each user the raw item ids, oldest first; or a
             mapping {"item": [...], "<history feature>": [...]}.
-          request: the moment, {column of the events: raw value} such as {"device": "phone"}, of all
-            users; or a list, one for each. What is absent counts as missing.
+          request: what is known of the moment, {"<request feature, or its column>": value}, such as
+            {"device": "phone", "time": datetime.datetime.now()}; for all users, or a list with one
+            each. What is left out is missing.
           allowed: raw item ids to choose from; None: the whole catalogue.
           blocked: raw item ids never to be shown.
           exclude_seen: leave out what the user's history holds.
@@ -100,17 +109,18 @@ class Recommender:
             histories = a_list("histories", histories)
             if len(histories) != len(users):
                 raise DataError(f"histories: {len(histories)} given for {len(users)} users")
+        moments = moments_of(request, len(users))
         if on_unknown == "error":
             self._refuse_unknown(users)
-        moments = self._moments(request, len(users))
         tables = []
-        for start in range(0, max(len(users), 1), BATCH):
-            some = slice(start, start + BATCH)
-            fresh = None if histories is None else histories[some]
-            at = {name: array[some] for name, array in moments.items()}
-            encoded = self._encoder.users(users[some], fresh, at)
-            found = self._recommend_batch(users[some], encoded, k, subset, exclude_seen)
-            tables.append(found)
+        for start in range(0, len(users), BATCH):
+            part = users[start : start + BATCH]
+            fresh = None if histories is None else histories[start : start + BATCH]
+            encoded = self._encoder.users(part, fresh, moments[start : start + BATCH])
+            tables.append(self._recommend_batch(part, k, encoded, subset, exclude_seen))
+        if not tables:
+            encoded = self._encoder.users([], None, [])
+            tables = [self._recommend_batch([], k, encoded, subset, exclude_seen)]
         return Result(pa.concat_tables(tables))
 
     def recommend_all(
@@ -130,11 +140,11 @@ class Recommender:
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
-            encoded = self._encoder.users(part)
-            yield self._recommend_batch(part, encoded, k, subset, exclude_seen)
+            encoded = self._encoder.users(part, None, moments_of(None, len(part)))
+            yield self._recommend_batch(part, k, encoded, subset, exclude_seen)
 
     def predict(
-        self, users: Iterable[Any], items: Iterable[Any], *, request: Request | None = None
+        self, users: Iterable[Any], items: Iterable[Any], *, request: Moments = None
     ) -> Result:
         """Every task's prediction for (user, item) pairs, given the users' stored histories.
 
@@ -143,7 +153,7 @@ class Recommender:
 
         Args:
           users, items: raw ids, equally many.
-          request: as in `recommend`.
+          request: what is known of the moments, as in `recommend`.
 
         Returns:
           A `Result`, a row a pair in the given order: user, item, known (both are in the data),
@@ -151,51 +161,55 @@ class Recommender:
           column per class.
 
         Raises:
-          ConfigError: the data has no users or no items, use `predict_rows`.
+          ConfigError: the data has no users or no items; use `predict_rows`.
           DataError: different lengths, or a text instead of a list of ids.
         """
-        if not self.experiment.data.user or not self.experiment.data.item:
+        if not self._has_pairs:
             raise ConfigError("this run predicts rows, not (user, item) pairs: use predict_rows")
         users, items = raw_texts("users", users), raw_texts("items", items)
         if len(users) != len(items):
             raise DataError(f"predict: {len(users)} users and {len(items)} items; give pairs")
-        moments = self._moments(request, len(users))
-        tables = []
+        tables, moments = [], moments_of(request, len(users))
         for start in range(0, max(len(users), 1), BATCH):
-            some = slice(start, start + BATCH)
-            part, pairs = users[some], items[some]
-            at = {name: array[some] for name, array in moments.items()}
-            encoded = self._encoder.users(part, moments=at)
+            part = users[start : start + BATCH]
+            pairs = items[start : start + BATCH]
+            encoded = self._encoder.users(part, None, moments[start : start + BATCH], pairs)
             ids = np.array([self.prepared.item_ids.get(i, UNKNOWN) for i in pairs], np.int32)
-            answer = self._answer(self._states(encoded), ids[:, None])
             columns: dict[str, Any] = {"user": part, "item": pairs}
             columns["known"] = encoded.known & (ids >= FIRST)
-            columns |= self._task_columns(answer, len(part))
-            tables.append(pa.table(columns))
+            answer = self._answer(self._states(encoded), ids[:, None])
+            tables.append(pa.table(columns | self._task_columns(answer, len(part))))
         return Result(pa.concat_tables(tables))
 
     def predict_rows(self, rows: Any) -> Result:
-        """Every task's prediction for raw rows like those of the events, labels aside.
-
-        Features of the moment are taken from the row, histories and features of the user from the
-        data, where its user is in it; what is not there counts as missing.
+        """Every task's prediction for raw rows: features of the request, and where the data has
+        them user and item; a user's stored history and features are used.
 
         Args:
           rows: a pandas, Polars or Arrow table, or the path of a file: .csv, .tsv, .jsonl or
             .parquet, the first three also .gz or .zst; with another suffix it is of the training
             files' format.
 
+        Returns:
+          A `Result`, a row each in the given order: row, where the data has users or items known
+          (they are in the data), and every task's prediction as in `predict`.
+
         Raises:
           DataError: a missing file or column, or a cell that is no number where one is needed.
         """
-        arrays = encode_requests(self.prepared, rows)
+        arrays, data = encode_requests(self.prepared, rows), self.experiment.data
         n = len(arrays["user"])
+        known = np.ones(n, bool)
+        for asked, ids in ((data.user, arrays["user"]), (data.item, arrays["candidate"][:, 0])):
+            known &= (ids >= FIRST) | (not asked)
         tables = []
         for start in range(0, max(n, 1), BATCH):
             part = {name: a[start : start + BATCH] for name, a in arrays.items()}
             count = len(part["user"])
             answer = self._answer(self._states(self._encoder.rows(part)), part["candidate"])
             columns: dict[str, Any] = {"row": np.arange(start, start + count)}
+            if data.user or data.item:
+                columns["known"] = known[start : start + count]
             tables.append(pa.table(columns | self._task_columns(answer, count)))
         return Result(pa.concat_tables(tables))
 
@@ -224,20 +238,21 @@ class Recommender:
     def _recommend_batch(
         self,
         users: list[str],
-        encoded: Requests,
         k: int,
+        encoded: Requests,
         subset: np.ndarray,
         exclude_seen: bool,
     ) -> pa.Table:
         states = self._states(encoded)
-        candidates = self._candidates(states, encoded, k, subset, exclude_seen)
+        candidates = self._candidates(encoded, states, k, subset, exclude_seen)
         answer = self._answer(states, candidates)
         n = len(candidates)
         real = candidates >= FIRST
         fused = np.where(real, np.asarray(answer.fused)[:n], -np.inf)
         # without any history the model has nothing to say: popularity keeps its order
+        nothing = ~encoded.known & (encoded.batch.cutoff[:n, 0] == 0)
         popularity = self._popularity()[candidates].astype(fused.dtype)
-        fused = np.where(self._says_nothing(encoded)[:, None] & real, popularity, fused)
+        fused = np.where(nothing[:, None] & real, popularity, fused)
         order = np.argsort(-fused, axis=1, kind="stable")[:, :k]
         row, rank = np.nonzero(np.take_along_axis(real, order, axis=1))
         place = order[row, rank]
@@ -258,56 +273,47 @@ class Recommender:
 
     def _candidates(
         self,
-        states: UserStates,
         encoded: Requests,
+        states: UserStates,
         k: int,
         subset: np.ndarray,
         exclude_seen: bool,
     ) -> np.ndarray:
-        """Item ids [n, K] to put in order, unknown (1) where there are fewer; K whatever filters
-        leave, so that few shapes are compiled."""
-        n = len(encoded.known)
-        count = min(max(self.experiment.evaluate.candidates, k), len(self._index))
+        """Item ids [n, K] to put in order, unknown (1) where there are fewer.
+
+        K is `evaluate.candidates`, doubled until k fit in: few compiled shapes.
+        """
+        n, count = len(encoded.known), self.experiment.evaluate.candidates
+        while count < k:
+            count *= 2
+        count = min(count, len(self._index))
         allowed = np.zeros(len(self._index), bool)
         allowed[subset - FIRST] = True
         width = max(int(np.diff(encoded.seen.offsets).max(initial=0)), 1)
         width = 1 << (width - 1).bit_length()  # few compiled shapes
-        exclude = np.full((BATCH, width), -1, np.int32)
+        exclude = np.full((len(encoded.batch.user), width), -1, np.int32)
         if exclude_seen:
             for i in range(n):
                 seen = encoded.seen[i]
                 exclude[i, : len(seen)] = np.maximum(seen - FIRST, -1)
-        found = np.array(self._index.search(states.vectors[:, 0], count, exclude, allowed)[1][:n])
-        nothing = np.flatnonzero(self._says_nothing(encoded))
+        queries = np.asarray(states.vectors)[:, 0]
+        found = self._index.search(queries, count, exclude, allowed)[1][:n]
+        nothing = np.flatnonzero(~encoded.known & (encoded.batch.cutoff[:n, 0] == 0))
         if len(nothing):
             popular = np.argsort(-self._popularity()[subset], kind="stable")[:count]
             found[nothing] = -1
             found[nothing, : len(popular)] = subset[popular] - FIRST
         return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
 
-    def _says_nothing(self, encoded: Requests) -> np.ndarray:
-        """Requests [n] of which the model knows neither the user nor a history."""
-        return ~encoded.known & (encoded.batch.cutoff[: len(encoded.known), 0] == 0)
-
     def _popularity(self) -> np.ndarray:
         counts = self.prepared.items.column("count").to_numpy()
         return np.concatenate([np.zeros(FIRST, counts.dtype), counts])
 
-    def _moments(self, request: Request | None, count: int) -> dict[str, np.ndarray]:
-        """Encoded request features of so many requests."""
-        if request is None or isinstance(request, Mapping):
-            return self._encoder.moments([request or {}] * count)
-        given = a_list("request", request)
-        if len(given) != count:
-            raise DataError(f"request: {len(given)} given for {count} users")
-        return self._encoder.moments(given)
-
     def _states(self, encoded: Requests) -> UserStates:
-        """Each history is encoded here, once."""
         return self._serving.states(*self._shared, encoded.batch)
 
     def _answer(self, states: UserStates, candidates: np.ndarray) -> Answer:
-        ids = pad_rows(np.asarray(candidates, np.int32), BATCH)
+        ids = pad_rows(np.asarray(candidates, np.int32), states.cutoff.shape[0])
         return self._serving.answer(self._params, states, self._vectors, ids)
 
     def _task_columns(
@@ -317,12 +323,12 @@ class Recommender:
         rows, places = where if where is not None else (np.arange(n), np.zeros(n, int))
         columns = {}
         for task in self.experiment.tasks:
-            values = np.asarray(answer.predictions[task])[rows, places].astype(np.float32)
+            values = np.asarray(answer.predictions[task])[rows, places]
             if values.ndim == 1:
-                columns[task] = values
+                columns[task] = values.astype(np.float32)
             else:
                 for c, name in enumerate(self.prepared.manifest.tasks[task].classes):
-                    columns[f"{task} {name}"] = values[:, c]
+                    columns[f"{task} {name}"] = values[:, c].astype(np.float32)
         return columns
 
     def _admissible(
@@ -347,6 +353,10 @@ class Recommender:
             raise DataError("the filters allowed and blocked leave no item")
         return k, ids
 
+    @property
+    def _has_pairs(self) -> bool:
+        return bool(self.experiment.data.user and self.experiment.data.item)
+
     def _refuse_unknown(self, users: Sequence[str]) -> None:
         for user in users:
             if user not in self.prepared.user_ids:
@@ -357,14 +367,42 @@ class Recommender:
                 )
 
 
+def moments_of(request: Moments, n: int) -> list[Mapping[str, Any]]:
+    """What is known of each of n moments.
+
+    Raises:
+      DataError: not one mapping, and not one for each.
+    """
+    if request is None or isinstance(request, Mapping):
+        return [request or {}] * n
+    moments = a_list("request", request)
+    if len(moments) != n or not all(isinstance(moment, Mapping) for moment in moments):
+        raise DataError(
+            f"request: {shown(request)}; pass a mapping such as {{'device': 'phone'}}, or a list "
+            f"of {n:,} of them, one for each"
+        )
+    return moments
+
+
+def load(
+    folder: str | Path, prepared: str | Path | None = None, extensions: Iterable[type] = ()
+) -> Recommender:
+    """The recommender of a run folder.
+
+    Args:
+      folder, prepared, extensions: as `open_run` takes them.
+    """
+    return Recommender(open_run(folder, prepared, extensions))
+
+
 def predict_file(recommender: Recommender, rows: str | Path) -> Result:
     """Predictions for a file: raw rows, or pairs in the columns of user and item.
 
     Raises:
       DataError: the file is missing, of an unknown format, or has no such columns.
     """
-    config = recommender.experiment.data
-    if not config.user or not config.item or recommender.prepared.manifest.request_ids:
+    config, manifest = recommender.experiment.data, recommender.prepared.manifest
+    if not (config.user and config.item) or manifest.request_ids or manifest.request_numbers:
         return recommender.predict_rows(rows)
     table = read_columns(recommender.experiment, rows, [config.user, config.item])
     users, items = (table.column(c).to_pylist() for c in (config.user, config.item))

@@ -1,7 +1,8 @@
-"""Requests to batches: raw user ids, fresh histories and raw rows as the model wants them."""
+"""Requests to batches: raw user ids, fresh histories and moments as the model wants them."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,155 +11,101 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import features
+from mtrec_jax.data import features, past
 from mtrec_jax.data.cells import as_text
-from mtrec_jax.data.dataset import Lists, Prepared
-from mtrec_jax.data.features import Encoding
-from mtrec_jax.data.new_rows import encode_requests
-from mtrec_jax.data.schema import columns_of
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.features import Encoding, one_array
+from mtrec_jax.data.features.clock import Clock
 from mtrec_jax.errors import DataError, nearest
+from mtrec_jax.evaluation.collect import met_items
 from mtrec_jax.models.serve import pad_rows
-from mtrec_jax.types import FIRST, UNKNOWN, Batch
+from mtrec_jax.types import FIRST, UNKNOWN, Batch, Lists
 
 BATCH = 256  # requests in a batch
+SIZES = (8, BATCH)  # what a batch is filled up to, so that few programs are compiled
 
 History = Sequence[str] | Mapping[str, Sequence[Any]]
+Moments = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # for all requests, or for each
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Encoded requests: what the model needs, and what must not be recommended."""
+    """Encoded users: what the model needs, and what must not be recommended to them."""
 
     batch: Batch
-    known: np.ndarray  # [n] bool: whose user is in the data
-    seen: Lists  # item ids of the histories
-    items: np.ndarray  # [n] item ids that the requests name themselves; 0: none
+    known: np.ndarray  # [n] bool
+    seen: Lists  # item ids
 
 
 class Encoder:
     """Encodes requests for one prepared folder; lists and vocabularies are read once."""
 
-    def __init__(self, experiment: Experiment, prepared: Prepared):
-        self.prepared, self._experiment = prepared, experiment
-        self._dtype = experiment.train.precision
-        self._lists: dict[str, Lists] = {}
+    def __init__(self, prepared: Prepared, dtype: str, sizes: tuple[int, ...] = SIZES):
+        self.prepared, self._dtype, self._sizes = prepared, dtype, sizes
         self._features: dict[str, Encoding] = {}
+        self._experiment = described(prepared)
 
     def users(
         self,
         users: list[str],
-        histories: Sequence[History] | None = None,
-        moments: dict[str, np.ndarray] | None = None,
+        histories: Sequence[History] | None,
+        request: Sequence[Mapping[str, Any]],
+        items: list[str] | None = None,
     ) -> Requests:
-        """Users, at most BATCH, to a batch of exactly BATCH examples of one position.
+        """Users at one moment each, at most BATCH, to a batch of one of a few sizes.
 
         Args:
           users: raw ids.
           histories: instead of the stored ones.
-          moments: request features [n, ...], as `moments` gives them.
+          request: what is known of the moment of each.
+          items: the raw id of the one candidate of each, if there is one.
         """
-        ids = np.array([self.prepared.user_ids.get(u, UNKNOWN) for u in users], np.int32)
-        if histories is None:
-            past = [self._stored(user) for user in ids]
-        else:
-            past = [self._encode_history(h, f"histories[{i}]") for i, h in enumerate(histories)]
-        return self._requests(ids, past, moments or self.moments([{}] * len(users)))
+        ids = np.array([self.prepared.user_ids.get(user, UNKNOWN) for user in users], np.int32)
+        moments = self._moments(users, items, request)
+        return self.rows({**moments, "user": ids}, histories)
 
-    def rows(self, arrays: dict[str, np.ndarray]) -> Requests:
-        """What `encode_requests` gives, at most BATCH rows, with the histories of their users."""
-        ids = arrays["user"]
-        past = [self._stored(user) for user in ids]
-        return self._requests(ids, past, arrays, arrays["candidate"][:, 0])
-
-    def moments(self, raw: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Request features of moments {column of the events: raw value}; absent ones are missing.
-
-        Raises:
-          DataError: a column that no request feature reads, or a cell that is no number where one
-            is needed.
-        """
-        manifest = self.prepared.manifest
-        fields = (*manifest.request_ids, *manifest.request_numbers)
-        columns = list(columns_of(self._experiment, "events", outcomes=False))
-        for moment in raw:
-            for name in moment:
-                if not fields or name not in columns:
-                    known = f"; there are {', '.join(columns)}" if fields else ": there are none"
-                    raise DataError(f"request: no feature of the moment reads {name!r}{known}")
-        if not fields:
-            return {}
-        if not any(raw):
-            return {name: np.repeat(a, len(raw), axis=0) for name, a in self._no_moment.items()}
-        cells = {c: [raw_text(moment.get(c)) or None for moment in raw] for c in columns}
-        return encode_requests(
-            self.prepared, pa.table(cells, pa.schema([(c, pa.string()) for c in columns]))
-        )
-
-    @functools.cached_property
-    def _no_moment(self) -> dict[str, np.ndarray]:
-        columns = list(columns_of(self._experiment, "events", outcomes=False))
-        nothing = pa.table({c: pa.array([None], pa.string()) for c in columns})
-        return encode_requests(self.prepared, nothing)
-
-    def _requests(
-        self,
-        ids: np.ndarray,
-        past: list[dict[str, np.ndarray]],
-        moments: Mapping[str, np.ndarray],
-        items: np.ndarray | None = None,
+    def rows(
+        self, arrays: dict[str, np.ndarray], histories: Sequence[History] | None = None
     ) -> Requests:
-        manifest, n = self.prepared.manifest, len(ids)
-        length, known = manifest.history_length, ids >= FIRST
-        events = {}
-        cutoff = np.array([[min(len(p["item"]), length)] for p in past], np.int32).reshape(n, 1)
-        for name in past[0] if past and length else ():
-            shape = (n, length, *past[0][name].shape[1:])
-            events[name] = np.zeros(shape, np.int32)
-            for i, (count,) in enumerate(cutoff):
-                events[name][i, :count] = past[i][name][len(past[i][name]) - count :]
-        lengths = np.cumsum([0, *(len(p["item"]) for p in past)])
-        seen = np.concatenate([np.zeros(0, np.int32), *(p["item"] for p in past)])
+        """Columns of `encode_requests`, at most BATCH rows, with the users' histories and context.
+
+        A user who is not in the data has the unknown value of each context feature.
+        """
+        manifest, ids = self.prepared.manifest, arrays["user"].astype(np.int32)
+        n, length, known = len(ids), manifest.history_length, ids >= FIRST
+        fields = manifest.history if length else ()
+        events = {f.name: np.zeros((n, length, f.slots), np.int32) for f in fields}
+        events |= {"item": np.zeros((n, length), np.int32)} if length else {}
+        cutoff = np.zeros((n, 1), np.int32)
+        seen = [np.zeros(0, np.int32)] * n
+        for i in range(n):
+            past: dict[str, np.ndarray] = {}
+            if histories is not None:
+                past = self._encode_history(histories[i], f"histories[{i}]")
+            elif known[i]:
+                past = {name: lists[ids[i] - FIRST] for name, lists in self._events.items()}
+            seen[i] = past.get("item", seen[i])
+            if not length or not len(seen[i]):
+                continue
+            cutoff[i] = count = min(len(past["item"]), length)
+            for name, array in events.items():
+                array[i, :count] = past[name][-count:].reshape(count, *array.shape[2:])
+        found = {"item": events["item"]} if length else {}
+        if fields:
+            found["ids"] = np.concatenate([events[f.name] for f in fields], axis=-1)
         request = {
-            part: moments[f"request_{part}"][:, None]
+            part: arrays[f"request_{part}"][:, None]
             for part in ("ids", "numbers")
             if getattr(manifest, f"request_{part}")
         }
-        batch = self._padded(self._context(ids), request, events, cutoff, ids)
-        named = np.zeros(n, np.int32) if items is None else items
-        return Requests(batch, known, Lists(seen, lengths), named)
-
-    def _context(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Context features of users; one who is not in the data has the trained unknown ones."""
-        known = (ids >= FIRST)[:, None]
-        found = {}
-        for part, of_users in self._contexts.items():
-            unknown = np.zeros(of_users.shape[1], of_users.dtype)
-            if part == "ids":
-                slots = [field.slots for field in self.prepared.manifest.context_ids]
-                unknown[np.cumsum([0, *slots[:-1]])] = UNKNOWN
-            chosen = of_users[np.maximum(ids - FIRST, 0)]
-            found[part] = np.where(known, chosen, unknown)
-        return found
-
-    def _stored(self, user: int | np.integer) -> dict[str, np.ndarray]:
-        """The stored history of a user id: "item" [e], "ids" [e, M]; empty where there is none."""
-        fields = self.prepared.manifest.history
-        nothing = np.zeros(0, np.int32)
-        if not self.prepared.manifest.history_length:
-            return {"item": nothing}
-        there = user >= FIRST
-        item = self._list("event_item")[user - FIRST] if there else nothing
-        if not fields:
-            return {"item": item}
-        parts = [
-            self._list(f"event_{f.name}")[user - FIRST].reshape(len(item), -1)
-            if there
-            else np.zeros((0, f.slots), np.int32)
-            for f in fields
-        ]
-        return {"item": item, "ids": np.concatenate(parts, axis=1)}
+        batch = self._batch(self._context(ids), request, found, cutoff, ids)
+        offsets = np.cumsum([0, *map(len, seen)])
+        return Requests(
+            batch, known, Lists(np.concatenate([np.zeros(0, np.int32), *seen]), offsets)
+        )
 
     def item_ids(self, items: Iterable[Any], name: str = "items") -> np.ndarray:
         """Ids [n] of raw item ids.
@@ -177,7 +124,7 @@ class Encoder:
             found.append(item)
         return np.array(found, np.int64)
 
-    def _padded(
+    def _batch(
         self,
         context: dict[str, np.ndarray],
         request: dict[str, np.ndarray],
@@ -185,23 +132,129 @@ class Encoder:
         cutoff: np.ndarray,
         user: np.ndarray,
     ) -> Batch:
-        def padded(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            kinds = {"numbers": self._dtype, "ids": "int32", "item": "int32"}
-            return {name: pad_rows(a.astype(kinds[name]), BATCH) for name, a in parts.items()}
+        size = next(size for size in self._sizes if size >= len(user))
 
-        one = np.zeros((BATCH, 1), np.int32)
+        def padded(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            typed = {
+                name: array.astype(self._dtype if name == "numbers" else np.int32)
+                for name, array in parts.items()
+            }
+            return {name: pad_rows(array, size) for name, array in typed.items()}
+
         return Batch(
             context=padded(context),
             request=padded(request),
             events=padded(events),
-            cutoff=pad_rows(cutoff, BATCH),
-            candidate=one,
+            cutoff=pad_rows(cutoff, size),
+            candidate=np.zeros((size, 1), np.int32),
             labels={},
             mask={},
-            user=pad_rows(user, BATCH),
-            weight=np.ones((BATCH, 1), self._dtype),
+            user=pad_rows(user, size),
+            weight=np.ones((size, 1), self._dtype),
             row=None,
         )
+
+    def _context(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Context features [n, ...] of users: of unknown ones the ids that stand for unknown."""
+        found = {}
+        for part, (stored, unknown) in self._contexts.items():
+            rows = np.concatenate([unknown, stored])
+            found[part] = rows[np.maximum(ids - UNKNOWN, 0)]
+        return found
+
+    @functools.cached_property
+    def _contexts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """{part: context features of all users [U, M], and of one who is not among them [1, M]}.
+
+        An unknown id is one that training knows: it stood for its rare values. A number is taken
+        for what a missing one is.
+        """
+        manifest = self.prepared.manifest
+        unknown: dict[str, list[np.ndarray]] = {"ids": [], "numbers": []}
+        for field in manifest.context_ids:
+            unknown["ids"].append(np.arange(field.slots)[None] == 0)  # UNKNOWN is 1, padding 0
+        for number in manifest.context_numbers:
+            none = pa.nulls(1, pa.string())
+            unknown["numbers"].append(features.encode(self._feature(number.name), none))
+        return {
+            part: (stored, np.concatenate(unknown[part], axis=1).astype(stored.dtype))
+            for part, stored in self.prepared.user_context().items()
+        }
+
+    @functools.cached_property
+    def _events(self) -> dict[str, Lists]:
+        """What each user has met: items, and the history features where there are histories."""
+        fields = self.prepared.manifest.history if self.prepared.manifest.history_length else ()
+        found = {field.name: self.prepared.user_lists(f"event_{field.name}") for field in fields}
+        return {"item": met_items(self.prepared)[0], **found}
+
+    def _moments(
+        self, users: list[str], items: list[str] | None, given: Sequence[Mapping[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """Features of the moments of users, and of the items if there are any.
+
+        Raises:
+          DataError: a key that is no feature of the request and no column of one, or a cell that is
+            no number where one is needed.
+        """
+        n, asked = len(users), self._asked
+        columns = {name: column for name, (_, column) in asked.items()}
+        data = self._experiment.data
+        allowed = {*columns, *columns.values(), *([data.time] if data.time else [])}
+        for moment in given:
+            for key in moment:
+                if key not in allowed:
+                    raise DataError(
+                        f"request: {key!r} is no feature on = 'request' of this data."
+                        f"{nearest(str(key), allowed)} There are {', '.join(columns) or 'none'}"
+                    )
+        own = {data.user: users, data.item: items or [None] * n}
+        rows: dict[str, pa.Array] = {
+            "user": pa.array([user or None for user in users], pa.string())
+        }
+        if data.time:
+            times = [seconds(moment.get(data.time), data.time_unit) for moment in given]
+            rows["time"] = pa.array(times, pa.float64())
+        for name, (encoding, column) in asked.items():
+            values = [m.get(name, m.get(column)) for m in given]
+            if column in own and not any(name in m or column in m for m in given):
+                values = list(own[column])
+            if isinstance(encoding.feature, Clock):
+                values = [
+                    m[name]
+                    if name in m
+                    else encoding.feature.of(seconds(m.get(column), data.time_unit))
+                    for m in given
+                ]
+            rows[f"feature_{name}"] = self._cells(encoding, values)
+        table = past.look_up(pa.table(rows), self.prepared, self._experiment)
+        cells = {name: one_array(table[f"feature_{name}"]) for name in asked}
+        encodings = [encoding for encoding, _ in asked.values()]
+        ids, numbers = features.encode_all(encodings, cells, n)
+        return {"request_ids": ids, "request_numbers": numbers}
+
+    def _cells(self, encoding: Encoding, values: list[Any]) -> pa.Array:
+        """Values as cells of the raw data: text, or lists of it."""
+        if any(isinstance(value, list | tuple) for value in values):
+            return pa.array([None if v is None else list(map(raw_text, v)) for v in values])
+        cells = pa.array([raw_text(value) or None for value in values], pa.string())
+        wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))
+        if len(wrong):
+            raise DataError(
+                f"request: {encoding.name} = {cells[int(wrong[0])].as_py()!r} is no number; leave "
+                "it out where it is missing"
+            )
+        return cells
+
+    @functools.cached_property
+    def _asked(self) -> dict[str, tuple[Encoding, str]]:
+        """The features of the request, and the column of each."""
+        declared = self._experiment.features
+        return {
+            name: (self._feature(name), feature.origin(name, self._experiment.data)[1])
+            for name, feature in declared.items()
+            if feature.on == "request" and feature.fitted
+        }
 
     def _encode_history(self, history: History, name: str) -> dict[str, np.ndarray]:
         """Ids of each column of a history; where data has queries, an item of None is a search."""
@@ -218,9 +271,8 @@ class Encoder:
         if queries:
             shown = np.array([item is not None for item in items], bool)
             items = [item for item in items if item is not None]
-        ids = np.full(len(shown), UNKNOWN, np.int32)
-        ids[shown] = self.item_ids(items, name)
-        parts = []
+        encoded = {"item": np.full(len(shown), UNKNOWN, np.int32)}
+        encoded["item"][shown] = self.item_ids(items, name)
         for field in self.prepared.manifest.history:
             values = columns.get(field.name, [None] * len(shown))
             values = a_list(f"{name}, {field.name}", values)
@@ -236,27 +288,17 @@ class Encoder:
                     f"history: place {wrong[0]} of {field.name} holds "
                     f"{cells[int(wrong[0])].as_py()!r}, which is no number; None is a missing one"
                 )
-            codes = features.encode(encoding, cells).astype(np.int32)
+            ids = features.encode(encoding, cells).astype(np.int32)
             searched = queries and (encoding.feature.column or field.name) == data["query"]
-            codes[shown == searched] = 0  # as in preparation
-            parts.append(codes)
-        return {"item": ids, "ids": np.concatenate(parts, axis=1)} if parts else {"item": ids}
+            ids[shown == searched] = 0  # as in preparation
+            encoded[field.name] = ids
+        return encoded
 
     def _feature(self, name: str) -> Encoding:
         """A feature of the history, as it was fitted."""
         if name not in self._features:
             self._features[name] = features.restore(self.prepared, name)
         return self._features[name]
-
-    @functools.cached_property
-    def _contexts(self) -> dict[str, np.ndarray]:
-        """Context features of all users: "ids" [U, M], "numbers" [U, C]."""
-        return self.prepared.user_context()
-
-    def _list(self, column: str) -> Lists:
-        if column not in self._lists:
-            self._lists[column] = self.prepared.user_lists(column)
-        return self._lists[column]
 
 
 def raw_text(value: Any) -> str:
@@ -295,3 +337,31 @@ def check_id(name: str, value: Any) -> None:
     """Raise `DataError` for a list, an array or a mapping in the place of an id."""
     if isinstance(value, list | tuple | set | Mapping) or getattr(value, "ndim", 0) > 0:
         raise DataError(f"{name}: {shown(value)} is no id; pass a text or a number")
+
+
+def seconds(time: Any, unit: str) -> float | None:
+    """A time, as a number in the unit of the data or as a datetime, in seconds; None: none.
+
+    >>> seconds(datetime.datetime(1970, 1, 2), "s"), seconds(5000, "ms")
+    (86400.0, 5.0)
+    """
+    if time is None:
+        return None
+    if isinstance(time, str):
+        try:
+            time = datetime.datetime.fromisoformat(time)
+        except ValueError:
+            raise DataError(f"request: time {time!r} is neither ISO 8601 nor a number") from None
+    if isinstance(time, datetime.datetime):
+        utc = time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
+        return utc.timestamp()
+    if isinstance(time, bool) or not isinstance(time, int | float | np.number):
+        raise DataError(f"request: time {shown(time)} is neither a number nor a datetime")
+    return float(time) / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
+
+
+def described(prepared: Prepared) -> Experiment:
+    """What a folder was prepared with, as an experiment without a model."""
+    values = {"name": prepared.manifest.name, **prepared.manifest.config}
+    found: Experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
+    return found

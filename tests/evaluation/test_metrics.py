@@ -10,9 +10,11 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_jax.config import metrics_of
+from mtrec_jax.config import select_metric
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.evaluation import calibration, metrics
+from mtrec_jax.evaluation import metrics
+from mtrec_jax.evaluation.metrics import metrics_of
+from mtrec_jax.experiments import load_experiment
 
 BINARY_ROWS = st.lists(
     st.tuples(st.integers(0, 1), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=40
@@ -57,17 +59,18 @@ def test_auc_depends_on_the_order_of_scores_alone(rows: list) -> None:
 @given(BINARY_ROWS)
 def test_log_loss_and_accuracy_are_those_of_scikit_learn(rows: list) -> None:
     labels, probabilities, weights = _columns(rows)
-    for weight in (None, weights):
-        if weight is not None and not weight.sum():
-            assert np.isnan(metrics.log_loss(labels, probabilities, weight))
+    statistics = metrics.task_statistics("binary", labels, probabilities)
+    for weight in (np.ones(len(labels)), weights):
+        if not weight.sum():
+            assert np.isnan(statistics["log_loss"](weight))
             continue
         theirs = sklearn.metrics.log_loss(
             labels, probabilities, sample_weight=weight, labels=[0, 1]
         )
-        assert metrics.log_loss(labels, probabilities, weight) == pytest.approx(theirs, abs=1e-12)
+        assert statistics["log_loss"](weight) == pytest.approx(theirs, abs=1e-12)
         classes = (probabilities >= 0.5).astype(np.float32)
         hits = sklearn.metrics.accuracy_score(labels, classes, sample_weight=weight)
-        assert metrics.accuracy(labels, classes, weight) == pytest.approx(hits, abs=1e-12)
+        assert statistics["accuracy"](weight) == pytest.approx(hits, abs=1e-12)
 
 
 @settings(deadline=None)
@@ -76,23 +79,23 @@ def test_regression_and_multiclass_are_those_of_scikit_learn(seed: int, n: int, 
     generator = np.random.default_rng(seed)
     truth, guess, weights = generator.normal(size=(3, n))
     weights = np.abs(weights)
+    statistics = metrics.task_statistics("regression", truth, guess)
     squared = sklearn.metrics.mean_squared_error(truth, guess, sample_weight=weights)
-    assert metrics.rmse(truth, guess, weights) == pytest.approx(squared**0.5, abs=1e-12)
-    absolute = sklearn.metrics.mean_absolute_error(truth, guess)
-    assert metrics.mae(truth, guess) == pytest.approx(absolute, abs=1e-12)
+    assert statistics["rmse"](weights) == pytest.approx(squared**0.5, abs=1e-12)
+    absolute = sklearn.metrics.mean_absolute_error(truth, guess, sample_weight=weights)
+    assert statistics["mae"](weights) == pytest.approx(absolute, abs=1e-12)
 
     labels = generator.integers(0, c, n)
     probabilities = generator.dirichlet(np.ones(c), n)
     ours = metrics.task_metrics("multiclass", labels.astype(np.float32), probabilities)
     theirs = sklearn.metrics.log_loss(labels, probabilities, labels=range(c))
     assert ours["log_loss"] == pytest.approx(theirs, abs=1e-12)
-    assert ours["log_loss"] == metrics.multiclass_log_loss(labels, probabilities)
     assert ours["accuracy"] == pytest.approx(np.mean(probabilities.argmax(1) == labels))
 
 
 def test_log_loss_of_certain_and_wrong_predictions_is_finite() -> None:
-    wrong = metrics.log_loss(np.array([0, 1]), np.array([1, 0], np.float32))
-    assert wrong == pytest.approx(-np.log(np.finfo(np.float32).eps))
+    wrong = metrics.task_metrics("binary", np.array([0, 1]), np.array([1, 0], np.float32))
+    assert wrong["log_loss"] == pytest.approx(-np.log(np.finfo(np.float32).eps))
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression", "multiclass"])
@@ -132,7 +135,22 @@ def test_ndcg_is_that_of_scikit_learn(rank: int, k: int) -> None:
     scores = -np.arange(10.0)[None]
     relevant = (np.arange(10) == rank)[None]
     theirs = sklearn.metrics.ndcg_score(relevant, scores, k=k)
-    assert metrics.per_query(np.array([rank]), k)["ndcg"][0] == pytest.approx(theirs)
+    ours = metrics.ranking_metrics(np.array([rank]), [k])
+    assert ours[f"ndcg@{k}"] == pytest.approx(theirs)
+
+
+def test_a_metric_of_ones_own_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured, may choose the checkpoint, and its direction is known."""
+
+    def worst(labels: np.ndarray, predictions: np.ndarray) -> metrics.Statistic:
+        return lambda weights: float(np.max(np.abs(labels - predictions)[weights > 0]))
+
+    line = metrics.Metric(worst, larger_is_better=False)
+    monkeypatch.setitem(metrics.METRICS["regression"], "worst", line)
+    found = metrics.task_metrics("regression", np.array([1.0, 5.0]), np.array([2.0, 8.0]))
+    assert found["worst"] == 3
+    experiment = load_experiment("shop", ["select.metric=stars/worst"])
+    assert select_metric(experiment) == ("stars", "worst", False)
 
 
 def test_errors_say_what_is_wrong() -> None:
@@ -140,50 +158,53 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(DataError, match=r"label 3.0 is neither 0 nor 1; .*at_least"):
         metrics.auc(np.array([0.0, 3.0]), ones)
     with pytest.raises(DataError, match="label nan is neither 0 nor 1"):
-        metrics.log_loss(np.array([0.0, np.nan]), ones)
+        metrics.task_metrics("binary", np.array([0.0, np.nan]), ones)
     with pytest.raises(DataError, match=r"label 2.0 is not a class number 0 \.\. 1"):
-        metrics.multiclass_log_loss(np.array([0.0, 2.0]), np.full((2, 2), 0.5))
+        metrics.task_metrics("multiclass", np.array([0.0, 2.0]), np.full((2, 2), 0.5))
     with pytest.raises(DataError, match="ranks start at 0, found -1"):
         metrics.ranking_metrics(np.array([-1]), [10])
     with pytest.raises(ConfigError, match="retrieval is measured by ranking_metrics"):
         metrics.task_metrics("retrieval", ones, ones)
-    with pytest.raises(ConfigError, match="bins must be 1 or more"):
-        calibration.calibration_error(ones, ones, bins=0)
 
 
 # ---- calibration ----
 
 
+def _calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
+    return metrics.calibration_statistic(labels, probabilities, bins)(np.ones(len(labels)))
+
+
 @settings(deadline=None)
 @given(BINARY_ROWS, st.integers(1, 20))
-def test_calibration_error_is_the_mean_gap_of_the_reliability_table(rows: list, bins: int) -> None:
+def test_calibration_error_is_the_mean_gap_of_the_bins(rows: list, bins: int) -> None:
+    """A row's bin is where the middle of the places of all equal predictions falls."""
     labels, probabilities, _ = _columns(rows)
-    table = calibration.reliability(labels, probabilities, bins)
-    gaps = np.abs(table.prediction - table.label)
-    expected = (gaps * table.examples).sum() / len(labels)
-    found = calibration.calibration_error(labels, probabilities, bins)
-    assert found == pytest.approx(expected, abs=1e-12)
-    assert table.examples.sum() == len(labels)
-    assert np.all(np.diff(table.prediction) > 0)
-    assert table.label @ table.examples == pytest.approx(labels.sum())
-    backwards = calibration.calibration_error(labels[::-1], probabilities[::-1], bins)
+    places = [np.flatnonzero(np.sort(probabilities) == p) for p in probabilities]
+    bin_of = np.array([(p[0] + p[-1]) * bins // (2 * len(labels)) for p in places])
+    gaps = [
+        abs(probabilities[bin_of == b].mean() - labels[bin_of == b].mean()) * np.mean(bin_of == b)
+        for b in np.unique(bin_of)
+    ]
+    found = _calibration_error(labels, probabilities, bins)
+    assert found == pytest.approx(sum(gaps), abs=1e-12)
+    backwards = _calibration_error(labels[::-1], probabilities[::-1], bins)
     assert found == pytest.approx(backwards, abs=1e-12)
 
 
 def test_bins_hold_equally_many_rows_and_equal_predictions_share_one() -> None:
-    distinct = calibration.reliability(np.zeros(100), np.linspace(0, 1, 100) ** 9, bins=8)
-    assert set(distinct.examples) <= {12, 13}
-    assert len(distinct.examples) == 8
+    # two bins of two rows, far from equally wide: |0.05 - 0.5| / 2 + |0.65 - 0.5| / 2
+    labels, spread = np.array([0, 1, 0, 1]), np.array([0.0, 0.1, 0.4, 0.9])
+    assert _calibration_error(labels, spread, 2) == pytest.approx(0.3)
     labels = np.array([1, 1, 0, 0, 0])
-    assert calibration.calibration_error(labels, np.full(5, 0.5)) == pytest.approx(0.1)
+    assert _calibration_error(labels, np.full(5, 0.5)) == pytest.approx(0.1)
 
 
 def test_calibration_error_of_a_calibrated_model_is_near_zero() -> None:
     generator = np.random.default_rng(0)
     probabilities = generator.random(50_000)
     labels = (generator.random(50_000) < probabilities).astype(np.float32)
-    assert calibration.calibration_error(labels, probabilities) < 0.01
-    assert calibration.calibration_error(labels, probabilities / 2) == pytest.approx(0.25, abs=0.01)
+    assert _calibration_error(labels, probabilities) < 0.01
+    assert _calibration_error(labels, probabilities / 2) == pytest.approx(0.25, abs=0.01)
 
 
 # ---- bootstrap ----
@@ -202,13 +223,14 @@ def test_weighted_resamples_equal_naive_resampling_of_rows() -> None:
 
     for metric in ("auc", "log_loss", "accuracy"):
         statistic = metrics.task_statistics("binary", labels, scores)[metric]
-        found = metrics.bootstrap_interval(statistic, n, resamples, seed)
+        found = metrics.bootstrap_interval(statistic, np.arange(n), resamples, seed)
         np.testing.assert_allclose(found, np.percentile(naive(metric), (2.5, 97.5)), atol=1e-12)
 
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:
     values = np.random.default_rng(0).normal(5, 2, 2000)
-    low, high = metrics.bootstrap_interval(metrics.mean_statistic(values), 2000, 2000, seed=1)
+    everyone = np.arange(2000)
+    low, high = metrics.bootstrap_interval(metrics.mean_statistic(values), everyone, 2000, seed=1)
     error = values.std() / 2000**0.5
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
@@ -221,24 +243,56 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
         labels = np.arange(150) % 2
         scores = generator.normal(size=150) + labels
         statistic = metrics.auc_statistic(labels, scores)
-        low, high = metrics.bootstrap_interval(statistic, 150, 200, seed=trial)
+        low, high = metrics.bootstrap_interval(statistic, np.arange(150), 200, seed=trial)
         covered += low <= 0.76025 <= high
     assert 180 <= covered <= 198
 
 
+def test_users_are_resampled_with_all_of_their_targets() -> None:
+    """Two users, four targets each, all alike within a user: as if there were two draws of two.
+
+    A resample is the first user twice, both, or the second twice: 1/4, 1/2, 1/4. So the interval
+    is the whole range. Resampled as eight targets, their mean is never as low as 0 or as high as 1
+    that often.
+    """
+    users, values = np.repeat([7, 3], 4), np.repeat([0.0, 1.0], 4)
+    statistic = metrics.mean_statistic(values)
+    drawn = []
+
+    def watched(weights: np.ndarray) -> float:
+        drawn.append(weights.tolist())
+        return statistic(weights)
+
+    assert metrics.bootstrap_interval(watched, users, 400) == (0, 1)
+    assert {tuple(w) for w in drawn} == {(0, 0, 0, 0, 2, 2, 2, 2), (1,) * 8, (2,) * 4 + (0,) * 4}
+    assert drawn.count([1.0] * 8) / 400 == pytest.approx(0.5, abs=0.1)
+    low, high = metrics.bootstrap_interval(statistic, np.arange(8), 400)
+    assert 0 < low < 0.5 < high < 1
+
+
+def test_a_paired_interval_is_of_the_difference_on_the_same_draws() -> None:
+    generator = np.random.default_rng(5)
+    values = generator.normal(size=50)
+    ours, theirs = metrics.mean_statistic(values + 0.25), metrics.mean_statistic(values)
+    low, high = metrics.bootstrap_interval(lambda w: ours(w) - theirs(w), np.arange(50))
+    assert low == pytest.approx(0.25)
+    assert high == pytest.approx(0.25)
+
+
 def test_interval_is_repeatable_and_undefined_without_rows_or_resamples() -> None:
     statistic = metrics.auc_statistic(np.array([0, 0, 0, 1]), np.array([1.0, 2, 3, 4]))
-    first = metrics.bootstrap_interval(statistic, 4, 50, seed=1)
-    assert first == metrics.bootstrap_interval(statistic, 4, 50, seed=1) == (1.0, 1.0)
-    assert np.isnan(metrics.bootstrap_interval(statistic, 4, 0)).all()
-    assert np.isnan(metrics.bootstrap_interval(metrics.mean_statistic(np.zeros(0)), 0)).all()
+    first = metrics.bootstrap_interval(statistic, np.arange(4), 50, seed=1)
+    assert first == metrics.bootstrap_interval(statistic, np.arange(4), 50, seed=1) == (1.0, 1.0)
+    assert np.isnan(metrics.bootstrap_interval(statistic, np.arange(4), 0)).all()
+    nothing = np.zeros(0, np.int64)
+    assert np.isnan(metrics.bootstrap_interval(metrics.mean_statistic(nothing), nothing)).all()
     one_class = metrics.auc_statistic(np.zeros(3), np.zeros(3))
-    assert np.isnan(metrics.bootstrap_interval(one_class, 3)).all()
+    assert np.isnan(metrics.bootstrap_interval(one_class, np.arange(3))).all()
 
 
 def test_bootstrap_of_a_large_test_set_takes_seconds() -> None:
     generator = np.random.default_rng(0)
     labels, scores = generator.integers(0, 2, 100_000), generator.random(100_000)
     start = time.perf_counter()
-    metrics.bootstrap_interval(metrics.auc_statistic(labels, scores), 100_000, 200)
+    metrics.bootstrap_interval(metrics.auc_statistic(labels, scores), np.arange(100_000), 200)
     assert time.perf_counter() - start < 8  # about 0.5 s

@@ -48,6 +48,16 @@ class Clock(Feature):
         """Its column of the events, or their time."""
         return "events", self.column or data.time
 
+    def of(self, time: float | None) -> int | None:
+        """The value of a time in seconds.
+
+        >>> Weekday(on="request").of(0.0), Hour(on="request").of(7200.5)
+        (3, 2)
+        """
+        if time is None:
+            return None
+        return int(time // self.seconds + self.first) % self.values
+
     def problems(self, name: str, data: Any) -> Iterator[str]:
         """A time is needed."""
         yield from super().problems(name, data)

@@ -1,0 +1,89 @@
+"""A baseline as a recommender: what a deep model has to beat, also in daily use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mtrec_jax import choices
+from mtrec_jax.arguments import a_whole_number
+from mtrec_jax.baselines import BASELINES, Predicts, Ranks
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.evaluation.collect import met_items
+from mtrec_jax.evaluation.comparison import training_interactions
+from mtrec_jax.evaluation.ranking import top_items
+from mtrec_jax.serving.requests import raw_texts
+from mtrec_jax.serving.result import Result
+from mtrec_jax.types import FIRST, UNKNOWN, Lists
+
+
+@dataclass(frozen=True)
+class BaselineRecommender:
+    """A fitted baseline that is asked in raw ids."""
+
+    prepared: Prepared
+    fitted: Ranks | Predicts
+
+    def recommend(self, users: Iterable[Any], k: int = 10, *, exclude_seen: bool = True) -> Result:
+        """The k best items of each user, given the user's whole stored history.
+
+        Args:
+          users: raw user ids; one who is not in the data has no history.
+          k: items a user; fewer come back where there are fewer.
+          exclude_seen: leave out what the user has met.
+
+        Returns:
+          A `Result`, a row an item: user, known, rank, item, title, score.
+
+        Raises:
+          ConfigError: the baseline does not rank items.
+          DataError: k is below 1 or above the catalogue.
+        """
+        if not isinstance(self.fitted, Ranks):
+            raise ConfigError(f"{type(self.fitted).__name__} predicts labels, it ranks no items")
+        prepared, names = self.prepared, raw_texts("users", users)
+        n = prepared.manifest.items
+        k = a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
+        ids = np.array([prepared.user_ids.get(name, UNKNOWN) for name in names], np.int64)
+        met = met_items(prepared)[0]
+        past = [met[user - FIRST] if user >= FIRST else met.values[:0] for user in ids]
+        offsets = np.cumsum([0, *map(len, past)])
+        history = Lists(np.concatenate([met.values[:0], *past]), offsets)
+        seen = Lists(history.values.astype(np.int64) - FIRST, offsets) if exclude_seen else None
+        scorer = self.fitted.scorer(ids, history)
+        scores, found = top_items(scorer, np.arange(len(ids)), k, seen, n)
+        row, place = np.nonzero(found >= 0)
+        items = found[row, place]
+        columns: dict[str, Any] = {
+            "user": pa.array([names[i] for i in row], pa.string()),
+            "known": ids[row] >= FIRST,
+            "rank": place + 1,
+            "item": pa.array([prepared.item_names[i] for i in items], pa.string()),
+            "title": pa.array([prepared.titles[i] for i in items], pa.string()),
+            "score": scores[row, place],
+        }
+        return Result(pa.table(columns))
+
+
+def fit_baseline(
+    experiment: Experiment, prepared: Prepared, baseline: str | Mapping[str, Any] | Any
+) -> BaselineRecommender:
+    """Fit a baseline on the training split of a prepared folder.
+
+    Args:
+      experiment: its tasks are what the baseline learns.
+      prepared: from `prepare` or `open_prepared`.
+      baseline: a kind such as "item_knn", a table such as {"kind": "item_knn", "neighbours": 50},
+        or an instance, also of a class of your own.
+
+    Raises:
+      ConfigError: there is no such baseline or option.
+    """
+    options = choices.read(choices.Choice(BASELINES), baseline, "baseline")
+    return BaselineRecommender(prepared, options.fit(training_interactions(experiment, prepared)))
