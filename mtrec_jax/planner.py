@@ -29,7 +29,7 @@ from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, resized
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.models.model import make_catalogue, make_model
+from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.models.serve import load_catalogue
 from mtrec_jax.sharding import AXES, check_batch_size, check_mesh, make_mesh
 from mtrec_jax.tables.exchange import Buffers, BuffersOf
@@ -89,7 +89,7 @@ class DevicePlan:
     memory: dict[str, int]  # {what: bytes}
     collectives: tuple[Collective, ...]
     buffers: dict[str, Buffers]  # of the exchange by stack, measured on the run's first batches;
-    # {}: nothing is split, or there are no batches, and most ids count as distinct
+    # {}: no table is split, or there are no batches: all ids count as distinct
 
     @property
     def bytes(self) -> int:
@@ -105,6 +105,9 @@ def plan(
     device_memory: float | int = 80e9,
 ) -> DevicePlan:
     """Plan a run on devices that need not be here.
+
+    Where there are fewer here, a process with virtual ones compiles the step: a script calls this
+    below `if __name__ == "__main__":`.
 
     Args:
       experiment: what is to be trained; `train.mesh` says how many devices share a table.
@@ -137,12 +140,8 @@ def plan(
         prepared = prepared.chosen(experiment)
         manifest = resized(prepared.manifest, rows)
     model = make_model(experiment, manifest)
-    buffers: BuffersOf = {}
-    if prepared and not rows and mesh[1] > 1:  # batches say nothing of tables of other sizes
-        config = experiment.train
-        source = BatchSource(prepared, "train", config.batch_size, config.seed, 1, config.precision)
-        items = load_catalogue(prepared, experiment)
-        buffers = exchange_buffers(model, items, source, abstract, config.seed)
+    # batches say nothing of tables of other sizes
+    buffers = {} if prepared is None or rows else _measured(experiment, prepared, model, abstract)
     state = make_step(experiment, model, abstract, 1).abstract
     tables = tuple(_tables(experiment, model.layout, state, mesh[1]))
     memory = stored_bytes(experiment, manifest, state, math.prod(mesh))
@@ -159,6 +158,15 @@ def plan(
         collectives=compiled.collectives,
         buffers=buffers,
     )
+
+
+def _measured(
+    experiment: Experiment, prepared: Prepared, model: Model, mesh: AbstractMesh
+) -> BuffersOf:
+    """Buffers of the exchange as training would measure them on its first batches."""
+    config = experiment.train
+    source = BatchSource(prepared, "train", config.batch_size, config.seed, 1, config.precision)
+    return exchange_buffers(model, load_catalogue(prepared, experiment), source, mesh, config.seed)
 
 
 def stored_bytes(
