@@ -86,6 +86,7 @@ class Predicts(Protocol):
         """{task: predictions [n]} of the tasks that it knows."""
 
 
+@runtime_checkable
 class Baseline(Protocol):
     """Options of a baseline."""
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mtrec_jax.evaluation.inference import Inference, predictions, prepared_inference
 
 from mtrec_jax.config import Published
 from mtrec_jax.data.dataset import Manifest, Prepared, TaskField
@@ -20,7 +21,6 @@ from mtrec_jax.data.pipeline import evaluation_batches
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, past_items, rank_in_list, seen_items
 from mtrec_jax.evaluation.evaluate import Evaluation, _orders, evaluate
-from mtrec_jax.evaluation.inference import Inference, predictions, prepared_inference
 from mtrec_jax.evaluation.tables import print_evaluation
 from mtrec_jax.train.run import Run, evaluate_run, load_best
 from tests.data.small import make, run

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_jax.types import Lists
-from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.baselines import Scorer
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation.ranking import target_ranks, top_items
+from mtrec_jax.types import Lists
 
 
 @dataclass(frozen=True)
