@@ -56,7 +56,7 @@ main()
 """
 _BEFORE_WORK = ("imports", "building", "restore", "first step")
 _SETTINGS = (  # a small model: it is the restarts that matter
-    *("data.history_length=16", "model.item_placement=sparse", "model.towers=shared_bottom"),
+    *("data.history_length=16", "tables.item.update=sparse", "model.towers=shared_bottom"),
     *("train.epochs=0", "train.log_every=5", "train.checkpoint_every=15"),
     "train.evaluate_every=60",
 )

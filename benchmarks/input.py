@@ -9,6 +9,7 @@ repeated batch, in interleaved rounds from the first step of a run on, for the p
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -55,10 +56,11 @@ def _rows(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     """Rows of 40 columns, most values frequent, most numbers zero; two labels."""
     sizes = np.concatenate([rng.integers(3, 50, NOMINAL - 2), [1000, 3000]])
     numbers = np.where(rng.random((n, NUMBERS)) < 0.6, 0, rng.normal(size=(n, NUMBERS)))
+    nominal = np.minimum(rng.zipf(1.5, (n, NOMINAL)), sizes)
     return {
         "user": np.zeros(n, np.int32),
-        "context_ids": np.minimum(rng.zipf(1.5, (n, NOMINAL)), sizes).astype(np.int32) + 1,
-        "context_numbers": numbers.astype(np.float32),
+        **{f"request_{i}": ids for i, ids in enumerate(nominal.astype(np.int32).T + 1)},
+        **{f"request_x{i}": x for i, x in enumerate(numbers.astype(np.float32).T)},
         "cutoff": np.zeros((n, 1), np.int32),
         "candidate": np.zeros((n, 1), np.int32),
         **{f"label_{t}": (rng.random((n, 1)) < 0.1).astype(np.float32) for t in "ab"},
@@ -70,7 +72,7 @@ def _histories(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     """One target each after 50 events with an item and a behaviour; a retrieval and a label."""
     return {
         "user": rng.integers(2, 100_000, n).astype(np.int32),
-        "context_ids": rng.integers(2, 9, (n, 3)).astype(np.int32),
+        **{f"context_{i}": rng.integers(2, 9, n).astype(np.int32) for i in range(3)},
         "event_item": np.minimum(rng.zipf(1.3, (n, HISTORY)), 30_000).astype(np.int32) + 1,
         "event_behaviour": rng.integers(2, 6, (n, HISTORY)).astype(np.int32),
         "cutoff": np.full((n, 1), HISTORY, np.int32),
@@ -84,7 +86,7 @@ def _histories(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
 def _write(
     folder: Path, make: Callable[[np.random.Generator, int], dict[str, np.ndarray]], count: int
 ) -> Any:
-    from mtrec_jax.data.dataset import BLOCK, Prepared
+    from mtrec_jax.data.dataset import BLOCK, IdField, NumberField, Prepared, TaskField
     from mtrec_jax.data.examples import write_examples
     from tests import tiny
 
@@ -94,7 +96,28 @@ def _write(
 
     folder.mkdir()
     write_examples(folder / "train.parquet", blocks())
-    return Prepared(folder, tiny.manifest())  # batches need the Parquet file alone
+    names = make(np.random.default_rng(0), 1)
+    fields: dict[str, tuple[IdField | NumberField, ...]] = {
+        "request_ids": _ids(NOMINAL) if "request_0" in names else (),
+        "request_numbers": tuple(
+            NumberField(name=f"x{i}", mean=0, std=1) for i in range(NUMBERS) if "request_0" in names
+        ),
+        "context_ids": _ids(3) if "context_0" in names else (),
+        "history": (IdField(name="behaviour", size=9, slots=1),) if "event_item" in names else (),
+    }
+    manifest = dataclasses.replace(
+        tiny.manifest(features=False),
+        history_length=HISTORY if "event_item" in names else 0,
+        tasks={n.removeprefix("label_"): TaskField() for n in names if n.startswith("label_")},
+        **fields,
+    )
+    return Prepared(folder, manifest)
+
+
+def _ids(count: int) -> tuple[Any, ...]:
+    from mtrec_jax.data.dataset import IdField
+
+    return tuple(IdField(name=str(i), size=4000, slots=1) for i in range(count))
 
 
 def _passes(prepared: Any, rounds: int) -> dict[str, list[float]]:
@@ -131,10 +154,10 @@ def _passes(prepared: Any, rounds: int) -> dict[str, list[float]]:
 def _training(name: str, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Rate of training over that of its step on one batch: by the clock, and by processor time."""
     import jax
+    from mtrec_jax.evaluation.inference import load_catalogue
 
     from mtrec_jax.data.pipeline import BatchSource, training_batches
     from mtrec_jax.data.prepare import prepare
-    from mtrec_jax.evaluation.inference import load_catalogue
     from mtrec_jax.experiments import load_experiment
     from mtrec_jax.models.model import make_model
     from mtrec_jax.sharding import make_mesh, put_batch, replicate

@@ -56,8 +56,8 @@ def use_compilation_cache() -> None:
     of them, for which the others would be late.
     """
     home = cache_home()
-    chosen = jax.config.jax_compilation_cache_dir is not None
-    is_off = not jax.config.jax_enable_compilation_cache
+    chosen = jax.config.values["jax_compilation_cache_dir"] is not None
+    is_off = not jax.config.values["jax_enable_compilation_cache"]
     alone = not jax.distributed.is_initialized() or "MTREC_CACHE" in os.environ
     if home is None or chosen or is_off or not alone:
         return

@@ -19,11 +19,11 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 # Imports point to the same layer or to one further up. A room may be on several, by the file.
 LAYERS = (
     ("errors", "types", "interrupts", "arguments", "processes", "choices", "machine"),
-    ("kernels", "sharding", "compilation", "mixing"),
+    ("kernels", "sharding", "compilation", "mixing", "quantities"),
     ("data.features", "balance", "models.layers", "models.encoders", "models.towers"),
     ("baselines", "evaluation.metrics"),
     ("config", "experiments"),
-    ("data", "tables", "quantities"),
+    ("data", "tables"),
     ("losses",),
     ("models",),
     ("evaluation",),
@@ -49,8 +49,8 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "ibis": tuple(
         f"data/{n}.py"
         for n in (
-            *("prepare", "schema", "expressions", "clean", "split", "index"),
-            *("past", "guards", "twins", "engine", "social_tables"),
+            *("prepare", "schema", "expressions", "clean", "rules", "split"),
+            *("past", "guards", "engine", "social"),
         )
     ),
     "duckdb": (),
@@ -78,10 +78,8 @@ def own_imports(tree: ast.AST) -> Iterator[str]:
 
 
 def part_of(name: str) -> str:
-    """The room, or the floor of a room, to which a file or import belongs."""
-    first, *rest = name.replace("/", ".").removesuffix(".py").split(".")
-    inner = f"{first}.{rest[0]}" if rest else first
-    return inner if inner in LAYER else first
+    """The room or the module of the package's root to which a file or import belongs."""
+    return name.replace("/", ".").removesuffix(".py").split(".")[0]
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -124,16 +122,19 @@ def test_baselines_know_only_the_data_contract() -> None:
 
 
 def test_nobody_imports_the_command_line() -> None:
-    assert not [n for n, tree in TREES.items() if "cli" in {part_of(i) for i in own_imports(tree)}]
+    others = {n: tree for n, tree in TREES.items() if not n.startswith("cli/")}
+    assert not [n for n, tree in others.items() if "cli" in {part_of(i) for i in own_imports(tree)}]
 
 
 def test_functions_stay_readable() -> None:
-    long = [
-        f"{name}: {f.name} has {f.end_lineno - f.lineno + 1} lines"
-        for name, tree in TREES.items()
-        for f in functions(tree)
-        if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > 60
-    ]
+    """At most 60 lines, the signature and the docstring aside."""
+    long = []
+    for name, tree in TREES.items():
+        for function in functions(tree):
+            body = function.body[1 if ast.get_docstring(function) else 0 :]
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            if lines > 60:
+                long.append(f"{name}: {function.name} has {lines} lines")
     assert not long
 
 

@@ -120,7 +120,7 @@ def test_a_run_has_the_same_bits_with_kept_programs(shop_run: Run, tmp_path: Pat
     """The first run compiles, the second one finds every program that the first one had."""
     config = tmp_path / "shop.toml"
     config.write_text(to_toml(shop_run.experiment), encoding="utf-8")
-    records = []
+    records, before = [], set[str]()
     for name in ("cold", "warm"):
         places = ["--prepared", str(shop_run.prepared.folder), "--run", str(tmp_path / name)]
         code = "from mtrec_jax.cli import main; main()"

@@ -213,7 +213,7 @@ RIGHT = {  # {expression: its value}: what is understood although it is unusual
     "fitted({'train.steps': 3}).train.epochs": 0,
     "fitted({'train.steps': '3'}).train.steps": 3,
     "fitted({'train': {'steps': 3}, 'train.seed': 5}).train.seed": 5,
-    "fitted({'model': {'width': 8}, 'model.layers': 1}).model.width": 8,
+    "fitted({'model': {'width': 8}, 'model.encoder.layers': 1}).model.width": 8,
     "fitted(None).train.epochs": 30,
 }
 SCRIPT = """

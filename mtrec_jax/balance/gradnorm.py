@@ -32,7 +32,7 @@ class GradNorm:
     With G_t = |w_t dL_t| the norm of a task's weighted gradient, and r_t = (L_t / L_t(0)) / mean of
     these its relative inverse training rate, the weights descend along sum_t |G_t - mean(G) r_t^a|,
     whose targets mean(G) r_t^a are constants, one a task. Afterwards they are scaled to the sum of
-    the declared ones. A step takes a backward pass through the towers for each task.
+    the declared ones. Tasks that are not observed rest, and have no part in the means. A step takes a backward pass through the towers for each task.
     """
 
     kind: Literal["gradnorm"] = "gradnorm"
@@ -50,8 +50,10 @@ class GradNorm:
             norms = jnp.stack([jnp.sqrt(dot(part.shared, part.shared)) for part in alone])
             first = jnp.where((state.first == 0) & observed, losses, state.first)
             slope = weight_gradient(state.weights, norms, losses, first, observed, self.alpha)
-            weights = jnp.maximum(state.weights - self.learning_rate * slope, 1e-3)
-            weights = weights * jnp.sum(initial) / jnp.sum(weights)
+            moved = jnp.maximum(state.weights - self.learning_rate * slope, 1e-3)
+            rest = jnp.sum(jnp.where(observed, 0, state.weights))  # of tasks that keep theirs
+            scale = (jnp.sum(initial) - rest) / jnp.sum(jnp.where(observed, moved, 1e-30))
+            weights = jnp.where(observed, moved * scale, state.weights)
             shared, heads = (
                 jax.tree.map(lambda *parts: sum(parts), *(getattr(part, name) for part in alone))
                 for name in ("shared", "heads")

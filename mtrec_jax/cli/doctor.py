@@ -113,7 +113,7 @@ def _cache() -> dict[str, Any]:
 
     from mtrec_jax.compilation import cache_home, cache_limit, cache_size
 
-    own = jax.config.jax_compilation_cache_dir
+    own = jax.config.values["jax_compilation_cache_dir"]
     if own is not None:
         return {"folder": own, "state": "chosen by JAX's own setting"}
     home = cache_home()

@@ -18,6 +18,7 @@ from mtrec_jax.data.dataset import (
     NumberField,
     SplitInfo,
     TaskField,
+    grouped,
 )
 from mtrec_jax.data.features import Feature, Text
 from mtrec_jax.errors import ConfigError, nearest
@@ -56,8 +57,6 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     fields: dict[str, list[IdField | NumberField]] = {role: [] for role in roles}
     for name, feature in chosen.items():
         fields[feature.on].append(_field(name, feature, sizes[name]))
-    ids = {on: tuple(f for f in found if isinstance(f, IdField)) for on, found in fields.items()}
-    numbers = {on: tuple(f for f in x if isinstance(f, NumberField)) for on, x in fields.items()}
     positions = (data.positions or data.length) if data.length else 1
     return Manifest(
         format=FORMAT,
@@ -76,13 +75,7 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
         examples={"train": 0},
         positions={"train": positions},
         targets={"train": 0},
-        context_ids=ids["context"],
-        context_numbers=numbers["context"],
-        request_ids=ids["request"],
-        request_numbers=numbers["request"],
-        item_ids=ids["item"],
-        item_numbers=numbers["item"],
-        history=ids["history"],
+        **grouped(fields),
         tasks={
             name: TaskField(classes=tuple(map(str, range(rows.get(name, 0)))))
             for name in experiment.tasks

@@ -93,6 +93,7 @@ class Notes:
     quarantined: int
     rules: tuple[Rule, ...]
     bounds: dict[str, Bounds]  # fitted, of clean.values
+    until: float | None  # seconds: when the first row that lay in the future no longer does
     files: dict[str, str]  # {file of the folder: SHA-256}
 
     @property
@@ -284,7 +285,7 @@ def _usable(
     experiment: Experiment, data: Path | None, out: Path, tables: Mapping[str, Any]
 ) -> Cleaned | None:
     """The folder `out` where it holds, unharmed, what cleaning would make now; else None."""
-    if not (out / "cleaned.json").is_file() or experiment.clean.latest == "now":
+    if not (out / "cleaned.json").is_file():
         return None
     try:
         found = open_cleaned(out)
@@ -300,6 +301,8 @@ def _usable(
             for name, files in tables_of(experiment, tables).items()
         }
         same = found.notes.fingerprint == fingerprint(experiment, digests)
+        if experiment.clean.latest == "now" and found.notes.until is not None:
+            same &= time.time() < found.notes.until
         return found if same and _digests_of(out) == found.notes.files else None
     except (OSError, KeyError, DataError):
         return None  # whatever is wrong has its message when the files are read
@@ -322,8 +325,6 @@ def _clean(
     events, rules, removed, bounds = usable_events(engine, experiment, sources)
     order = [name for name in ("user", "time", "row") if name in events.columns]
     events = engine.keep("events", events.order_by(order))
-    for name in EVENTS:
-        engine.forget(f"typed_{name}")
     if not (kept := engine.size("events")):
         report = "\n".join(f"  {rule.rule}: {rule.rows:,}" for rule in rules)
         raise DataError(f"no event is left after cleaning:\n{report}\nLower the limits in [clean]")
@@ -336,6 +337,9 @@ def _clean(
             rules += _clean_side(engine, experiment, key, sources.get(f"{key}s"))
     rules += clean_queries(engine, experiment, sources.get("queries"))
     rules += clean_ties(engine, experiment, sources.get("ties"))
+    until = _first_late(engine, [name for name in (*EVENTS, "queries") if name in sources])
+    for name in sources:
+        engine.forget(f"typed_{name}")
     staged = [sources[name].staged for name in EVENTS if name in sources]
     raw = [sources[name].table for name in EVENTS if name in sources]
     tables = ["events", *(name for name in sources if name not in EVENTS)]
@@ -361,11 +365,24 @@ def _clean(
         quarantined=quarantined,
         rules=tuple(rules),
         bounds=bounds,
+        until=until,
         files=_digests_of(folder),
     )
     text = json.dumps(dataclasses.asdict(notes), indent=1, ensure_ascii=False)
     (folder / "cleaned.json").write_text(text + "\n", encoding="utf-8")
     return notes
+
+
+def _first_late(engine: Engine, names: list[str]) -> float | None:
+    """The first time after `clean.latest` of these raw tables."""
+    first = []
+    for name in names:
+        table = engine.read(engine.folder / f"typed_{name}")
+        if "time" in table.columns:
+            problem = table["reason" if name == "queries" else "problem"]
+            late = table.filter(problem.endswith("time after clean.latest"))
+            first += [found["time"] for found in rows_of(late.agg(time=late.time.min()))]
+    return min((time for time in first if time is not None), default=None)
 
 
 def _clean_side(

@@ -8,7 +8,7 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     user          int32           0 when the data has no users
     context_<f>   [S]             of the user: S ids (int32, 0: padding) or S scaled numbers
                                   (float32), the slots of feature f; a plain column where S is 1
-    request_<f>   [P * S]         of the moment of each position
+    request_<f>   [P * S]         of the moment of each position, likewise
     event_item    int32[L]        the past, oldest first, 0: none
     event_<f>     int32[L * S]    what each event of the past shows
     cutoff        int32[P]        position p sees the first cutoff[p] events
@@ -31,10 +31,10 @@ item_vocabulary.parquet           only where the folder continues another one: r
 past/<feature>.parquet            what new requests are told: value string, number float64; the last
                                   row, of value null, is for values without training rows
 ```
-The folder is a superset: a column a feature and a task, so that `Prepared.chosen` can leave out what
-an experiment does not use, and nothing reads it. Fixed-size columns are Parquet fixed-size lists, so
-that reading them is a reshape. Examples are split into byte planes and packed by LZ4, which is fast
-to read. Without a user, an item or a history there is no `event_*` column.
+The folder is a superset: a column a feature and a task, so that `Prepared.chosen` can leave out
+what an experiment does not use, and nothing reads it. Fixed-size columns are Parquet fixed-size
+lists, so that reading them is a reshape. Examples are split into byte planes and packed by LZ4,
+which is fast to read. Without a user, an item or a history there is no `event_*` column.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ import pydantic
 
 from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, to_dict
-from mtrec_jax.data.features import KINDS, IdField, NumberField
+from mtrec_jax.data.features import KINDS, IdField, NumberField, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
 
@@ -353,6 +353,21 @@ class Prepared:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
+def grouped(
+    fields: Mapping[str, Iterable[IdField | NumberField]],
+) -> dict[str, tuple[Any, ...]]:
+    """{group of a manifest: its fields}, from {what features are on: their fields}."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for on, some in fields.items():
+        ids = tuple(field for field in some if isinstance(field, IdField))
+        if on == "history":
+            found["history"] = ids
+            continue
+        found[f"{on}_ids"] = ids
+        found[f"{on}_numbers"] = tuple(f for f in some if isinstance(f, NumberField))
+    return found
+
+
 def configuration(experiment: Experiment) -> dict[str, Any]:
     """The part of the experiment that preparation depends on."""
     kept = {k: to_dict(experiment)[k] for k in ("data", "clean", "split", "features", "tasks")}
@@ -408,18 +423,13 @@ def open_prepared(folder: str | Path, extensions: Iterable[type] = ()) -> Prepar
 def to_arrays(table: pa.Table) -> dict[str, np.ndarray]:
     """Arrow columns as NumPy arrays; fixed-size lists become `[n, size]`, without a copy."""
     arrays = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # an empty table has no chunks
-            column = (
-                pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-            )
-        if pa.types.is_fixed_size_list(column.type):
-            size = column.type.list_size
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            arrays[name] = flat.reshape(len(column), size)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        whole = column.chunk(0) if column.num_chunks == 1 else one_array(column)
+        if pa.types.is_fixed_size_list(whole.type):
+            flat = whole.flatten().to_numpy(zero_copy_only=False)
+            arrays[name] = flat.reshape(len(whole), whole.type.list_size)
         else:
-            arrays[name] = column.to_numpy(zero_copy_only=False)
+            arrays[name] = whole.to_numpy(zero_copy_only=False)
     return arrays
 
 

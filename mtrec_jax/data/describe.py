@@ -21,11 +21,10 @@ def fingerprint(experiment: Experiment, digests: list[str]) -> str:
 def protocol(experiment: Experiment, users: int, items: int, events: int) -> str:
     """One sentence that says how the data was cleaned and split, for reports.
 
-    >>> from mtrec_jax.config import Clean, Data
+    >>> from mtrec_jax.config import Data
     >>> data = Data(user="user", item="item", past="frozen")
-    >>> five = Experiment(name="a", data=data, clean=Clean(min_user_events=5, min_item_events=5))
-    >>> protocol(five, 604, 341, 9996)
-    '5-core, leave-one-out by source row, past frozen at the split, 604 users, 341 items, 9,996 events'
+    >>> protocol(Experiment(name="a", data=data), 604, 341, 9996)
+    'leave-one-out by source row, past frozen at the split, 604 users, 341 items, 9,996 events'
     """
     clean, split, data = experiment.clean, experiment.split, experiment.data
     parts = []

@@ -18,7 +18,15 @@ from jaxtyping import Bool, Int
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import features
-from mtrec_jax.data.dataset import BLOCK, TaskField, fixed_size
+from mtrec_jax.data.dataset import (
+    BLOCK,
+    SPLITS,
+    Lists,
+    Prepared,
+    TaskField,
+    fixed_size,
+    to_arrays,
+)
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.schema import query_features
@@ -96,7 +104,7 @@ def event_log(
       encodings: the fitted features of the history and of the request.
       tasks: the classes of the labels.
     """
-    data, searched = experiment.data, query_features(experiment)
+    data = experiment.data
     if not data.time:
         events = events.mutate(time=events.row.cast("float64"))
     order: tuple[Any, ...] = ("user_id", "time", "row")
@@ -108,24 +116,10 @@ def event_log(
     for name in ("split", "past"):  # they have been sorted, and so copied
         engine.forget(name)
 
-    def encoded(part: pa.Table) -> dict[str, np.ndarray]:
-        arrays = {name: part[name].to_numpy() for name in ("split", "row", "time")}
-        arrays["split"] = arrays["split"].astype(np.int8)
-        arrays["user"] = part["user_id"].to_numpy().astype(np.int32)
-        arrays["event_item"] = part["item_id"].to_numpy().astype(np.int32)
-        for encoding in encodings:
-            values = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
-            role = "request" if encoding.feature.on == "request" else "event"
-            if role == "event":
-                # a search has no outcome, and nothing else a text, whatever a missing value becomes
-                values[(arrays["split"] == QUERY) != (encoding.name in searched)] = 0
-            arrays[f"{role}_{encoding.name}"] = one_column(values)
-        return arrays | _targets(part, experiment, tasks)
-
     whole: dict[str, np.ndarray] = {}
     done = 0
     for part in engine.batches("ordered"):
-        for name, array in encoded(part).items():
+        for name, array in _encoded(part, experiment, encodings, tasks).items():
             if name not in whole:
                 shape = (rows, *array.shape[1:])
                 whole[name] = mapped(engine.folder / f"{name}.array", shape, array.dtype)
@@ -138,6 +132,28 @@ def event_log(
     return Log(
         *(whole[name] for name in ("user", "split", "row", "time")), fields, targets, request
     )
+
+
+def _encoded(
+    part: pa.Table,
+    experiment: Experiment,
+    encodings: Sequence[Encoding],
+    tasks: dict[str, TaskField],
+) -> dict[str, np.ndarray]:
+    """The columns of a log from some of its events, in their order."""
+    searched = query_features(experiment)
+    arrays = {name: part[name].to_numpy() for name in ("split", "row", "time")}
+    arrays["split"] = arrays["split"].astype(np.int8)
+    arrays["user"] = part["user_id"].to_numpy().astype(np.int32)
+    arrays["event_item"] = part["item_id"].to_numpy().astype(np.int32)
+    for encoding in encodings:
+        values = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
+        role = "request" if encoding.feature.on == "request" else "event"
+        if role == "event":
+            # a search has no outcome, and nothing else a text, whatever a missing value becomes
+            values[(arrays["split"] == QUERY) != (encoding.name in searched)] = 0
+        arrays[f"{role}_{encoding.name}"] = one_column(values)
+    return arrays | _targets(part, experiment, tasks)
 
 
 def one_column(array: np.ndarray) -> np.ndarray:
@@ -247,7 +263,7 @@ def sequence_examples(
             "user": user.astype(np.int32),
             **{name: array[user - FIRST] for name, array in context.items()},
             **{name: one_column(array[chosen]) for name, array in more.items()},
-            **{name: _flat(array[target], there) for name, array in log.request.items()},
+            **{n: one_column(_flat(array[target], there)) for n, array in log.request.items()},
             "cutoff": np.zeros(there.shape, np.int32),
             **past_of,
             "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),
@@ -290,6 +306,42 @@ def _histories(
         return {**events, "cutoff": cutoff.astype(np.int32)}
 
     return look_back
+
+
+def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
+    """Item ids of the events before each chosen target, a list per target.
+
+    An event that its split or `cutoff` hides from the model is hidden here too, but the history is
+    not cut to the model's length.
+
+    Args:
+      prepared: the folder.
+      split: of the targets.
+      chosen: targets of the split, numbered from 0 in file order.
+    """
+    data, length = prepared.manifest.config["data"], prepared.manifest.history_length
+    if not length:
+        return Lists(np.empty(0, np.int32), np.zeros(len(chosen) + 1, np.int64))
+    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split").values
+    columns = to_arrays(prepared.parquet(split).read(["user", "cutoff", "row"]))
+    # examples are chunks of the targets in the order of the log, shuffled by `sequence_examples`
+    chunk = np.argsort(mix(np.arange(len(columns["user"])), data["seed"]), kind="stable")
+    there = columns["row"] >= 0
+    size = np.zeros(len(chunk), np.int64)
+    size[chunk] = there.sum(axis=1)
+    place = np.cumsum(size)[chunk] - 1  # of each example's last target among the split's
+    code, owner = SPLITS.index(split), np.repeat(np.arange(len(items)), np.diff(items.offsets))
+    frozen = owner if data["past"] == "frozen" else None
+    kept, earlier = visible_events(splits, VISIBLE[data["past"]][code], frozen)
+    last = earlier[np.flatnonzero(splits == code)[place]]
+    begin = earlier[items.offsets[columns["user"] - FIRST]]
+    base = np.maximum(begin, last - length)  # `cutoff` counts from it
+    example, position = (axis[chosen] for axis in np.nonzero(there))
+    cutoff = columns["cutoff"][example, position]
+    sizes = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - begin[example], sizes)
+    return Lists(items.values[kept][places], offsets)
 
 
 def visible_events(

@@ -313,12 +313,11 @@ def row_in_two_splits(
     """
     if equal is None:
         return
-    data = experiment.data
+    data, null = experiment.data, ibis.null("int64")
     keyed = bool(data.user and data.item and data.time)
     rows = equal.left_join(events.select("row", "split"), "row").drop("row_right")
     trains = rows.split.isin((0, 3)).fill_null(rows.row < first_rows)
     validates, tests = ((rows.split == n).fill_null(False) for n in (1, 2))
-    null = ibis.null("int64")
     groups = rows.group_by(group=rows["first"]).agg(
         train=trains.sum(),
         validation=validates.sum(),
@@ -326,32 +325,27 @@ def row_in_two_splits(
         first=ibis.ifelse(trains | validates, rows.row, null).min(),
         twin=ibis.ifelse(validates | tests, rows.row, null).max(),
     )
-    others = groups.validation + groups.test
-    shared = (groups.train > 0) & (others > 0)
+    held = groups.validation + groups.test
+    shared = (groups.train > 0) & (held > 0)
     if keyed:
         shared |= (groups.validation > 0) & (groups.test > 0)
     twins = ibis.ifelse(groups.train > 1, groups.train, 0).sum()
-    [found] = (
-        groups.agg(twins=twins, shared=ibis.ifelse(shared, others, 0).sum())
-        .to_pyarrow()
-        .to_pylist()
-    )
+    found = groups.agg(twins=twins, shared=ibis.ifelse(shared, held, 0).sum()).to_pyarrow()
+    twin, both = (found[name][0].as_py() or 0 for name in ("twins", "shared"))
     train = sizes["train"] + sizes.get("shown", 0) + dropped
-    all_judged = sizes["validation"] + sizes["test"]
-    limit = 0.0 if keyed else 5 * (found["twins"] or 0) / max(train, 1) + 0.01
-    if (found["shared"] or 0) / max(all_judged, 1) <= limit:
+    whole = sizes["validation"] + sizes["test"]
+    if both / max(whole, 1) <= (0.0 if keyed else 5 * twin / max(train, 1) + 0.01):
         return
     [pair] = groups.filter(shared).order_by("first").limit(1).to_pyarrow().to_pylist()
+    among = "" if keyed else f" (training rows among themselves: {twin:,})"
+    files = experiment.split.kind == "files"
     remedy = (
-        "take these rows out of the training files"
-        if experiment.split.kind == "files"
-        else "set clean.duplicates = 'drop'"
+        "take these rows out of the training files" if files else "set clean.duplicates = 'drop'"
     )
     raise DataError(
-        f"{found['shared']:,} of {all_judged:,} validation and test rows are equal in every "
-        f"column to a row of another split, e.g. {place(pair['first'])} and {place(pair['twin'])}"
-        + (f" (training rows among themselves: {found['twins'] or 0:,})" if not keyed else "")
-        + f": they would be judged by what was learned by heart. To judge on new rows, {remedy}"
+        f"{both:,} of {whole:,} validation and test rows are equal in every column to a row of "
+        f"another split, e.g. {place(pair['first'])} and {place(pair['twin'])}{among}: they would "
+        f"be judged by what was learned by heart. To judge on new rows, {remedy}"
     )
 
 

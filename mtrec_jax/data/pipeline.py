@@ -165,7 +165,7 @@ class BatchSource:
         if block is None:
             table = self._file.schema_arrow.empty_table()
         else:
-            table = self._file.read_row_group(block, columns=names)
+            table = self._file.read_row_group(block, names, use_threads=False)  # columns are small
         return to_batch(to_arrays(table.select(names)), self._prepared.manifest, self._dtype)
 
 

@@ -32,10 +32,8 @@ from mtrec_jax.data.clean import (
 from mtrec_jax.data.dataset import (
     FORMAT,
     SPLITS,
-    IdField,
     Lists,
     Manifest,
-    NumberField,
     Prepared,
     Rule,
     SplitInfo,
@@ -43,6 +41,7 @@ from mtrec_jax.data.dataset import (
     TaskField,
     configuration,
     extensions_of,
+    grouped,
     open_prepared,
 )
 from mtrec_jax.data.engine import Engine, Name, count, open_engine
@@ -102,15 +101,11 @@ def prepare(
     data, tables = check_arguments(experiment, data, tables, engine, memory, master)
     check_own(out, "manifest.json", "a prepared folder")
     base = None if grow_from is None else open_base(grow_from, experiment)
-    say = progress or (lambda text: None)
+    say = progress or (lambda _: None)
     with appears_whole(out) as partial:
         work = partial / "work"
-        kept = out.parent / "cleaned" / experiment.name
-        if cleaned is not None:
-            kept = a_path("cleaned", cleaned)
-        elif tables:
-            kept = work / "cleaned"
-        (partial / "vocabularies").mkdir()
+        kept = work / "cleaned" if tables else out.parent / "cleaned" / experiment.name
+        kept = kept if cleaned is None else a_path("cleaned", cleaned)
         with open_engine(work, engine, memory, master) as opened:
             source = clean_with(opened, experiment, data, kept, tables, say)
             started = time.perf_counter()
@@ -122,8 +117,8 @@ def prepare(
         if accept:
             accept(manifest)
         put_in_place(partial, out)
-        say(f"fit: {sum(manifest.examples.values()):,} examples in "
-            f"{time.perf_counter() - started:.1f} s")  # fmt: skip
+        seconds = time.perf_counter() - started
+        say(f"fit: {sum(manifest.examples.values()):,} examples in {seconds:.1f} s")
     return open_prepared(out, extensions_of(experiment))
 
 
@@ -205,13 +200,7 @@ def _build(
         examples={name: n for name, (n, _) in written.items()},
         positions=positions,
         targets={name: n for name, (_, n) in written.items()},
-        context_ids=_id_fields(on["context"]),
-        context_numbers=_number_fields(on["context"]),
-        request_ids=_id_fields(on["request"]),
-        request_numbers=_number_fields(on["request"]),
-        item_ids=_id_fields(on["item"]),
-        item_numbers=_number_fields(on["item"]),
-        history=_id_fields(on["history"]),
+        **grouped({role: [e.field for e in some] for role, some in on.items()}),
         tasks=divided.tasks,
         report=(*notes.rules, *divided.rules, *values_report(encodings)),
         bounds=notes.bounds,
@@ -219,15 +208,7 @@ def _build(
         continues=continues,
         item_values=0 if own is None else len(own),
         event_files=notes.digests["events"],
-    )  # fmt: skip
-
-
-def _id_fields(encodings: list[Encoding]) -> tuple[IdField, ...]:
-    return tuple(e.field for e in encodings if isinstance(e.field, IdField))
-
-
-def _number_fields(encodings: list[Encoding]) -> tuple[NumberField, ...]:
-    return tuple(e.field for e in encodings if isinstance(e.field, NumberField))
+    )
 
 
 def _divide(
@@ -378,6 +359,7 @@ def _write_examples(
 
 def _write_vocabularies(folder: Path, encodings: list[Encoding], items: pa.Array | None) -> None:
     """Write the values of the features, and those of the items' own table where they are given."""
+    (folder / "vocabularies").mkdir()
     if items is not None:
         pq.write_table(pa.table({"value": items}), folder / "item_vocabulary.parquet")
     for encoding in encodings:

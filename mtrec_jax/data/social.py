@@ -1,5 +1,5 @@
-"""Searches and friends: queries join the histories, ties become lists of friends, and a feature says
-how friends have responded so far, by the values of an item column."""
+"""Searches and friends: queries join the histories, ties become lists of friends, and a feature
+says how friends have responded so far, by the values of an item column."""
 
 from __future__ import annotations
 

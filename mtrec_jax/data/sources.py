@@ -84,8 +84,8 @@ def check_single(experiment: Experiment, name: str, source: Source) -> None:
         if use.column in source.table.columns and source.table[use.column].type().is_array():
             raise DataError(
                 f"{name} ({source.staged.files()}): column '{use.column}' holds lists, but is used "
-                f"as one value: {use.purpose}. Take one value out of each list before, or declare a "
-                "feature of kind = 'multi_valued'"
+                f"as one value: {use.purpose}. Take one value out of each list before, or declare "
+                "a feature of kind = 'multi_valued'"
             )
 
 

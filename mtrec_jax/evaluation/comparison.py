@@ -11,7 +11,8 @@ import numpy as np
 from mtrec_jax.baselines import Baseline, Interactions, Predicts, Ranks
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.evaluation.collect import Collected, past_items, seen_items
+from mtrec_jax.data.examples import past_items
+from mtrec_jax.evaluation.collect import Collected, seen_items
 from mtrec_jax.evaluation.metrics import ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import target_ranks
 from mtrec_jax.types import FIRST

@@ -40,14 +40,14 @@ def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nn
         dtype=dtype,
         param_dtype=dtype,
         kernel_init=lecun_normal,
-        bias_init=constant(0),
+        bias_init=constant(0.0),
         rngs=rngs,
     )
 
 
 def layer_norm(size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer normalisation (Ba et al. 2016)."""
-    given = {"scale_init": constant(1), "bias_init": constant(0)}
+    given = {"scale_init": constant(1.0), "bias_init": constant(0.0)}
     return nnx.LayerNorm(size, dtype=dtype, param_dtype=dtype, rngs=rngs, **given)
 
 
@@ -128,7 +128,7 @@ class Experts(nnx.Module):
                     hidden[-1],
                     dtype=dtype,
                     param_dtype=dtype,
-                    scale_init=constant(1),
+                    scale_init=constant(1.0),
                     rngs=rngs,
                 )
                 for _ in range(count)

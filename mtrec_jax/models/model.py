@@ -62,7 +62,7 @@ class Model(NamedTuple):
     encode: Callable[[PyTree, Rows, Batch, Catalogue, Wanted, jax.Array | None], Shared]
     weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
     losses: Callable[..., tuple[dict[str, jax.Array], Fusing | None]]
-    fusion_loss: Callable[..., jax.Array]
+    fusion_loss: Callable[..., jax.Array] | None  # None where no fused order is taught
     items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # item ids [...] -> [..., D]
     users: Callable[[PyTree, Rows, Array, Batch, jax.Array | None], UserStates]  # events [B, L, D]
     score: Callable[[PyTree, UserStates, jax.Array | None], Outputs]  # candidates [B, P, D]
@@ -76,25 +76,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
       experiment: architecture, tasks, tables.
       manifest: of the chosen view, `Prepared.chosen(experiment).manifest`.
     """
-    dtype = jnp.dtype(experiment.train.precision)
     inputs = make_inputs(experiment, manifest)
-
-    def made(rngs: nnx.Rngs) -> Network:
-        searches = experiment.data.queries is not None
-        return Network(
-            experiment.model, inputs, manifest.history_length, searches, dtype=dtype, rngs=rngs
-        )
-
-    # Only the structure is needed here: eval_shape allocates nothing.
-    abstract = nnx.eval_shape(lambda: made(nnx.Rngs(0)))
-    graph = nnx.graphdef(abstract)
-
-    def network(params: PyTree) -> Network:
-        return nnx.merge(graph, nnx.State(params["network"]))
-
-    def init(seed: int) -> PyTree:
-        state = nnx.state(made(nnx.Rngs(params=seed)), nnx.Param)
-        return {"network": nnx.to_pure_dict(state)}
+    abstract, network, init = _layers(experiment, manifest, inputs)
 
     def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Wanted:
         return find_ids(inputs, batch, catalogue, experiment.train.negatives, key)
@@ -113,15 +96,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         layers = network(params)
         events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
         states = layers.users(batch, rows, events, key)
-        return Shared(
-            states.vectors,
-            states.context,
-            states.request,
-            states.events,
-            states.outcomes,
-            candidates,
-            negatives,
-        )
+        return Shared(*states[:-1], candidates, negatives)  # but for the cutoff
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None
@@ -132,15 +107,12 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         return network(params).outputs(states, candidates, None)[0]
 
     objective = make_objective(experiment, manifest, inputs, network, abstract)
-    by_example = set(inputs.layout.groups) - {"negative", "negative_features"}
-    if inputs.lists_items:
-        by_example -= {ITEM, "item_features"}
     return Model(
         layout=inputs.layout,
         tasks=inputs.order,
         names=objective.names,
         fuses=objective.fuses,
-        by_example=frozenset(by_example),
+        by_example=_by_example(inputs),
         init=init,
         ids=ids,
         encode=encode,
@@ -152,6 +124,40 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         score=score,
         item_ids=lambda item, catalogue: item_ids(inputs, item, catalogue),
     )
+
+
+def _layers(
+    experiment: Experiment, manifest: Manifest, inputs: Inputs
+) -> tuple[Network, Callable[[PyTree], Network], Callable[[int], PyTree]]:
+    """The layers without values, with those of parameters, and initial parameters of a seed."""
+    dtype = jnp.dtype(experiment.train.precision)
+
+    def made(rngs: nnx.Rngs) -> Network:
+        searches = experiment.data.queries is not None
+        return Network(
+            experiment.model, inputs, manifest.history_length, searches, dtype=dtype, rngs=rngs
+        )
+
+    # Only the structure is needed here: eval_shape allocates nothing.
+    abstract = nnx.eval_shape(lambda: made(nnx.Rngs(0)))
+    graph = nnx.graphdef(abstract)
+
+    def network(params: PyTree) -> Network:
+        return nnx.merge(graph, nnx.State(params["network"]))
+
+    def init(seed: int) -> PyTree:
+        state = nnx.state(made(nnx.Rngs(params=seed)), nnx.Param)
+        return {"network": nnx.to_pure_dict(state)}
+
+    return abstract, network, init
+
+
+def _by_example(inputs: Inputs) -> frozenset[str]:
+    """Groups whose ids are split like the batch; every example has those of others."""
+    shared = {"negative", "negative_features"}
+    if inputs.lists_items:
+        shared |= {ITEM, "item_features"}
+    return frozenset(inputs.layout.groups) - shared
 
 
 def _items(layers: Network, rows: Rows, catalogue: Catalogue, item: Array, group: str) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 
 from mtrec_jax.config import Experiment, fusion_objective
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.losses import fusion
+from mtrec_jax.losses import fusion as order
 from mtrec_jax.losses.retrieval import sampled_softmax
 from mtrec_jax.losses.tasks import TASK_LOSSES
 from mtrec_jax.models.inputs import Inputs
@@ -28,7 +28,7 @@ class Objective(NamedTuple):
     fuses: bool
     weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
     losses: Callable[..., tuple[dict[str, jax.Array], Fusing | None]]
-    fusion_loss: Callable[..., jax.Array]
+    fusion_loss: Callable[..., jax.Array] | None
 
 
 def make_objective(
@@ -50,6 +50,7 @@ def make_objective(
     towers = getattr(abstract, "towers", None)
     brings = getattr(towers, "losses", None)
     names = (*experiment.tasks, *getattr(towers, "extra_losses", ()))
+    fusion = _make_fusion(experiment, inputs, network)
 
     def weights(batch: Batch, lottery: jax.Array) -> dict[str, jax.Array]:
         found = {n: jnp.asarray(batch.weight * batch.mask[n]) for n in experiment.tasks}
@@ -58,10 +59,10 @@ def make_objective(
                 n: jnp.zeros((*batch.weight.shape, *([t.outputs] * (t.outputs > 1))))
                 for n, t in inputs.tasks.items()
             }
-            own = brings(zeros, *_flat(batch))
+            own = brings(zeros, *_labels(batch))
             found |= {n: batch.weight * counts for n, (_, counts) in own.items()}
         totals = {name: jnp.sum(found[name]) for name in names}
-        return totals | ({FUSION: fusion_weight(batch, lottery)} if fuses else {})
+        return totals | ({FUSION: fusion.weight(batch, lottery)} if fusion else {})
 
     def losses(
         params: PyTree,
@@ -93,23 +94,38 @@ def make_objective(
                 loss = TASK_LOSSES[task.kind](outputs.logits[name], labels, manifest.tasks[name])
                 sums[name] = jnp.sum(loss * weight)
         if brings is not None:
-            own = layers.towers.losses(outputs.logits, *_flat(batch))
+            own = layers.towers.losses(outputs.logits, *_labels(batch))
             sums |= {n: jnp.sum(v * counts * batch.weight) for n, (v, counts) in own.items()}
         return sums, fusing
 
+    return Objective(names, fusion is not None, weights, losses, fusion and fusion.loss)
+
+
+class _Fusion(NamedTuple):
+    """What teaches the fused order."""
+
+    weight: Callable[[Batch, jax.Array], jax.Array]
+    loss: Callable[..., jax.Array]
+
+
+def _make_fusion(
+    experiment: Experiment, inputs: Inputs, network: Callable[[PyTree], Network]
+) -> _Fusion | None:
+    """None where no fused order is taught."""
     worth = fusion_objective(experiment)
-    fuses = experiment.model.fusion != "none" and bool(inputs.tasks) and bool(worth)
+    if experiment.model.fusion == "none" or not inputs.tasks or not worth:
+        return None
     listed = inputs.retrieval if inputs.retrieval in worth else None
 
     def example_weight(batch: Batch) -> jax.Array:
-        value, seen = fusion.utility(worth, dict(batch.labels), dict(batch.mask))
+        value, seen = order.utility(worth, dict(batch.labels), dict(batch.mask))
         return (seen if listed is None else value * batch.mask[listed]) * batch.weight
 
-    def fusion_weight(batch: Batch, lottery: jax.Array) -> jax.Array:
+    def weight_of(batch: Batch, lottery: jax.Array) -> jax.Array:
         weight = example_weight(batch)
         if listed is None:
             return jnp.sum(weight)
-        return jnp.sum(jnp.take_along_axis(weight, fusion.chosen_position(weight, lottery), 1))
+        return jnp.sum(jnp.take_along_axis(weight, order.chosen_position(weight, lottery), 1))
 
     def fusion_loss(
         params: PyTree,
@@ -122,13 +138,13 @@ def make_objective(
     ) -> jax.Array:
         layers, weight = network(params), example_weight(batch)
         if listed is None:
-            value, _ = fusion.utility(worth, dict(batch.labels), dict(batch.mask))
+            value, _ = order.utility(worth, dict(batch.labels), dict(batch.mask))
             fused = layers.fuse(fusing)[0].reshape(value.shape)
             return jnp.sum(optax.sigmoid_binary_cross_entropy(fused, value) * weight)
-        chosen = fusion.chosen_position(weight, lottery)
+        chosen = order.chosen_position(weight, lottery)
         return _list_loss(layers, shared, batch, wanted, weight, chosen, mesh)
 
-    return Objective(names, fuses, weights, losses, fusion_loss)
+    return _Fusion(weight_of, fusion_loss)
 
 
 def states_of(shared: Shared, batch: Batch) -> UserStates:
@@ -137,11 +153,10 @@ def states_of(shared: Shared, batch: Batch) -> UserStates:
     return UserStates(*states, jnp.asarray(batch.cutoff))
 
 
-def _flat(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    labels, mask = batch.labels, batch.mask
-    return {n: jnp.asarray(v) for n, v in labels.items()}, {
-        n: jnp.asarray(v) for n, v in mask.items()
-    }
+def _labels(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Labels and masks {task: [B, P]}."""
+    labels, mask = ({n: jnp.asarray(v) for n, v in of.items()} for of in (batch.labels, batch.mask))
+    return labels, mask
 
 
 def _list_loss(
@@ -166,7 +181,7 @@ def _list_loss(
 
     user, own = at_chosen(shared.users), at_chosen(shared.candidates)  # (B, 1, D)
     target = at_chosen(jnp.asarray(batch.candidate))
-    places, retrieved = fusion.hardest(
+    places, retrieved = order.hardest(
         user[:, 0], own[:, 0], target, shared.negatives, wanted.negatives, mesh
     )
     candidates = jnp.concatenate([own, jnp.take(shared.negatives, places, axis=0)], axis=1)
@@ -178,4 +193,4 @@ def _list_loss(
     )
     fused = layers.outputs(states, candidates, None)[0].fused
     ids = jnp.concatenate([target, wanted.negatives[places]], axis=1)
-    return fusion.listwise(fused, ids, at_chosen(weight)[:, 0] * retrieved)
+    return order.listwise(fused, ids, at_chosen(weight)[:, 0] * retrieved)

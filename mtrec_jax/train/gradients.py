@@ -100,6 +100,7 @@ def _whole(
     def fusion_loss(part: PyTree) -> jax.Array:
         params = {"network": network | {"fusion": part}}
         given = params, shared, fusing, batch, wanted, draws.lottery, mesh
+        assert model.fusion_loss is not None
         return model.fusion_loss(*given) / totals["fusion"]
 
     def finish(combined: Gradients) -> tuple[PyTree, dict[str, jax.Array], jax.Array]:

@@ -13,7 +13,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import SPLITS
 from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import DataError
-from tests.data.small import joined, LOG, example_of, make, rows, rules, run
+from tests.data.small import LOG, example_of, joined, make, rows, rules, run
 
 TASKS = {
     "click": {"kind": "binary"},
@@ -129,7 +129,8 @@ def test_features_are_fitted_on_training_rows_only(tmp_path: Path) -> None:
     np.testing.assert_allclose(encoded["request_numbers"][:, 0], scaled, rtol=1e-6)
     [test] = prepared.blocks("test")
     order = test["row"][:, 0] - test["row"].min()
-    np.testing.assert_array_equal(joined(prepared, test, "request_ids"), encoded["request_ids"][order])
+    ids = joined(prepared, test, "request_ids")
+    np.testing.assert_array_equal(ids, encoded["request_ids"][order])
     assert rules(prepared)["training value of age is no number (used as missing)"] > 0
     in_memory = pd.DataFrame({"city": ["a", None], "age": [np.nan, 1], "likes": [["q"], []]})
     again = encode_requests(prepared, in_memory)

@@ -83,9 +83,7 @@ def experiment(random: Random, form: str, name: str, items: str = "") -> Experim
         sections["features"] = {
             "kind": {"on": "request", "kind": "hashed", "buckets": 8},
             "user": {"min_count": 2},
-            "price": {
-                "on": "request", "kind": "numeric", "scale": "log", "impute": "median",
-            },  # fmt: skip
+            "price": {"on": "request", "kind": "numeric", "scale": "log", "impute": "median"},
         }
         sections["tasks"]["cost"] = {"kind": "multiclass", "column": "item"}
     if items:

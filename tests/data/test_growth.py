@@ -12,7 +12,6 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.evaluation.inference import load_catalogue
 from tests.data.small import make
 
 HEADER = "user,item,shade,price,time"
@@ -119,6 +118,8 @@ def test_bins_scales_and_classes_stay(first: Prepared, second: Prepared) -> None
 
 
 def test_items_keep_their_rows_whatever_their_ids(first: Prepared, second: Prepared) -> None:
+    from mtrec_jax.evaluation.inference import load_catalogue
+
     assert first.item_vocabulary.to_pylist() == ["x", "y"]
     rows = second.item_vocabulary.to_pylist()
     assert rows == ["x", "y", "new"]

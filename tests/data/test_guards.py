@@ -400,7 +400,9 @@ def test_rows_of_the_training_file_in_the_test_file(
     raw = raw_rows(duckdb, 0, x=train, y=[None] * 400)
     check_twins(duckdb, [raw, raw_rows(duckdb, 400, x=fresh, y=[None] * 100)], split, experiment)
     with pytest.raises(DataError, match=r"10 of 100 validation .* the training files"):
-        check_twins(duckdb, [raw, raw_rows(duckdb, 400, x=copied, y=[None] * 100)], split, experiment)
+        check_twins(
+            duckdb, [raw, raw_rows(duckdb, 400, x=copied, y=[None] * 100)], split, experiment
+        )
 
 
 @pytest.mark.parametrize("dropped", [False, True])

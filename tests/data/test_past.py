@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import past, schema
-from mtrec_jax.data.features import Hour, Weekday
 from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.examples import mix
+from mtrec_jax.data.features import Hour, Weekday
 from mtrec_jax.data.new_rows import encode_requests
 from mtrec_jax.data.prepare import prepare
 from tests.data.small import joined, make, rows
@@ -273,7 +273,10 @@ def test_rows_and_what_new_rows_are_told(tmp_path: Path) -> None:
     order = np.argsort(test["row"][:, 0])
     wanted = np.array([scaled(3, (2 + prior) / 4), [0, 0]])  # no shop: missing
     np.testing.assert_allclose(joined(prepared, test, "request_numbers")[order], wanted, rtol=1e-5)
-    assert joined(prepared, test, "request_ids")[order].tolist() == [[3, 2], [0, 2]]  # 40 s ago, or never before
+    assert joined(prepared, test, "request_ids")[order].tolist() == [
+        [3, 2],
+        [0, 2],
+    ]  # 40 s ago, or never before
     last = pq.read_table(prepared.folder / "past" / "gap.parquet").to_pydict()
     assert last == {"value": ["a", "b", None], "number": [20.0, 50.0, None]}
     new = pa.table({"user": ["b", "b", "z"], "shop": ["t", "new", None], "time": [95, 61, 9]})
@@ -295,6 +298,7 @@ a,x,0,8
 a,x,1,9
 a,x,1,10
 """  # five train, three validate, two test
+USERS = "ababaabaaa"
 TOLD: dict[str, dict[str, Any]] = {  # of the judged events, rows 5 .. 9
     "rolling": {
         "count": [4, 5, 6, 7, 8],  # earlier events of x, whatever their split
@@ -353,7 +357,7 @@ def test_rolling_and_frozen_pasts_by_hand(tmp_path: Path, duckdb: Engine, past_i
             shown = "".join(names[i] for i in block["event_item"][n] if i)
             assert shown == told["past"][row - 5]
             assert block["cutoff"][n] == len(shown)
-            own = [r for r, user in enumerate("ababaabaaa"[: row]) if user == "ababaabaaa"[row]]
+            own = [r for r in range(row) if USERS[r] == USERS[row]]
             if past_is == "frozen":
                 own = [r for r in own if r < (5 if row < 8 else 8)]
             assert block["event_then"][n][: len(shown)].tolist() == bins[own].tolist()
@@ -361,7 +365,7 @@ def test_rolling_and_frozen_pasts_by_hand(tmp_path: Path, duckdb: Engine, past_i
     events = pa.table(
         {
             "row": range(10),
-            "user": list("ababaabaaa"),
+            "user": list(USERS),
             "time": np.arange(1.0, 11.0),
             "split": pa.array([0] * 5 + [1] * 3 + [2] * 2, pa.int8()),
         }

@@ -226,13 +226,13 @@ def test_without_a_time_the_order_is_that_of_the_source(tmp_path: Path) -> None:
     [test] = example_of(prepared, "test", "a")
     assert [names[i - 2] for i in test["event_item"]] == ["y", "z"]
     [found] = prepared.manifest.request_numbers
-    # by source row: b x, a x, a y train; of z the validation event of a sees none, the test of b one
+    # b x, a x, a y train; of z the validation event of a sees none, the test event of b one
     counts = {
         (split, user): example_of(prepared, split, user)[0]["request_seen"]
         for split, user in (("train", "a"), ("validation", "a"), ("test", "b"))
     }
-    scaled = {key: np.round(np.expm1(np.array(v) * found.std + found.mean), 6) for key, v in counts.items()}
-    assert {key: v.tolist() for key, v in scaled.items()} == {
+    raw = {key: np.expm1(np.array(v) * found.std + found.mean) for key, v in counts.items()}
+    assert {key: np.round(v, 6).tolist() for key, v in raw.items()} == {
         ("train", "a"): [1, 0],
         ("validation", "a"): [0],
         ("test", "b"): [1],
@@ -262,12 +262,15 @@ def test_features_of_the_moment_stand_at_each_position(tmp_path: Path) -> None:
                 row = int(block["row"][place])
                 hour = np.reshape(block["request_hour"], (-1, positions))[place]
                 assert hours[hour - 2] == str(row % 5)
-                assert [tags[i - 2] for i in found[place] if i] == (["p", "q"] if row % 2 else ["q"])
+                shown = [tags[i - 2] for i in found[place] if i]
+                assert shown == (["p", "q"] if row % 2 else ["q"])
                 value = np.reshape(block["request_price"], (-1, positions))[place]
                 assert value == pytest.approx((row - price.mean) / price.std, rel=1e-5)
             padding = block["row"] < 0
             assert not np.reshape(block["request_hour"], (-1, positions))[padding].any()
             assert not found[padding].any()
+
+
 def test_one_folder_holds_what_experiments_choose_from(tmp_path: Path) -> None:
     tasks = {
         "next": {"kind": "retrieval"},

@@ -13,13 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SplitInfo
+from mtrec_jax.data.dataset import SPLITS, SplitInfo
 from mtrec_jax.data.describe import check_splits
 from mtrec_jax.data.engine import Engine
-from mtrec_jax.data.examples import MODULUS, SHOWN, mix
+from mtrec_jax.data.examples import MODULUS, SHOWN, mix, past_items
 from mtrec_jax.data.split import describe_split, split_events
 from mtrec_jax.errors import DataError
-from mtrec_jax.evaluation.collect import past_items, seen_items
 from tests.data.small import make, run
 
 pytestmark = [
@@ -298,6 +297,8 @@ def test_no_history_holds_what_its_split_may_not_see(tmp_path: Path, kind: str) 
 
 
 def test_shown_events_are_seen_and_never_train(tmp_path: Path) -> None:
+    from mtrec_jax.evaluation.collect import seen_items
+
     prepared = run(tmp_path, make(split={"kind": "user_holdout", **KINDS["user_holdout"]}), TEXT)
     splits, items = prepared.user_lists("split"), prepared.user_lists("event_item")
     shown = {
@@ -327,12 +328,19 @@ def test_shown_events_are_seen_and_never_train(tmp_path: Path) -> None:
     assert counted.tolist() == prepared.items["count"].to_pylist()
 
 
-def test_past_items_hide_what_the_split_hides(tmp_path: Path) -> None:
-    """The whole past of a validation target, without test events and later ones."""
-    experiment = make(split={"kind": "folds", **KINDS["folds"]}, data={"history_length": 2})
+@pytest.mark.parametrize(
+    ("past_is", "sees"),
+    [("rolling", ({0}, {0, 1}, {0, 1, 2})), ("frozen", ({0}, {0}, {0, 1}))],
+)
+def test_past_items_hide_what_the_split_hides(
+    tmp_path: Path, past_is: str, sees: tuple[set[int], ...]
+) -> None:
+    """The whole past of a target, without later events and those that the split hides from it."""
+    data = {"history_length": 2, "past": past_is}
+    experiment = make(split={"kind": "folds", **KINDS["folds"]}, data=data)
     prepared = run(tmp_path, experiment, TEXT)
     splits, items = prepared.user_lists("split"), prepared.user_lists("event_item")
-    for name, may_see in (("train", {0}), ("validation", {0, 1}), ("test", {0, 1, 2})):
+    for name, may_see in zip(SPLITS, sees, strict=True):
         targets = prepared.interactions(name)
         past = past_items(prepared, name, np.arange(len(targets["user"])))
         for index, (user, item) in enumerate(

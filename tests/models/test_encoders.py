@@ -7,9 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from mtrec_jax.models.encoders.transformer import Block, LastSearch, TargetAttention, Transformer
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.models.attention import LastSearch, TargetAttention
+from mtrec_jax.models.encoders import EncoderSizes
+from mtrec_jax.models.encoders.transformer import Block, CausalTransformer, Transformer
 
 B, S, D = 2, 6, 12
 FLOAT = jnp.dtype("float32")
@@ -48,6 +52,11 @@ def _random_parameters(module: nnx.Module) -> None:
     nnx.update(module, drawn)
 
 
+def _transformer(layers: int, length: int, rate: float) -> CausalTransformer:
+    sizes = EncoderSizes(D, length, rate)
+    return Transformer(layers=layers, heads=2).make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
+
+
 def test_block_equals_attention_written_out() -> None:
     heads = 3
     block = Block(D, heads, 0.1, dtype=FLOAT, rngs=nnx.Rngs(0))
@@ -60,7 +69,7 @@ def test_block_equals_attention_written_out() -> None:
 
 
 def test_a_state_depends_on_the_tokens_up_to_it_and_on_no_later_one() -> None:
-    transformer = Transformer(D, 2, 2, S, 0.1, dtype=FLOAT, rngs=nnx.Rngs(0))
+    transformer = _transformer(2, S, 0.1)
     run = jax.jit(lambda x: transformer(x, None))
     rng = np.random.default_rng(3)
     tokens = rng.normal(size=(1, S, D)).astype(np.float32)
@@ -75,7 +84,7 @@ def test_a_state_depends_on_the_tokens_up_to_it_and_on_no_later_one() -> None:
 
 
 def test_transformer_adds_positions_drops_and_normalises() -> None:
-    transformer = Transformer(D, 1, 2, S + 3, 0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
+    transformer = _transformer(1, S + 3, 0.5)
     run = jax.jit(lambda x, key: transformer(x, key))
     same = np.broadcast_to(np.random.default_rng(4).normal(size=D), (1, S, D)).astype(np.float32)
     plain = np.asarray(run(same, None))
@@ -85,6 +94,11 @@ def test_transformer_adds_positions_drops_and_normalises() -> None:
     key = jax.random.key(0)
     np.testing.assert_array_equal(run(same, key), run(same, key))
     assert np.abs(run(same, key) - plain).max() > 0.1
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.width: 12 .* model\.encoder\.heads = 5"):
+        Transformer(heads=5).make(EncoderSizes(D, S, 0.0), dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
 def test_target_attention_is_a_softmax_over_the_events_before_the_cutoff() -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import NumberField
-from mtrec_jax.models.lookups import sample_negatives
-from mtrec_jax.models.model import Model, gather_rows, make_catalogue, make_model
-from mtrec_jax.models.network import make_plan
+from mtrec_jax.losses.retrieval import sample_negatives
+from mtrec_jax.models.layers import lecun_normal
+from mtrec_jax.models.model import Model, make_catalogue, make_model
+from mtrec_jax.tables.layout import initial_stacks, spread
+from mtrec_jax.tables.lookup import fetch, find
 from mtrec_jax.types import FIRST, UNKNOWN, Batch, Outputs, PyTree, UserStates
 from tests import tiny
 
@@ -24,26 +28,31 @@ ITEMS = tiny.catalogue()
 class Built:
     """A model with random parameters and rows, the padding and unknown rows included."""
 
-    def __init__(self, placement: str):
-        self.experiment = tiny.experiment(model={"item_placement": placement})
-        self.manifest = tiny.manifest()
-        self.plan = make_plan(self.experiment, self.manifest)
-        self.model: Model = make_model(self.experiment, self.manifest)
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self.model: Model = make_model(experiment, tiny.manifest())
+        self.places = self.model.layout.places
         rng = np.random.default_rng(0)
 
         def draw(like: jax.ShapeDtypeStruct) -> np.ndarray:
             return (0.5 * rng.normal(size=like.shape)).astype(np.float32)
 
-        params, _ = jax.eval_shape(self.model.init, KEY)
-        stacks = {s: np.zeros((rows, 8), np.float32) for s, rows in self.plan.rows.items()}
+        params = jax.eval_shape(lambda: self.model.init(0))
+        stacks = {s: np.zeros((n, 8), np.float32) for s, n in self.model.layout.rows.items()}
         self.params: PyTree = {"network": jax.tree.map(draw, params["network"])}
-        for _, field in sorted(self.plan.fields.items()):  # the same rows wherever they are placed
-            place = slice(field.offset, field.offset + field.size)
-            stacks[field.stack][place] = rng.normal(size=(field.size, 8))
-        self.params["dense"] = stacks["dense"]
-        self.tables = {"lazy_adam": stacks["lazy_adam"]}
+        for name, place in sorted(self.places.items()):  # the same rows wherever they lie
+            stacks[place.stack][self.addresses(name)] = rng.normal(size=(place.size, 8))
+        self.tables = {stack: jnp.asarray(table) for stack, table in stacks.items()}
+        if "dense" in stacks:
+            self.params["dense"] = self.tables.pop("dense")
         self.run = jax.jit(partial(tiny.forward, self.model))
-        self.look_up = jax.jit(self.model.lookups)
+
+    def addresses(self, table: str, ids: np.ndarray | None = None) -> np.ndarray:
+        """Where the rows of ids are, by default all of a table; of padding as well."""
+        place = self.places[table]
+        number = place.offset + (np.arange(place.size) if ids is None else ids)
+        spreads = spread(jnp.asarray(number), place.spread) if place.spread else number
+        return np.asarray(spreads)
 
     def forward(self, examples: Batch) -> tuple[jax.Array, UserStates, Outputs]:
         return self.run(self.params, self.tables, ITEMS, examples)
@@ -51,7 +60,7 @@ class Built:
 
 @pytest.fixture(scope="module")
 def sparse() -> Built:
-    return Built("sparse")
+    return Built(tiny.experiment())
 
 
 def test_numbers_may_take_several_places() -> None:
@@ -60,13 +69,9 @@ def test_numbers_may_take_several_places() -> None:
         tiny.manifest(), context_numbers=(piecewise,), item_numbers=(piecewise, piecewise)
     )
     model = make_model(tiny.experiment(), manifest)
-    params, _ = jax.eval_shape(model.init, KEY)
-    found = {"/".join(str(k.key) for k in path if hasattr(k, "key")): leaf.shape
-             for path, leaf in jax.tree_util.tree_leaves_with_path(params["network"])}  # fmt: skip
-    kernels = {name: shape for name, shape in found.items() if "kernel" in name}
-    inputs = {name.split("/")[0]: shape[0] for name, shape in kernels.items()}
-    assert inputs["user_context"] == 2 * 8 + 3
-    assert inputs["item_features"] == 8 + 6
+    network = jax.eval_shape(lambda: model.init(0))["network"]
+    assert network["user_context"]["kernel"].shape[0] == 2 * 8 + 3
+    assert network["items"]["features"]["kernel"].shape[0] == 8 + 6
 
 
 def _all_of(found: tuple[jax.Array, UserStates, Outputs]) -> dict[str, np.ndarray]:
@@ -88,14 +93,14 @@ def test_a_position_sees_the_events_before_its_cutoff_and_no_others(sparse: Buil
     examples = examples._replace(
         cutoff=places % (tiny.HISTORY + 1),
         candidate=places % tiny.TRAINED + FIRST,
-        events={"item": items, "click": clicks},
+        events={"item": items, "ids": clicks[..., None]},
     )
     cutoff = examples.cutoff
     before = _all_of(sparse.forward(examples))
     for place in range(tiny.HISTORY):
         other = {name: values.copy() for name, values in examples.events.items()}
         other["item"][:, place] = (items[:, place] - FIRST + 3) % tiny.TRAINED + FIRST
-        other["click"][:, place] = clicks[:, place] % 3 + 1
+        other["ids"][:, place, 0] = clicks[:, place] % 3 + 1
         after = _all_of(sparse.forward(examples._replace(events=other)))
         moved = {name: np.abs(after[name] - before[name]).max(axis=-1) for name in before}
         for name, distance in moved.items():
@@ -103,21 +108,33 @@ def test_a_position_sees_the_events_before_its_cutoff_and_no_others(sparse: Buil
         assert (moved["states"][cutoff > place] > 1e-4).all()
 
 
-def test_dense_and_sparse_placement_give_the_same_outputs(sparse: Built) -> None:
-    dense = Built("dense")
-    assert sparse.plan.fields["item"].stack == "lazy_adam"
-    assert dense.plan.fields["item"].stack == "dense"
+def test_dense_and_sparse_tables_give_the_same_outputs(sparse: Built) -> None:
+    """With dense items a step points into the vectors of all, otherwise each place has its own."""
+    dense = Built(tiny.experiment(tables={"item": {"update": "dense"}}))
+    assert sparse.places["item"].stack == "lazy_adam"
+    assert dense.places["item"].stack == "dense"
     for seed in (1, 2):
         one, other = (b.forward(tiny.batch(seed)) for b in (sparse, dense))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 
+    def encoded(built: Built) -> Any:
+        examples = tiny.batch(3)
+        wanted = built.model.ids(examples, ITEMS, KEY)
+        stacks = built.tables | {"dense": built.params["dense"]}
+        rows = fetch(built.model.layout, stacks, wanted.ids)
+        return wanted.negatives, built.model.encode(
+            built.params, rows, examples, ITEMS, wanted, None
+        )
+
+    one, other = (jax.jit(partial(encoded, b))() for b in (sparse, dense))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+    assert one[1].negatives.shape == (6, 8)
+
 
 def test_an_item_that_was_never_trained_is_the_unknown_row_and_its_features(sparse: Built) -> None:
-    field = sparse.plan.fields["item"]
     before = np.asarray(sparse.forward(tiny.batch(0))[0])
     step = np.arange(8, dtype=np.float32)
-    table = sparse.tables["lazy_adam"].copy()
-    table[field.offset + UNKNOWN] += step
+    table = sparse.tables["lazy_adam"].at[sparse.addresses("item")[UNKNOWN]].add(step)
     moved = {**sparse.tables, "lazy_adam": table}
     after = np.asarray(sparse.run(sparse.params, moved, ITEMS, tiny.batch(0))[0])
     cold = np.arange(tiny.TRAINED + FIRST, tiny.ITEMS + FIRST)
@@ -143,21 +160,58 @@ def test_retrieval_logit_is_the_cosine_over_the_temperature(sparse: Built) -> No
     np.testing.assert_allclose(outputs.fusion.sum(axis=-1), 1, atol=1e-6)
 
 
-def test_lookups_touch_the_rows_of_the_batch_and_no_others(sparse: Built) -> None:
-    examples, plan = tiny.batch(4), sparse.plan
-    looked = sparse.look_up(examples, ITEMS, KEY)
-    offset = plan.fields["item"].offset
+def test_a_batch_looks_up_its_own_ids_and_no_others(sparse: Built) -> None:
+    examples, layout = tiny.batch(4), sparse.model.layout
+
+    @jax.jit
+    def run(examples: Batch) -> Any:
+        wanted = sparse.model.ids(examples, ITEMS, KEY)
+        return wanted, find(layout, wanted.ids)
+
+    wanted, found = run(examples._replace(row=None))
     places = np.concatenate([examples.events["item"], examples.candidate], axis=1)
-    for role, expected in (("item", places), ("negative", np.asarray(looked.negatives))):
-        touched = looked.addresses["lazy_adam"][role]
-        np.testing.assert_array_equal(touched, np.where(expected == 0, -1, expected + offset))
-    np.testing.assert_array_equal(looked.item_ids, places)
-    # the second slot group of the context: the tags, side by side
-    tags = plan.fields["context.tags"]
-    local = examples.context["ids"][:, 1:]
+    np.testing.assert_array_equal(wanted.items, places)
+    for group, expected in (("item", places), ("negative", np.asarray(wanted.negatives))):
+        touched = found["lazy_adam"][group][..., 0]
+        rows = sparse.addresses("item", expected)
+        np.testing.assert_array_equal(touched, np.where(expected == 0, -1, rows))
+        features = wanted.ids[f"{group}_features"]
+        np.testing.assert_array_equal(features, ITEMS.ids[expected])
+    # the tags, side by side after the segment, in a stack of their own
+    tags = examples.context["ids"][:, 1:]
+    rows = sparse.addresses("tags", tags)
     np.testing.assert_array_equal(
-        looked.addresses["lazy_adam"]["context"], np.where(local == 0, -1, local + tags.offset)
+        found["lazy_adam"]["context"], np.where(tags == 0, -1, rows)
     )
+    for side in ("context", "request"):
+        np.testing.assert_array_equal(wanted.ids[side], getattr(examples, side)["ids"])
+    np.testing.assert_array_equal(wanted.ids["history"], examples.events["ids"])
+    assert sparse.model.by_example == {"item", "item_features", "context", "request", "history"}
+
+
+def test_dropped_ids_become_unknown_in_training_alone() -> None:
+    tables = {"tags": {"update": "sparse", "id_dropout": 0.25}, "item": {"id_dropout": 0.5}}
+    model = make_model(tiny.experiment(tables=tables), tiny.manifest())
+    size = 4_000
+    examples = tiny.batch(0, size)
+    whole = model.ids(examples, ITEMS, None).ids
+    dropped = jax.jit(lambda examples: model.ids(examples, ITEMS, KEY).ids)(
+        examples._replace(row=None)
+    )
+    for group, slots, share in (("context", slice(1, 4), 0.25), ("item", slice(None), 0.5)):
+        before, after = (np.asarray(ids[group])[..., slots] for ids in (whole, dropped))
+        real = before >= FIRST
+        gone = after != before
+        assert (after[gone] == UNKNOWN).all()
+        assert not gone[~real].any()  # padding stays padding
+        deviation = np.sqrt(share * (1 - share) / real.sum())
+        assert abs(gone[real].mean() - share) < 5 * deviation
+    segment = slice(0, 1)
+    np.testing.assert_array_equal(
+        dropped["context"][:, segment], examples.context["ids"][:, segment]
+    )
+    for group in ("request", "history", "item_features"):
+        np.testing.assert_array_equal(dropped[group], whole[group])
 
 
 def test_negatives_are_drawn_by_their_probability_and_never_cold() -> None:
@@ -175,16 +229,78 @@ def test_negatives_are_drawn_by_their_probability_and_never_cold() -> None:
 
 
 def test_rows_fetched_for_padding_are_zero_and_get_no_gradient(sparse: Built) -> None:
-    examples = tiny.batch(5)
-    looked = sparse.look_up(examples, ITEMS, None)
+    wanted = sparse.model.ids(tiny.batch(5), ITEMS, None)
 
     def total(tables: PyTree) -> jax.Array:
-        rows = gather_rows({}, tables, {"lazy_adam": looked.addresses["lazy_adam"]})
-        return sum((jnp.sum(part) for part in rows["lazy_adam"].values()), jnp.zeros(()))
+        stacks = tables | {"dense": sparse.params["dense"]}
+        rows = fetch(sparse.model.layout, stacks, wanted.ids)
+        return sum((jnp.sum(part) for part in rows.values()), jnp.zeros(()))
 
     gradient = np.asarray(jax.jit(jax.grad(total))(sparse.tables)["lazy_adam"])
-    for field in sparse.plan.fields.values():
-        if field.stack == "lazy_adam":
-            np.testing.assert_array_equal(gradient[field.offset], 0)
+    for name, place in sparse.places.items():
+        if place.stack == "lazy_adam":
+            np.testing.assert_array_equal(gradient[sparse.addresses(name)[0]], 0)
     np.testing.assert_array_equal(gradient[-1], 0)
     assert gradient.sum() > 0
+
+
+def test_initial_values_depend_on_the_seed_alone() -> None:
+    model = make_model(tiny.experiment(), tiny.manifest())
+    one, again, other = (model.init(seed)["network"] for seed in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    kernel = one["encoder"]["blocks"][0]["up"]["kernel"]
+    assert (np.asarray(kernel) != other["encoder"]["blocks"][0]["up"]["kernel"]).all()
+    # lecun: variance 1 / inputs
+    wide = lecun_normal(jax.random.key(1), (400, 300), jnp.dtype("float32"))
+    assert np.var(wide) == pytest.approx(1 / 400, rel=0.02)
+    assert np.abs(wide).max() < 2.3 / 20
+
+
+@pytest.mark.parametrize("removed", ["events", "items", "towers"])
+def test_what_the_data_does_not_have_is_left_out(removed: str) -> None:
+    """No history; neither items nor history; retrieval alone."""
+    declared, manifest = tiny.experiment(), tiny.manifest()
+    examples = tiny.batch(0)
+    if removed == "towers":
+        declared = tiny.experiment(tasks={"next": tiny.TASKS["next"]})
+    else:
+        manifest = dataclasses.replace(manifest, history_length=0, history=())
+        none = examples.cutoff * 0
+        examples = examples._replace(events={}, cutoff=none)
+    if removed == "items":
+        tasks = {name: task for name, task in tiny.TASKS.items() if name != "next"}
+        declared = dataclasses.replace(
+            declared, tasks={name: declared.tasks[name] for name in tasks}
+        )
+        manifest = dataclasses.replace(
+            manifest, items=0, trained_items=0, item_ids=(), item_numbers=()
+        )
+        examples = examples._replace(candidate=none)
+    model = make_model(declared, manifest)
+    stacks = initial_stacks(model.layout, KEY, jnp.dtype("float32"), low=False)
+    params = model.init(0)
+
+    @jax.jit
+    def run(examples: Batch) -> Any:
+        wanted = model.ids(examples, ITEMS, KEY)
+        rows = fetch(model.layout, stacks, wanted.ids)
+        shared = model.encode(params, rows, examples, ITEMS, wanted, None)
+        return shared, model.losses(params, shared, examples, ITEMS, wanted, None)[0]
+
+    shared, sums = run(examples._replace(row=None))
+    assert sums.keys() == set(declared.tasks)
+    assert all(np.isfinite(total) and total > 0 for total in sums.values())
+    assert shared.events.shape[1] == (tiny.HISTORY if removed == "towers" else 0)
+    assert shared.candidates.shape[1] == (0 if removed == "items" else tiny.POSITIONS)
+    assert ("item" in model.layout.groups) == (removed != "items")
+
+
+def test_features_of_the_moment_reach_each_position_by_itself(sparse: Built) -> None:
+    examples = tiny.batch(6)
+    before = np.asarray(sparse.forward(examples)[2].logits["click"])
+    request = {name: values.copy() for name, values in examples.request.items()}
+    request["ids"][:, 1] = (request["ids"][:, 1] + 1) % 6
+    request["numbers"][:, 1] += 1
+    after = np.asarray(sparse.forward(examples._replace(request=request))[2].logits["click"])
+    np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
+    assert (np.abs(after - before)[:, 1] > 1e-5).all()

@@ -18,9 +18,9 @@ class TowerTask(NamedTuple):
 class TowerSizes(NamedTuple):
     """`options.make(sizes, dtype=..., rngs=...)` gives a module `TowerInput -> TowerOutput`.
 
-    A module may have losses of its own: `losses(logits, labels, mask) -> {task: (values [n], mask
-    [n])}` with logits as in `TowerOutput` and `labels`, `mask` {task: [n]}. They stand in the place
-    of the task's own, and their masks must not depend on the logits.
+    A module may have losses of its own: `losses(logits, labels, mask) -> {task: (values, mask)}`,
+    all [B, P]. They stand in the place of the task's own, and their masks must not depend on the
+    logits. One of another name, in `extra_losses`, is balanced as a task of weight 1.
     """
 
     inputs: int  # I
