@@ -25,7 +25,6 @@ _HOME = {
     "Recommender": "mtrec_jax.serving.recommender",
     "fit_baseline": "mtrec_jax.serving.baseline",
     "plan": "mtrec_jax.planner",
-    "Device": "mtrec_jax.planner",
     "cosine_scores": "mtrec_jax.kernels",
     "cosine_topk": "mtrec_jax.kernels",
     "dot_topk": "mtrec_jax.kernels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,32 @@ def instance(name: str, value: Any, kind: type[Any], remedy: str) -> None:
         raise ConfigError(
             f"{name}: {shown(value)} is a {type(value).__name__}, not a {kind.__name__}; {remedy}"
         )
+
+
+_UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
+
+
+def parse_bytes(name: str, text: str) -> float:
+    """Bytes from a text such as "80GB".
+
+    Raises:
+      ConfigError: it is none.
+
+    >>> parse_bytes("--device-memory", "80GB"), parse_bytes("--device-memory", "1.5T")
+    (80000000000.0, 1500000000000.0)
+    """
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([TGMk]?)(B?)", text.strip())
+    value = float(found[1]) * _UNITS[found[2]] if found and (found[2] or found[3]) else 0.0
+    if not value > 0:
+        raise ConfigError(f"{name} {text}: write a number above 0 with its unit, such as 80GB")
+    return value
+
+
+def bytes_text(size: float) -> str:
+    """Bytes with a unit, in three digits.
+
+    >>> bytes_text(1.5e9), bytes_text(999), bytes_text(0)
+    ('1.5 GB', '999 B', '0 B')
+    """
+    unit = next((unit for unit, each in _UNITS.items() if size >= each), "")
+    return f"{float(f'{size / _UNITS[unit]:.3g}'):g} {unit}B"

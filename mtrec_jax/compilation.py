@@ -19,8 +19,8 @@ from pathlib import Path
 
 import jax
 
+from mtrec_jax.arguments import parse_bytes
 from mtrec_jax.machine import threads
-from mtrec_jax.quantities import parse_quantity
 
 _ROOM = 64 * 2**20  # bytes that have to be free on the disk
 
@@ -39,7 +39,7 @@ def cache_home() -> Path | None:
 
 def cache_limit() -> int:
     """Most bytes that a process finds in it: `MTREC_CACHE_SIZE`, such as 500MB; by default 2 GB."""
-    return int(parse_quantity("MTREC_CACHE_SIZE", os.environ.get("MTREC_CACHE_SIZE", "2GB"), "B"))
+    return int(parse_bytes("MTREC_CACHE_SIZE", os.environ.get("MTREC_CACHE_SIZE", "2GB")))
 
 
 def cache_size(home: Path) -> int:

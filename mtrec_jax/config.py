@@ -8,7 +8,6 @@ from TOML and checked is in `experiments`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,7 @@ from mtrec_jax.balance.static import Static
 from mtrec_jax.baselines import BASELINES
 from mtrec_jax.choices import Choice
 from mtrec_jax.data.features import CHOICE, Feature
-from mtrec_jax.evaluation.metrics import METRICS, metric_of
+from mtrec_jax.evaluation.metrics import METRICS, metric_named
 from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.encoders.transformer import Transformer
 from mtrec_jax.models.towers import TOWERS
@@ -250,7 +249,7 @@ class Evaluate:
     exclude_seen: bool = True
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
     baselines: tuple[Annotated[Any, Choice(BASELINES)], ...] = ()
-    bootstrap: Natural = 200  # resamples of the 95 % intervals; 0: none
+    bootstrap: Natural = 200  # resamples of users for the 95 % intervals; 0: none
     batch_size: Count = 512
 
 
@@ -264,7 +263,7 @@ class Published:
     metrics: dict[str, float]
     source: str
     split: Literal["validation", "test"] = "test"
-    protocol: str = ""  # how it was measured there, where that differs from here
+    protocol: str = ""  # hash of the protocol it was measured by; "": said to be the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,13 +285,6 @@ class Experiment:
     select: Select = field(default_factory=Select)
     evaluate: Evaluate = field(default_factory=Evaluate)
     published: tuple[Published, ...] = ()
-
-
-MAIN_METRIC = {  # of retrieval: ndcg at the first k
-    "binary": "auc",
-    "regression": "rmse",
-    "multiclass": "accuracy",
-}
 
 
 def to_dict(experiment: Any) -> dict[str, Any]:
@@ -333,10 +325,9 @@ def select_metric(experiment: Experiment) -> tuple[str, str, bool]:
         task, _, metric = experiment.select.metric.partition("/")
     else:
         task = next(iter(experiment.tasks))
-        at_first_k = f"ndcg@{experiment.evaluate.ks[0]}"
-        metric = MAIN_METRIC.get(experiment.tasks[task].kind, at_first_k)
-    known = metric_of(metric)
-    return task, metric, not (known and known.lower_is_better)
+        known = METRICS.get(experiment.tasks[task].kind)
+        metric = next(iter(known)) if known else f"ndcg@{experiment.evaluate.ks[0]}"
+    return task, metric, metric_named(metric).larger_is_better
 
 
 def fusion_objective(experiment: Experiment) -> dict[str, float]:
@@ -345,10 +336,3 @@ def fusion_objective(experiment: Experiment) -> dict[str, float]:
         return experiment.model.fusion_objective
     kinds = ("retrieval", "binary")
     return {name: 1.0 for name, task in experiment.tasks.items() if task.kind in kinds}
-
-
-def metrics_of(kind: str, ks: Iterable[int]) -> list[str]:
-    """Names of the metrics that evaluation reports for a kind of task."""
-    if kind == "retrieval":
-        return [f"{name}@{k}" for k in ks for name in METRICS[kind]]
-    return list(METRICS[kind])

@@ -13,8 +13,9 @@ from typing import Any
 
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
-from mtrec_jax.config import Experiment, Values, metrics_of, select_metric, table_of
+from mtrec_jax.config import Experiment, Values, select_metric, table_of
 from mtrec_jax.errors import ConfigError, nearest
+from mtrec_jax.evaluation.metrics import metrics_of
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
 RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion")

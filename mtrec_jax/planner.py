@@ -1,70 +1,92 @@
-"""Before a run: where each table goes on the devices, and what a step will cost there.
+"""Before a run: where each table goes on the devices, and what a step takes there.
 
-    print_plan(plan(load_experiment("shop"), devices=8, prepared=open_prepared("prepared/shop")))
+    found = plan(load_experiment("shop"), devices=8, prepared=open_prepared("prepared/shop"))
 
-Nothing is allocated: what is stored follows from shapes, working memory and arithmetic from XLA's
-account of the compiled step. What does not fit is refused, with the nearest change that fits.
+The step is compiled as training compiles it, over virtual devices where there are too few, and
+nothing is allocated: what is stored follows from shapes and shardings, working memory and what is
+exchanged from XLA's account of the compiled program.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mtrec_jax.config import Experiment
-from mtrec_jax.data.assumed import assumed_manifest, resized
-from mtrec_jax.data.dataset import Manifest, Prepared
-from mtrec_jax.data.pipeline import BatchSource
-from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.inference import load_catalogue
-from mtrec_jax.models.model import make_model
-from mtrec_jax.models.network import Plan as Layout
-from mtrec_jax.models.network import make_plan
-from mtrec_jax.planner_changes import changes, placements_of
-from mtrec_jax.quantities import quantity_text
-from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, mesh_shape
-from mtrec_jax.tables.capacity import first_batches, measured_buffers
-from mtrec_jax.tables.exchange import Buffers, default_buffers
-from mtrec_jax.tables.layout import DENSE, MOST_ROWS, Field
-from mtrec_jax.train.costs import (
-    Moved,
-    Work,
-    moved_by_step,
-    places_of_batch,
-    size_of,
-    state_shapes,
-    stored_bytes,
-    work_of_share,
-    working_memory,
+from mtrec_jax.arguments import bytes_text
+from mtrec_jax.config import Experiment, table_of
+from mtrec_jax.data.dataset import (
+    FIELDS,
+    FORMAT,
+    IdField,
+    Manifest,
+    NumberField,
+    Prepared,
+    SplitInfo,
+    TaskField,
 )
-from mtrec_jax.train.run import check_prepared
-from mtrec_jax.types import TrainState
+from mtrec_jax.data.features import Feature, Text
+from mtrec_jax.data.pipeline import BatchSource, to_batch
+from mtrec_jax.errors import ConfigError, nearest
+from mtrec_jax.models.model import Model, make_catalogue, make_model
+from mtrec_jax.models.serve import load_catalogue
+from mtrec_jax.sharding import AXES, check_batch_size, check_mesh, make_mesh
+from mtrec_jax.tables.exchange import Buffers, BuffersOf
+from mtrec_jax.tables.layout import DENSE, Layout
+from mtrec_jax.train.loop import STEPS_IN_FLIGHT, exchange_buffers
+from mtrec_jax.train.step import make_step
+from mtrec_jax.types import FIRST, Batch, Catalogue, PyTree, TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What one device can do; the defaults are those of a large accelerator of 2021."""
-
-    memory: float = 80e9  # bytes
-    memory_bandwidth: float = 2e12  # bytes a second
-    bandwidth: float = 25e9  # bytes a second, through the network
-    latency: float = 1e-5  # seconds before a collective's first byte
-    flops: float = 50e12  # a second, of float32 matrix products
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(NamedTuple):
     """Where one embedding table goes."""
 
-    owner: str
+    name: str
     stack: str
     rows: int
-    per_device: int  # bytes: rows, slots and scratch
-    why: str
+    rule: str  # of its rows; where they are dense, train.optimizer
+    split: int  # devices that it is split over; 1: each has all of it
+    bytes: int  # of a device: rows, slots and scratch, or rows and the optimizer's moments
+
+
+class Collective(NamedTuple):
+    """All collectives of a step of one kind over as many devices."""
+
+    how: str  # "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute"
+    over: int  # devices that take part
+    count: int
+    size: int  # bytes of the results on a device
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, by the ring algorithms.
+
+        >>> Collective("all-reduce", 4, 1, 100).sent
+        150.0
+        """
+        if self.how == "collective-permute":
+            return self.size
+        passes = {"all-reduce": 2, "reduce-scatter": self.over}.get(self.how, 1)
+        return passes * self.size * (self.over - 1) / self.over
+
+
+class Compiled(NamedTuple):
+    """XLA's account of a compiled step."""
+
+    working: int  # bytes of a device beside its arguments
+    collectives: tuple[Collective, ...]  # where each exchange of rows takes one round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,29 +95,17 @@ class DevicePlan:
 
     experiment: Experiment
     mesh: tuple[int, int]  # devices on ("data", "table")
-    device: Device
+    device_memory: float
     tables: tuple[Table, ...]
     memory: dict[str, int]  # {what: bytes}
-    moved: tuple[Moved, ...]  # the collectives of a step
-    buffers: dict[str, Buffers]  # of the exchange, by stack
-    measured: bool  # the buffers, on the run's first batches; otherwise all ids count as distinct
-    seconds: dict[str, float]  # of a step, by "memory reads", "network" and "compute"
+    collectives: tuple[Collective, ...]
+    buffers: dict[str, Buffers]  # of the exchange by stack, measured on the run's first batches;
+    # {}: nothing is split, or there are no batches, and most ids count as distinct
 
     @property
     def bytes(self) -> int:
         """Of a device's memory, in all."""
         return sum(self.memory.values())
-
-    @property
-    def step_seconds(self) -> float:
-        """Reads and arithmetic overlap, the network waits for both."""
-        seconds = self.seconds
-        return max(seconds["memory reads"], seconds["compute"]) + seconds["network"]
-
-    @property
-    def bound(self) -> str:
-        """What takes longest."""
-        return max(self.seconds, key=lambda part: self.seconds[part])
 
 
 def plan(
@@ -103,262 +113,379 @@ def plan(
     devices: int = 0,
     prepared: Prepared | None = None,
     rows: Mapping[str, int] | None = None,
-    device: Device | None = None,
+    device_memory: float = 80e9,
 ) -> DevicePlan:
     """Plan a run on devices that need not be here.
 
     Args:
-      experiment: what is to be trained. `train.mesh` is taken as it is; at its default, tables are
-        split over as few devices as their size allows.
+      experiment: what is to be trained; `train.mesh` says how many devices share a table.
       devices: how many there are; 0: those of this machine.
-      prepared: data, whose first batches say how many ids are distinct.
+      prepared: data; without `rows`, its first batches say how many ids are distinct.
       rows: {feature, or "item": values}, instead of those of the data; without prepared data, all
-        that the configuration does not fix.
-      device: memory and speeds of one device.
+        that the configuration does not fix, and the classes of multiclass tasks.
+      device_memory: bytes of one device.
 
     Raises:
-      ConfigError: it does not fit, and what would; or a size is missing, or the data were prepared
-        otherwise (placements apart).
+      ConfigError: it does not fit; or a size is missing, or the data were prepared otherwise.
 
-    >>> from mtrec_jax import load_experiment
-    >>> small = ["train.batch_size=256", "model.towers=shared_bottom", "model.fusion=none"]
-    >>> shop = load_experiment("shop", [*small, "model.item_placement=sparse"])
-    >>> sizes = dict.fromkeys(["item", "segment", "age_group", "category", "brand"], 1000)
-    >>> sizes |= dict.fromkeys(["click", "cart", "buy", "stars"], 2)
-    >>> plan(shop, devices=8, rows=sizes).mesh
-    (8, 1)
+    >>> from mtrec_jax import parse_experiment
+    >>> clicks = parse_experiment({
+    ...     "name": "clicks", "split": {"kind": "random"}, "data": {"history_length": 0},
+    ...     "features": {"user": {"on": "request"}}, "tasks": {"click": {"kind": "binary"}},
+    ...     "tables": {"user": {"update": "sparse"}}, "train": {"steps": 10, "mesh": [1, 1]},
+    ...     "model": {"encoder": "none", "towers": "shared_bottom", "fusion": "none"}})
+    >>> found = plan(clicks, devices=1, rows={"user": 1_000_000})
+    >>> found.memory["tables"], found.tables[0].rule
+    (256024576, 'lazy_adam')
     """
-    devices, device, rows = devices or jax.device_count(), device or Device(), rows or {}
-    for name, size in rows.items():
-        if size > MOST_ROWS:
-            remedy = '; hash them into fewer (kind = "hashed", buckets = 1_000_000_000)'
-            raise ConfigError(
-                f"--rows {name}: {size:,} values are more than the {MOST_ROWS:,} that can have a "
-                f"number{'' if name == 'item' else remedy}"
-            )
+    rows = rows or {}
+    mesh = check_mesh(experiment.train.mesh, devices or jax.device_count())
+    abstract = AbstractMesh(mesh, AXES)
+    check_batch_size(experiment.train.batch_size, abstract, experiment.train.accumulate)
     if prepared is None:
         manifest = assumed_manifest(experiment, rows)
     else:
-        check_prepared(_placed_as(prepared, experiment), prepared)
-        manifest = resized(prepared.manifest, experiment, rows)
-        prepared = None if rows else prepared  # its batches say nothing of tables of other sizes
-    train = experiment.train
-    check_batch_size(train.batch_size, _mesh((devices, 1)), train.accumulate)
-    work = work_of_share(experiment, manifest, devices)
-    state = state_shapes(experiment, manifest)
-    fixed = _fixed_mesh(experiment, devices)
-    for shards in [fixed[1]] if fixed else _shard_counts(devices):
-        mesh = (devices // shards, shards)
-        needed = _rough(experiment, manifest, state, work, mesh)
-        if needed <= device.memory:
-            found = plan_on(experiment, manifest, prepared, state, work, mesh, device)
-            needed = found.bytes
-            if needed <= device.memory:
-                return found
-    raise ConfigError(_refusal(experiment, manifest, state, work, mesh, needed, device))
-
-
-def _placed_as(prepared: Prepared, experiment: Experiment) -> Experiment:
-    """The experiment with the placements that its data were prepared with."""
-    stored = prepared.manifest.config.get("features", {})
-    features = {
-        name: dataclasses.replace(
-            feature, placement=stored.get(name, {}).get("placement", feature.placement)
-        )
-        for name, feature in experiment.features.items()
-    }
-    return dataclasses.replace(experiment, features=features)
-
-
-def plan_on(
-    experiment: Experiment,
-    manifest: Manifest,
-    prepared: Prepared | None,
-    state: TrainState,
-    work: Work,
-    mesh: tuple[int, int],
-    device: Device,
-) -> DevicePlan:
-    """Everything about one mesh."""
-    layout, shards = make_plan(experiment, manifest), mesh[1]
-    check_placement(layout, state, shards)
-    buffers = _buffers(experiment, manifest, prepared, layout, mesh)
-    memory = stored_bytes(experiment, manifest, state, mesh[0] * shards, shards)
-    memory["working memory"] = working_memory(experiment, manifest, state, buffers, mesh, work)
-    moved = moved_by_step(experiment, manifest, state, buffers, mesh)
-    touched = {s: size_of((state.tables[s], state.slots[s])) / layout.rows[s] for s in state.tables}
-    places = places_of_batch(experiment, manifest)
-    updated = sum(
-        2 * each * (buffers[s].window if s in buffers else places[s]) for s, each in touched.items()
-    )
-    seconds = {
-        "memory reads": (work.accessed + updated) / device.memory_bandwidth,
-        "network": sum(m.sent / device.bandwidth + device.latency for m in moved),
-        "compute": work.flops / device.flops,
-    }
+        prepared = prepared.chosen(experiment)
+        manifest = resized(prepared.manifest, rows)
+    model = make_model(experiment, manifest)
+    buffers: BuffersOf = {}
+    if prepared and not rows and mesh[1] > 1:  # batches say nothing of tables of other sizes
+        config = experiment.train
+        source = BatchSource(prepared, "train", config.batch_size, config.seed, 1, config.precision)
+        items = load_catalogue(prepared, experiment)
+        buffers = exchange_buffers(model, items, source, abstract, config.seed)
+    state = make_step(experiment, model, abstract, 1).abstract
+    tables = tuple(_tables(experiment, model.layout, state, mesh[1]))
+    memory = stored_bytes(experiment, manifest, state, math.prod(mesh))
+    _check_fits(experiment, mesh, memory, tables, device_memory)
+    compiled = _compiled(experiment, manifest, mesh, buffers)
+    memory["working memory"] = compiled.working
+    _check_fits(experiment, mesh, memory, tables, device_memory)
     return DevicePlan(
         experiment=experiment,
         mesh=mesh,
-        device=device,
-        tables=tuple(_tables(experiment, layout, state, shards)),
+        device_memory=device_memory,
+        tables=tables,
         memory=memory,
-        moved=tuple(moved),
+        collectives=compiled.collectives,
         buffers=buffers,
-        measured=prepared is not None,
-        seconds=seconds,
     )
 
 
-def check_placement(layout: Layout, state: TrainState, shards: int) -> None:
-    """Raise `AssertionError` unless every row of every table, and its slots, has exactly one place.
+def stored_bytes(
+    experiment: Experiment, manifest: Manifest, state: TrainState, devices: int
+) -> dict[str, int]:
+    """Bytes that lie on each device for the whole run, and of its parts of batches, by what it is.
 
-    Tables of a stack must not overlap or leave it, and a stack must divide over the shards with
-    all of its slots.
+    `state` has the shapes and shardings of a step's state.
     """
-    for stack, rows in layout.rows.items():
-        end = 0
-        fields = [f for f in layout.fields.values() if f.stack == stack]
-        for field in sorted(fields, key=lambda f: f.offset):
-            assert field.offset == end, f"{field.owner} begins at row {field.offset}, not at {end}"
-            end = field.offset + field.size
-        assert end <= rows, f"{fields[-1].owner} ends at row {end} of {rows} of {stack}"
-        if stack == DENSE:
-            assert state.params[DENSE].shape[0] == rows
-            continue
-        parts = state.tables[stack], state.slots[stack], state.scratch[stack]
-        assert rows % shards == 0, f"{rows} rows of {stack} over {shards} shards"
-        assert {leaf.shape[0] for leaf in jax.tree.leaves(parts)} == {rows}, stack
-    stacks = set(layout.rows) - {DENSE}
-    assert stacks == set(state.tables) == set(state.slots) == set(state.scratch)
+    batch = batch_shapes(experiment, manifest)
+    rest = state._replace(tables=(), slots=(), scratch=(), params=())  # type: ignore[arg-type]
+    return {
+        "tables": _on_device(state.tables),
+        "slots": _on_device(state.slots),
+        "scratch": _on_device(state.scratch),
+        "dense parameters": _on_device(state.params),
+        "their optimizer": _on_device(rest),
+        "catalogue": _on_device(catalogue_shapes(experiment, manifest)),
+        "batches": STEPS_IN_FLIGHT * _on_device(batch) // devices,
+    }
 
 
-def _buffers(
-    experiment: Experiment,
-    manifest: Manifest,
-    prepared: Prepared | None,
-    layout: Layout,
-    mesh: tuple[int, int],
-) -> dict[str, Buffers]:
-    """The buffers that training would use, or an upper bound where there are no batches."""
-    abstract = _mesh(mesh)
-    if mesh[1] == 1:
-        return {}
-    if prepared is None:
-        places = places_of_batch(experiment, manifest)
-        return {stack: default_buffers(ids, abstract) for stack, ids in places.items()}
-    config = experiment.train
-    source = BatchSource(prepared, "train", config.batch_size, config.seed, 1, config.precision)
-    model, catalogue = make_model(experiment, manifest), load_catalogue(prepared, experiment)
-    return measured_buffers(
-        model, catalogue, first_batches(source), abstract, layout.rows, config.seed
+def _on_device(tree: PyTree) -> int:
+    """Bytes of all arrays, or of the parts of them that lie on each device."""
+    shapes = (
+        (leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape, leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
     )
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
-def _tables(
-    experiment: Experiment, layout: Layout, state: TrainState, shards: int
-) -> Iterator[Table]:
-    for field in layout.fields.values():
-        if field.stack == DENSE:
-            copies = 1 + size_of(state.optimizer) // max(1, size_of(state.params))
-            bytes_ = copies * field.size * state.params[DENSE].shape[1]
-            bytes_ *= state.params[DENSE].dtype.itemsize
+def _tables(experiment: Experiment, layout: Layout, state: TrainState, shards: int) -> list[Table]:
+    found = []
+    for name, place in layout.places.items():
+        stack, is_dense = place.stack, place.stack == DENSE
+        if is_dense:
+            copies = 1 + _on_device(state.optimizer) // _on_device(state.params)
+            whole = copies * _on_device(state.params[DENSE])
         else:
-            parts = (state.tables, state.slots, state.scratch)
-            whole = size_of([part[field.stack] for part in parts])
-            bytes_ = whole * field.size // layout.rows[field.stack] // shards
-        why = _why(experiment, field, shards)
-        yield Table(
-            owner=field.owner, stack=field.stack, rows=field.size, per_device=bytes_, why=why
-        )
+            whole = _on_device([part[stack] for part in (state.tables, state.slots, state.scratch)])
+        of = experiment.train.optimizer if is_dense else table_of(experiment, name).rule
+        size = whole * place.size // layout.rows[stack]
+        found.append(Table(name, stack, place.size, of, 1 if is_dense else shards, size))
+    return found
 
 
-def _why(experiment: Experiment, field: Field, shards: int) -> str:
-    if field.stack == DENSE:
-        return f"dense: whole on every device, {experiment.train.optimizer}"
-    if shards == 1:
-        return "sparse: whole on every device, which has room"
-    return f"sparse: by row over {shards} devices"
+def _check_fits(
+    experiment: Experiment,
+    mesh: tuple[int, int],
+    memory: dict[str, int],
+    tables: Sequence[Table],
+    device_memory: float,
+) -> None:
+    """Raise `ConfigError` with the numbers, and with the settings that would change them."""
+    needed, devices = sum(memory.values()), math.prod(mesh)
+    if needed <= device_memory:
+        return
+    largest = max(memory, key=lambda part: memory[part])
+    if largest in ("tables", "slots", "scratch"):
+        ways = [f"more devices for a table (train.mesh = {list(mesh)})"] * (mesh[1] < 128)
+        ways += ['train.row_precision = "bfloat16"'] * (experiment.train.row_precision == "same")
+        ways += ['rule = "rowwise_adagrad" or "sgd" of the large tables, which have small slots']
+        ways += ["tables.NAME.hash_rows", "a smaller model.width"]
+    elif largest in ("dense parameters", "their optimizer"):
+        dense = [table for table in tables if table.stack == DENSE]
+        name = max(dense, key=lambda table: table.rows).name if dense else "NAME"
+        ways = [f'tables.{name}.update = "sparse"', "a smaller model.width"]
+    elif largest == "catalogue":
+        ways = ["fewer items or features of items: each device has them all"]
+    else:
+        ways = ["a smaller train.batch_size", "train.accumulate", "more devices"]
+    parts = ", ".join(f"{what} {bytes_text(size)}" for what, size in memory.items() if size)
+    raise ConfigError(
+        f"{experiment.name} needs {bytes_text(needed)} on each of {devices} devices, which have "
+        f"{bytes_text(device_memory)}: {parts}. What would matter: {'; '.join(ways)}"
+    )
 
 
-# --- What fits
+# --- The compiled step
 
 
-def _mesh(shape: tuple[int, int]) -> AbstractMesh:
-    return AbstractMesh(shape, AXES)
+def compiled_step(
+    experiment: Experiment, manifest: Manifest, mesh: tuple[int, int], buffers: BuffersOf
+) -> Compiled:
+    """Compile the step of an experiment over devices that are here, and run nothing."""
+    devices = make_mesh(mesh)
+    step = make_step(experiment, make_model(experiment, manifest), devices, 1, None, buffers)
+
+    def placed(tree: PyTree, spec: P) -> PyTree:
+        where = NamedSharding(devices, spec)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+    batch = placed(batch_shapes(experiment, manifest), P(AXES))
+    catalogue = placed(catalogue_shapes(experiment, manifest), P())
+    lowered = step.update.lower(step.abstract, batch, catalogue)  # type: ignore[attr-defined]
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    return Compiled(int(memory.temp_size_in_bytes), collectives_in(compiled.as_text(), devices.size))
 
 
-def _shard_counts(devices: int) -> list[int]:
-    """Powers of two, as rows divide by them, that divide the devices."""
-    return [s for s in (1, 2, 4, 8, 16, 32, 64, 128) if devices % s == 0 and ROW_MULTIPLE % s == 0]
-
-
-def _fixed_mesh(experiment: Experiment, devices: int) -> tuple[int, int] | None:
-    """The mesh that the configuration names; None where it leaves the choice."""
-    if experiment.train.mesh == (0, 1):
-        return None
-    data, table = mesh_shape(experiment.train.mesh, devices)
-    if data * table != devices or ROW_MULTIPLE % table:
+def _compiled(
+    experiment: Experiment, manifest: Manifest, mesh: tuple[int, int], buffers: BuffersOf
+) -> Compiled:
+    """`compiled_step`, in a process of its own with virtual devices where here are too few."""
+    devices, given = math.prod(mesh), (experiment, manifest, mesh, buffers)
+    if devices <= jax.device_count():
+        return compiled_step(*given)
+    count = "--xla_force_host_platform_device_count"
+    flags = re.sub(rf"{count}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    virtual = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} {count}={devices}",
+        "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from mtrec_jax import planner; planner.answer()"],
+        input=pickle.dumps(given),
+        env=os.environ | virtual,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         raise ConfigError(
-            f"train.mesh: {list(experiment.train.mesh)} does not fill {devices} devices with "
-            f"{' or '.join(map(str, _shard_counts(devices)))} table shards ({ROW_MULTIPLE} are the "
-            f"most); such as [0,{_shard_counts(devices)[-1]}]"
+            f"the step could not be compiled over {devices} virtual devices: {said[-1]}. Classes "
+            "of your own have to be in a module that can be imported"
         )
-    return data, table
+    working, collectives = json.loads(done.stdout.splitlines()[-1])
+    return Compiled(working, tuple(Collective(*each) for each in collectives))
 
 
-def _rough(
-    experiment: Experiment,
-    manifest: Manifest,
-    state: TrainState,
-    work: Work,
-    mesh: tuple[int, int],
-) -> int:
-    """Bytes of a device, without the buffers of the exchange."""
-    devices = mesh[0] * mesh[1]
-    return sum(stored_bytes(experiment, manifest, state, devices, mesh[1]).values()) + (
-        work.temporary
+def answer() -> None:
+    """What the process with virtual devices does: read a step, print XLA's account of it."""
+    print(json.dumps(compiled_step(*pickle.load(sys.stdin.buffer))))
+
+
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\("
+)
+_BITS = re.compile(r"\d+")
+
+
+def collectives_in(program: str, devices: int) -> tuple[Collective, ...]:
+    """The collectives of a compiled program, of every kind together.
+
+    The body of a loop counts as often as it runs where that is known, else once. Those over one
+    device move nothing.
+
+    >>> line = "%a = f32[8,2]{1,0} all-reduce(%b), replica_groups={{0,1},{2,3}}, to_apply=%add"
+    >>> collectives_in(line, 4)
+    (Collective(how='all-reduce', over=2, count=1, size=64),)
+    """
+    counted = re.findall(r'body=(%[^,]+),.*"known_trip_count":\{"n":"(\d+)"', program)
+    runs, times = {body: int(n) for body, n in counted}, 1
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for line in program.splitlines():
+        if header := re.match(r"(?:ENTRY )?(%\S+) \(", line):
+            times = runs.get(header[1], 1)
+        match = _COLLECTIVE.search(line)
+        if match is None:
+            continue
+        result, how, starts = match.groups()
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+        if starts and how in ("all-gather", "collective-permute"):
+            arrays = arrays[len(arrays) // 2 :]  # what it is given comes first
+        over = _group_size(line, devices)
+        if over > 1:
+            size = sum(_itemsize(kind) * math.prod(_integers(dims)) for kind, dims in arrays)
+            count, total = found.get((how, over), (0, 0))
+            found[how, over] = count + times, total + times * size
+    return tuple(Collective(*kind, *sums) for kind, sums in sorted(found.items()))
+
+
+def _group_size(line: str, devices: int) -> int:
+    """Devices that exchange with each other: {{0,1},{2,3}}, or [groups,size]<=[devices]."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(_integers(listed[1]))
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    return int(counted[2]) if counted else devices
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _itemsize(kind: str) -> int:
+    """Bytes of a number: "bf16" -> 2, "pred" -> 1."""
+    bits = _BITS.search(kind)
+    return max(1, int(bits[0]) // 8) if bits else 1
+
+
+# --- Data that is not there
+
+
+def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifest:
+    """The manifest of an experiment whose data has not been prepared, as far as shapes need it.
+
+    Args:
+      experiment: says which features, tasks and positions there are.
+      rows: {feature: values}, "item": trained items, and for a multiclass task its classes. What
+        the configuration fixes (hashed, binned, hours, capacities) need not be named.
+
+    Raises:
+      ConfigError: a size is missing, or belongs to nothing.
+    """
+    length, has_items = experiment.data.length, bool(experiment.data.item)
+    classes = [name for name, task in experiment.tasks.items() if task.kind == "multiclass"]
+    chosen = {n: f for n, f in experiment.features.items() if not isinstance(f, Text)}
+    _check_names(rows, [*["item"] * has_items, *chosen, *classes])
+    sizes = {n: rows.get(n) or f.room or _room(experiment, n) for n, f in chosen.items()}
+    sizes |= {"item": rows.get("item") or _room(experiment, "item")} if has_items else {}
+    sizes |= {name: rows.get(name, 0) for name in classes}
+    missing = [name for name, size in sizes.items() if not size]
+    if missing:
+        raise ConfigError(
+            f"the sizes of {', '.join(missing)} are not known without prepared data: give them, "
+            f"as in --rows {missing[0]}=1e6, or name a prepared folder with --prepared"
+        )
+    fields: dict[str, tuple[Any, ...]] = {}
+    for name, feature in chosen.items():
+        kind = "_numbers" if feature.gives_numbers else "_ids"
+        group = "history" if feature.on == "history" else feature.on + kind
+        fields[group] = (*fields.get(group, ()), _field(name, feature, sizes[name]))
+    counts = dict.fromkeys(("users", "events", "quarantined"), 0)
+    unknown = "0" * 16
+    return Manifest(
+        format=FORMAT,
+        name=experiment.name,
+        protocol="assumed from table sizes",
+        fingerprint=unknown,
+        cleaned=unknown,
+        config={},
+        items=sizes.get("item", 0),
+        trained_items=sizes.get("item", 0),
+        split=SplitInfo(kind=experiment.split.kind, seed=0, sizes={}, fingerprint=unknown),
+        history_length=length,
+        examples={"train": 0},
+        positions={"train": (experiment.data.positions or length) if length else 1},
+        targets={"train": 0},
+        tasks={
+            name: TaskField(classes=tuple(map(str, range(sizes.get(name, 0) * (name in classes)))))
+            for name in experiment.tasks
+        },
+        **counts,
+        **fields,
     )
 
 
-def _refusal(
-    experiment: Experiment,
-    manifest: Manifest,
-    state: TrainState,
-    work: Work,
-    mesh: tuple[int, int],
-    needed: int,
-    device: Device,
-) -> str:
-    """What does not fit, and the cheapest change that does."""
-    devices = mesh[0] * mesh[1]
-    parts = stored_bytes(experiment, manifest, state, devices, mesh[1])
-    parts["working memory"] = needed - sum(parts.values())
-    largest = max(parts, key=lambda part: parts[part])
-    text = (
-        f"{experiment.name} needs {quantity_text(needed)} on each of {devices} devices, which have "
-        f"{quantity_text(device.memory)}; {quantity_text(parts[largest])} of it: {largest}. "
+def resized(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
+    """A manifest with other table sizes.
+
+    Raises:
+      ConfigError: a size belongs to nothing.
+    """
+    groups = {name: getattr(manifest, name) for name in FIELDS if not name.endswith("numbers")}
+    _check_names(
+        rows, ["item"] * bool(manifest.items) + [f.name for of in groups.values() for f in of]
     )
-    works = {placements_of(experiment): work}
-    dense = 4 * size_of(state.params.get(DENSE, ()))  # with its gradient and moments
-    for what, changed, count in changes(experiment, devices, dense > 0.05 * device.memory):
-        sized = resized(manifest, changed, {})
-        shapes = state if changed is experiment else state_shapes(changed, sized)
-        placements = placements_of(changed)
-        if placements not in works:  # a dense table has a gradient of its size
-            works[placements] = work_of_share(changed, sized, devices)
-        temporary = works[placements].temporary * devices // count
-        share = work._replace(temporary=temporary)
-        for shards in _shard_counts(count):
-            new = (count // shards, shards)
-            if _rough(changed, sized, shapes, share, new) > device.memory:
-                continue
-            bytes_ = plan_on(changed, sized, None, shapes, share, new, device).bytes
-            if bytes_ <= device.memory:
-                where = f"{what}train.mesh=[{new[0]},{new[1]}]"
-                return f"{text}The nearest that fits: {where} ({quantity_text(bytes_)} on each)"
-    if largest in ("working memory", "batches"):
-        return text + "Nothing near fits: a smaller train.batch_size, train.accumulate"
-    return (
-        f"{text}Nothing near fits, over {ROW_MULTIPLE} table shards neither, which are the most: "
-        "smaller tables (hash_rows), a smaller model.width"
-    )
+    changed: dict[str, Any] = {
+        group: tuple(replace(f, size=FIRST + rows[f.name]) if f.name in rows else f for f in of)
+        for group, of in groups.items()
+    }
+    if "item" in rows:
+        changed |= {"items": rows["item"], "trained_items": rows["item"], "item_values": 0}
+    return replace(manifest, **changed)
+
+
+def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
+    for name, size in rows.items():
+        if name not in known:
+            raise ConfigError(
+                f"--rows {name}: no such table; there are {', '.join(known)}.{nearest(name, known)}"
+            )
+        if size < 1:
+            raise ConfigError(f"--rows {name}={size}: at least one row")
+
+
+def _room(experiment: Experiment, name: str) -> int:
+    """Values that a table has room for, where the configuration says so."""
+    table = table_of(experiment, name)
+    return table.hash_rows or table.capacity
+
+
+def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:
+    if feature.gives_numbers:
+        return NumberField(name=name, mean=0.0, std=1.0, slots=values + (feature.impute == "own"))
+    return IdField(name=name, size=FIRST + values, slots=getattr(feature, "max_values", 1))
+
+
+def batch_shapes(experiment: Experiment, manifest: Manifest) -> Batch:
+    """Shapes and types of a training batch, as devices hold it."""
+    m, config = manifest, experiment.train
+    positions, length = m.positions["train"], m.history_length
+    whole = {"user": (), "row": (positions,), "cutoff": (positions,), "candidate": (positions,)}
+    shapes: dict[str, tuple[int, ...]] = whole | {"event_item": (length,)}
+    shapes |= {f"label_{task}": (positions,) for task in m.tasks}
+    shapes |= {f"context_{f.name}": (f.slots,) for f in (*m.context_ids, *m.context_numbers)}
+    shapes |= {
+        f"request_{f.name}": (positions * f.slots,) for f in (*m.request_ids, *m.request_numbers)
+    }
+    shapes |= {f"event_{f.name}": (length * f.slots,) for f in m.history}
+    one = {name: np.zeros((1, *shape), np.int32) for name, shape in shapes.items()}
+    return _shapes(to_batch(one, m, config.precision)._replace(row=None), config.batch_size)
+
+
+def catalogue_shapes(experiment: Experiment, manifest: Manifest) -> Catalogue:
+    """Shapes and types of the catalogue, which every device holds whole."""
+    sides = {"ids": manifest.item_ids, "numbers": manifest.item_numbers}
+    features = {
+        name: np.zeros((1 + FIRST, sum(field.slots for field in fields)), np.int32)
+        for name, fields in sides.items()
+    }
+    one = make_catalogue(features, np.ones(1), 1, 0.0, experiment.train.precision)
+    return _shapes(one, manifest.items + FIRST)
+
+
+def _shapes(tree: Any, size: int) -> Any:
+    """Arrays as shapes with another first axis."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), tree)

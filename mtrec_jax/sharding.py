@@ -28,13 +28,26 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
     >>> make_mesh((1, 1)).shape["data"]
     1
     """
-    available = jax.device_count()
-    data, table = mesh_shape(shape, available)
-    if jax.process_count() > 1 and data * table != available:
+    data, table = check_mesh(shape, jax.device_count())
+    if jax.process_count() > 1 and data * table != jax.device_count():
         raise ConfigError(
             f"train.mesh: {list(shape)} makes {data * table} devices; with several processes it "
-            f"has to take all {available} of them: [0, 1] splits batches, [1, 0] tables"
+            f"has to take all {jax.device_count()} of them: [0, 1] splits batches, [1, 0] tables"
         )
+    devices = np.asarray(jax.devices()[: data * table]).reshape(data, table)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check_mesh(shape: tuple[int, int], available: int) -> tuple[int, int]:
+    """The shape over so many devices, with those that are left in the place of 0.
+
+    Raises:
+      ConfigError: the devices do not fill it, or tables do not divide over it.
+
+    >>> check_mesh((0, 2), 8)
+    (4, 2)
+    """
+    data, table = mesh_shape(shape, available)
     if min(data, table) < 1 or data * table > available:
         raise ConfigError(
             f"train.mesh: {list(shape)} needs {data * table} devices, there are {available}; "
@@ -45,8 +58,7 @@ def make_mesh(shape: tuple[int, int] = (0, 1)) -> Mesh:
             f"train.mesh: {table} table shards; tables have {ROW_MULTIPLE} equal parts, so that 1, "
             "2, 4 ... 128 shards are possible"
         )
-    devices = np.asarray(jax.devices()[: data * table]).reshape(data, table)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    return data, table
 
 
 def mesh_shape(shape: tuple[int, int], devices: int) -> tuple[int, int]:

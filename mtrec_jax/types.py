@@ -22,6 +22,19 @@ PyTree = Any
 PAD, UNKNOWN, FIRST = 0, 1, 2  # ids: 0 is padding, 1 is unknown, real ids start at 2
 
 
+class Lists:
+    """Variable-length integer lists in one flat array: `lists[i]` is a view."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray):
+        self.values, self.offsets = values, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int | np.integer) -> np.ndarray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
 class Batch(NamedTuple):
     """One batch of examples. Absent parts are left out; shapes never change within a run.
 
@@ -38,19 +51,6 @@ class Batch(NamedTuple):
     user: Array  # [B] int32
     weight: Array  # [B, P] 0 on padding
     row: Array | None  # [B, P] int64 source row, -1 on padding; None on devices
-
-
-class Lists:
-    """Variable-length integer lists in one flat array: `lists[i]` is a view."""
-
-    def __init__(self, values: np.ndarray, offsets: np.ndarray):
-        self.values, self.offsets = values, offsets
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int | np.integer) -> np.ndarray:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
 
 
 class Catalogue(NamedTuple):

@@ -56,7 +56,7 @@ SMALL_SHOP = (
     "train.log_every=4",
     "train.mesh=[1, 1]",
     "evaluate.candidates=20",
-    'evaluate.baselines=["popularity", "bias", {kind="item_knn", neighbours=10}]',
+    'evaluate.baselines=["popularity", "bias", { kind = "item_knn", neighbours = 10 }]',
     "evaluate.bootstrap=20",
     "evaluate.batch_size=16",
 )

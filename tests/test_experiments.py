@@ -308,7 +308,6 @@ def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem:
         ("train.row_learning_rate", 0),
         ("train.row_weight_decay", 0),
         ("train.row_clip_norm", 0),
-        ("evaluate.neighbours", 1),
         ("evaluate.bootstrap", 0),
     ],
 )

@@ -32,7 +32,8 @@ class GradNorm:
     With G_t = |w_t dL_t| the norm of a task's weighted gradient, and r_t = (L_t / L_t(0)) / mean of
     these its relative inverse training rate, the weights descend along sum_t |G_t - mean(G) r_t^a|,
     whose targets mean(G) r_t^a are constants, one a task. Afterwards they are scaled to the sum of
-    the declared ones. Tasks that are not observed rest, and have no part in the means. A step takes a backward pass through the towers for each task.
+    the declared ones. Tasks that are not observed rest, and have no part in the means. A step takes
+    a backward pass through the towers for each task.
     """
 
     kind: Literal["gradnorm"] = "gradnorm"

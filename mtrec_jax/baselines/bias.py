@@ -2,8 +2,8 @@
 
 prediction(u, i) = mean + user bias + item bias, the baseline estimate of Koren (2010), "Factor in
 the neighbors: scalable and accurate collaborative filtering", ACM TKDD 4(1), fitted by alternating
-least squares: each bias is the mean residual of its rows, shrunk as if `regularization` more rows
-with residual 0 had been seen.
+least squares: each bias is the mean residual of its rows, shrunk as if so many more rows with
+residual 0 had been seen.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from jaxtyping import Int, Num
+from jaxtyping import Float32, Int, Num
 from pydantic import Field
 
-from mtrec_jax.baselines.contract import Interactions
+from mtrec_jax.baselines.contract import Interactions, check_ids
 from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
@@ -24,96 +24,80 @@ PROBABILITY = (1e-4, 1 - 1e-4)  # limits for binary labels: log loss stays finit
 
 @dataclass(frozen=True, kw_only=True)
 class Bias:
-    """Biases for each binary and regression task."""
+    """`kind = "bias"`: predicts binary and regression tasks, each by biases of its own."""
 
     kind: Literal["bias"] = "bias"
-    user_regularization: Annotated[float, Field(ge=0)] = 15.0  # in rows
+    user_regularization: Annotated[float, Field(ge=0)] = 15.0  # rows with residual 0 that are added
     item_regularization: Annotated[float, Field(ge=0)] = 10.0
     epochs: Annotated[int, Field(ge=1)] = 10
 
-    def fit(self, train: Interactions) -> Biases:
-        """Fit the biases of each task.
+    def fit(self, interactions: Interactions) -> Biases:
+        """Fit every task; rows without its label are left out.
 
         Raises:
-          DataError: no row has a label of a task.
+          DataError: no row has a label, or an id is beyond the users or items.
         """
-        return Biases(
-            {
-                name: self.fit_task(
-                    train, train.labels[name], PROBABILITY if kind == "binary" else None
-                )
-                for name, kind in train.kinds.items()
-            }
-        )
+        check_ids(self.kind, interactions)
+        return Biases({task: self._of_task(interactions, task) for task in interactions.kinds})
 
-    def fit_task(
-        self,
-        train: Interactions,
-        labels: Num[np.ndarray, " n"],
-        limits: tuple[float, float] | None = None,
-    ) -> TaskBias:
-        """Fit the biases of one task by alternating least squares.
-
-        Args:
-          train: whose users and items the labels are of.
-          labels: a rating or other number, or 0 / 1; rows whose label is nan are left out.
-          limits: lowest and highest prediction; None: those of the training labels.
-
-        >>> train = Interactions(np.array([2, 3]), np.array([2, 2]), 2, 1)
-        >>> model = Bias().fit_task(train, np.array([5.0, 3.0]))
-        >>> model.mean, bool(model.users[2] > 0 > model.users[3])
-        (4.0, True)
-        """
+    def _of_task(self, interactions: Interactions, task: str) -> TaskBiases:
+        labels = interactions.labels[task]
         labelled = ~np.isnan(labels)
-        users, items = train.users[labelled], train.items[labelled]
+        users, items = interactions.users[labelled], interactions.items[labelled]
         labels = labels[labelled].astype(np.float64)
         if not len(labels):
-            raise DataError("bias: no training row has a label; give the task a column with values")
+            raise DataError(f"bias: no training row has a label of task '{task}'; remove the task")
         mean = float(labels.mean())
-        user_bias, item_bias = np.zeros(train.n_users + FIRST), np.zeros(train.n_items + FIRST)
-        user_rows = np.bincount(users, minlength=len(user_bias)) + self.user_regularization
-        item_rows = np.bincount(items, minlength=len(item_bias)) + self.item_regularization
+        user_bias = np.zeros(interactions.n_users + FIRST)
+        item_bias = np.zeros(interactions.n_items + FIRST)
         for _ in range(self.epochs):
             rest = labels - mean - user_bias[users]
-            item_bias = np.bincount(items, rest, len(item_bias)) / np.maximum(item_rows, 1e-9)
-            item_bias[:FIRST] = 0
+            item_bias = _shrunk_means(items, rest, len(item_bias), self.item_regularization)
             rest = labels - mean - item_bias[items]
-            user_bias = np.bincount(users, rest, len(user_bias)) / np.maximum(user_rows, 1e-9)
-            user_bias[:FIRST] = 0
-        limits = limits or (float(labels.min()), float(labels.max()))
-        return TaskBias(mean, user_bias, item_bias, limits)
+            user_bias = _shrunk_means(users, rest, len(user_bias), self.user_regularization)
+        limits = float(labels.min()), float(labels.max())
+        binary = interactions.kinds[task] == "binary"
+        return TaskBiases(mean, user_bias, item_bias, PROBABILITY if binary else limits)
 
 
 @dataclass(frozen=True)
-class TaskBias:
-    """Mean and biases; the biases of padding and unknown ids are 0."""
+class TaskBiases:
+    """Mean and biases; those of padding and unknown ids are 0."""
 
     mean: float
-    users: np.ndarray  # [n_users + 2] float64, by user id
-    items: np.ndarray  # [N + 2] float64, by item id
+    users: np.ndarray  # [n_users + 2] by user id
+    items: np.ndarray  # [N + 2] by item id
     limits: tuple[float, float]  # predictions stay within
-
-    def predict(self, users: Int[np.ndarray, " n"], items: Int[np.ndarray, " n"]) -> np.ndarray:
-        """Predicted label [n] of each pair of ids; an unknown id has bias 0.
-
-        >>> model = TaskBias(3.0, np.array([0, 0, 1.0]), np.array([0, 0, -0.5]), (1.0, 5.0))
-        >>> model.predict(np.array([2, 1, 99]), np.array([2, 2, 0]))
-        array([3.5, 2.5, 3. ], dtype=float32)
-        """
-        known_user = np.where((users >= 0) & (users < len(self.users)), users, 0)
-        known_item = np.where((items >= 0) & (items < len(self.items)), items, 0)
-        values = self.mean + self.users[known_user] + self.items[known_item]
-        return np.clip(values, *self.limits).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Biases:
-    """The biases of each task."""
+    """Biases by task.
 
-    tasks: dict[str, TaskBias]
+    >>> one = TaskBiases(3.0, np.array([0, 0, 1.0]), np.array([0, 0, -0.5]), (1.0, 5.0))
+    >>> Biases({"stars": one}).predict("stars", np.array([2, 1, 99]), np.array([2, 2, 0]))
+    array([3.5, 2.5, 3. ], dtype=float32)
+    """
+
+    tasks: dict[str, TaskBiases]
 
     def predict(
-        self, users: Int[np.ndarray, " n"], items: Int[np.ndarray, " n"]
-    ) -> dict[str, np.ndarray]:
-        """{task: predicted labels [n]} of pairs of ids."""
-        return {name: model.predict(users, items) for name, model in self.tasks.items()}
+        self, task: str, users: Int[np.ndarray, " n"], items: Int[np.ndarray, " n"]
+    ) -> Float32[np.ndarray, " n"] | None:
+        """Predicted label of each pair of ids; an id that is not known has bias 0."""
+        if task not in self.tasks:
+            return None
+        found = self.tasks[task]
+        known_user = np.where((users >= 0) & (users < len(found.users)), users, 0)
+        known_item = np.where((items >= 0) & (items < len(found.items)), items, 0)
+        values = found.mean + found.users[known_user] + found.items[known_item]
+        return np.clip(values, *found.limits).astype(np.float32)
+
+
+def _shrunk_means(
+    ids: Int[np.ndarray, " n"], rest: Num[np.ndarray, " n"], size: int, regularization: float
+) -> Num[np.ndarray, " size"]:
+    rows = np.bincount(ids, minlength=size) + regularization
+    means = np.bincount(ids, rest, size) / np.maximum(rows, 1e-300)  # 0 of no rows
+    means[:FIRST] = 0
+    return means

@@ -6,34 +6,44 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float32, Int
 
-from mtrec_jax.baselines.contract import Interactions, SameForEveryone
+from mtrec_jax.baselines.contract import Interactions, check_ids
 from mtrec_jax.types import FIRST, Lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class Popularity:
-    """Items by how often they occur in the training interactions."""
+    """`kind = "popularity"`: how often each item is liked in the training split."""
 
     kind: Literal["popularity"] = "popularity"
 
-    def fit(self, train: Interactions) -> Counts:
-        """Count the interactions of each item; padding and unknown are not counted.
+    def fit(self, interactions: Interactions) -> Counts:
+        """Count; padding and unknown items are left out.
 
-        >>> items = np.array([2, 4, 4, 1, 0])
-        >>> Popularity().fit(Interactions(items * 0, items, 0, 3)).items
-        array([1, 0, 2])
+        Raises:
+          DataError: an id is beyond the catalogue.
         """
-        _, items = train.liked
-        return Counts(np.bincount(items[items >= FIRST] - FIRST, minlength=train.n_items))
+        check_ids(self.kind, interactions)
+        items = interactions.items[interactions.liked]
+        return Counts(np.bincount(items, minlength=interactions.n_items + FIRST)[FIRST:])
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How often each catalogue item occurs."""
+    """One score an item, the same for each query.
 
-    items: np.ndarray  # [N] int64
+    >>> Counts(np.array([1, 0, 2])).scores(np.array([0, 1]))
+    array([[1., 0., 2.],
+           [1., 0., 2.]], dtype=float32)
+    """
 
-    def scorer(self, users: np.ndarray, histories: Lists) -> SameForEveryone:
-        """Score by count; users and histories change nothing."""
-        return SameForEveryone(self.items.astype(np.float32))
+    counts: np.ndarray  # [N] by catalogue index
+
+    def scorer(self, users: Int[np.ndarray, " Q"], histories: Lists) -> Counts:
+        """Itself: neither users nor histories change anything."""
+        return self
+
+    def scores(self, queries: Int[np.ndarray, " q"]) -> Float32[np.ndarray, "q N"]:
+        """The counts, a row a query."""
+        return np.broadcast_to(self.counts.astype(np.float32), (len(queries), len(self.counts)))

@@ -71,11 +71,7 @@ def recommend(
     if out is not None:
         say(f"{rows:,} recommendations in {out}")
     if rows < wanted:
-        hint = ", and items of the history are left out: --include-seen keeps them"
-        say(
-            f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
-            f"more{hint if exclude_seen else ''}"
-        )
+        _say_fewer(k, exclude_seen)
 
 
 def predict(
@@ -117,6 +113,14 @@ def _progress(tables: Any, recommender: Any) -> Any:
 
     total = -(-recommender.prepared.manifest.users // (BATCH * processes.count()))
     return track(tables, "recommending", total=total, console=Console(stderr=True))
+
+
+def _say_fewer(k: int, exclude_seen: bool) -> None:
+    hint = ", and items of the history are left out: --include-seen keeps them"
+    say(
+        f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
+        f"more{hint if exclude_seen else ''}"
+    )
 
 
 def _warn_unknown(users: list[str]) -> None:

@@ -245,12 +245,23 @@ class Prepared:
     @functools.cached_property
     def items(self) -> pa.Table:
         """The catalogue, row r is item id r + 2."""
-        return pq.read_table(self.folder / "items.parquet")
+        return self._side("items.parquet")
 
     @functools.cached_property
     def users(self) -> pa.Table:
         """All users, row r is user id r + 2."""
-        return pq.read_table(self.folder / "users.parquet")
+        return self._side("users.parquet")
+
+    def _side(self, name: str) -> pa.Table:
+        """A file of users or items, with the columns of the chosen features alone."""
+        path, features = self.folder / name, self.manifest.config.get("features", {})
+        chosen = {"item", *features, *(field.name for field in self.manifest.fields)}
+        columns = []
+        for column in pq.read_schema(path).names:
+            role, _, feature = column.partition("_")
+            if role not in ("context", "event", "item", "text") or feature in chosen:
+                columns.append(column)
+        return pq.read_table(path, columns=columns)
 
     def user_lists(self, column: str) -> Lists:
         """A list column of `users.parquet`, e.g. `event_item` or `split`."""

@@ -21,7 +21,6 @@ from mtrec_jax.data import features
 from mtrec_jax.data.dataset import (
     BLOCK,
     SPLITS,
-    Lists,
     Prepared,
     TaskField,
     fixed_size,
@@ -31,7 +30,7 @@ from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.schema import query_features
 from mtrec_jax.errors import DataError
-from mtrec_jax.types import FIRST
+from mtrec_jax.types import FIRST, Lists
 
 MODULUS = 1 << 31
 SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge

@@ -298,14 +298,13 @@ def row_in_two_splits(
     training rows that have one themselves.
 
     Args:
-      equal: Ibis table of the rows that are equal to another one in every raw column, and the
-        `first` of them; None where duplicates were dropped within the one source.
-      events: Ibis table with row and split.
+      equal: Ibis table of `row` and the `first` one that it is equal to in every raw column; None
+        where duplicates were dropped within the one source.
+      events: Ibis table with row and split; of each there are `sizes`.
       experiment: what the columns mean.
       sizes: events of each split.
-      dropped: rows of the first source that are not among the events: as duplicates they are twins
-        of what is left, and count as training rows.
-      first_rows: rows of the first source, which are the first by number.
+      dropped: how many of the `first_rows` rows of the first source are not among the events: as
+        duplicates they are twins of what is left, and count as training rows.
       place: says where a source row is.
 
     Raises:
@@ -313,11 +312,39 @@ def row_in_two_splits(
     """
     if equal is None:
         return
-    data, null = experiment.data, ibis.null("int64")
+    data = experiment.data
     keyed = bool(data.user and data.item and data.time)
+    groups = _equal_groups(equal, events, first_rows, keyed)
+    twins = ibis.ifelse(groups.train > 1, groups.train, 0).sum()
+    both = ibis.ifelse(groups.shared, groups.held, 0).sum()
+    found = groups.agg(twins=twins, both=both).to_pyarrow()
+    twin, both = (found[name][0].as_py() or 0 for name in ("twins", "both"))
+    train = sizes["train"] + sizes.get("shown", 0) + dropped
+    held = sizes["validation"] + sizes["test"]
+    if both / max(held, 1) <= (0.0 if keyed else 5 * twin / max(train, 1) + 0.01):
+        return
+    first = groups.filter(groups.shared).order_by("first").limit(1).to_pyarrow().to_pylist()[0]
+    pair = f"{place(first['first'])} and {place(first['twin'])}"
+    if not keyed:
+        pair += f" (training rows among themselves: {twin:,})"
+    files = experiment.split.kind == "files"
+    remedy = (
+        "take these rows out of the training files" if files else "set clean.duplicates = 'drop'"
+    )
+    raise DataError(
+        f"{both:,} of {held:,} validation and test rows are equal in every column to a row of "
+        f"another split, e.g. {pair}: they would be judged by what was learned by heart. To judge "
+        f"on new rows, {remedy}"
+    )
+
+
+def _equal_groups(equal: Any, events: Any, first_rows: int, keyed: bool) -> Any:
+    """By group of equal rows: how many train and are held back, whether it is shared by splits, and
+    the first pair of its rows."""
     rows = equal.left_join(events.select("row", "split"), "row").drop("row_right")
     trains = rows.split.isin((0, 3)).fill_null(rows.row < first_rows)
     validates, tests = ((rows.split == n).fill_null(False) for n in (1, 2))
+    null = ibis.null("int64")
     groups = rows.group_by(group=rows["first"]).agg(
         train=trains.sum(),
         validation=validates.sum(),
@@ -329,24 +356,7 @@ def row_in_two_splits(
     shared = (groups.train > 0) & (held > 0)
     if keyed:
         shared |= (groups.validation > 0) & (groups.test > 0)
-    twins = ibis.ifelse(groups.train > 1, groups.train, 0).sum()
-    found = groups.agg(twins=twins, shared=ibis.ifelse(shared, held, 0).sum()).to_pyarrow()
-    twin, both = (found[name][0].as_py() or 0 for name in ("twins", "shared"))
-    train = sizes["train"] + sizes.get("shown", 0) + dropped
-    whole = sizes["validation"] + sizes["test"]
-    if both / max(whole, 1) <= (0.0 if keyed else 5 * twin / max(train, 1) + 0.01):
-        return
-    [pair] = groups.filter(shared).order_by("first").limit(1).to_pyarrow().to_pylist()
-    among = "" if keyed else f" (training rows among themselves: {twin:,})"
-    files = experiment.split.kind == "files"
-    remedy = (
-        "take these rows out of the training files" if files else "set clean.duplicates = 'drop'"
-    )
-    raise DataError(
-        f"{both:,} of {whole:,} validation and test rows are equal in every column to a row of "
-        f"another split, e.g. {place(pair['first'])} and {place(pair['twin'])}{among}: they would "
-        f"be judged by what was learned by heart. To judge on new rows, {remedy}"
-    )
+    return groups.mutate(held=held, shared=shared)
 
 
 # --- How far one value says what a label is: fitted on one half of the rows, judged on the other.

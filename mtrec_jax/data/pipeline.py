@@ -156,7 +156,7 @@ class BatchSource:
         return sum(
             c.total_uncompressed_size
             for c in columns
-            if c.path_in_schema.removesuffix(".list.element") in names
+            if c.path_in_schema.split(".list.")[0] in names
         )
 
     def _decode(self, block: int | None) -> Batch:

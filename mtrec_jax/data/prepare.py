@@ -68,7 +68,7 @@ def prepare(
     grow_from: str | Path | None = None,
     cleaned: str | Path | None = None,
 ) -> Prepared:
-    """Clean, split, index and encode raw tables, and write them as the folder `out`.
+    """Clean, split, index and encode raw tables into the folder `out`, and open it.
 
     The folder appears whole or not at all. An older prepared folder of that name is replaced.
 
@@ -89,9 +89,6 @@ def prepare(
       cleaned: the folder of the clean events, which other splits of the same raw data use again;
         by default cleaned/NAME beside `out`, and a temporary one for tables in memory.
 
-    Returns:
-      The opened folder.
-
     Raises:
       DataError: a file, column, row or label is not what the experiment says, or nothing is left,
         or `out` holds something else. The message names the place and the remedy.
@@ -101,24 +98,22 @@ def prepare(
     data, tables = check_arguments(experiment, data, tables, engine, memory, master)
     check_own(out, "manifest.json", "a prepared folder")
     base = None if grow_from is None else open_base(grow_from, experiment)
-    say = progress or (lambda _: None)
+    say, beside = progress or (lambda _: None), out.parent / "cleaned" / experiment.name
     with appears_whole(out) as partial:
         work = partial / "work"
-        kept = work / "cleaned" if tables else out.parent / "cleaned" / experiment.name
-        kept = kept if cleaned is None else a_path("cleaned", cleaned)
+        kept = a_path("cleaned", cleaned or (work / "cleaned" if tables else beside))
         with open_engine(work, engine, memory, master) as opened:
             source = clean_with(opened, experiment, data, kept, tables, say)
             started = time.perf_counter()
             manifest = _build(opened, experiment, source, partial, say, base)
-        shutil.copyfile(source.folder / "quarantine.parquet", partial / "quarantine.parquet")
+            shutil.copyfile(source.folder / "quarantine.parquet", partial / "quarantine.parquet")
         shutil.rmtree(work, ignore_errors=True)
         report.write_report(Prepared(partial, manifest), partial / "report.html")
         manifest.save(partial)
         if accept:
             accept(manifest)
         put_in_place(partial, out)
-        seconds = time.perf_counter() - started
-        say(f"fit: {sum(manifest.examples.values()):,} examples in {seconds:.1f} s")
+        say(f"fit: {manifest.events:,} events in {time.perf_counter() - started:.1f} s")
     return open_prepared(out, extensions_of(experiment))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from mtrec_jax import processes
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SPLITS, Prepared, to_arrays
-from mtrec_jax.data.examples import SHOWN, VISIBLE, mix, visible_events
+from mtrec_jax.data.dataset import SPLITS, Prepared
+from mtrec_jax.data.examples import SHOWN
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, Serving, pad_rows
@@ -149,40 +149,6 @@ def met_items(prepared: Prepared) -> tuple[Lists, np.ndarray]:
     order = np.argsort(user, kind="stable")
     offsets = np.searchsorted(user[order], np.arange(prepared.manifest.users + 1) + FIRST)
     return Lists(item[order], offsets), splits[order]
-
-
-def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
-    """Item ids of the events before each chosen target, a list per target.
-
-    An event that its split or `cutoff` hides from the model is hidden here too, but the history is
-    not cut to the model's length.
-
-    Args:
-      chosen: targets of the split, numbered from 0 in file order.
-    """
-    if not prepared.manifest.history_length:
-        before = seen_items(prepared, split, prepared.interactions(split)["user"][chosen])
-        return Lists(before.values + FIRST, before.offsets)
-    items, splits = prepared.user_lists("event_item"), prepared.user_lists("split")
-    columns = to_arrays(prepared.parquet(split).read(["user", "cutoff", "row"]))
-    # examples are chunks of the targets in the order of the log, shuffled by `sequence_examples`
-    data = prepared.manifest.config["data"]
-    chunk = np.argsort(mix(np.arange(len(columns["user"])), data["seed"]), kind="stable")
-    there = columns["row"] >= 0
-    size = np.zeros(len(chunk), np.int64)
-    size[chunk] = there.sum(axis=1)
-    place = np.cumsum(size)[chunk] - 1  # of each example's last target among the split's
-    code = SPLITS.index(split)
-    frozen = data["past"] == "frozen"
-    user = np.repeat(np.arange(len(items)), np.diff(items.offsets)) if frozen else None
-    kept, earlier = visible_events(splits.values, VISIBLE[data["past"]][code], user)
-    last = earlier[np.flatnonzero(splits.values == code)[place]]
-    begin = earlier[items.offsets[columns["user"] - FIRST]]
-    base = np.maximum(begin, last - prepared.manifest.history_length)  # `cutoff` counts from it
-    example, position = (axis[chosen] for axis in np.nonzero(there))
-    cutoff = columns["cutoff"][example, position]
-    length = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
-    return _stretches(items.values[kept], begin[example], length)
 
 
 def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lists:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from mtrec_jax.baselines import Baseline, Interactions, Predicts, Ranks
+from mtrec_jax.baselines import Interactions, Predicts, Ranks
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.examples import past_items
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, seen_items
-from mtrec_jax.evaluation.metrics import ranking_metrics, task_metrics
+from mtrec_jax.evaluation.metrics import METRICS, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import target_ranks
 from mtrec_jax.types import FIRST
 
@@ -27,78 +28,93 @@ def compare(
 
     Returns:
       {baseline: {"task/metric": value}}.
+
+    Raises:
+      ConfigError: a baseline neither ranks nor predicts.
     """
+    baselines = experiment.evaluate.baselines
+    interactions = training_interactions(experiment, prepared) if baselines else None
     found: dict[str, Metrics] = {}
-    if experiment.evaluate.baselines:
-        train = training_interactions(prepared)
-        for name, baseline in named(experiment.evaluate.baselines).items():
-            found[name] = _measured(baseline.fit(train), experiment, prepared, collected, split)
+    for name, baseline in _named(baselines).items():
+        fitted = baseline.fit(interactions)
+        if not isinstance(fitted, Ranks | Predicts):
+            raise ConfigError(
+                f"evaluate.baselines: {type(baseline).__name__}.fit gave a "
+                f"{type(fitted).__name__}, which has neither scorer(users, histories) nor "
+                "predict(task, users, items)"
+            )
+        found[name] = {}
+        if isinstance(fitted, Ranks):
+            found[name] |= _ranked(experiment, prepared, collected, split, fitted)
+        if isinstance(fitted, Predicts):
+            found[name] |= _predicted(experiment, collected, fitted)
     reference = _reference(experiment, prepared, split)
     if reference:
         found[experiment.data.reference] = reference
     return {name: metrics for name, metrics in found.items() if metrics}
 
 
-def training_interactions(prepared: Prepared) -> Interactions:
-    """What baselines are fitted on: the targets of the training split."""
-    manifest, train = prepared.manifest, prepared.interactions("train")
-    kinds = {name: manifest.config["tasks"][name]["kind"] for name in manifest.tasks}
-    retrieval = next((name for name, kind in kinds.items() if kind == "retrieval"), None)
+def training_interactions(experiment: Experiment, prepared: Prepared) -> Interactions:
+    """The training split as baselines are fitted on it."""
+    train, tasks = prepared.interactions("train"), experiment.tasks
+    kinds = {n: t.kind for n, t in tasks.items() if t.kind in ("binary", "regression")}
+    retrieval = next((n for n, t in tasks.items() if t.kind == "retrieval"), None)
+    none = np.zeros(len(train["user"]), bool)
     return Interactions(
         users=train["user"],
         items=train["candidate"],
-        n_users=manifest.users,
-        n_items=manifest.items,
-        positive=None if retrieval is None else ~np.isnan(train[f"label_{retrieval}"]),
+        liked=none if retrieval is None else ~np.isnan(train[f"label_{retrieval}"]),
         labels={name: train[f"label_{name}"] for name in kinds},
-        kinds={name: kind for name, kind in kinds.items() if kind in ("binary", "regression")},
+        kinds=kinds,
+        n_users=prepared.manifest.users,
+        n_items=prepared.manifest.items,
     )
 
 
-def named(baselines: Iterable[Baseline]) -> dict[str, Baseline]:
-    """Baselines by their kinds; of several of one kind, with the options that tell them apart.
+def _named(baselines: Iterable[Any]) -> dict[str, Any]:
+    """Baselines by their kind; of one kind with other options, by these as well."""
+    different = list(dict.fromkeys(baselines))
+    kinds = [baseline.kind for baseline in different]
 
-    >>> from mtrec_jax.baselines.knn import ItemKnn
-    >>> list(named([ItemKnn(neighbours=10), ItemKnn(neighbours=50)]))
-    ['item_knn (neighbours 10)', 'item_knn (neighbours 50)']
-    """
-    baselines = list(dict.fromkeys(baselines))
-    often = Counter(baseline.kind for baseline in baselines)
-    found: dict[str, Baseline] = {}
-    for baseline in baselines:
-        options = [
-            f"{field.name} {getattr(baseline, field.name)}"
-            for field in dataclasses.fields(baseline)  # type: ignore[arg-type]
-            if field.name != "kind"
-        ]
-        kind = baseline.kind
-        found[f"{kind} ({', '.join(options)})" if often[kind] > 1 else kind] = baseline
-    return found
+    def name(baseline: Any) -> str:
+        if kinds.count(baseline.kind) == 1:
+            return str(baseline.kind)
+        options = {f.name: getattr(baseline, f.name) for f in dataclasses.fields(baseline)}
+        shown = ", ".join(f"{key}={value}" for key, value in options.items() if key != "kind")
+        return f"{baseline.kind} ({shown})"
+
+    return {name(baseline): baseline for baseline in different}
 
 
-def _measured(
-    fitted: Ranks | Predicts,
-    experiment: Experiment,
-    prepared: Prepared,
-    collected: Collected,
-    split: str,
+def _ranked(
+    experiment: Experiment, prepared: Prepared, collected: Collected, split: str, fitted: Ranks
 ) -> Metrics:
-    """What a fitted baseline can do, on the model's own examples."""
-    found: Metrics = {}
+    """Ranks of the retrieval targets among all items."""
     rows = np.flatnonzero(collected.retrieved)
-    if isinstance(fitted, Ranks) and len(rows):
-        retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
-        users = collected.user[rows]
-        seen = seen_items(prepared, split, users) if experiment.evaluate.exclude_seen else None
-        targets = (collected.candidate[rows] - FIRST).astype(np.int64)
-        scorer = fitted.scorer(users, past_items(prepared, split, rows))
-        ranks = target_ranks(scorer, targets, seen, prepared.manifest.items)
-        found |= _of_task(retrieval, ranking_metrics(ranks, experiment.evaluate.ks))
-    if isinstance(fitted, Predicts):
-        for name, values in fitted.predict(collected.user, collected.candidate).items():
-            observed = ~np.isnan(collected.labels[name])
-            kind, labels = experiment.tasks[name].kind, collected.labels[name][observed]
-            found |= _of_task(name, task_metrics(kind, labels, values[observed]))
+    if not len(rows):
+        return {}
+    retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
+    users = collected.user[rows]
+    excluded = seen_items(prepared, split, users) if experiment.evaluate.exclude_seen else None
+    targets = (collected.candidate[rows] - FIRST).astype(np.int64)
+    scorer = fitted.scorer(users, past_items(prepared, split, rows))
+    ranks = target_ranks(scorer, targets, excluded, prepared.manifest.items)
+    return _of_task(retrieval, ranking_metrics(ranks, experiment.evaluate.ks))
+
+
+def _predicted(experiment: Experiment, collected: Collected, fitted: Predicts) -> Metrics:
+    """Metrics of the tasks that it predicts, on the examples that have a label."""
+    found: Metrics = {}
+    for name, task in experiment.tasks.items():
+        if task.kind not in METRICS:
+            continue
+        observed = ~np.isnan(collected.labels[name])
+        users, items = collected.user[observed], collected.candidate[observed]
+        values = fitted.predict(name, users, items)
+        if values is not None:
+            found |= _of_task(
+                name, task_metrics(task.kind, collected.labels[name][observed], values)
+            )
     return found
 
 

@@ -19,15 +19,15 @@ from mtrec_jax.evaluation.metrics import (
     Statistic,
     auc,
     bootstrap_interval,
-    metric_of,
-    ranking_metrics,
+    metric_named,
     ranking_statistics,
-    task_metrics,
     task_statistics,
 )
 from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.models.serve import Serving, predictions
 from mtrec_jax.types import FIRST, PyTree
+
+Measured = dict[str, tuple[dict[str, Statistic], np.ndarray]]  # {task: (by metric, targets)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +79,16 @@ def evaluate(
         raise ConfigError(f"split {split!r}: it must be one of {', '.join(SPLITS)}")
     config = experiment.evaluate
     collected = collect(experiment, prepared, serving, params, tables, split, orders=full)
-    tasks, statistics = _task_metrics(experiment, prepared, collected)
-    retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
-    if retrieval is not None:
-        ranks = collected.ranks[collected.retrieved]
-        tasks[retrieval] = ranking_metrics(ranks, config.ks)
-        statistics[retrieval] = ranking_statistics(ranks, config.ks), len(ranks)
+    measured = _measured(experiment, prepared, collected)
     result = Evaluation(
         split=split,
-        protocol=protocol_of(experiment, prepared),
+        protocol=protocol_of(experiment, prepared.manifest),
         fingerprint=prepared.manifest.fingerprint,
-        tasks={name: tasks[name] for name in experiment.tasks},
-        targets={name: statistics[name][1] for name in experiment.tasks},
+        tasks={
+            task: {metric: value(np.ones(len(rows))) for metric, value in statistics.items()}
+            for task, (statistics, rows) in measured.items()
+        },
+        targets={task: len(rows) for task, (_, rows) in measured.items()},
     )
     if not full:
         return result
@@ -98,26 +96,25 @@ def evaluate(
         result,
         orders=_orders(experiment, prepared, collected),
         baselines=compare(experiment, prepared, collected, split),
-        intervals=_intervals(statistics, _groups(experiment, collected), config.bootstrap),
+        intervals=_intervals(measured, collected.user, config.bootstrap),
     )
 
 
-def _task_metrics(
-    experiment: Experiment, prepared: Prepared, collected: Collected
-) -> tuple[dict[str, Metrics], dict[str, tuple[dict[str, Statistic], int]]]:
-    """Metrics of the tasks with a tower, and their statistics with the number of examples."""
-    found: dict[str, Metrics] = {}
-    statistics: dict[str, tuple[dict[str, Statistic], int]] = {}
+def _measured(experiment: Experiment, prepared: Prepared, collected: Collected) -> Measured:
+    """The statistics of each task, and the targets that they are of."""
+    found: Measured = {}
     exact = {n: x.astype(np.float64) for n, x in collected.logits.items()}
     values = predictions(experiment, prepared.manifest, exact)
     for name, task in experiment.tasks.items():
         if task.kind == "retrieval":
-            continue
-        observed = ~np.isnan(collected.labels[name])
-        labels, predicted = collected.labels[name][observed], values[name][observed]
-        found[name] = task_metrics(task.kind, labels, predicted)
-        statistics[name] = task_statistics(task.kind, labels, predicted), len(labels)
-    return found, statistics
+            rows = np.flatnonzero(collected.retrieved)
+            statistics = ranking_statistics(collected.ranks[rows], experiment.evaluate.ks)
+        else:
+            rows = np.flatnonzero(~np.isnan(collected.labels[name]))
+            labels, predicted = collected.labels[name][rows], values[name][rows]
+            statistics = task_statistics(task.kind, labels, predicted)
+        found[name] = statistics, rows
+    return found
 
 
 def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) -> dict[str, Metrics]:
@@ -152,37 +149,20 @@ def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) ->
     return found if len(experiment.tasks) > 1 else {}
 
 
-def _groups(experiment: Experiment, collected: Collected) -> dict[str, np.ndarray]:
-    """The user of each example of a task: a user's targets are not independent."""
-    user = np.where(collected.user < FIRST, -1, collected.user)
-    return {
-        name: user[collected.retrieved]
-        if task.kind == "retrieval"
-        else user[~np.isnan(collected.labels[name])]
-        for name, task in experiment.tasks.items()
-    }
-
-
 def _intervals(
-    statistics: dict[str, tuple[dict[str, Statistic], int]],
-    groups: dict[str, np.ndarray],
-    resamples: int,
+    measured: Measured, user: np.ndarray, resamples: int
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """95 % bootstrap intervals over the users, but for the metrics that resampling shifts."""
+    """95 % bootstrap intervals over the users; a target of nobody known is on its own."""
     if not resamples:
         return {}
-
-    def has_interval(name: str) -> bool:
-        metric = metric_of(name)
-        return metric is None or metric.interval
-
+    who = np.where(user >= FIRST, user.astype(np.int64), -1 - np.arange(len(user)))
     return {
         task: {
-            metric: bootstrap_interval(statistic, n, resamples, groups=groups[task])
-            for metric, statistic in by_metric.items()
-            if has_interval(metric)
+            metric: bootstrap_interval(statistic, who[rows], resamples)
+            for metric, statistic in statistics.items()
+            if metric_named(metric).resampled
         }
-        for task, (by_metric, n) in statistics.items()
+        for task, (statistics, rows) in measured.items()
     }
 
 

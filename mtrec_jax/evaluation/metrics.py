@@ -1,15 +1,15 @@
 """Metrics of one task's examples, and their bootstrap intervals.
 
-A metric is made from labels and predictions as a *statistic*: a function of row weights alone. The
-sorting and the logarithms are done once; each bootstrap resample is then a vector of counts and
-costs O(n). Everything is computed in float64, and what is undefined (no rows, one class only, a
-prediction that is not a number) is nan. `METRICS` names all that there are, a line each.
+A metric is a *statistic*: a function of row weights that has done the sorting and the logarithms
+already, so that each bootstrap resample, a vector of counts, costs O(n). `METRICS` has a line for
+each. Everything is computed in float64, and what is undefined (no rows, one class only, a
+prediction that is not a number) is nan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
@@ -20,14 +20,18 @@ Statistic = Callable[[np.ndarray], float]  # row weights [n] (counts, for the bo
 
 
 class Metric(NamedTuple):
-    """How a metric is made, and read."""
+    """One line of `METRICS`."""
 
-    statistic: Callable[..., Statistic]  # of labels and predictions; of retrieval: of ranks and k
-    lower_is_better: bool = False
-    interval: bool = True  # False: resampling adds noise to an absolute value, and so shifts it
+    statistic: Callable[[Any, Any], Statistic]  # of (labels, predictions)
+    larger_is_better: bool = True
+    resampled: bool = True  # has an interval; resampling moves absolute values of means upwards
 
 
-def auc(labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"]) -> float:
+def auc(
+    labels: Shaped[np.ndarray, " n"],
+    scores: Num[np.ndarray, " n"],
+    weights: Num[np.ndarray, " n"] | None = None,
+) -> float:
     """Area under the ROC curve: P(score of a positive > of a negative), ties count one half.
 
     Exact, by the Mann-Whitney statistic with midranks (Hanley and McNeil, 1982).
@@ -35,6 +39,7 @@ def auc(labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"]) -> floa
     Args:
       labels: 0 or 1.
       scores: larger means more likely 1; only their order matters.
+      weights: of the rows; None: all 1.
 
     Raises:
       DataError: a label is neither 0 nor 1, or lengths differ.
@@ -42,13 +47,12 @@ def auc(labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"]) -> floa
     >>> auc(np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.4, 0.8]))
     0.875
     """
-    return auc_statistic(labels, scores)(np.ones(len(labels)))
+    return auc_statistic(labels, scores)(np.ones(len(labels)) if weights is None else weights)
 
 
 def auc_statistic(labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"]) -> Statistic:
     """`auc` as a function of row weights: scores are sorted once, here."""
-    _check_lengths("auc", labels, scores)
-    _check_binary("auc", labels)
+    _check(labels, scores, binary=True)
     order = np.argsort(scores)
     ordered, positive = scores[order], labels[order].astype(np.float64)
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))  # of runs of equal scores
@@ -70,58 +74,36 @@ def auc_statistic(labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"
     return value
 
 
-def log_loss(
-    labels: Shaped[np.ndarray, " n"], probabilities: Float[np.ndarray, "n ..."]
-) -> Statistic:
-    """Mean of -log P(label), in nats, of label 1 `[n]` or of C classes `[n, C]`.
+def mean_statistic(values: Num[np.ndarray, " n"]) -> Statistic:
+    """The mean of per-example values; nan when the weights sum to 0."""
 
-    Probabilities are kept one rounding unit of their dtype away from 0 and 1, as in scikit-learn.
-    """
-    unit = float(np.finfo(probabilities.dtype).eps)
-    inside = np.clip(probabilities.astype(np.float64), unit, 1 - unit)
-    if probabilities.ndim == 2:
-        _check_classes(labels, probabilities)
-        return mean_statistic(-np.log(inside[np.arange(len(labels)), labels.astype(np.int64)]))
-    _check_lengths("log_loss", labels, probabilities)
-    _check_binary("log_loss", labels)
-    return mean_statistic(-np.where(labels.astype(bool), np.log(inside), np.log1p(-inside)))
+    def value(weights: np.ndarray) -> float:
+        total = float(weights.sum())
+        return float((weights * values).sum()) / total if total > 0 else float("nan")
+
+    return value
 
 
-def accuracy(
-    labels: Shaped[np.ndarray, " n"], probabilities: Float[np.ndarray, "n ..."]
-) -> Statistic:
-    """Part of the examples whose most probable class is the label; of two, 1 from 0.5 on."""
-    if probabilities.ndim == 2:
-        _check_classes(labels, probabilities)
-        classes, sound = probabilities.argmax(axis=1), probabilities.sum(axis=1)
-    else:
-        _check_lengths("accuracy", labels, probabilities)
-        classes, sound = probabilities >= 0.5, probabilities
-    hits = (labels == classes).astype(np.float64)
-    return mean_statistic(np.where(np.isnan(sound), np.nan, hits))
-
-
-def calibration_error(
+def calibration_statistic(
     labels: Shaped[np.ndarray, " n"], probabilities: Float[np.ndarray, " n"], bins: int = 15
 ) -> Statistic:
     """Expected calibration error: sum over bins of share x |mean prediction - mean label|.
 
-    Naeini et al. (2015), "Obtaining well calibrated probabilities using Bayesian binning", with
-    bins of equally many rows (Nixon et al., 2019, "Measuring calibration in deep learning") rather
-    than equal widths, because predictions of clicks and conversions crowd near zero. Equal
-    predictions share a bin, so that neither the order of the rows nor how ties fall matters.
+    Naeini et al. (2015), "Obtaining well calibrated probabilities using Bayesian binning". Bins
+    hold equally many rows (Nixon et al., 2019, "Measuring calibration in deep learning") rather
+    than equal widths, because predictions of clicks crowd near zero. Equal predictions share a
+    bin, so that the result depends neither on the order of the rows nor on how ties fall.
 
     >>> labels, probabilities = np.array([0, 1, 1, 1]), np.array([0.25, 0.25, 0.75, 0.75])
-    >>> calibration_error(labels, probabilities, bins=2)(np.ones(4))
+    >>> calibration_statistic(labels, probabilities, bins=2)(np.ones(4))
     0.25
     """
-    _check_lengths("calibration_error", labels, probabilities)
+    _check(labels, probabilities, binary=True)
     ordered = np.sort(probabilities)
     first = np.searchsorted(ordered, probabilities, "left")
     last = np.searchsorted(ordered, probabilities, "right") - 1
-    # the bin of each row by the middle of the ranks that its prediction occupies
-    bin_of = (first + last) * bins // (2 * max(len(ordered), 1))
-    gap = np.asarray(probabilities, np.float64) - np.asarray(labels, np.float64)
+    bin_of = (first + last) * bins // max(2 * len(ordered), 1)  # by the middle of its ranks
+    gap = probabilities.astype(np.float64) - labels
 
     def value(weights: np.ndarray) -> float:
         total = float(weights.sum())
@@ -133,110 +115,97 @@ def calibration_error(
     return value
 
 
-def rmse(labels: Num[np.ndarray, " n"], predictions: Num[np.ndarray, " n"]) -> Statistic:
-    """Root mean squared error, in the unit of the label."""
-    squared = mean_statistic(_errors("rmse", labels, predictions) ** 2)
+def _log_loss(labels: np.ndarray, probabilities: np.ndarray) -> Statistic:
+    """Mean of -log P(label) in nats, P kept a rounding unit of its type away from 0 and 1."""
+    _check(labels, probabilities, binary=True)
+    inside = _inside(probabilities)
+    return mean_statistic(-np.where(labels.astype(bool), np.log(inside), np.log1p(-inside)))
+
+
+def _class_log_loss(labels: np.ndarray, probabilities: np.ndarray) -> Statistic:
+    _check_classes(labels, probabilities)
+    of_label = probabilities[np.arange(len(labels)), labels.astype(np.int64)]
+    return mean_statistic(-np.log(_inside(of_label)))
+
+
+def _accuracy(labels: np.ndarray, probabilities: np.ndarray) -> Statistic:
+    """Share of right classes: 1 from probability 0.5 on, or the most probable one."""
+    if probabilities.ndim == 2:
+        _check_classes(labels, probabilities)
+        classes, sound = probabilities.argmax(axis=1), probabilities.sum(axis=1)
+    else:
+        classes, sound = probabilities >= 0.5, probabilities
+    return mean_statistic(np.where(np.isnan(sound), np.nan, labels == classes))
+
+
+def _rmse(labels: np.ndarray, predictions: np.ndarray) -> Statistic:
+    _check(labels, predictions)
+    squared = mean_statistic((predictions.astype(np.float64) - labels) ** 2)
     return lambda weights: float(np.sqrt(squared(weights)))
 
 
-def mae(labels: Num[np.ndarray, " n"], predictions: Num[np.ndarray, " n"]) -> Statistic:
-    """Mean absolute error, in the unit of the label."""
-    return mean_statistic(np.abs(_errors("mae", labels, predictions)))
+def _mae(labels: np.ndarray, predictions: np.ndarray) -> Statistic:
+    _check(labels, predictions)
+    return mean_statistic(np.abs(predictions.astype(np.float64) - labels))
 
 
-def hit_rate(ranks: Int[np.ndarray, " Q"], k: int) -> Statistic:
-    """Part of the queries whose one relevant item is among the first k; recall@k is the same."""
-    return mean_statistic(_hits(ranks, k))
-
-
-def ndcg(ranks: Int[np.ndarray, " Q"], k: int) -> Statistic:
-    """Mean of 1 / log2(rank + 2) below rank k, else 0 (Järvelin and Kekäläinen, 2002; with one
-    relevant item the ideal order has DCG 1)."""
-    return mean_statistic(_hits(ranks, k) / np.log2(ranks + 2.0))
-
-
-def mrr(ranks: Int[np.ndarray, " Q"], k: int) -> Statistic:
-    """Mean of 1 / (rank + 1) below rank k, else 0."""
-    return mean_statistic(_hits(ranks, k) / (ranks + 1.0))
-
-
-METRICS: dict[str, dict[str, Metric]] = {  # {kind of task: {name: metric}}; of retrieval, each @k
-    "retrieval": {
-        "hr": Metric(hit_rate),
-        "ndcg": Metric(ndcg),
-        "mrr": Metric(mrr),
-        "recall": Metric(hit_rate),
-    },
+# {kind of task: {name: metric}}; the first one chooses the best checkpoint unless told otherwise
+METRICS: dict[str, dict[str, Metric]] = {
     "binary": {
         "auc": Metric(auc_statistic),
-        "log_loss": Metric(log_loss, lower_is_better=True),
-        "calibration_error": Metric(calibration_error, lower_is_better=True, interval=False),
-        "accuracy": Metric(accuracy),
+        "log_loss": Metric(_log_loss, larger_is_better=False),
+        "calibration_error": Metric(calibration_statistic, False, resampled=False),
+        "accuracy": Metric(_accuracy),
     },
     "regression": {
-        "rmse": Metric(rmse, lower_is_better=True),
-        "mae": Metric(mae, lower_is_better=True),
+        "rmse": Metric(_rmse, larger_is_better=False),
+        "mae": Metric(_mae, larger_is_better=False),
     },
     "multiclass": {
-        "accuracy": Metric(accuracy),
-        "log_loss": Metric(log_loss, lower_is_better=True),
+        "accuracy": Metric(_accuracy),
+        "log_loss": Metric(_class_log_loss, larger_is_better=False),
     },
+}
+# {name: of each query, from the rank (0 = first) of its one relevant item}, 0 from rank k on
+RANKING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "hr": np.ones_like,
+    "ndcg": lambda rank: 1 / np.log2(rank + 2),  # the ideal order has DCG 1
+    "mrr": lambda rank: 1 / (rank + 1),
+    "recall": np.ones_like,  # hr, since there is one item to find; both names are in use
 }
 
 
-def metric_of(name: str) -> Metric | None:
-    """The metric of a name such as "ndcg@10" or "auc"; None for a name that there is not.
+def metrics_of(kind: str, ks: Iterable[int]) -> list[str]:
+    """Names of the metrics that evaluation reports for a kind of task."""
+    return [f"{m}@{k}" for k in ks for m in RANKING] if kind == "retrieval" else [*METRICS[kind]]
 
-    >>> metric_of("rmse").lower_is_better, metric_of("ndcg@10").lower_is_better
-    (True, False)
+
+def metric_named(name: str) -> Metric:
+    """The line of a metric's name, of whatever kind of task; ranking metrics are larger-is-better.
+
+    >>> metric_named("rmse").larger_is_better, metric_named("ndcg@10").larger_is_better
+    (False, True)
     """
-    plain = name.partition("@")[0]
-    return next((metrics[plain] for metrics in METRICS.values() if plain in metrics), None)
-
-
-def ranking_statistics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[str, Statistic]:
-    """`ranking_metrics` as functions of query weights `[Q]`."""
-    return {
-        f"{name}@{k}": metric.statistic(ranks, k)
-        for k in ks
-        for name, metric in METRICS["retrieval"].items()
-    }
-
-
-def ranking_metrics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[str, float]:
-    """The metrics of retrieval at each k, when one item a query is relevant.
-
-    recall@k equals hr@k here, since there is one item to find; both names are in use.
-
-    Args:
-      ranks: of the relevant item, 0 = first; k or more where it was not found.
-
-    Raises:
-      DataError: a rank is negative.
-
-    >>> ranking_metrics(np.array([0, 2, 9, 99]), [10])
-    {'hr@10': 0.75, 'ndcg@10': 0.447..., 'mrr@10': 0.358..., 'recall@10': 0.75}
-    """
-    return _values(ranking_statistics(ranks, ks), len(ranks))
+    plain = Metric(lambda labels, predictions: mean_statistic(predictions))
+    return next((known[name] for known in METRICS.values() if name in known), plain)
 
 
 def task_statistics(
     kind: str, labels: Shaped[np.ndarray, " n"], predictions: Float[np.ndarray, "n ..."]
 ) -> dict[str, Statistic]:
     """`task_metrics` as functions of row weights `[n]`; same arguments, same errors."""
-    if kind not in METRICS or kind == "retrieval":
-        kinds = ", ".join(repr(known) for known in METRICS if known != "retrieval")
+    if kind not in METRICS:
         raise ConfigError(
-            f"task_metrics: kind {kind!r} is not one of {kinds}; retrieval is measured by "
-            "ranking_metrics"
+            f"task_metrics: kind {kind!r} is not one of {', '.join(METRICS)}; retrieval is "
+            "measured by ranking_metrics"
         )
-    return {name: metric.statistic(labels, predictions) for name, metric in METRICS[kind].items()}
+    return {name: m.statistic(labels, predictions) for name, m in METRICS[kind].items()}
 
 
 def task_metrics(
     kind: str, labels: Shaped[np.ndarray, " n"], predictions: Float[np.ndarray, "n ..."]
 ) -> dict[str, float]:
-    """All metrics of a task, by their names in `METRICS`.
+    """All metrics of a task, by the names in `METRICS`.
 
     Args:
       kind: "binary", "regression" or "multiclass".
@@ -253,42 +222,63 @@ def task_metrics(
     return _values(task_statistics(kind, labels, predictions), len(labels))
 
 
-def bootstrap_interval(
-    statistic: Statistic,
-    n: int,
-    resamples: int = 200,
-    seed: int = 0,
-    groups: Int[np.ndarray, " n"] | None = None,
-) -> tuple[float, float]:
-    """95 % percentile interval of a metric over n examples.
+def ranking_statistics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[str, Statistic]:
+    """`ranking_metrics` as functions of query weights `[Q]`."""
+    if ranks.size and ranks.min() < 0:
+        raise DataError(f"ranks start at 0, found {ranks.min()}; give unknown ranks a large number")
+    rank = ranks.astype(np.float64)
+    return {
+        f"{name}@{k}": mean_statistic(np.where(rank < k, gain(rank), 0))
+        for k in ks
+        for name, gain in RANKING.items()
+    }
 
-    Efron and Tibshirani (1993), "An introduction to the bootstrap", chapter 13. Drawing n of n
-    rows with replacement is drawing how often each row counts, so a resample is a weight vector.
-    Rows of one group (a user's) are not independent: groups are drawn, each with all of its rows.
+
+def ranking_metrics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[str, float]:
+    """Means over queries of hr, ndcg (Järvelin and Kekäläinen, 2002), mrr and recall at each k.
 
     Args:
-      statistic: the metric as a function of row weights.
-      n: examples.
+      ranks: of the one relevant item, 0 = first; k or more where it was not found.
+
+    Raises:
+      DataError: a rank is negative.
+
+    >>> ranking_metrics(np.array([0, 2, 9, 99]), [10])
+    {'hr@10': 0.75, 'ndcg@10': 0.447..., 'mrr@10': 0.358..., 'recall@10': 0.75}
+    """
+    return _values(ranking_statistics(ranks, ks), len(ranks))
+
+
+def bootstrap_interval(
+    statistic: Statistic, users: Int[np.ndarray, " n"], resamples: int = 200, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a metric, resampling users with all of their examples.
+
+    Efron and Tibshirani (1993), "An introduction to the bootstrap", chapter 13. The examples of a
+    user resemble each other, and are no independent draws; users are. A resample is a vector of
+    how often each example counts.
+
+    Args:
+      statistic: the metric as a function of row weights, from `task_statistics`,
+        `ranking_statistics`, `auc_statistic` or `mean_statistic`; also a difference of two of
+        them on the same rows, for a paired comparison.
+      users: of the examples, any numbers; examples with a number of their own are independent.
       resamples: 0 gives (nan, nan).
       seed: the same seed draws the same resamples, so that models are compared on equal ones.
-      groups: of each row; negative: the row is a group by itself. None: all rows are.
 
     Returns:
       (low, high); resamples in which the metric is undefined are left out.
 
-    >>> bootstrap_interval(mean_statistic(np.full(20, 0.5)), 20, resamples=10)
+    >>> bootstrap_interval(mean_statistic(np.full(20, 0.5)), np.arange(20), resamples=10)
     (0.5, 0.5)
     """
-    group_of = np.arange(n)
-    if groups is not None:
-        own = np.where(groups < 0, groups.max(initial=0) + 1 + np.arange(n), groups)
-        group_of = np.unique(own, return_inverse=True)[1]
-    size = int(group_of.max(initial=-1)) + 1
     generator = np.random.default_rng(seed)
+    people, who = np.unique(users, return_inverse=True)
+    n = len(people)
     values = np.empty(resamples if n else 0)
     for i in range(len(values)):
-        counts = np.bincount(generator.integers(0, size, size), minlength=size)
-        values[i] = statistic(counts[group_of].astype(np.float64))
+        counts = np.bincount(generator.integers(0, n, n), minlength=n)
+        values[i] = statistic(counts[who].astype(np.float64))
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
@@ -296,59 +286,40 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def mean_statistic(values: Num[np.ndarray, " n"]) -> Statistic:
-    """The mean of per-example values as a function of row weights; nan when they sum to 0."""
-
-    def value(weights: np.ndarray) -> float:
-        total = float(weights.sum())
-        return float((weights * values).sum()) / total if total > 0 else float("nan")
-
-    return value
-
-
 def _values(statistics: dict[str, Statistic], n: int) -> dict[str, float]:
-    return {name: value(np.ones(n)) for name, value in statistics.items()}
+    ones = np.ones(n)
+    return {name: statistic(ones) for name, statistic in statistics.items()}
 
 
-def _hits(ranks: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
-    if ranks.size and ranks.min() < 0:
-        raise DataError(f"ranks start at 0, found {ranks.min()}; give unknown ranks a large number")
-    return (ranks < k).astype(np.float64)
+def _inside(probabilities: np.ndarray) -> Float[np.ndarray, " n"]:
+    unit = float(np.finfo(probabilities.dtype).eps)
+    return np.clip(probabilities.astype(np.float64), unit, 1 - unit)
 
 
-def _errors(metric: str, labels: np.ndarray, predictions: np.ndarray) -> Float[np.ndarray, " n"]:
-    _check_lengths(metric, labels, predictions)
-    return predictions.astype(np.float64) - labels.astype(np.float64)
+def _check(labels: np.ndarray, predictions: np.ndarray, binary: bool = False) -> None:
+    if labels.shape != predictions.shape:
+        raise DataError(
+            f"labels {labels.shape} and predictions {predictions.shape}; pass one of each per "
+            "example"
+        )
+    other = (labels != 0) & (labels != 1)
+    if binary and other.any():
+        raise DataError(
+            f"label {labels[other][0]} is neither 0 nor 1; pass the labelled examples only, and "
+            "declare the task with at_least or equals if its column has other values"
+        )
 
 
 def _check_classes(labels: np.ndarray, probabilities: np.ndarray) -> None:
-    """`labels` may be class numbers in a float array."""
-    classes = probabilities.shape[1]
-    known = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))
-    if len(labels) != len(probabilities):
+    if len(labels) != len(probabilities) or probabilities.ndim != 2:
         raise DataError(
             f"multiclass: labels {labels.shape} and predictions {probabilities.shape}; pass [n] "
             "class numbers and [n, C] probabilities"
         )
+    classes = probabilities.shape[1]
+    known = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))
     if not known.all():
         raise DataError(
             f"multiclass: label {labels[~known][0]} is not a class number 0 .. {classes - 1}; pass "
             "the labelled examples only"
-        )
-
-
-def _check_lengths(metric: str, labels: np.ndarray, predictions: np.ndarray) -> None:
-    if labels.shape != predictions.shape:
-        raise DataError(
-            f"{metric}: labels {labels.shape} and predictions {predictions.shape}; pass one of "
-            "each per example"
-        )
-
-
-def _check_binary(metric: str, labels: np.ndarray) -> None:
-    other = (labels != 0) & (labels != 1)
-    if other.any():
-        raise DataError(
-            f"{metric}: label {labels[other][0]} is neither 0 nor 1; pass the labelled examples "
-            "only, and declare the task with at_least or equals if its column has other values"
         )

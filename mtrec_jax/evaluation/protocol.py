@@ -1,74 +1,94 @@
-"""By which rules something was measured. Scores under different protocols are not comparable."""
+"""The rules of a measurement: scores are comparable where these are the same."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """The rules of an evaluation; two with the same `hash` have measured the same thing."""
+    """How the data was cleaned and split, and what a target is ranked among."""
 
-    data: str  # how the data was cleaned, split and looked back on, in words
-    split: str  # kind
-    shares: tuple[float, float]  # validation, test: what the kind makes of them
-    rows: str  # fingerprint over which source row is in which split
-    order: str  # what comes before what
-    hides_ties: bool  # whether events of a target's own timestamp are hidden from it
-    past: str  # rolling: targets know all that was before them; frozen: as of the split
-    candidates: str = ""  # what a target is ranked among; "": nothing is ranked
-    catalogue: int = 0  # N
-    excludes_seen: bool = False  # items of the splits before, but for the target itself
-    equal_scores: str = ""  # who is first of equals
+    data: str  # the prepared folder's sentence: cleaning, split, order, past, sizes
+    split: str  # its kind
+    validation: float  # shares
+    test: float
+    order: Literal["time", "place"]  # of events: by time, or by place in the source
+    past: Literal["rolling", "frozen"]  # what judged events know
+    task: str = ""  # the retrieval task; "": nothing is ranked
+    candidates: str = "all items"
+    items: int = 0  # size of the catalogue
+    exclude_seen: bool = False  # items of earlier splits are no candidates
+    ties: str = "lower item first"
     ks: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """One sentence."""
+        if not self.task:
+            return self.data
+        seen = "those of earlier splits left out" if self.exclude_seen else "seen ones as well"
+        return (
+            f"{self.data}; {self.task} ranked among {self.candidates} ({self.items:,}), {seen}, of "
+            f"equals the {self.ties}, at {', '.join(map(str, self.ks))}"
+        )
 
     @property
     def hash(self) -> str:
-        """8 hex digits that change with any rule."""
+        """8 hex digits that change with any of the rules."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    @property
-    def sentence(self) -> str:
-        """The rules in words."""
-        if not self.candidates:
-            return self.data
-        seen = "seen ones left out" if self.excludes_seen else "seen ones too"
-        return (
-            f"{self.data}; ranked among {self.candidates} ({self.catalogue:,}), {seen}, of equal "
-            f"scores the {self.equal_scores} first"
-        )
-
     def to_dict(self) -> dict[str, Any]:
-        """The rules, with sentence and hash, as plain values."""
-        return {"sentence": self.sentence, "hash": self.hash, **dataclasses.asdict(self)}
+        """Plain values for JSON, with the sentence and the hash."""
+        return {"sentence": str(self), "hash": self.hash, **dataclasses.asdict(self)}
 
 
-def protocol_of(experiment: Experiment, prepared: Prepared) -> Protocol:
-    """The rules by which an experiment is evaluated on a prepared folder."""
-    manifest, split, data = prepared.manifest, experiment.split, experiment.data
-    ranks = any(task.kind == "retrieval" for task in experiment.tasks.values())
-    ranking: dict[str, Any] = {
-        "candidates": "all items",
-        "catalogue": manifest.items,
-        "excludes_seen": experiment.evaluate.exclude_seen,
-        "equal_scores": "lower item id",
-        "ks": experiment.evaluate.ks,
-    }
+def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
+    """The protocol by which an experiment's models are measured on a prepared folder."""
+    split, data, evaluate = experiment.split, experiment.data, experiment.evaluate
+    retrieval = [name for name, task in experiment.tasks.items() if task.kind == "retrieval"]
+    ranked: dict[str, Any] = {}
+    if retrieval:
+        ranked = {"task": retrieval[0], "items": manifest.items, "ks": evaluate.ks}
+        ranked["exclude_seen"] = evaluate.exclude_seen
     return Protocol(
         data=manifest.protocol,
         split=split.kind,
-        shares=(split.validation, split.test),
-        rows=manifest.split.fingerprint,
-        order="(time, source row)" if data.time else "source row",
-        hides_ties=data.hide_ties,
+        validation=split.validation,
+        test=split.test,
+        order="time" if data.time else "place",
         past=data.past,
-        **(ranking if ranks else {}),
+        **ranked,
     )
+
+
+def check_same(protocols: Mapping[str, Protocol]) -> None:
+    """Refuse to put scores side by side that were measured by other rules.
+
+    Args:
+      protocols: {what was measured: by which rules}.
+
+    Raises:
+      ConfigError: two of them differ, with the rules that do.
+    """
+    (first, one), *others = protocols.items()
+    for name, other in others:
+        differ = [
+            f"{field.name}: {getattr(one, field.name)!r} and {getattr(other, field.name)!r}"
+            for field in dataclasses.fields(Protocol)
+            if getattr(one, field.name) != getattr(other, field.name)
+        ]
+        if differ:
+            raise ConfigError(
+                f"'{first}' and '{name}' were measured by other protocols ({one.hash}, "
+                f"{other.hash}): {'; '.join(differ)}. Show them in tables of their own"
+            )

@@ -8,17 +8,17 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mtrec_jax.config import Experiment, metrics_of
+from mtrec_jax.config import Experiment
 from mtrec_jax.evaluation.evaluate import Evaluation
-from mtrec_jax.evaluation.metrics import METRICS
+from mtrec_jax.evaluation.metrics import metric_named, metrics_of
 
 
 def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> RenderableType:
     """One table a task (model, baselines, published figures), and one of the orders."""
     parts: list[RenderableType] = [
         Text(
-            f"{experiment.name}, {evaluation.split} split, protocol {evaluation.protocol.hash}: "
-            f"{evaluation.protocol.sentence}"
+            f"{experiment.name}, {evaluation.split} split: {evaluation.protocol} "
+            f"[protocol {evaluation.protocol.hash}]"
         )
     ]
     parts += [_task_table(experiment, evaluation, name) for name in experiment.tasks]
@@ -42,8 +42,7 @@ def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> Re
     # with one relevant item, recall is the hit rate: one column is enough to read
     columns = [c for c in metrics_of(kind, experiment.evaluate.ks) if not c.startswith("recall")]
     count = evaluation.targets.get(task, 0)
-    lower = [METRICS[kind][c.partition("@")[0]].lower_is_better for c in columns]
-    arrows = [f"{c} {'↓' if low else '↑'}" for c, low in zip(columns, lower, strict=True)]
+    arrows = [f"{c} {'↑' if metric_named(c).larger_is_better else '↓'}" for c in columns]
     table = _table(f"{task} ({kind}, {count:,} targets)", ["", *arrows])
     ours = [_number(evaluation.tasks[task].get(c)) for c in columns]
     table.add_row("this model", *ours, style="bold")
@@ -57,10 +56,10 @@ def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> Re
     for published in (p for p in experiment.published if p.task == task):
         values = [_number(published.metrics.get(c)) for c in columns]
         table.add_row(f"published: {published.name}", *values, style="dim")
-        own = published.protocol or "a protocol of its own"
-        notes.append(
-            f"published, {published.split} split: {published.name}: {published.source}; {own}"
-        )
+        rules = f"{published.split} split"
+        if published.protocol not in ("", evaluation.protocol.hash):
+            rules += f", by ANOTHER PROTOCOL ({published.protocol}), not comparable"
+        notes.append(f"published, {rules}: {published.name}: {published.source}")
     return Group(table, *(Text(note, style="dim") for note in notes), Text())
 
 

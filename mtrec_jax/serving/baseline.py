@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_whole_number
-from mtrec_jax.baselines import BASELINES, Baseline, Predicts, Ranks
+from mtrec_jax.baselines import BASELINES, Predicts, Ranks
+from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import met_items
@@ -71,11 +72,12 @@ class BaselineRecommender:
 
 
 def fit_baseline(
-    prepared: Prepared, baseline: str | Mapping[str, Any] | Baseline
+    experiment: Experiment, prepared: Prepared, baseline: str | Mapping[str, Any] | Any
 ) -> BaselineRecommender:
     """Fit a baseline on the training split of a prepared folder.
 
     Args:
+      experiment: its tasks are what the baseline learns.
       prepared: from `prepare` or `open_prepared`.
       baseline: a kind such as "item_knn", a table such as {"kind": "item_knn", "neighbours": 50},
         or an instance, also of a class of your own.
@@ -84,4 +86,4 @@ def fit_baseline(
       ConfigError: there is no such baseline or option.
     """
     options = choices.read(choices.Choice(BASELINES), baseline, "baseline")
-    return BaselineRecommender(prepared, options.fit(training_interactions(prepared)))
+    return BaselineRecommender(prepared, options.fit(training_interactions(experiment, prepared)))

@@ -205,7 +205,7 @@ def _make_job(
     source, total, every = _schedule(experiment, prepared)
     model = make_model(experiment, prepared.manifest)
     items = load_catalogue(prepared, experiment)
-    buffers = _buffers(model, items, source, mesh, experiment.train.seed)
+    buffers = exchange_buffers(model, items, source, mesh, experiment.train.seed)
     catalogue = replicate(items, mesh)
     return _Job(
         experiment=experiment,
@@ -223,8 +223,12 @@ def _make_job(
     )
 
 
-def _buffers(
-    model: Model, items: Catalogue, source: BatchSource, mesh: jax.sharding.Mesh, seed: int
+def exchange_buffers(
+    model: Model,
+    items: Catalogue,
+    source: BatchSource,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    seed: int,
 ) -> BuffersOf:
     """Sizes of the exchange of rows, measured on the run's first batches."""
     first = first_batches(source) if mesh.shape["table"] > 1 else []

@@ -64,7 +64,9 @@ def test_all_begin_with_the_declared_weights(kind: str) -> None:
     np.testing.assert_allclose(found.heads["a"], DECLARED @ TO_HEADS, rtol=1e-6)
     if kind != "pcgrad":
         np.testing.assert_allclose(_shared(found), DECLARED @ TO_SHARED, rtol=1e-6)
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, balancer.init())
+    same = jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, balancer.init()
+    )
     assert all(jax.tree.leaves(same))
     assert balancer.in_parts == (kind in ("static", "uncertainty"))
 

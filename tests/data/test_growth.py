@@ -118,7 +118,7 @@ def test_bins_scales_and_classes_stay(first: Prepared, second: Prepared) -> None
 
 
 def test_items_keep_their_rows_whatever_their_ids(first: Prepared, second: Prepared) -> None:
-    from mtrec_jax.evaluation.inference import load_catalogue
+    from mtrec_jax.models.serve import load_catalogue
 
     assert first.item_vocabulary.to_pylist() == ["x", "y"]
     rows = second.item_vocabulary.to_pylist()

@@ -234,8 +234,8 @@ def test_without_a_time_the_order_is_that_of_the_source(tmp_path: Path) -> None:
     raw = {key: np.expm1(np.array(v) * found.std + found.mean) for key, v in counts.items()}
     assert {key: np.round(v, 6).tolist() for key, v in raw.items()} == {
         ("train", "a"): [1, 0],
-        ("validation", "a"): [0],
-        ("test", "b"): [1],
+        ("validation", "a"): 0,
+        ("test", "b"): 1,
     }
 
 

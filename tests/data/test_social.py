@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrec_jax.data import social
-from mtrec_jax.types import Lists
 from mtrec_jax.data.social import Responses, friends_taste
+from mtrec_jax.types import Lists
 
 USERS, VALUES, MEAN, SMOOTHING = 4, 3, 0.25, 2.0
 VALUE_OF = np.array([-1, -1, 0, 1, 2, 0, -1])  # items 2 .. 6

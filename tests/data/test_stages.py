@@ -192,6 +192,8 @@ def test_a_view_has_the_tasks_and_features_of_its_experiment(raw: Path) -> None:
     np.testing.assert_array_equal(part.labels["like"], full.labels["like"])
     assert {name: a.shape[1] for name, a in some.catalogue().items()} == {"ids": 0, "numbers": 1}
     assert some.chosen(whole(tasks=["like"], features=["year"])).manifest.fields[0].name == "year"
+    assert set(some.users.column_names) == {"id", "event_item", "event_rating", "split"}
+    assert set(some.items.column_names) == {"id", "title", "count", "item_year"}
     assert set(some.interactions("train")) == {"user", "candidate", "row", "label_like"}
 
 

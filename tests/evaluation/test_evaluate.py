@@ -13,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mtrec_jax.evaluation.inference import Inference, predictions, prepared_inference
 
 from mtrec_jax.config import Published
 from mtrec_jax.data.dataset import Manifest, Prepared, TaskField
-from mtrec_jax.data.pipeline import evaluation_batches
+from mtrec_jax.data.examples import past_items
+from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import Collected, past_items, rank_in_list, seen_items
+from mtrec_jax.evaluation.collect import Collected, rank_in_list, seen_items
 from mtrec_jax.evaluation.evaluate import Evaluation, _orders, evaluate
+from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.evaluation.tables import print_evaluation
+from mtrec_jax.models.serve import Serving, predictions, prepared_serving
 from mtrec_jax.train.run import Run, evaluate_run, load_best
 from tests.data.small import make, run
 
@@ -29,26 +31,27 @@ TASKS = {"next_item", "click", "buy", "stars"}
 
 
 @pytest.fixture(scope="module")
-def inference(shop_run: Run) -> Inference:
-    return prepared_inference(shop_run.experiment, shop_run.prepared)
+def serving(shop_run: Run) -> Serving:
+    return prepared_serving(shop_run.experiment, shop_run.prepared)
 
 
 @pytest.fixture(scope="module")
-def evaluation(shop_run: Run, inference: Inference) -> Evaluation:
+def evaluation(shop_run: Run, serving: Serving) -> Evaluation:
     params, tables, _ = load_best(shop_run)
-    return evaluate(shop_run.experiment, shop_run.prepared, inference, params, tables, "test")
+    return evaluate(shop_run.experiment, shop_run.prepared, serving, params, tables, "test")
 
 
 @pytest.fixture(scope="module")
-def targets(shop_run: Run, inference: Inference) -> dict[str, np.ndarray]:
+def targets(shop_run: Run, serving: Serving) -> dict[str, np.ndarray]:
     """What the model says of every target of the test split, one entry a target, in float64."""
     params, tables, _ = load_best(shop_run)
-    vectors = inference.item_vectors(params, tables)
+    vectors = serving.item_vectors(params, tables)
     parts: list[dict[str, np.ndarray]] = []
-    for batch in evaluation_batches(shop_run.prepared, "test", 16):
-        batch = batch._replace(row=np.asarray(batch.row).astype(np.int32))
-        states = inference.users(params, tables, vectors, batch)
-        outputs = inference.rank(params, states, vectors, batch.candidate)
+    source = BatchSource(shop_run.prepared, "test", 16)
+    for number in range(len(source)):
+        batch = source[number]
+        states = serving.states(params, tables, vectors, batch)
+        outputs = serving.answer(params, states, vectors, batch.candidate)
         real = np.asarray(batch.row) >= 0
         user = np.broadcast_to(np.asarray(batch.user)[:, None], real.shape)
         part = {"user": user[real], "candidate": np.asarray(batch.candidate)[real]}
@@ -108,7 +111,7 @@ def retrieval_metrics(ranks: np.ndarray, k: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_retrieval_equals_a_full_sort(
-    shop_run: Run, inference: Inference, targets: dict[str, np.ndarray], exclude_seen: bool
+    shop_run: Run, serving: Serving, targets: dict[str, np.ndarray], exclude_seen: bool
 ) -> None:
     """The targets of next_item are the clicked items, ranked among all that were not seen."""
     labels = labels_by_row(shop_run.prepared)
@@ -120,7 +123,7 @@ def test_retrieval_equals_a_full_sort(
     settings = replace(shop_run.experiment.evaluate, exclude_seen=exclude_seen, ks=(3, 10))
     params, tables, _ = load_best(shop_run)
     experiment = replace(shop_run.experiment, evaluate=settings)
-    found = evaluate(experiment, shop_run.prepared, inference, params, tables, "test", full=False)
+    found = evaluate(experiment, shop_run.prepared, serving, params, tables, "test", full=False)
     assert found.targets["next_item"] == len(ranks) > 10
     expected = retrieval_metrics(ranks, 3) | retrieval_metrics(ranks, 10)
     assert found.tasks["next_item"] == pytest.approx(expected)
@@ -308,7 +311,9 @@ def test_an_unknown_split_is_refused(shop_run: Run) -> None:
 def test_undefined_metrics_are_null_in_json() -> None:
     made = Evaluation(
         split="test",
-        protocol="",
+        protocol=Protocol(
+            data="", split="time", validation=0.1, test=0.1, order="time", past="rolling"
+        ),
         fingerprint="",
         tasks={"click": {"auc": float("nan"), "accuracy": 1.0}},
         intervals={"click": {"auc": (float("nan"), 0.5)}},
@@ -336,7 +341,9 @@ def test_looks_at_the_test_set_are_counted(own_run: Run, evaluation: Evaluation)
     assert found == evaluation
     assert evaluate_run(own_run.folder, "test")[1] == 2, "a path will do"
     assert evaluate_run(own_run, "validation")[1] == 2, "validation does not count"
-    assert stored()["protocol"] == own_run.prepared.manifest.protocol
+    rules = protocol_of(own_run.experiment, own_run.prepared.manifest)
+    assert stored()["protocol"]["sentence"] == str(rules)
+    assert stored()["protocol"]["hash"] == rules.hash
     assert set(stored()["tasks"]) == TASKS
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_jax.baselines import Scorer
 from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.baselines import Scorer
+from mtrec_jax.evaluation import ranking
 from mtrec_jax.evaluation.ranking import target_ranks, top_items
 from mtrec_jax.types import Lists
 
@@ -19,13 +20,12 @@ from mtrec_jax.types import Lists
 class Table:
     """Scores from a matrix, and a diary of what was asked."""
 
-    scores: np.ndarray  # [Q, N]
-    asked: list[tuple[int, int]] = field(default_factory=list)
+    table: np.ndarray  # [Q, N]
+    asked: list[list[int]] = field(default_factory=list)
 
-    def block(self, queries: np.ndarray, items: slice) -> np.ndarray:
-        found = self.scores[queries, items]
-        self.asked.append((len(queries), items.stop - items.start))
-        return found
+    def scores(self, queries: np.ndarray) -> np.ndarray:
+        self.asked.append(queries.tolist())
+        return self.table[queries]
 
 
 def _lists(lists: list[list[int]]) -> Lists:
@@ -39,7 +39,7 @@ def _sorted_items(scores: np.ndarray, excluded: list[int]) -> list[int]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[list[int]], int, int]:
+def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[list[int]], int]:
     queries, items = draw(st.integers(0, 6)), draw(st.integers(1, 9))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     levels = np.array([-np.inf, -1, 0, 0.5, 2], np.float32)  # few, so that ties abound
@@ -48,17 +48,17 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[list[int]], int
     lists = [  # repeated values, values outside the catalogue, and the target itself
         generator.integers(-2, items + 2, generator.integers(0, 8)).tolist() for _ in range(queries)
     ]
-    return scores, targets, lists, draw(st.integers(1, 4)), draw(st.integers(1, 10))
+    return scores, targets, lists, draw(st.integers(1, 40))
 
 
 @settings(deadline=None)
 @given(cases())
 def test_ranks_equal_full_sorting(case: tuple) -> None:
-    scores, targets, lists, query_block, item_block = case
-    items = scores.shape[1]
-    blocks = {"query_block": query_block, "item_block": item_block}
+    scores, targets, lists, cells = case
     for exclude, excluded in ((_lists(lists), lists), (None, [[] for _ in lists])):
-        found = target_ranks(Table(scores), targets, exclude, items, **blocks)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranking, "CELLS", cells)
+            found = target_ranks(Table(scores), targets, exclude, scores.shape[1])
         expected = [
             _sorted_items(row, [e for e in out if e != target]).index(target)
             for row, target, out in zip(scores, targets, excluded, strict=True)
@@ -69,10 +69,11 @@ def test_ranks_equal_full_sorting(case: tuple) -> None:
 @settings(deadline=None)
 @given(cases(), st.integers(1, 12))
 def test_top_items_equal_full_sorting(case: tuple, k: int) -> None:
-    scores, _, lists, query_block, item_block = case
-    items = scores.shape[1]
+    scores, _, lists, cells = case
     queries = np.arange(len(scores))[::-1].copy()
-    best, ids = top_items(Table(scores), queries, k, _lists(lists), items, query_block, item_block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "CELLS", cells)
+        best, ids = top_items(Table(scores), queries, k, _lists(lists), scores.shape[1])
     for position, query in enumerate(queries):
         order = _sorted_items(scores[query], lists[query])
         order = [item for item in order if scores[query, item] > -np.inf][:k]
@@ -81,16 +82,13 @@ def test_top_items_equal_full_sorting(case: tuple, k: int) -> None:
         assert best[position].tolist() == scores[query, order].tolist() + [-np.inf] * padding
 
 
-def test_only_blocks_are_asked_for_and_few_of_them_twice() -> None:
+def test_queries_are_asked_for_in_blocks_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
-    table = Table(generator.random((64, 100)).astype(np.float32))
+    table = Table(generator.random((10, 100)).astype(np.float32))
     assert isinstance(table, Scorer)
-    target_ranks(table, generator.integers(0, 100, 64), None, 100, query_block=8, item_block=25)
-    assert max(table.asked) == (8, 25)
-    assert len(table.asked) <= 8 * 4 + 3  # every block once, and once more where targets straddle
-    whole = Table(table.scores)
-    target_ranks(whole, generator.integers(0, 100, 64), None, 100)
-    assert whole.asked == [(64, 100)]
+    monkeypatch.setattr(ranking, "CELLS", 400)
+    target_ranks(table, generator.integers(0, 100, 10), None, 100)
+    assert table.asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_target_in_the_excluded_list_still_counts() -> None:
@@ -109,11 +107,7 @@ def test_errors_say_what_is_wrong() -> None:
         top_items(table, np.array([0, 1]), 1, _lists([[0]]), 3)
     with pytest.raises(ConfigError, match="k must be 1 or more, not 0"):
         top_items(table, np.array([0]), 0, None, 3)
-    with pytest.raises(ConfigError, match="item_block 0: must be 1 or more"):
-        target_ranks(table, np.array([0]), None, 3, item_block=0)
-    with pytest.raises(
-        DataError, match=r"Table.block gave scores of shape \(2, 3\) for 2 .* 4 items"
-    ):
+    with pytest.raises(DataError, match=r"Table.scores has shape \(2, 3\) for 2 .* 4 items"):
         target_ranks(table, np.array([0, 1]), None, 4)
     diverged = Table(np.array([[0, 1, 2], [0, np.nan, 2]], np.float32))
     with pytest.raises(DataError, match="not a number for query 1; look for a diverged model"):

@@ -180,9 +180,7 @@ def test_a_batch_looks_up_its_own_ids_and_no_others(sparse: Built) -> None:
     # the tags, side by side after the segment, in a stack of their own
     tags = examples.context["ids"][:, 1:]
     rows = sparse.addresses("tags", tags)
-    np.testing.assert_array_equal(
-        found["lazy_adam"]["context"], np.where(tags == 0, -1, rows)
-    )
+    np.testing.assert_array_equal(found["lazy_adam"]["context"], np.where(tags == 0, -1, rows))
     for side in ("context", "request"):
         np.testing.assert_array_equal(wanted.ids[side], getattr(examples, side)["ids"])
     np.testing.assert_array_equal(wanted.ids["history"], examples.events["ids"])

@@ -93,7 +93,7 @@ MOMENTS = (
 
 @pytest.fixture(scope="module")
 def command(
-    shop_experiment: Experiment,
+    plain: Experiment,
     shop_prepared: Prepared,
     one_device: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
@@ -102,14 +102,11 @@ def command(
 
     Checkpoints are due every 10 steps, records every 5."""
     folder = tmp_path_factory.mktemp("chaos")
-    model = replace(
-        shop_experiment.model, towers="shared_bottom", fusion="none", item_placement="sparse"
-    )
     steps = replace(
-        shop_experiment.train, steps=60, log_every=5, evaluate_every=30, checkpoint_every=10
+        plain.train, steps=60, log_every=5, evaluate_every=30, checkpoint_every=10
     )
     config = folder / "shop.toml"
-    config.write_text(to_toml(replace(shop_experiment, model=model, train=steps)), "utf-8")
+    config.write_text(to_toml(replace(plain, train=steps)), "utf-8")
 
     def run(moment: str, name: str) -> subprocess.CompletedProcess[str]:
         arguments = ["train", str(config), "--prepared", str(shop_prepared.folder), "--run", name]

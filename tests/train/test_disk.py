@@ -45,21 +45,18 @@ Train = Callable[[int, Path], subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def train(
-    shop_experiment: Experiment,
+    plain: Experiment,
     shop_prepared: Prepared,
     one_device: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Train:
     """Of 60 steps, with a checkpoint every 10: (step from which files are limited, run folder)."""
     folder = tmp_path_factory.mktemp("disk")
-    model = replace(
-        shop_experiment.model, towers="shared_bottom", fusion="none", item_placement="sparse"
-    )
     steps = replace(
-        shop_experiment.train, steps=60, log_every=10, evaluate_every=60, checkpoint_every=10
+        plain.train, steps=60, log_every=10, evaluate_every=60, checkpoint_every=10
     )
     config = folder / "shop.toml"
-    config.write_text(to_toml(replace(shop_experiment, model=model, train=steps)), "utf-8")
+    config.write_text(to_toml(replace(plain, train=steps)), "utf-8")
 
     def run(limited: int, run: Path) -> subprocess.CompletedProcess[str]:
         places = ["--prepared", str(shop_prepared.folder), "--run", str(run)]

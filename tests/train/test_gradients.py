@@ -10,26 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtrec_jax.balance.balance import static
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.model import make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
-from mtrec_jax.train.gradients import make_differentiate
-from mtrec_jax.train.objective import loss_names
+from mtrec_jax.tables.layout import DENSE
+from mtrec_jax.tables.lookup import fetch
+from mtrec_jax.train.gradients import Given, backward, draw
 from mtrec_jax.train.step import Step, make_step
-from mtrec_jax.types import Batch, PyTree, TrainState
+from mtrec_jax.types import Batch, TrainState
 from tests import tiny
 
 SIZE, STEPS = 32, 3
 UNUSED = "key.bias"  # a softmax does not see this bias: its gradient is rounding noise
 
 
-def _history(precision: str, model: dict[str, Any], train: dict[str, Any]) -> Experiment:
+def _history(precision: str, train: dict[str, Any], item: str = "sparse") -> Experiment:
     """All kinds of tasks; negatives, and a fusion that learns lists."""
     settings = {"precision": precision, "batch_size": SIZE, "learning_rate": 5e-3}
-    return tiny.experiment(model={"dropout": 0.0} | model, train=settings | train)
+    return tiny.experiment(
+        model={"dropout": 0.0}, train=settings | train, tables={"item": {"update": item}}
+    )
 
 
 def _rows(precision: str, train: dict[str, Any]) -> tuple[Experiment, Manifest]:
@@ -37,36 +39,35 @@ def _rows(precision: str, train: dict[str, Any]) -> tuple[Experiment, Manifest]:
     experiment = parse_experiment(
         {
             "name": "rows",
-            "data": {"kind": "rows"},
             "split": {"kind": "random"},
-            "features": {"segment": {}},
+            "features": {name: tiny.FEATURES[name] for name in ("hour", "discount")},
             "tasks": {name: task for name, task in tiny.TASKS.items() if name != "next"},
             "model": {
-                "encoder": "none",
                 "width": 8,
                 "dropout": 0.0,
-                "experts": 2,
-                "expert_hidden": [8],
-                "tower_hidden": [6],
+                "towers": {"experts": 2, "expert_hidden": [8], "tower_hidden": [6]},
             },
             "train": {"steps": 20, "precision": precision, "batch_size": SIZE} | train,
         }
     )
-    none: dict[str, Any] = {"item_ids": (), "item_numbers": (), "history": ()}
+    left_out = ("context_ids", "context_numbers", "item_ids", "item_numbers", "history")
+    none: dict[str, Any] = dict.fromkeys(left_out, ())
     manifest = dataclasses.replace(
-        tiny.manifest(), kind="rows", items=0, trained_items=0, history_length=0, **none
+        tiny.manifest(), items=0, trained_items=0, history_length=0, **none
     )
     return experiment, manifest
 
 
 def _first_position(batch: Batch) -> Batch:
     """The examples of a batch of histories as single rows."""
-    labels, mask = (
+    request, labels, mask = (
         {name: values[:, :1] for name, values in part.items() if name != "next"}
-        for part in (batch.labels, batch.mask)
+        for part in (batch.request, batch.labels, batch.mask)
     )
     none = np.zeros((len(batch.user), 1), np.int32)
     return batch._replace(
+        context={},
+        request=request,
         events={},
         cutoff=none,
         candidate=none,
@@ -84,10 +85,10 @@ def _case(
     if kind == "rows":
         experiment, manifest = _rows(precision, train)
     else:
-        placement = {"item_placement": "dense"} if kind == "history, dense items" else {}
-        experiment, manifest = _history(precision, placement, train), tiny.manifest()
+        item = "dense" if kind == "history, dense items" else "sparse"
+        experiment, manifest = _history(precision, train, item), tiny.manifest()
     mesh = make_mesh(shape)
-    return make_step(experiment, manifest, make_model(experiment, manifest), mesh, 20), mesh
+    return make_step(experiment, make_model(experiment, manifest), mesh, 20), mesh
 
 
 def _trained(
@@ -100,7 +101,7 @@ def _trained(
 ) -> tuple[dict[str, np.ndarray], TrainState]:
     """Everything that a few steps have changed, by path, and the state that they began from."""
     step, mesh = _case(kind, precision, balance, parts, shape)
-    start = start or step.init(jax.random.key(3, impl="rbg"))
+    start = start or step.init(3)
     own = jax.tree.map(lambda leaf: leaf.sharding, start)
     state = jax.device_put(start, own, may_alias=False)
     state = jax.device_put(state, state_shardings(state, mesh))
@@ -111,8 +112,12 @@ def _trained(
         state = jax.block_until_ready(step.update(state, batch, catalogue))
     assert int(state.bad[0]) == 0
     kept = {n: v for n, v in state._asdict().items() if n not in ("key", "scratch", "rounds")}
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(kept))
-    return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}, start
+    return _by_path(kept), start
+
+
+def _by_path(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,8 @@ def _trained(
     [
         ("rows", "static", 4, (1, 1)),
         pytest.param("rows", "uncertainty", 2, (2, 4), marks=pytest.mark.slow),
-        pytest.param("history", "uncertainty", 4, (2, 4), marks=pytest.mark.slow),
+        ("history", "uncertainty", 4, (2, 4)),
+        pytest.param("history, dense items", "static", 2, (4, 2), marks=pytest.mark.slow),
     ],
 )
 def test_parts_learn_what_the_whole_batch_learns(
@@ -135,34 +141,32 @@ def test_parts_learn_what_the_whole_batch_learns(
             if UNUSED not in name:
                 scale = max(np.abs(whole[name]).max(), 1e-3)
                 assert np.abs(found[name] - whole[name]).max() <= 1e-10 * scale, name
-    moved = [n for n, v in whole.items() if n.startswith("tables.")]
-    before = jax.device_get(start.tables)
-    assert moved
-    assert all((whole[n] != before[n.removeprefix("tables.")]).any() for n in moved)
+    before = _by_path({"tables": start.tables, "params": {DENSE: start.params[DENSE]}})
+    assert all((whole[name] != before[name]).any() for name in before)
 
 
 @pytest.fixture(scope="module")
 def start() -> TrainState:
     """In single precision; only to be read."""
-    return _case("history", "float32", "uncertainty", 4, (1, 1))[0].init(
-        jax.random.key(3, impl="rbg")
-    )
+    return _case("history", "float32", "uncertainty", 4, (1, 1))[0].init(3)
 
 
 def _gradients(state: TrainState, parts: int) -> dict[str, np.ndarray]:
-    experiment, manifest = _history("float32", {}, {"accumulate": parts}), tiny.manifest()
-    model, mesh = make_model(experiment, manifest), make_mesh((1, 1))
-    weights = jnp.ones(len(loss_names(experiment)))
-    differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights), {})
-    found = jax.jit(differentiate)(state, tiny.batch(0, SIZE), tiny.catalogue())
-    ids = found.fetched.addresses["lazy_adam"]
-    table = np.zeros((state.tables["lazy_adam"].shape[0], 8))
-    for role, address in ids.items():  # of padding too, which gets nothing
-        flat = np.asarray(address).reshape(-1)
-        np.add.at(table, flat, np.asarray(found.to_rows["lazy_adam"][role]).reshape(-1, 8))
-    tree: PyTree = {"params": found.to_params, "sums": found.sums, "table": table}
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
-    return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}
+    """Of the sum of all losses, by path: of the layers and of the rows of each group."""
+    model = make_model(_history("float32", {}), tiny.manifest())
+    items, key, mesh = tiny.catalogue(), jax.random.key(0), make_mesh((1, 1))
+
+    @jax.jit
+    def found(state: TrainState, batch: Batch) -> Any:
+        wanted = model.ids(batch, items, key)
+        stacks = state.tables | {DENSE: state.params[DENSE]}
+        rows, draws = fetch(model.layout, stacks, wanted.ids), draw(key, batch)
+        given = Given(state.params["network"], rows, batch, wanted, draws)
+        weights = model.weights(batch, draws.lottery)
+        back = backward(model, given, items, weights, parts, mesh)
+        return back.finish(back.pullback(jnp.ones(len(model.names))))
+
+    return _by_path(found(state, tiny.batch(0, SIZE)._replace(row=None)))
 
 
 @pytest.mark.slow
@@ -198,17 +202,16 @@ def test_one_part_that_is_not_finite_spoils_the_step(start: TrainState) -> None:
 @pytest.mark.slow
 def test_memory_is_that_of_a_part() -> None:
     manifest, size, mesh = tiny.manifest(), 512, make_mesh((1, 1))
-    wide = {"width": 32, "expert_hidden": [256, 32], "dropout": 0.0}
-    whole = tiny.experiment(model=wide, train={"batch_size": size})
-    model, weights = make_model(whole, manifest), jnp.ones(len(loss_names(whole)))
-    step = make_step(whole, manifest, model, mesh, 20)
-    state = jax.eval_shape(step.init, jax.random.key(0, impl="rbg"))
+    towers = {"kind": "mmoe", "experts": 2, "expert_hidden": [256, 32], "tower_hidden": [6]}
 
     def temporary(parts: int) -> int:
-        train = dataclasses.replace(whole.train, accumulate=parts)
-        experiment = dataclasses.replace(whole, train=train)
-        differentiate = make_differentiate(experiment, manifest, model, mesh, static(weights), {})
-        lowered = jax.jit(differentiate).lower(state, tiny.batch(0, size), tiny.catalogue())
+        experiment = tiny.experiment(
+            model={"width": 32, "towers": towers, "dropout": 0.0},
+            train={"batch_size": size, "accumulate": parts},
+        )
+        step = make_step(experiment, make_model(experiment, manifest), mesh, 20)
+        batch = tiny.batch(0, size)._replace(row=None)
+        lowered = step.update.lower(step.abstract, batch, tiny.catalogue())  # type: ignore[attr-defined]
         memory = lowered.compile().memory_analysis()
         assert memory
         return int(memory.temp_size_in_bytes)

@@ -32,19 +32,6 @@ from mtrec_jax.train.stopping import Stopped
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 
-@pytest.fixture(scope="session")
-def plain(shop_experiment: Experiment) -> Experiment:
-    """Quick to compile, with row-wise updated tables, sampled negatives and dropout."""
-    model = replace(
-        shop_experiment.model,
-        towers="shared_bottom",
-        fusion="none",
-        item_placement="sparse",
-        dropout=0.2,
-    )
-    return replace(shop_experiment, model=model)
-
-
 def changed(experiment: Experiment, **keys: Any) -> Experiment:
     return replace(experiment, train=replace(experiment.train, **keys))
 

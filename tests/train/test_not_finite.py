@@ -22,14 +22,9 @@ from mtrec_jax.train.run import load_best, open_run
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 
-def _experiment(shop_experiment: Experiment, **keys: Any) -> Experiment:
-    model = replace(
-        shop_experiment.model, towers="shared_bottom", fusion="none", item_placement="sparse"
-    )
+def _experiment(plain: Experiment, **keys: Any) -> Experiment:
     settings: dict[str, Any] = {"steps": 16, "log_every": 4, "evaluate_every": 8}
-    return replace(
-        shop_experiment, model=model, train=replace(shop_experiment.train, **settings | keys)
-    )
+    return replace(plain, train=replace(plain.train, **settings | keys))
 
 
 @pytest.fixture
@@ -55,27 +50,27 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def test_training_stops_names_the_loss_and_batch_and_keeps_what_was_right(
-    shop_experiment: Experiment,
+    plain: Experiment,
     shop_prepared: Prepared,
     poisoned: Callable[[int], None],
     tmp_path: Path,
 ) -> None:
     poisoned(11)
     with pytest.raises(Error, match=r"at step 11 \(epoch 2, batch 2\): first the loss of stars"):
-        train(_experiment(shop_experiment), shop_prepared, tmp_path, show_progress=False)
+        train(_experiment(plain), shop_prepared, tmp_path, show_progress=False)
     params, tables, step = load_best(open_run(tmp_path))
     assert step == 8
     assert all(np.isfinite(np.asarray(a)).all() for a in jax.tree.leaves((params, tables)))
 
 
 def test_a_step_that_is_skipped_changes_nothing(
-    shop_experiment: Experiment,
+    plain: Experiment,
     shop_prepared: Prepared,
     poisoned: Callable[[int], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    experiment = _experiment(shop_experiment, not_finite="skip")
+    experiment = _experiment(plain, not_finite="skip")
     poisoned(11)
     run = train(experiment, shop_prepared, tmp_path)
     said = " ".join(capsys.readouterr().err.split())
@@ -87,13 +82,13 @@ def test_a_step_that_is_skipped_changes_nothing(
 
 
 def test_the_step_itself_moves_nothing_but_its_count(
-    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+    plain: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
     for policy, again in (("stop", False), ("skip", True)):
         job = loop._make_job(
-            _experiment(shop_experiment, not_finite=policy), shop_prepared, tmp_path, None
+            _experiment(plain, not_finite=policy), shop_prepared, tmp_path, None
         )
-        state = job.step.init(jax.random.key(0, impl="rbg"))
+        state = job.step.init(0)
         good = next(job.batches)
         nan = {**good.labels, "click": np.full_like(good.labels["click"], np.nan)}
         bad = good._replace(labels=nan)
@@ -115,12 +110,12 @@ def test_the_step_itself_moves_nothing_but_its_count(
 
 
 def test_a_gradient_whose_square_is_not_finite_changes_nothing(
-    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+    plain: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
     """Adam and Adagrad would add infinity to what they remember, and never move again."""
-    experiment = _experiment(shop_experiment, not_finite="skip")
+    experiment = _experiment(plain, not_finite="skip")
     job = loop._make_job(experiment, shop_prepared, tmp_path, None)
-    state, batch = job.step.init(jax.random.key(0, impl="rbg")), next(job.batches)
+    state, batch = job.step.init(0), next(job.batches)
     stars, mask = (np.zeros_like(part["stars"]) for part in (batch.labels, batch.mask))
     stars[0], mask[0] = 1e19, np.minimum(1, np.arange(stars.shape[1]) == 0)
     large = batch._replace(

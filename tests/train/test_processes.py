@@ -104,16 +104,9 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def experiment(shop_experiment: Experiment) -> Experiment:
-    model = replace(
-        shop_experiment.model,
-        towers="shared_bottom",
-        fusion="none",
-        item_placement="sparse",
-        dropout=0.0,
-    )
+def experiment(plain: Experiment) -> Experiment:
     steps = replace(
-        shop_experiment.train,
+        plain.train,
         steps=STEPS,
         evaluate_every=25,
         checkpoint_every=10,
@@ -123,7 +116,7 @@ def experiment(shop_experiment: Experiment) -> Experiment:
         optimizer="sgd",  # Adam magnifies the rounding of gradients that are almost zero
         row_optimizer="rowwise_adagrad",
     )
-    return replace(shop_experiment, model=model, train=steps)
+    return replace(plain, model=replace(plain.model, dropout=0.0), train=steps)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from mtrec_jax.models.model import gather_rows, make_model
+from mtrec_jax.models.model import make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
-from mtrec_jax.tables.layout import BITS
-from mtrec_jax.train.objective import batch_losses, draw
+from mtrec_jax.tables.layout import BITS, DENSE
+from mtrec_jax.tables.lookup import fetch
+from mtrec_jax.train.gradients import draw
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import Batch, Catalogue, PyTree, TrainState
 from tests import tiny
@@ -51,9 +52,9 @@ def _compiled(
     train = {"precision": precision, "batch_size": SIZE, "learning_rate": 5e-3, **more}
     experiment = tiny.experiment(train=train)
     mesh, manifest = make_mesh(shape), tiny.manifest()
-    step = make_step(experiment, manifest, make_model(experiment, manifest), mesh, STEPS)
+    step = make_step(experiment, make_model(experiment, manifest), mesh, STEPS)
     catalogue = replicate(tiny.catalogue(precision), mesh)
-    start = start or step.init(jax.random.key(3, impl="rbg"))
+    start = start or step.init(3)
     return Compiled(mesh, step, catalogue, precision, start)
 
 
@@ -147,12 +148,17 @@ def test_losses_and_weights_of_a_batch_worked_out(single: Compiled) -> None:
 
     @jax.jit
     def run(params: PyTree, tables: dict[str, jax.Array], batch: Batch) -> tuple[Any, Any]:
-        looked = model.lookups(batch, single.catalogue, key)
-        rows = gather_rows(params, tables, looked.addresses)
+        wanted = model.ids(batch, single.catalogue, key)
+        rows = fetch(model.layout, tables | {DENSE: params[DENSE]}, wanted.ids)
         draws = draw(key, batch)
-        parts = params, params, rows, looked, batch, single.catalogue, draws, single.mesh
-        sums = batch_losses(experiment, manifest, model, *parts)
-        return sums, tiny.forward(model, params, tables, single.catalogue, batch)[2]
+        shared = model.encode(params, rows, batch, single.catalogue, wanted, draws.users)
+        given = params, shared, batch, single.catalogue, wanted, draws.rank
+        sums, fusing = model.losses(*given)
+        fusion = params, shared, fusing, batch, wanted, draws.lottery, single.mesh
+        sums |= {"fusion": model.fusion_loss(*fusion)}
+        weights = model.weights(batch, draws.lottery)
+        outputs = tiny.forward(model, params, tables, single.catalogue, batch)[2]
+        return {name: (sums[name], weights[name]) for name in sums}, outputs
 
     b = tiny.batch(2, SIZE)
     b = b._replace(mask={n: np.maximum(m, 1 - b.weight) for n, m in b.mask.items()})
@@ -208,7 +214,7 @@ def test_devices_agree_in_double_precision(steps: int) -> None:
     # not float32 in disguise
     whole = np.concatenate([v.ravel() for n, v in expected.items() if n.startswith("params.net")])
     assert np.mean(whole.astype(np.float32) != whole) > 0.99
-    unused = "params.network.transformer.blocks.0.key.bias"
+    unused = "params.network.encoder.blocks.0.key.bias"
     assert np.abs(expected.pop(unused)).max() < 1e-10  # a softmax does not see this bias
     for found in others:
         assert np.abs(found.pop(unused)).max() < 1e-10
@@ -221,7 +227,7 @@ def test_devices_agree_in_single_precision(single: Compiled) -> None:
     split = _compiled((4, 2), start=single.start)
     found = _learned(_train(split))
     # the gradient of this bias is rounding noise, which Adam scales up to steps of full length
-    _assert_same(expected, found, 1e-4, except_for="params.network.transformer.blocks.0.key.bias")
+    _assert_same(expected, found, 1e-4, except_for="params.network.encoder.blocks.0.key.bias")
     names, listen = _compilations()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

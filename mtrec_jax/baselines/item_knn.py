@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from jaxtyping import Float32, Int
 from pydantic import Field
 
-from mtrec_jax.baselines.contract import Interactions
+from mtrec_jax.baselines.contract import Interactions, check_ids
 from mtrec_jax.types import FIRST, Lists
 
 _WORK = 1 << 25  # products of one block of the similarity matrix: bounds its memory to ~0.4 GB
@@ -24,32 +24,31 @@ _WORK = 1 << 25  # products of one block of the similarity matrix: bounds its me
 
 @dataclass(frozen=True, kw_only=True)
 class ItemKnn:
-    """Items like those of a history."""
+    """`kind = "item_knn"`: cosine between the columns of the binary user-item matrix.
+
+    similarity(i, j) = users of both / sqrt(users of i x users of j). Repeated interactions count
+    once; padding and unknown ids are left out; of equal similarities the lowest item is kept.
+    """
 
     kind: Literal["item_knn"] = "item_knn"
     neighbours: Annotated[int, Field(ge=1)] = 100  # kept per item
 
-    def fit(self, train: Interactions) -> Similarities:
-        """Cosine between the columns of the binary user-item matrix, the nearest kept per item.
+    def fit(self, interactions: Interactions) -> Similarities:
+        """Similarities of what the same users like.
 
-        similarity(i, j) = users of both / sqrt(users of i x users of j). Repeated interactions
-        count once; padding and unknown ids are left out; of equal ones the lowest item is kept.
-
-        >>> train = Interactions(np.array([2, 2, 3, 3]), np.array([2, 3, 2, 3]), 2, 3)
-        >>> ItemKnn().fit(train).similarity.toarray()
-        array([[0., 1., 0.],
-               [1., 0., 0.],
-               [0., 0., 0.]], dtype=float32)
+        Raises:
+          DataError: an id is beyond the users or items.
         """
-        users, items = train.liked
+        check_ids(self.kind, interactions)
+        n_users, n_items = interactions.n_users, interactions.n_items
+        users, items = (x[interactions.liked] for x in (interactions.users, interactions.items))
         known = (users >= FIRST) & (items >= FIRST)
-        shape = (train.n_users, train.n_items)
-        seen = _binary(users[known] - FIRST, items[known] - FIRST, shape)  # (users, items)
+        seen = _binary(users[known] - FIRST, items[known] - FIRST, (n_users, n_items))
         by_item = seen.T.tocsr()
         count = np.diff(by_item.indptr).astype(np.float64)
         data, indices, lengths = [], [], []
         for part in _blocks(by_item, seen):
-            together = (by_item[part] @ seen).tocsr()  # (block, items): users of both, integers
+            together = (by_item[part] @ seen).tocsr()  # (block, items): users of both, exact
             together.sort_indices()
             for row in range(together.shape[0]):
                 inside = slice(together.indptr[row], together.indptr[row + 1])
@@ -63,45 +62,38 @@ class ItemKnn:
                 lengths.append(len(keep))
         offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
         parts = (np.concatenate(data), np.concatenate(indices), offsets)
-        return Similarities(sp.csr_array(parts, shape=(train.n_items, train.n_items)))
+        return Similarities(sp.csr_array(parts, shape=(n_items, n_items)))
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """Cosine similarities to the nearest neighbours; row i holds those of catalogue index i."""
+    """Row i holds the cosines of catalogue index i to its nearest neighbours."""
 
     similarity: sp.csr_array  # [N, N] float32, diagonal 0
 
-    def scorer(self, users: np.ndarray, histories: Lists) -> KnnScorer:
-        """Score each query's history of item ids; repeats count once, padding, unknown and
-        untrained items are passed over.
+    def scorer(self, users: Int[np.ndarray, " Q"], histories: Lists) -> Votes:
+        """Score each query's history of item ids.
 
-        >>> train = Interactions(np.array([2, 2, 3, 3]), np.array([2, 3, 2, 3]), 2, 3)
-        >>> history = Lists(np.array([2, 0]), np.array([0, 2]))
-        >>> scorer = ItemKnn().fit(train).scorer(np.array([2]), history)
-        >>> scorer.block(np.array([0]), slice(0, 3))
-        array([[0., 1., 0.]], dtype=float32)
+        Repeats count once; padding, unknown and untrained items are passed over.
         """
         n_items = self.similarity.shape[0]
         rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
         columns = histories.values[histories.offsets[0] : histories.offsets[-1]] - FIRST
         known = (columns >= 0) & (columns < n_items)
         shape = (len(histories), n_items)
-        return KnnScorer(_binary(rows[known], columns[known], shape), self.similarity)
+        return Votes(_binary(rows[known], columns[known], shape), self.similarity)
 
 
 @dataclass(frozen=True)
-class KnnScorer:
+class Votes:
     """Sums of similarities between a history and each item."""
 
     histories: sp.csr_array  # [Q, N] float32, 1 where the item is in the history
     similarity: sp.csr_array  # [N, N]
 
-    def block(self, queries: Int[np.ndarray, " q"], items: slice) -> Float32[np.ndarray, "q n"]:
+    def scores(self, queries: Int[np.ndarray, " q"]) -> Float32[np.ndarray, "q N"]:
         """Scores of the queries' histories; 0 where nothing in them knows the item."""
-        whole = (items.start, items.stop) == (0, self.similarity.shape[1])
-        similarity = self.similarity if whole else self.similarity[:, items]
-        return (self.histories[queries] @ similarity).toarray()
+        return (self.histories[queries] @ self.similarity).toarray()
 
 
 def _binary(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sp.csr_array:
