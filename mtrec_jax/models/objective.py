@@ -118,7 +118,7 @@ def _make_fusion(
     listed = inputs.retrieval if inputs.retrieval in worth else None
 
     def example_weight(batch: Batch) -> jax.Array:
-        value, seen = order.utility(worth, dict(batch.labels), dict(batch.mask))
+        value, seen = order.utility(worth, *_labels(batch))
         return (seen if listed is None else value * batch.mask[listed]) * batch.weight
 
     def weight_of(batch: Batch, lottery: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ def _make_fusion(
     ) -> jax.Array:
         layers, weight = network(params), example_weight(batch)
         if listed is None:
-            value, _ = order.utility(worth, dict(batch.labels), dict(batch.mask))
+            value, _ = order.utility(worth, *_labels(batch))
             fused = layers.fuse(fusing)[0].reshape(value.shape)
             return jnp.sum(optax.sigmoid_binary_cross_entropy(fused, value) * weight)
         chosen = order.chosen_position(weight, lottery)
