@@ -175,7 +175,11 @@ def _from_toml() -> Experiment:
     return mtrec_jax.load_experiment(
         "shop",
         [
-            *(override for override in SMALL_SHOP if not override.startswith(("model.towers", "model.encoder"))),
+            *(
+                override
+                for override in SMALL_SHOP
+                if not override.startswith(("model.towers", "model.encoder"))
+            ),
             'model.towers={ kind = "crossed", strength = 0.05 }',
             "model.encoder=running_mean",
             "train.balance=random",
@@ -192,9 +196,7 @@ def _from_toml() -> Experiment:
 
 def _from_instances(shop: Experiment) -> Experiment:
     magnitude = Magnitude(on="item", column="price", most=3)
-    model = dataclasses.replace(
-        shop.model, towers=Crossed(strength=0.05), encoder=RunningMean()
-    )
+    model = dataclasses.replace(shop.model, towers=Crossed(strength=0.05), encoder=RunningMean())
     train = dataclasses.replace(
         shop.train,
         balance=RandomWeights(),
@@ -248,9 +250,9 @@ def test_they_are_trained_and_evaluated(run: Run) -> None:
     assert 0 < evaluation.tasks["click"]["auc"] < 1
     again = evaluation.baselines["again"]
     assert {"next_item/ndcg@10", "click/log_loss"} <= set(again)
-    assert [field.size for field in run.prepared.manifest.item_ids if field.name == "magnitude"] == [
-        5
-    ]
+    assert [
+        field.size for field in run.prepared.manifest.item_ids if field.name == "magnitude"
+    ] == [5]
 
 
 def test_a_run_is_opened_again_with_its_classes(run: Run) -> None:
