@@ -31,7 +31,7 @@ from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.models.serve import load_catalogue
-from mtrec_jax.sharding import AXES, check_batch_size, check_mesh, make_mesh
+from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, check_mesh, make_mesh
 from mtrec_jax.tables.exchange import Buffers, BuffersOf
 from mtrec_jax.tables.layout import DENSE, Layout
 from mtrec_jax.train.loop import STEPS_IN_FLIGHT, exchange_buffers
@@ -239,14 +239,12 @@ def _check_fits(
         return
     dense = [table for table in tables if table.stack == DENSE]
     largest = max(dense, key=lambda table: table.rows).name if dense else "NAME"
-    of_rows = (
-        f"more devices a table, at most 128 (train.mesh = {list(mesh)}), "
-        'train.row_precision = "bfloat16", a rule with small slots (rowwise_adagrad, sgd), '
-        "tables.NAME.hash_rows, model.width"
-    )
+    of_rows = [f"more devices a table (train.mesh = {list(mesh)})"] * (mesh[1] < ROW_MULTIPLE)
+    of_rows += ['train.row_precision = "bfloat16"'] * (experiment.train.row_precision == "same")
+    of_rows += ["a rule with small slots (rowwise_adagrad, sgd)", "tables.NAME.hash_rows"]
     of_dense = f'tables.{largest}.update = "sparse", model.width'
     ways = {
-        **dict.fromkeys(("tables", "slots", "scratch"), of_rows),
+        **dict.fromkeys(("tables", "slots", "scratch"), ", ".join(of_rows)),
         **dict.fromkeys(("dense parameters", "their optimizer"), of_dense),
         "catalogue": "fewer items or features of items, as each device has them all",
     }
