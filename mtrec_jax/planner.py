@@ -55,7 +55,7 @@ class Collective(NamedTuple):
 
     how: str  # "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute"
     over: int  # devices that take part
-    count: int
+    times: int
     size: int  # bytes of the results on a device
 
     @property
@@ -314,7 +314,7 @@ def collectives_in(program: str, devices: int) -> tuple[Collective, ...]:
 
     >>> line = "%a = f32[8,2]{1,0} all-reduce(%b), replica_groups={{0,1},{2,3}}, to_apply=%add"
     >>> collectives_in(line, 4)
-    (Collective(how='all-reduce', over=2, count=1, size=64),)
+    (Collective(how='all-reduce', over=2, times=1, size=64),)
     """
     counted = re.findall(r'body=(%[^,]+),.*"known_trip_count":\{"n":"(\d+)"', program)
     runs, times = {body: int(n) for body, n in counted}, 1

@@ -104,7 +104,7 @@ def show(found: DevicePlan) -> None:
     shown = _columns("A device sends in a step", "collective", "over >", "times >", "bytes >")
     for moved in found.collectives:
         size = bytes_text(moved.sent)
-        shown.add_row(moved.how, str(moved.over), str(moved.count), size)
+        shown.add_row(moved.how, str(moved.over), str(moved.times), size)
     shown.add_row("in all", "", "", bytes_text(sum(m.sent for m in found.collectives)))
     console.print(shown)
     if table > 1:

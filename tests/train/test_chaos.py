@@ -102,9 +102,7 @@ def command(
 
     Checkpoints are due every 10 steps, records every 5."""
     folder = tmp_path_factory.mktemp("chaos")
-    steps = replace(
-        plain.train, steps=60, log_every=5, evaluate_every=30, checkpoint_every=10
-    )
+    steps = replace(plain.train, steps=60, log_every=5, evaluate_every=30, checkpoint_every=10)
     config = folder / "shop.toml"
     config.write_text(to_toml(replace(plain, train=steps)), "utf-8")
 
