@@ -191,10 +191,11 @@ def stored_bytes(
 
 def catalogue_shapes(experiment: Experiment, manifest: Manifest) -> Catalogue:
     """Shapes and types of the catalogue, which every device holds whole."""
-    sides = {"ids": manifest.item_ids, "numbers": manifest.item_numbers}
+    ids = sum(field.slots for field in manifest.item_ids)
+    numbers = sum(field.slots for field in manifest.item_numbers)
     one = {
-        name: np.zeros((1 + FIRST, sum(field.slots for field in fields)), np.int32)
-        for name, fields in sides.items()
+        "ids": np.zeros((1 + FIRST, ids), np.int32),
+        "numbers": np.zeros((1 + FIRST, numbers), np.int32),
     }
     made = make_catalogue(one, np.ones(1), 1, 0.0, experiment.train.precision)
     rows = manifest.items + FIRST

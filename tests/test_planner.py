@@ -425,7 +425,7 @@ def test_prepared_data_gives_sizes_shapes_and_buffers(
     assert 2 < found.buffers["lazy_adam"].places < 33
     assert {table.name: table.split for table in found.tables}["item"] == 4
     assert {table.stack for table in found.tables if table.split == 1} == {DENSE}
-    with pytest.raises(ConfigError, match="tables 8 GB.*catalogue 28 GB"):  # other sizes
+    with pytest.raises(ConfigError, match=r"tables 8 GB.*catalogue 28 GB"):  # other sizes
         plan(experiment, 8, shop_prepared, {"item": 10**9}, device_memory=1e9)
 
 
