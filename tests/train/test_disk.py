@@ -14,7 +14,7 @@ import pytest
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import CheckpointError
-from mtrec_jax.train.disk import full_disk_named
+from mtrec_jax.train.stopping import full_disk_named
 from tests.disks import small_disk
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
