@@ -80,15 +80,13 @@ def test_without_a_time_the_order_of_the_table_counts(recommender: Any) -> None:
     arguments |= {"settings": QUICK, "show_progress": False}
     timeless = mtrec_jax.fit(ordered.drop(columns="when"), **arguments)
     assert timeless.experiment.data.time == ""
+
+    def history(made: Any, person: str) -> list[str]:
+        items = made.prepared.user_lists("event_item")[made.prepared.user_ids[person] - 2]
+        return [made.prepared.item_names[item - 2] for item in items]
+
     for person in ("100", "107"):
-        lists = [
-            [made.prepared.item_names[i - 2] for i in items]
-            for made in (timeless, recommender)
-            for items in [
-                made.prepared.user_lists("event_item")[made.prepared.user_ids[person] - 2]
-            ]
-        ]
-        assert lists[0] == lists[1]
+        assert history(timeless, person) == history(recommender, person)
     assert len(timeless.recommend([100], k=2)) == 2
 
 

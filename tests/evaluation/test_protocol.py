@@ -76,7 +76,7 @@ def test_the_protocol_of_an_experiment(
     seen = protocol_of(replace(shop_experiment, evaluate=evaluate), shop_prepared.manifest)
     check_same({"a": found, "b": replace(found)})
     with pytest.raises(
-        ConfigError, match="'a' and 'c' were measured by other .*exclude_seen: True"
+        ConfigError, match=r"'a' and 'c' were measured by .*exclude_seen: True"
     ):
         check_same({"a": found, "b": found, "c": seen})
 
