@@ -187,17 +187,15 @@ def _learned(folder: Path) -> list[bytes]:
     """Parameters and tables of the last and the best checkpoint, and which these are."""
     import jax
 
-    from mtrec_jax.config import select_metric
     from mtrec_jax.models.model import make_model
     from mtrec_jax.train import checkpoint
     from mtrec_jax.train.run import open_run
+    from mtrec_jax.train.step import model_shapes
 
     run = open_run(folder)
-    model = make_model(run.experiment, run.prepared.manifest)
-    like = jax.eval_shape(model.init, jax.random.key(0, impl="rbg"))
-    larger = select_metric(run.experiment)[2]
-    with checkpoint.open_manager(folder / "checkpoints", larger, read_only=True) as manager:
-        steps = [manager.latest_step(), manager.best_step()]
+    like = model_shapes(run.experiment, make_model(run.experiment, run.prepared.manifest))
+    with checkpoint.open_manager(folder / "checkpoints") as manager:
+        steps = [manager.latest_step(), checkpoint.best_or_latest(manager, folder)]
         models = [checkpoint.restore_model(manager, step, like) for step in steps]
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((steps, models))]
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from mtrec_jax import processes
 from mtrec_jax.errors import CheckpointError, Error
@@ -29,40 +28,27 @@ from mtrec_jax.types import PyTree, TrainState
 
 _CHUNK = 2**26  # bytes of an array that are compressed and written at a time
 _PLACES = np.arange(2**16, dtype=np.uint32)  # in a piece that a digest adds up at a time
-_ADDED = ("selected", "cursor", "digests", "checksum")  # to the notes of the loop
+_ADDED = ("cursor", "digests", "checksum")  # to the notes of the loop
 
 
-def open_manager(
-    folder: Path, larger_is_better: bool = True, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """A manager that keeps the best step and the two latest ones.
+def open_manager(folder: Path, notes: Mapping[str, Any] | None = None) -> ocp.CheckpointManager:
+    """A manager of a run's steps.
 
-    `read_only` creates nothing, and leaves alone what another process is writing at this moment.
-
-    Raises:
-      CheckpointError: a step's file of metrics is damaged; `set_aside_unreadable` moves it away.
+    Args:
+      folder: of the checkpoints.
+      notes: the loop's, which `save` is given as well: whenever a step is saved, the two latest
+        steps are kept and the one that `notes["best_step"]` names then. None: the manager reads,
+        creates nothing, and leaves alone what another process is writing at this moment.
     """
-    for path in _unreadable(folder):
-        raise CheckpointError(
-            f"checkpoint {path} is damaged (metrics); training sets it aside, or move it away"
-        )
-    policies = checkpoint_managers.AnyPreservationPolicy(
-        [
-            checkpoint_managers.LatestN(n=2),
-            checkpoint_managers.BestN(
-                get_metric_fn=_selected,
-                reverse=not larger_is_better,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
-    )
+    writes = notes is not None
+
+    class LatestAndBest:
+        def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+            best, latest = (notes or {}).get("best_step"), checkpoints[-2:]
+            return [c.step == best or c in latest for c in checkpoints]
+
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies,
-        best_fn=_selected,
-        best_mode="max" if larger_is_better else "min",
-        cleanup_tmp_directories=not read_only,
-        create=not read_only,
+        preservation_policy=LatestAndBest(), cleanup_tmp_directories=writes, create=writes
     )
     return ocp.CheckpointManager(folder.resolve(), options=options)
 
@@ -71,35 +57,26 @@ def save(
     manager: ocp.CheckpointManager,
     state: TrainState,
     batches: grain.DatasetIterator,
-    meta: dict[str, Any],
-    selected: float | None,
+    notes: dict[str, Any],
 ) -> None:
-    """Save the state, the data cursor and `meta` as step `state.step`.
+    """Save the state, the data cursor and the notes as step `state.step`.
 
     Args:
       manager: from `open_manager`.
       state: saved whole but for the scratch, which holds nothing between steps.
       batches: the training iterator, just after the batch of this step was drawn.
-      meta: JSON-able notes of the loop (metrics written so far, early stopping).
-      selected: value of the selection metric where this step was evaluated, else None.
+      notes: of the loop, as JSON takes them: metrics written so far, early stopping, best step.
     """
-    metrics = None if selected is None else {"selected": selected}
     parts = {"model": _model_part(state), "trainer": _trainer_part(state)}
     # A copy, as it is written later, by a thread.
-    notes = {
-        **meta,
-        "selected": selected,
-        "cursor": json.dumps(batches.get_state()),
-        "digests": digests(parts),
-    }
+    all_notes = {**notes, "cursor": json.dumps(batches.get_state()), "digests": digests(parts)}
     manager.save(
         int(state.step),
         args=ocp.args.Composite(
             model=_written(parts["model"]),
             trainer=_written(parts["trainer"]),
-            meta=ocp.args.JsonSave({**notes, "checksum": _checksum(notes)}),
+            meta=ocp.args.JsonSave({**all_notes, "checksum": _checksum(all_notes)}),
         ),
-        metrics=metrics,
     )
 
 
@@ -178,39 +155,7 @@ def restore_latest(
     return None
 
 
-def set_aside_unreadable(folder: Path, note: Callable[[str], None]) -> None:
-    """Move steps of which Orbax cannot even make a list into the folder `damaged` beside them.
-
-    Raises:
-      CheckpointError: there are no others; nothing was moved.
-    """
-    unreadable = _unreadable(folder)
-    if unreadable and len(unreadable) == sum(path.name.isdigit() for path in folder.iterdir()):
-        raise CheckpointError(
-            f"checkpoint {unreadable[-1]} is damaged (metrics), and {folder} has no other. Bring "
-            "a copy back, or train into a new --run folder; nothing was moved"
-        )
-    processes.wait("unreadable checkpoints are found")
-    for path in unreadable if processes.is_first() else ():
-        _set_aside(path, note)
-    processes.wait("unreadable checkpoints are moved")
-
-
-def _unreadable(folder: Path) -> list[Path]:
-    found = []
-    for path in sorted(folder.glob("*/metrics/metrics")):
-        if not path.parent.parent.name.isdigit():  # it is being written
-            continue
-        try:
-            json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:  # a step that is being removed
-            continue
-        except (OSError, ValueError):
-            found.append(path.parent.parent)
-    return found
-
-
-def _set_aside(path: Path, note: Callable[[str], None], what_next: str = "") -> None:
+def _set_aside(path: Path, note: Callable[[str], None], what_next: str) -> None:
     """Move a step into the folder `damaged` beside the checkpoints, under a name that is free."""
     folder = path.parent.parent / "damaged"
     folder.mkdir(exist_ok=True)
@@ -335,13 +280,10 @@ def _weighted(words: np.ndarray, first: int) -> int:
 
 
 def _verify(manager: ocp.CheckpointManager, step: int, found: Any) -> None:
-    """Raise `CheckpointError` unless the digests are those that were saved."""
+    """Raise `CheckpointError` unless notes and digests are those that were saved."""
     notes = {name: value for name, value in found["meta"].items() if name != "checksum"}
     if found["meta"].get("checksum") != _checksum(notes):
         raise _damaged(manager, step, "its notes are not what was saved")
-    metrics = manager.metrics(step) or {}
-    if metrics.get("selected") != notes["selected"]:
-        raise _damaged(manager, step, "its validation metric is not what was saved")
     parts = {name: found[name] for name in ("model", "trainer") if found.get(name) is not None}
     for name, value in digests(parts).items():
         if notes["digests"].get(name) != value:
@@ -367,22 +309,25 @@ def _abstract(tree: PyTree) -> PyTree:
 
 
 def best_or_latest(manager: ocp.CheckpointManager, folder: Path) -> int:
-    """The step with the best selection metric, or the latest when none was evaluated.
+    """The step that the latest whole notes call the best, or the latest where they name none.
 
     Raises:
       CheckpointError: the folder has no whole checkpoint.
     """
-    step = manager.best_step()
-    step = manager.latest_step() if step is None else step
-    if step is None:
-        raise CheckpointError(
-            f"{folder} has no checkpoint yet. Run: mtrec train CONFIG --run {folder.parent}"
-        )
-    return int(step)
-
-
-def _selected(metrics: PyTree) -> float:
-    return float(metrics["selected"])
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            found = _restore(manager, step, {"meta": ocp.args.JsonRestore()})
+            _verify(manager, step, found)
+        except CheckpointError:
+            continue
+        best = found["meta"]["best_step"]
+        return int(best if best in steps else step)
+    if steps:
+        raise _damaged(manager, steps[0], "its notes cannot be read")
+    raise CheckpointError(
+        f"{folder} has no checkpoint yet. Run: mtrec train CONFIG --run {folder.parent}"
+    )
 
 
 def _first_line(error: Exception) -> str:

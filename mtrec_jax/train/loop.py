@@ -26,17 +26,16 @@ from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.interrupts import collecting
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.serve import Serving, load_catalogue, make_serving
-from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
+from mtrec_jax.sharding import AnyMesh, check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.tables.capacity import first_batches, measured_buffers
 from mtrec_jax.tables.exchange import BuffersOf
 from mtrec_jax.tables.lookup import Ids
 from mtrec_jax.train import checkpoint
-from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
 from mtrec_jax.train.step import Step, make_step
-from mtrec_jax.train.stopping import asked_to_stop, stopped_at
+from mtrec_jax.train.stopping import asked_to_stop, full_disk_named, stopped_at
 from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.types import Batch, Catalogue, TrainState
 
@@ -134,15 +133,18 @@ def _train(
     started = time.perf_counter()
     folder, experiment, prepared = run.folder, run.experiment, run.prepared
     job = _make_job(experiment, prepared, folder, optimizer)
-    meta: dict[str, Any] = {"best": None, "stale": 0, "done": False} | _topology(job.mesh)
-    _, _, larger = select_metric(experiment)
+    meta: dict[str, Any] = {"best": None, "best_step": None, "stale": 0, "done": False}
+    meta |= _topology(job.mesh)
     notes: list[str] = []
-    checkpoint.set_aside_unreadable(folder / "checkpoints", notes.append)
-    with checkpoint.open_manager(folder / "checkpoints", larger) as manager:
+    with checkpoint.open_manager(folder / "checkpoints", meta) as manager:
         restored = checkpoint.restore_latest(manager, job.step.abstract, job.batches, notes.append)
-        state, meta = restored or (job.step.init(experiment.train.seed), meta)
-        if restored is None and source is not None:
-            state = warm_start(state, run, source, job.mesh, notes.append)
+        if restored:
+            state = restored[0]
+            meta.update(restored[1])
+        else:
+            state = job.step.init(experiment.train.seed)
+            if source is not None:
+                state = warm_start(state, run, source, job.mesh, notes.append)
         number = int(state.step)
         bar = Progress(job.total, number, show_progress and processes.is_first(), experiment.name)
         for line in notes:
@@ -227,7 +229,7 @@ def exchange_buffers(
     model: Model,
     items: Catalogue,
     source: BatchSource,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: AnyMesh,
     seed: int,
 ) -> BuffersOf:
     """Sizes of the exchange of rows, measured on the run's first batches."""
@@ -251,9 +253,9 @@ def _run_steps(
     config, number = job.experiment.train, int(state.step)
     task, metric, larger = select_metric(job.experiment)
 
-    def save(selected: float | None) -> None:
+    def save() -> None:
         meta["bytes"] = job.records.size()
-        checkpoint.save(manager, state, job.batches, meta, selected)
+        checkpoint.save(manager, state, job.batches, meta)
         if config.checkpoint_wait:
             manager.wait_until_finished()
 
@@ -273,15 +275,15 @@ def _run_steps(
         if number % job.every == 0 or number == job.total:
             bar.say("evaluating")
             evaluated = _evaluate(job, state, number, task, metric)
-            _judge(meta, evaluated, larger, config.patience)
+            _judge(meta, number, evaluated, larger, config.patience)
             bar.evaluated(f"{task}/{metric}", evaluated, meta["best"])
         on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
         if evaluated is not None or on_schedule:
-            save(evaluated if evaluated is not None and math.isfinite(evaluated) else None)
+            save()
         by = asked_to_stop(stopped, number, STEPS_IN_FLIGHT)
         if by and number < job.total and not meta["done"]:
             if manager.latest_step() != number:
-                save(None)
+                save()
             raise stopped_at(number, job.total, job.folder, by)
     return number
 
@@ -366,12 +368,21 @@ def _evaluate(job: _Job, state: TrainState, number: int, task: str, metric: str)
     return found.tasks[task][metric]
 
 
-def _judge(meta: dict[str, Any], value: float, larger: bool, patience: int) -> None:
-    """Early stopping: count the evaluations since the last improvement."""
-    best = meta["best"]
-    improved = best is None or (value > best if larger else value < best)
-    if improved and math.isfinite(value):
-        meta["best"], meta["stale"] = value, 0
+def is_better(value: float, best: float | None, larger: bool) -> bool:
+    """Whether an evaluation is the best so far: the first of equal ones stays, NaN never is.
+
+    >>> is_better(0.5, None, True), is_better(0.5, 0.5, True), is_better(0.4, 0.5, larger=False)
+    (True, False, True)
+    """
+    if not math.isfinite(value):
+        return False
+    return best is None or (value > best if larger else value < best)
+
+
+def _judge(meta: dict[str, Any], number: int, value: float, larger: bool, patience: int) -> None:
+    """Note the best step, by which checkpoints are kept, and stop early if none has come lately."""
+    if is_better(value, meta["best"], larger):
+        meta |= {"best": value, "best_step": number, "stale": 0}
     else:
         meta["stale"] += 1
     meta["done"] = bool(patience and meta["stale"] >= patience)

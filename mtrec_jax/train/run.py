@@ -13,7 +13,7 @@ import jax
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, one_of
-from mtrec_jax.config import Experiment, select_metric, to_dict, to_toml
+from mtrec_jax.config import Experiment, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
@@ -22,9 +22,9 @@ from mtrec_jax.models.model import make_model
 from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
-from mtrec_jax.train.disk import full_disk_named
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.step import model_shapes
+from mtrec_jax.train.stopping import full_disk_named
 from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
@@ -87,12 +87,11 @@ def load_best(
     Raises:
       CheckpointError: there is none, or it is damaged.
     """
-    _, _, larger = select_metric(run.experiment)
     model = make_model(run.experiment, run.prepared.manifest)
     like = model_shapes(run.experiment, model)
     folder = run.folder / "checkpoints"
     while True:
-        with checkpoint.open_manager(folder, larger, True) as manager:
+        with checkpoint.open_manager(folder) as manager:
             best = checkpoint.best_or_latest(manager, folder)
             try:
                 return *checkpoint.restore_model(manager, best, like, mesh), best

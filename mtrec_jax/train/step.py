@@ -14,7 +14,7 @@ from mtrec_jax.balance import Balancer
 from mtrec_jax.config import Experiment, Train
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.model import Model
-from mtrec_jax.sharding import state_shardings
+from mtrec_jax.sharding import AnyMesh, state_shardings
 from mtrec_jax.tables.exchange import BuffersOf
 from mtrec_jax.tables.layout import DENSE, initial_stacks, rule_of
 from mtrec_jax.tables.lookup import Ticket, lookup
@@ -53,7 +53,7 @@ class Found(NamedTuple):
 def make_step(
     experiment: Experiment,
     model: Model,
-    mesh: jax.sharding.Mesh,
+    mesh: AnyMesh,
     total_steps: int,
     optimizer: optax.GradientTransformation | None = None,
     buffers: BuffersOf | None = None,
@@ -63,7 +63,8 @@ def make_step(
     Args:
       experiment: losses, balancing, learning rates.
       model: from `make_model` of the same experiment.
-      mesh: devices; batches arrive split over them, `update` keeps the state's shardings.
+      mesh: devices; batches arrive split over them, `update` keeps the state's shardings. An
+        abstract one gives shapes and shardings.
       total_steps: length of the learning-rate schedule.
       optimizer: optax chain for the dense parameters instead of the configured one.
       buffers: sizes of the exchange of rows by stack, as `capacity.measured_buffers` gives them.
@@ -160,7 +161,7 @@ def _balancer(experiment: Experiment, model: Model) -> Balancer:
 def _initializer(
     experiment: Experiment,
     model: Model,
-    mesh: jax.sharding.Mesh,
+    mesh: AnyMesh,
     dense: optax.GradientTransformation,
     packing: _Packing,
     balancer: Balancer,

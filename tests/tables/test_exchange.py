@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.tables.exchange import Asked, Buffers, default_buffers, look_up, update
-from mtrec_jax.tables.update import lazy_adam
+from mtrec_jax.tables.rules import lazy_adam
 
 V, D, N = 512, 3, 240
 RNG = np.random.default_rng(0)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from mtrec_jax.data.dataset import Prepared
@@ -44,65 +43,76 @@ def batches_of(prepared: Prepared) -> Any:
     return training_batches(BatchSource(prepared, "train", 8, seed=0, epochs=3))
 
 
-def kept(manager: ocp.CheckpointManager) -> list[int]:
-    manager.wait_until_finished()
-    return sorted(manager.all_steps(read=True))
-
-
-def save_all(
-    manager: ocp.CheckpointManager, prepared: Prepared, selected: list[float | None]
-) -> None:
-    batches = batches_of(prepared)
-    for step, value in enumerate(selected, 1):
-        checkpoint.save(manager, make_state(step), batches, {}, value)
+def save_all(folder: Path, prepared: Prepared, best: list[int | None]) -> None:
+    """Steps 1, 2, ... with what the loop calls the best step at each of them."""
+    batches, notes = batches_of(prepared), dict[str, Any]()
+    with checkpoint.open_manager(folder, notes) as manager:
+        for step, best_step in enumerate(best, 1):
+            notes["best_step"] = best_step
+            checkpoint.save(manager, make_state(step), batches, notes)
+            manager.wait_until_finished()
 
 
 @pytest.mark.parametrize(
-    ("larger", "selected", "steps", "best"),
+    ("best", "steps"),
     [
-        (True, [0.6, 0.9, 0.7, 0.8, 0.5], [2, 4, 5], 2),
-        (False, [1.2, 0.9, 1.1, 1.3, 1.4], [2, 4, 5], 2),
-        (True, [0.5, 0.6, 0.7], [2, 3], 3),
-        (False, [1.5, 1.4, 1.3], [2, 3], 3),
-        (True, [0.9, None, None, None], [1, 3, 4], 1),  # between evaluations there is no value
-        (True, [None, None, None], [2, 3], 3),  # stopped before the first evaluation
-        (True, [0.9, None, 0.7, None, 0.8], [1, 4, 5], 1),
+        ([1, 2, 2, 2, 2], [2, 4, 5]),
+        ([1, 2, 3], [2, 3]),
+        ([1, 1, 1, 1], [1, 3, 4]),
+        ([None, None, None], [2, 3]),  # stopped before the first evaluation
+        ([None, 2, 2, 4, 4, 4], [4, 5, 6]),
     ],
 )
 def test_the_best_and_the_two_latest_steps_are_kept(
-    shop_prepared: Prepared,
-    tmp_path: Path,
-    larger: bool,
-    selected: list[float | None],
-    steps: list[int],
-    best: int,
+    shop_prepared: Prepared, tmp_path: Path, best: list[int | None], steps: list[int]
 ) -> None:
-    with checkpoint.open_manager(tmp_path, larger) as manager:
-        save_all(manager, shop_prepared, selected)
-        assert kept(manager) == steps
-    with checkpoint.open_manager(tmp_path, larger) as reopened:
-        assert checkpoint.best_or_latest(reopened, tmp_path) == best
-        assert reopened.latest_step() == len(selected)
+    save_all(tmp_path, shop_prepared, best)
+    with checkpoint.open_manager(tmp_path) as reopened:
+        assert sorted(reopened.all_steps()) == steps
+        assert checkpoint.best_or_latest(reopened, tmp_path) == (best[-1] or steps[-1])
 
 
 def test_a_reopened_folder_still_knows_its_best(shop_prepared: Prepared, tmp_path: Path) -> None:
     """A continued run must not throw away the best step of the run before it."""
-    with checkpoint.open_manager(tmp_path) as manager:
-        save_all(manager, shop_prepared, [0.9, 0.7])
-    with checkpoint.open_manager(tmp_path) as manager:
+    save_all(tmp_path, shop_prepared, [1, 1])
+    notes = {"best_step": 1}
+    with checkpoint.open_manager(tmp_path, notes) as manager:
         for step in (3, 4):
-            checkpoint.save(manager, make_state(step), batches_of(shop_prepared), {}, 0.8)
-        assert kept(manager) == [1, 3, 4]
+            checkpoint.save(manager, make_state(step), batches_of(shop_prepared), notes)
+        manager.wait_until_finished()
+        assert sorted(manager.all_steps(read=True)) == [1, 3, 4]
+
+
+def test_the_best_step_is_known_while_any_notes_are_whole(
+    shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    save_all(tmp_path, shop_prepared, [None, 2, 2])
+    for step in (3, 2):
+        assert _best(tmp_path) == 2
+        file = next(p for p in (tmp_path / str(step) / "meta").iterdir() if b"best" in _read(p))
+        file.write_bytes(_read(file).replace(b'"best_step": 2', b'"best_step": 1'))
+    with pytest.raises(CheckpointError, match=r"3 cannot be restored.* notes cannot be read"):
+        _best(tmp_path)
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def _best(folder: Path) -> int:
+    with checkpoint.open_manager(folder) as manager:
+        return checkpoint.best_or_latest(manager, folder)
 
 
 def test_the_whole_state_and_the_position_in_the_data_come_back(
     shop_prepared: Prepared, tmp_path: Path
 ) -> None:
-    batches, meta = batches_of(shop_prepared), {"best": 0.5, "stale": 2, "bytes": 77, "done": False}
+    batches = batches_of(shop_prepared)
+    meta = {"best": 0.5, "best_step": 3, "stale": 2, "bytes": 77, "done": False}
     drawn = [next(batches) for _ in range(4)]
     state = make_state(4)
-    with checkpoint.open_manager(tmp_path) as manager:
-        checkpoint.save(manager, state, batches, meta, None)
+    with checkpoint.open_manager(tmp_path, meta) as manager:
+        checkpoint.save(manager, state, batches, meta)
         manager.wait_until_finished()
         after = next(batches)
         again = batches_of(shop_prepared)
@@ -121,20 +131,11 @@ def test_the_model_alone_is_restored_without_the_trainer(
     shop_prepared: Prepared, tmp_path: Path
 ) -> None:
     state = make_state(1)
+    save_all(tmp_path, shop_prepared, [None])
     with checkpoint.open_manager(tmp_path) as manager:
-        save_all(manager, shop_prepared, [None])
-        manager.wait_until_finished()
         like = jax.eval_shape(lambda: (state.params, state.tables))
         params, tables = checkpoint.restore_model(manager, 1, like)
     jax.tree.map(np.testing.assert_array_equal, (params, tables), (state.params, state.tables))
-
-
-def test_a_folder_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
-    with (
-        checkpoint.open_manager(tmp_path / "runs" / "a" / "checkpoints") as manager,
-        pytest.raises(CheckpointError, match=r"has no checkpoint yet. Run: mtrec train CONFIG"),
-    ):
-        checkpoint.best_or_latest(manager, tmp_path / "runs" / "a" / "checkpoints")
 
 
 SPLITS = ((), ("table",), (("table", "data"),), (None, "table"), ("data", "table"))
@@ -184,7 +185,7 @@ from mtrec_jax.train import checkpoint
 
 for folder, width in (("damaged", 3), ("whole", 4)):
     like = {"network": {"kernel": jnp.zeros((2, width))}}, {"lazy_adam": jnp.zeros((128, 2))}
-    with checkpoint.open_manager(Path(folder), read_only=True) as manager:
+    with checkpoint.open_manager(Path(folder)) as manager:
         try:
             checkpoint.restore_model(manager, 1, like)
         except CheckpointError as error:
@@ -197,8 +198,7 @@ def test_a_truncated_file_and_another_model_are_found_out(
 ) -> None:
     """In a process of its own: when one array fails, Orbax leaves the reading of others behind."""
     for folder in ("whole", "damaged"):
-        with checkpoint.open_manager(tmp_path / folder) as manager:
-            save_all(manager, shop_prepared, [None])
+        save_all(tmp_path / folder, shop_prepared, [None])
     data = [p for p in (tmp_path / "damaged" / "1" / "model").rglob("d/*") if p.is_file()]
     assert data
     for path in data:
@@ -216,50 +216,21 @@ def test_an_unfinished_step_is_no_step(shop_prepared: Prepared, tmp_path: Path) 
     """What a killed process leaves behind is cleared away, but only by the process that writes."""
     left = tmp_path / "2.orbax-checkpoint-tmp"
     (left / "model").mkdir(parents=True)
-    with checkpoint.open_manager(tmp_path, read_only=True) as manager:
+    with checkpoint.open_manager(tmp_path) as manager:
         assert manager.latest_step() is None
     assert left.exists()
+    save_all(tmp_path, shop_prepared, [1])
     with checkpoint.open_manager(tmp_path) as manager:
-        save_all(manager, shop_prepared, [0.5])
-        assert kept(manager) == [1]
+        assert manager.all_steps() == [1]
     assert not left.exists()
 
 
-def test_reading_creates_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_says_what_to_do_and_reading_creates_nothing(
+    tmp_path: Path,
+) -> None:
     with (
-        checkpoint.open_manager(tmp_path / "checkpoints", read_only=True) as manager,
-        pytest.raises(CheckpointError, match="has no checkpoint yet"),
+        checkpoint.open_manager(tmp_path / "checkpoints") as manager,
+        pytest.raises(CheckpointError, match="has no checkpoint yet. Run: mtrec train CONFIG"),
     ):
         checkpoint.best_or_latest(manager, tmp_path / "checkpoints")
     assert not list(tmp_path.iterdir())
-
-
-def _steps(folder: Path, *metrics: tuple[str, str]) -> Path:
-    for step, text in metrics:
-        file = folder / step / "metrics" / "metrics"
-        file.parent.mkdir(parents=True)
-        file.write_text(text, "utf-8")
-    return folder
-
-
-def test_a_step_of_which_no_list_can_be_made_is_moved_if_there_is_another(tmp_path: Path) -> None:
-    notes: list[str] = []
-    folder = _steps(tmp_path / "checkpoints", ("10", '{"selected": 1}'), ("20", '{"sel'))
-    checkpoint.set_aside_unreadable(folder, notes.append)
-    assert sorted(path.name for path in folder.iterdir()) == ["10"]
-    assert (tmp_path / "damaged" / "20").is_dir()
-    assert len(notes) == 1
-    assert "20 is damaged and was moved to" in notes[0]
-
-
-def test_the_only_step_is_never_moved(tmp_path: Path) -> None:
-    folder = _steps(tmp_path / "checkpoints", ("10", '{"sel'))
-    with pytest.raises(CheckpointError, match=r"10 is damaged .* has no other\. .*nothing was mov"):
-        checkpoint.set_aside_unreadable(folder, print)
-    assert (folder / "10").is_dir()
-
-
-def test_a_step_that_is_being_written_is_not_damaged(tmp_path: Path) -> None:
-    folder = _steps(tmp_path, ("20.orbax-checkpoint-tmp", ""))
-    with checkpoint.open_manager(folder, read_only=True) as manager:
-        assert manager.all_steps() == []

@@ -14,7 +14,7 @@ import pytest
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import CheckpointError
-from mtrec_jax.train.disk import full_disk_named
+from mtrec_jax.train.stopping import full_disk_named
 from tests.disks import small_disk
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -52,9 +52,7 @@ def train(
 ) -> Train:
     """Of 60 steps, with a checkpoint every 10: (step from which files are limited, run folder)."""
     folder = tmp_path_factory.mktemp("disk")
-    steps = replace(
-        plain.train, steps=60, log_every=10, evaluate_every=60, checkpoint_every=10
-    )
+    steps = replace(plain.train, steps=60, log_every=10, evaluate_every=60, checkpoint_every=10)
     config = folder / "shop.toml"
     config.write_text(to_toml(replace(plain, train=steps)), "utf-8")
 

@@ -198,13 +198,13 @@ def test_the_best_checkpoint_of_a_lower_is_better_metric_is_kept_and_stops_the_r
     assert (run.folder / "metrics.jsonl").read_bytes() == before, "the stop is remembered"
 
 
-def test_patience_counts_evaluations_since_the_last_improvement(
+def test_patience_counts_since_the_best_step_which_is_the_first_of_equal_ones(
     shop_experiment: Experiment,
     shop_prepared: Prepared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    values = iter([0.5, 0.4, 0.6, 0.55, 0.5, 0.9])
+    values = iter([0.5, 0.4, 0.6, 0.6, 0.5, 0.9])
 
     def scripted(*_: Any, **__: Any) -> Evaluation:
         tasks = {"click": {"auc": next(values)}}

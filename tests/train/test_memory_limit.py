@@ -47,21 +47,18 @@ def test_a_table_beyond_the_memory_of_a_process(tmp_path: Path) -> None:
     experiment = parse_experiment(
         {
             "name": "large",
-            "data": {
-                **{"kind": "rows", "user": "", "item": "", "time": ""},
-                "events": {"files": ["log.csv"]},
-            },
-            "clean": {"duplicates": "keep"},
+            "data": {"events": {"files": ["log.csv"]}},
             "split": {"kind": "random"},
-            "features": {"who": {"kind": "hashed", "buckets": ROWS, "placement": "sparse"}},
+            "features": {"who": {"kind": "hashed", "buckets": ROWS, "on": "request"}},
+            "tables": {"who": {"update": "sparse", "rule": "sgd"}},
             "tasks": {"label": {"kind": "binary"}},
             "model": {
-                **{"encoder": "none", "width": WIDTH, "towers": "shared_bottom", "fusion": "none"},
-                **{"expert_hidden": [8], "tower_hidden": [4]},
+                **{"width": WIDTH, "fusion": "none"},
+                "towers": {"kind": "shared_bottom", "expert_hidden": [8], "tower_hidden": [4]},
             },
             "train": {
                 **{"steps": 8, "batch_size": 64, "mesh": [1, 2], "evaluate_every": 8},
-                **{"row_optimizer": "sgd", "log_every": 4, "checkpoint_wait": True},
+                **{"log_every": 4, "checkpoint_wait": True},
             },
             "evaluate": {"batch_size": 64},
         }

@@ -85,9 +85,7 @@ def test_the_step_itself_moves_nothing_but_its_count(
     plain: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
     for policy, again in (("stop", False), ("skip", True)):
-        job = loop._make_job(
-            _experiment(plain, not_finite=policy), shop_prepared, tmp_path, None
-        )
+        job = loop._make_job(_experiment(plain, not_finite=policy), shop_prepared, tmp_path, None)
         state = job.step.init(0)
         good = next(job.batches)
         nan = {**good.labels, "click": np.full_like(good.labels["click"], np.nan)}

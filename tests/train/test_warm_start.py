@@ -15,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtrec_jax.config import Experiment, to_toml
+from mtrec_jax.config import Experiment, Table, to_toml
 from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.features.hashed import Hashed
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.models.encoders.transformer import Transformer
+from mtrec_jax.models.inputs import make_inputs
 from mtrec_jax.models.model import make_model
-from mtrec_jax.models.network import make_plan
+from mtrec_jax.models.towers.shared_bottom import SharedBottom
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.tables.layout import DENSE, spread
 from mtrec_jax.train.loop import train
@@ -45,34 +48,30 @@ class World(NamedTuple):
     anew: Prepared  # by itself
 
 
-def declared(experiment: Experiment, capacity: int = CAPACITY, **model: Any) -> Experiment:
-    user = replace(experiment.features["segment"], column="user", placement="sparse")
-    bucket = replace(experiment.features["segment"], kind="hashed", column="user", buckets=7)
-    hashed = replace(user, hash_rows=20, hash_functions=2)
+def declared(
+    experiment: Experiment, capacity: int = CAPACITY, item: str = "sparse", **model: Any
+) -> Experiment:
+    """The plain experiment with users' ids: each with a row, hashed, and with shared rows."""
+    user = replace(experiment.features["segment"], column="user")
+    bucket = Hashed(on="context", column="user", buckets=7)
+    room = {"item": ITEMS if capacity else 0, "user_id": capacity}
     return replace(
         experiment,
         data=replace(experiment.data, public=""),
-        features={
-            **experiment.features,
-            "user_id": replace(user, capacity=capacity),
-            "bucket": bucket,
-            "user_hash": hashed,
+        features={**experiment.features, "user_id": user, "bucket": bucket, "user_hash": user},
+        tables={
+            "item": Table(update=item, capacity=room["item"]),
+            "user_id": Table(update="sparse", capacity=room["user_id"]),
+            "user_hash": Table(update="sparse", hash_rows=20, hash_functions=2),
         },
-        model=replace(
-            experiment.model,
-            **{"towers": "shared_bottom", "fusion": "none", "item_placement": "sparse"}
-            | {"item_capacity": ITEMS if capacity else 0}
-            | model,
-        ),
+        model=replace(experiment.model, **model),
         train=replace(experiment.train, steps=6, evaluate_every=6, checkpoint_every=3),
     )
 
 
 @pytest.fixture(scope="module")
-def world(
-    shop_data: Path, shop_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory
-) -> World:
-    place, experiment = tmp_path_factory.mktemp("warm"), declared(shop_experiment)
+def world(shop_data: Path, plain: Experiment, tmp_path_factory: pytest.TempPathFactory) -> World:
+    place, experiment = tmp_path_factory.mktemp("warm"), declared(plain)
     folders = {}
     for name in ("first", "whole"):
         folders[name] = place / name
@@ -102,8 +101,7 @@ def begin(
     """The stacks of a fresh state, the state after the warm start, and what was said."""
     mesh = make_mesh(experiment.train.mesh)
     model = make_model(experiment, prepared.manifest)
-    step = make_step(experiment, prepared.manifest, model, mesh, 6)
-    fresh = step.init(jax.random.key(5, impl="rbg"))
+    fresh = make_step(experiment, model, mesh, 6).init(5)
     before = {s: np.asarray(t).copy() for s, t in stacks(fresh).items()}
     folder.mkdir()
     source = find_source(world.run.folder, Run(folder, experiment, prepared))
@@ -124,18 +122,18 @@ def rows_of(
     experiment: Experiment, prepared: Prepared, tables: Any, owner: str
 ) -> dict[str, np.ndarray]:
     """{raw value: its row} of an owner; "?" is the unknown one."""
-    plan = make_plan(experiment, prepared.manifest)
-    field = plan.fields[owner]
+    layout = make_inputs(experiment, prepared.manifest).layout
+    place = layout.places[owner]
     values = prepared.item_vocabulary
     if owner != "item":
-        values = prepared.vocabulary(owner.partition(".")[2])["value"]
-    number = jnp.arange(len(values) + 1) + field.offset + 1
-    address = spread(number, plan.rows[field.stack]) if field.stack != DENSE else number
-    rows = np.asarray(tables[field.stack])[np.asarray(address)]
+        values = prepared.vocabulary(owner)["value"]
+    number = jnp.arange(len(values) + 1) + place.offset + 1
+    address = spread(number, layout.rows[place.stack]) if place.stack != DENSE else number
+    rows = np.asarray(tables[place.stack])[np.asarray(address)]
     return dict(zip(["?", *values.to_pylist()], rows, strict=True))
 
 
-OWNERS = ("item", "context.user_id", "context.segment", "item.brand", "item.price_bin")
+OWNERS = ("item", "user_id", "segment", "brand", "price_bin")
 
 
 @pytest.mark.parametrize(
@@ -144,16 +142,16 @@ OWNERS = ("item", "context.user_id", "context.segment", "item.brand", "item.pric
         ("grown", {}),
         ("grown", {"capacity": 0}),
         ("anew", {}),
-        ("anew", {"item_placement": "dense"}),
+        ("anew", {"item": "dense"}),
         ("anew", {"mesh": (2, 4)}),
     ],
 )
 def test_rows_are_carried_over_by_raw_value(
-    world: World, shop_experiment: Experiment, tmp_path: Path, which: str, changes: dict[str, Any]
+    world: World, plain: Experiment, tmp_path: Path, which: str, changes: dict[str, Any]
 ) -> None:
     prepared = world.grown if which == "grown" else world.anew
     mesh = changes.get("mesh", (1, 1))
-    experiment = declared(shop_experiment, **{k: v for k, v in changes.items() if k != "mesh"})
+    experiment = declared(plain, **{k: v for k, v in changes.items() if k != "mesh"})
     experiment = replace(experiment, train=replace(experiment.train, mesh=mesh))
     params, tables, step = load_best(world.run)
     old = {**tables, DENSE: params[DENSE]}
@@ -164,9 +162,9 @@ def test_rows_are_carried_over_by_raw_value(
         ours = rows_of(experiment, prepared, stacks(state), owner)
         initial = rows_of(experiment, prepared, before, owner)
         known, new = ours.keys() & theirs.keys(), ours.keys() - theirs.keys()
-        if owner in ("item", "context.user_id"):
+        if owner in ("item", "user_id"):
             assert known - {"?"}
-        if owner == "context.user_id":
+        if owner == "user_id":
             assert new
         for value in known:
             np.testing.assert_array_equal(ours[value], theirs[value], f"{owner} {value}")
@@ -182,14 +180,14 @@ def test_rows_are_carried_over_by_raw_value(
     assert f"(step {step}): " in line
     notes = json.loads((tmp_path / "new" / "init_from.json").read_text("utf-8"))
     assert notes["run"] == str(world.run.folder.resolve())
-    assert notes["carried"]["context.bucket"] == 7  # ids that are hashes mean the same everywhere
+    assert notes["carried"]["bucket"] == 7  # ids that are hashes mean the same everywhere
     assert sum(notes["carried"][o] for o in OWNERS) == carried
     assert sum(notes["new"][o] for o in OWNERS) == fresh
     assert f"{sum(notes['carried'].values()):,} rows carried over" in line
     assert f"{sum(notes['new'].values()):,} new" in line
     # shared rows mean the same while ids do
-    assert (notes["carried"]["context.user_hash"] > 0) == (which == "grown")
-    assert ("(all of context.user_hash)" in line) == (which == "anew")
+    assert (notes["carried"]["user_hash"] > 0) == (which == "grown")
+    assert ("(all of user_hash)" in line) == (which == "anew")
 
 
 def test_a_folder_of_other_values_does_not_grow(world: World, tmp_path: Path) -> None:
@@ -213,10 +211,11 @@ def test_a_folder_of_other_values_does_not_grow(world: World, tmp_path: Path) ->
 
 
 def test_a_grown_vocabulary_keeps_the_addresses(world: World) -> None:
-    old, new = (make_plan(world.experiment, p.manifest) for p in (world.run.prepared, world.grown))
-    assert world.grown.manifest.context_ids != world.run.prepared.manifest.context_ids
-    moved = {owner for owner in old.fields if old.fields[owner] != new.fields[owner]}
-    assert not {"item", "context.user_id", "context.user_hash"} & moved
+    manifests = world.run.prepared.manifest, world.grown.manifest
+    assert manifests[0].context_ids != manifests[1].context_ids
+    old, new = (make_inputs(world.experiment, m).layout.places for m in manifests)
+    moved = {owner for owner in old if old[owner] != new[owner]}
+    assert not {"item", "user_id", "user_hash"} & moved
 
 
 def test_the_same_data_are_taken_over_whole(world: World, tmp_path: Path) -> None:
@@ -233,19 +232,25 @@ def test_the_same_data_are_taken_over_whole(world: World, tmp_path: Path) -> Non
     ("model", "message"),
     [
         ({"width": 16}, r"parameter network.* is .* in .*run and .* here: \[model\]"),
-        ({"expert_hidden": (4,)}, r"parameter network\['experts'\].* Set them alike"),
-        ({"layers": 2}, r"parameter network\['transformer'\].* is missing in .* and \["),
+        (
+            {"towers": SharedBottom(expert_hidden=(4,))},
+            r"parameter network\['towers'\].* Set them alike",
+        ),
+        (
+            {"encoder": Transformer(layers=2)},
+            r"parameter network\['encoder'\].* is missing in .* and \[",
+        ),
     ],
 )
 def test_another_shape_is_named(
-    world: World, shop_experiment: Experiment, tmp_path: Path, model: dict[str, Any], message: str
+    world: World, plain: Experiment, tmp_path: Path, model: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        begin(world, declared(shop_experiment, **model), world.grown, tmp_path / "new")
+        begin(world, declared(plain, **model), world.grown, tmp_path / "new")
     assert not (tmp_path / "new" / "init_from.json").exists()
 
 
-@pytest.mark.parametrize("what", ["tasks", "inputs of a row"])
+@pytest.mark.parametrize("what", ["tasks", "inputs of a user"])
 def test_places_that_have_changed_are_named(world: World, tmp_path: Path, what: str) -> None:
     """Two tasks, or two features, that have changed places: every shape is as it was."""
     experiment, manifest = world.experiment, world.grown.manifest
