@@ -75,9 +75,7 @@ def test_the_protocol_of_an_experiment(
     evaluate = replace(shop_experiment.evaluate, exclude_seen=False)
     seen = protocol_of(replace(shop_experiment, evaluate=evaluate), shop_prepared.manifest)
     check_same({"a": found, "b": replace(found)})
-    with pytest.raises(
-        ConfigError, match=r"'a' and 'c' were measured by .*exclude_seen: True"
-    ):
+    with pytest.raises(ConfigError, match=r"'a' and 'c' were measured by .*exclude_seen: True"):
         check_same({"a": found, "b": found, "c": seen})
 
 
