@@ -208,7 +208,7 @@ class Encoder:
                         f"request: {key!r} is no feature on = 'request' of this data."
                         f"{nearest(str(key), allowed)} There are {', '.join(columns) or 'none'}"
                     )
-        own = {data.user: users, data.item: items or [None] * n}
+        own: dict[str, list[Any]] = {data.user: users, data.item: items or [None] * n}
         rows: dict[str, pa.Array] = {
             "user": pa.array([user or None for user in users], pa.string())
         }
