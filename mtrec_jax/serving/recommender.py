@@ -84,9 +84,8 @@ class Recommender:
             `blocked` leave fewer: often so with a small catalogue.
           histories: instead of the stored ones, for each user the raw item ids, oldest first; or a
             mapping {"item": [...], "<history feature>": [...]}.
-          request: what is known of the moment, {"<request feature, or its column>": value}, such as
-            {"device": "phone", "time": datetime.datetime.now()}; for all users, or a list with one
-            each. What is left out is missing.
+          request: what is known of the moment, {"<request feature, or its column>": value}, for all
+            users, or a list with one each; what is left out is missing.
           allowed: raw item ids to choose from; None: the whole catalogue.
           blocked: raw item ids never to be shown.
           exclude_seen: leave out what the user's history holds.
@@ -113,14 +112,11 @@ class Recommender:
         if on_unknown == "error":
             self._refuse_unknown(users)
         tables = []
-        for start in range(0, len(users), BATCH):
+        for start in range(0, max(len(users), 1), BATCH):
             part = users[start : start + BATCH]
             fresh = None if histories is None else histories[start : start + BATCH]
             encoded = self._encoder.users(part, fresh, moments[start : start + BATCH])
             tables.append(self._recommend_batch(part, k, encoded, subset, exclude_seen))
-        if not tables:
-            encoded = self._encoder.users([], None, [])
-            tables = [self._recommend_batch([], k, encoded, subset, exclude_seen)]
         return Result(pa.concat_tables(tables))
 
     def recommend_all(
