@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
-from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
@@ -193,6 +192,8 @@ class Recommender:
         Raises:
           DataError: a missing file or column, or a cell that is no number where one is needed.
         """
+        from mtrec_jax.data.new_rows import encode_requests  # loads an engine
+
         arrays, data = encode_requests(self.prepared, rows), self.experiment.data
         n = len(arrays["user"])
         known = np.ones(n, bool)
@@ -400,6 +401,8 @@ def predict_file(recommender: Recommender, rows: str | Path) -> Result:
     config, manifest = recommender.experiment.data, recommender.prepared.manifest
     if not (config.user and config.item) or manifest.request_ids or manifest.request_numbers:
         return recommender.predict_rows(rows)
+    from mtrec_jax.data.new_rows import read_columns  # loads an engine
+
     table = read_columns(recommender.experiment, rows, [config.user, config.item])
     users, items = (table.column(c).to_pylist() for c in (config.user, config.item))
     return recommender.predict(users, items)
