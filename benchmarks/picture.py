@@ -1,7 +1,7 @@
 """The picture of the README: a run of the generated shop beside the best possible and a baseline.
 
-    mtrec run shop
-    python -m benchmarks.picture runs/shop docs/result.png
+mtrec run shop
+python -m benchmarks.picture runs/shop docs/result.png
 """
 
 from __future__ import annotations

@@ -116,10 +116,18 @@ def make_step(
             (old, state.optimizer, state.balance, state.sums),
         )
         kept = jax.tree.map(lambda a, b: jnp.where(is_good, a, b), after, before)
-        new = dict(zip(("params", "optimizer", "balance", "sums"), kept, strict=True))
-        new["params"] = packing.unpack(new["params"], state.params)
-        counted = _counted(state, is_good, config.not_finite == "stop")
-        return state._replace(**new, **counted, **stacks._asdict())
+        packed, optimizer_state, balance, sums = kept
+        step, bad = _counted(state, is_good, config.not_finite == "stop")
+        return TrainState(
+            params=packing.unpack(packed, state.params),
+            **stacks._asdict(),
+            optimizer=optimizer_state,
+            balance=balance,
+            key=state.key,
+            step=step,
+            sums=sums,
+            bad=bad,
+        )
 
     init = _initializer(experiment, model, mesh, dense, packing, balancer)
     shapes = jax.eval_shape(init, model.init(0), jax.random.key(0, impl="rbg"))
@@ -261,13 +269,13 @@ def _same(params: PyTree, like: PyTree = None) -> PyTree:
     return params
 
 
-def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> dict[str, jax.Array]:
+def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> tuple[jax.Array, jax.Array]:
     """The step that follows, and `bad`: the number of bad steps, and which was the first of them,
     or the last if none stops."""
     step = state.step + 1
     which = jnp.where(stops & (state.bad[0] > 0), state.bad[1], step)
     bad = jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, which]))
-    return {"step": step, "bad": bad}
+    return step, bad
 
 
 def _added(
