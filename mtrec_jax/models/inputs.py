@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -194,7 +195,7 @@ class SideFeatures(nnx.Module):
         embedded = len(self.group) * inputs.layout.width
         self.norm = layer_norm(embedded, dtype=dtype, rngs=rngs) if embedded else None
 
-    def __call__(self, batch: Batch, rows: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, batch: Batch, rows: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """[B, F] of the user, [B, P, F] of the moments; F may be 0."""
         part = getattr(batch, self.side)
         shape = batch.cutoff.shape[: 1 if self.side == "context" else 2]
