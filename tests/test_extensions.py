@@ -65,7 +65,7 @@ class CrossedTowers(nnx.Module):
         mask: Mapping[str, jax.Array],
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Logits are drawn to 0 where clicks are known; the tasks' own losses stay."""
-        total = sum(jnp.square(logits[task]) for task in self.tasks)
+        total = jnp.sum(jnp.stack([jnp.square(logits[task]) for task in self.tasks]), axis=0)
         return {"decay": (self.strength * total, mask["click"])}
 
 

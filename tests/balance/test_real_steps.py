@@ -97,6 +97,7 @@ def _direct(case: Case) -> Direct:
         wanted, shared = model.ids(batch, catalogue, keys[0]), encode(learned, given)
         _, fusing = model.losses(learned[0], shared, batch, catalogue, wanted, None)
         lottery = draw(keys[1], batch).lottery
+        assert model.fusion_loss is not None
         loss = model.fusion_loss(learned[0], shared, fusing, batch, wanted, lottery, case.mesh)
         return loss / model.weights(batch, lottery)["fusion"]
 
@@ -191,7 +192,7 @@ def test_pcgrad_projects_the_gradients_of_the_tasks_at_the_shared_representation
             return left
 
         orders = [itertools.permutations({0, 1, 2} - {task}) for task in range(3)]
-        sums = [
+        sums: list[Any] = [
             sum(projected(task, order) for task, order in enumerate(one))
             for one in itertools.product(*orders)
         ]
