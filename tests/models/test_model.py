@@ -178,7 +178,7 @@ def test_a_batch_looks_up_its_own_ids_and_no_others(sparse: Built) -> None:
         features = wanted.ids[f"{group}_features"]
         np.testing.assert_array_equal(features, ITEMS.ids[expected])
     # the tags, side by side after the segment, in a stack of their own
-    tags = examples.context["ids"][:, 1:]
+    tags = np.asarray(examples.context["ids"])[:, 1:]
     rows = sparse.addresses("tags", tags)
     np.testing.assert_array_equal(found["lazy_adam"]["context"], np.where(tags == 0, -1, rows))
     for side in ("context", "request"):

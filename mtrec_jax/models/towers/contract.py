@@ -44,5 +44,5 @@ class TowerOutput(NamedTuple):
     """What the towers say."""
 
     logits: dict[str, jax.Array]  # {task: [n], or [n, C]}
-    hidden: dict[str, jax.Array]  # {task: [n, H]}: for the fusion
+    hidden: dict[str, jax.Array]  # {task: [n, H]}: for the fusion; a task may have none
     diagnostics: dict[str, jax.Array]  # gates and similar, [n, ...], for people who look inside
