@@ -170,7 +170,7 @@ def _dropped(inputs: Inputs, ids: dict[str, jax.Array], key: jax.Array) -> dict[
         shares = [
             inputs.id_dropout.get(slots.place.name, 0.0)
             for slots in inputs.layout.groups[group]
-            for _ in range(slots.count)
+            for _ in range(slots.ids)
         ]
         if any(shares):
             least = np.array([min(round(s * 2**32), 2**32 - 1) for s in shares], np.uint32)

@@ -14,7 +14,7 @@ Serving, with the same layers: `items`, `users`, `score`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +95,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     ) -> Shared:
         layers = network(params)
         events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
-        states = layers.users(batch, rows, events, key)
-        return Shared(*map(jnp.asarray, states[:-1]), candidates, negatives)  # but for the cutoff
+        states: Any = layers.users(batch, rows, events, key)
+        return Shared(*states[:-1], candidates, negatives)  # but for the cutoff
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None
