@@ -31,7 +31,7 @@ from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.models.serve import load_catalogue
-from mtrec_jax.sharding import AXES, check_batch_size, check_mesh, make_mesh
+from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, check_mesh, make_mesh
 from mtrec_jax.tables.exchange import Buffers, BuffersOf
 from mtrec_jax.tables.layout import DENSE, Layout
 from mtrec_jax.train.loop import STEPS_IN_FLIGHT, exchange_buffers
@@ -55,7 +55,7 @@ class Collective(NamedTuple):
 
     how: str  # "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute"
     over: int  # devices that take part
-    count: int
+    times: int
     size: int  # bytes of the results on a device
 
     @property
@@ -191,10 +191,11 @@ def stored_bytes(
 
 def catalogue_shapes(experiment: Experiment, manifest: Manifest) -> Catalogue:
     """Shapes and types of the catalogue, which every device holds whole."""
-    sides = {"ids": manifest.item_ids, "numbers": manifest.item_numbers}
+    ids = sum(field.slots for field in manifest.item_ids)
+    numbers = sum(field.slots for field in manifest.item_numbers)
     one = {
-        name: np.zeros((1 + FIRST, sum(field.slots for field in fields)), np.int32)
-        for name, fields in sides.items()
+        "ids": np.zeros((1 + FIRST, ids), np.int32),
+        "numbers": np.zeros((1 + FIRST, numbers), np.int32),
     }
     made = make_catalogue(one, np.ones(1), 1, 0.0, experiment.train.precision)
     rows = manifest.items + FIRST
@@ -239,14 +240,12 @@ def _check_fits(
         return
     dense = [table for table in tables if table.stack == DENSE]
     largest = max(dense, key=lambda table: table.rows).name if dense else "NAME"
-    of_rows = (
-        f"more devices a table, at most 128 (train.mesh = {list(mesh)}), "
-        'train.row_precision = "bfloat16", a rule with small slots (rowwise_adagrad, sgd), '
-        "tables.NAME.hash_rows, model.width"
-    )
+    of_rows = [f"more devices a table (train.mesh = {list(mesh)})"] * (mesh[1] < ROW_MULTIPLE)
+    of_rows += ['train.row_precision = "bfloat16"'] * (experiment.train.row_precision == "same")
+    of_rows += ["a rule with small slots (rowwise_adagrad, sgd)", "tables.NAME.hash_rows"]
     of_dense = f'tables.{largest}.update = "sparse", model.width'
     ways = {
-        **dict.fromkeys(("tables", "slots", "scratch"), of_rows),
+        **dict.fromkeys(("tables", "slots", "scratch"), ", ".join(of_rows)),
         **dict.fromkeys(("dense parameters", "their optimizer"), of_dense),
         "catalogue": "fewer items or features of items, as each device has them all",
     }
@@ -316,7 +315,7 @@ def collectives_in(program: str, devices: int) -> tuple[Collective, ...]:
 
     >>> line = "%a = f32[8,2]{1,0} all-reduce(%b), replica_groups={{0,1},{2,3}}, to_apply=%add"
     >>> collectives_in(line, 4)
-    (Collective(how='all-reduce', over=2, count=1, size=64),)
+    (Collective(how='all-reduce', over=2, times=1, size=64),)
     """
     counted = re.findall(r'body=(%[^,]+),.*"known_trip_count":\{"n":"(\d+)"', program)
     runs, times = {body: int(n) for body, n in counted}, 1

@@ -54,7 +54,7 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     fields: dict[str, list[IdField | NumberField]] = {}
     for name, feature in chosen.items():
         fields.setdefault(feature.on, []).append(_field(name, feature, rooms[name]))
-    unknown = "0" * 16
+    unknown, given = "0" * 16, dict[str, Any](grouped(fields))
     return Manifest(
         format=FORMAT,
         name=experiment.name,
@@ -72,7 +72,7 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
         positions={"train": (experiment.data.positions or length) if length else 1},
         examples={"train": 0},
         targets={"train": 0},
-        **grouped(fields),
+        **given,
         tasks={
             name: TaskField(classes=tuple(map(str, range(rooms[name] if name in classes else 0))))
             for name in experiment.tasks
@@ -121,10 +121,8 @@ def batch_shapes(experiment: Experiment, manifest: Manifest) -> Batch:
     sizes = {"user": 1, "event_item": length}
     sizes |= dict.fromkeys(["row", "cutoff", "candidate"], positions)
     sizes |= {f"label_{task}": positions for task in m.tasks}
-    sizes |= {f"context_{f.name}": f.slots for f in (*m.context_ids, *m.context_numbers)}
-    sizes |= {
-        f"request_{f.name}": positions * f.slots for f in (*m.request_ids, *m.request_numbers)
-    }
+    sizes |= {f"context_{f.name}": f.slots for f in m.context_ids + m.context_numbers}
+    sizes |= {f"request_{f.name}": positions * f.slots for f in m.request_ids + m.request_numbers}
     sizes |= {f"event_{f.name}": length * f.slots for f in m.history}
     one = {name: np.zeros((1, size), np.int32) for name, size in sizes.items()}
     one["user"] = one["user"][:, 0]

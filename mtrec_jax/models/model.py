@@ -95,8 +95,9 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     ) -> Shared:
         layers = network(params)
         events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
-        states: Any = layers.users(batch, rows, events, key)
-        return Shared(*states[:-1], candidates, negatives)  # but for the cutoff
+        states = layers.users(batch, rows, events, key)
+        of_users = map(jnp.asarray, states[:-1])  # all but the cutoff
+        return Shared(*of_users, candidates, negatives)
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None

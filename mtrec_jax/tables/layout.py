@@ -52,7 +52,7 @@ class Slots(NamedTuple):
     """A table's ids in a group."""
 
     place: Place
-    ids: int  # of one look, side by side
+    ids: int  # ids side by side
 
     @property
     def lookups(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mtrec_jax.balance import Balancer
 from mtrec_jax.config import Experiment, Train
@@ -70,6 +71,7 @@ def make_step(
       buffers: sizes of the exchange of rows by stack, as `capacity.measured_buffers` gives them.
     """
     config, rules = experiment.train, row_rules(experiment.train)
+    devices = cast(Mesh, mesh)  # an abstract one never runs
     dense = optimizer or dense_optimizer(config, total_steps)
     packing = _Packing(_packed, _unpacked) if optimizer is None else _Packing(_same, _same)
     row_rate = learning_rate(config, config.row_learning_rate, total_steps)
@@ -80,12 +82,12 @@ def make_step(
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         wanted = model.ids(batch, catalogue, keys[0])
         stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
-        known = model.layout, stacks, state.scratch, wanted.ids, mesh, buffers or {}
+        known = model.layout, stacks, state.scratch, wanted.ids, devices, buffers or {}
         rows, ticket = lookup(*known)
         draws = draw(keys[1], batch)
         weights = model.weights(batch, draws.lottery)
         given = Given(state.params["network"], rows, batch, wanted, draws)
-        back = backward(model, given, catalogue, weights, config.accumulate, mesh)
+        back = backward(model, given, catalogue, weights, config.accumulate, devices)
         observed = jnp.stack([weights[n] > 0 for n in model.names])
         combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
         to_network, to_rows, fusion = back.finish(combined)
@@ -107,17 +109,25 @@ def make_step(
             is_good &= state.bad[0] == 0
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)  # of bfloat16 rows
         stacks = Updated(state.tables, state.slots, state.scratch, state.rounds)
-        taken = found.ticket, found.to_rows, row_rate(state.step), key, is_good, mesh
+        taken = found.ticket, found.to_rows, row_rate(state.step), key, is_good, devices
         stacks = update(model.layout, rules, stacks, *taken)
         after, before = (
             (params, optimizer_state, found.balance, _added(state.sums, found.sums)),
             (old, state.optimizer, state.balance, state.sums),
         )
         kept = jax.tree.map(lambda a, b: jnp.where(is_good, a, b), after, before)
-        new = dict(zip(("params", "optimizer", "balance", "sums"), kept, strict=True))
-        new["params"] = packing.unpack(new["params"], state.params)
-        counted = _counted(state, is_good, config.not_finite == "stop")
-        return state._replace(**new, **counted, **stacks._asdict())
+        packed, optimizer_state, balance, sums = kept
+        step, bad = _counted(state, is_good, config.not_finite == "stop")
+        return TrainState(
+            params=packing.unpack(packed, state.params),
+            **stacks._asdict(),
+            optimizer=optimizer_state,
+            balance=balance,
+            key=state.key,
+            step=step,
+            sums=sums,
+            bad=bad,
+        )
 
     init = _initializer(experiment, model, mesh, dense, packing, balancer)
     shapes = jax.eval_shape(init, model.init(0), jax.random.key(0, impl="rbg"))
@@ -259,13 +269,13 @@ def _same(params: PyTree, like: PyTree = None) -> PyTree:
     return params
 
 
-def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> dict[str, jax.Array]:
+def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> tuple[jax.Array, jax.Array]:
     """The step that follows, and `bad`: the number of bad steps, and which was the first of them,
     or the last if none stops."""
     step = state.step + 1
     which = jnp.where(stops & (state.bad[0] > 0), state.bad[1], step)
     bad = jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, which]))
-    return {"step": step, "bad": bad}
+    return step, bad
 
 
 def _added(

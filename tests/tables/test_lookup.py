@@ -74,7 +74,7 @@ def test_rows_and_gradients_are_those_of_plain_gathers(shape: tuple[int, int]) -
         scratch = new_scratch({s: t for s, t in stacks.items() if s != DENSE})
         rows, ticket = lookup(LAYOUT, stacks, scratch, ids, mesh, {})
         tables = {s: t for s, t in stacks.items() if s != DENSE}
-        state = Updated(tables, {s: () for s in tables}, scratch, jnp.int32(0))
+        state = Updated(tables, {stack: {} for stack in tables}, scratch, jnp.int32(0))
         rules, key = {"sgd": sgd()}, jax.random.key(0)
         found = update(LAYOUT, rules, state, ticket, slopes, RATE, key, wanted, mesh)
         return rows, dense_gradient(LAYOUT, ticket, slopes), found.tables
