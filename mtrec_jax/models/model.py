@@ -95,9 +95,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     ) -> Shared:
         layers = network(params)
         events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
-        states = layers.users(batch, rows, events, key)
-        of_users = map(jnp.asarray, states[:-1])  # all but the cutoff
-        return Shared(*of_users, candidates, negatives)
+        states: Any = layers.users(batch, rows, events, key)
+        return Shared(*states[:-1], candidates, negatives)  # all of them but the cutoff
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None
