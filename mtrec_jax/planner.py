@@ -140,7 +140,6 @@ def plan(
         prepared = prepared.chosen(experiment)
         manifest = resized(prepared.manifest, rows)
     model = make_model(experiment, manifest)
-    # batches say nothing of tables of other sizes
     buffers = {} if prepared is None or rows else _measured(experiment, prepared, model, abstract)
     state = make_step(experiment, model, abstract, 1).abstract
     tables = tuple(_tables(experiment, model.layout, state, mesh[1]))
@@ -163,7 +162,8 @@ def plan(
 def _measured(
     experiment: Experiment, prepared: Prepared, model: Model, mesh: AbstractMesh
 ) -> BuffersOf:
-    """Buffers of the exchange as training would measure them on its first batches."""
+    """Buffers of the exchange as training would measure them on its first batches, which say
+    nothing of tables of other sizes."""
     config = experiment.train
     source = BatchSource(prepared, "train", config.batch_size, config.seed, 1, config.precision)
     return exchange_buffers(model, load_catalogue(prepared, experiment), source, mesh, config.seed)

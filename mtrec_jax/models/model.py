@@ -14,7 +14,7 @@ Serving, with the same layers: `items`, `users`, `score`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +95,9 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     ) -> Shared:
         layers = network(params)
         events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
-        states: Any = layers.users(batch, rows, events, key)
-        return Shared(*states[:-1], candidates, negatives)  # all of them but the cutoff
+        states = layers.users(batch, rows, events, key)
+        of_users = tuple(map(jnp.asarray, states[:-1]))  # all but the cutoff
+        return Shared._make((*of_users, candidates, negatives))
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None

@@ -119,7 +119,7 @@ class Network(nnx.Module):
         b, p, d = states.vectors.shape
         n = b * p
         context = jnp.broadcast_to(states.context[:, None], (b, p, states.context.shape[1]))
-        context, request = (jnp.asarray(x).reshape(n, -1) for x in (context, states.request))
+        context, request = context.reshape(n, -1), jnp.asarray(states.request).reshape(n, -1)
         user = item = jnp.zeros((n, 0), self.dtype)
         parts, logits = [context, request], {}
         if self.inputs.has_items and candidates is not None:
@@ -181,8 +181,8 @@ def tower_sizes(config: ModelConfig, inputs: Inputs) -> TowerSizes:
 def _hidden_size(towers: nnx.Module, sizes: TowerSizes, dtype: jnp.dtype) -> int:
     """H of the towers' hidden vectors, from an abstract pass; 1 where they give none."""
     widths = sizes.inputs, sizes.context, sizes.request, sizes.width, sizes.width
-    given: Any = TowerInput._make(jax.ShapeDtypeStruct((1, width), dtype) for width in widths)
-    found = nnx.eval_shape(lambda towers, given: towers(given), towers, given)
+    shapes: list[Any] = [jax.ShapeDtypeStruct((1, width), dtype) for width in widths]
+    found = nnx.eval_shape(lambda towers, given: towers(given), towers, TowerInput(*shapes))
     return next((hidden.shape[-1] for hidden in found.hidden.values()), 1)
 
 

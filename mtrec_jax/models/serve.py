@@ -107,8 +107,9 @@ def make_serving(
         known: Catalogue, params: PyTree, tables: Tables, vectors: Array, batch: Batch
     ) -> UserStates:
         wanted = model.ids(batch, known, None).ids
-        users_sides = ("context", "request", "history")
-        sides = {group: ids for group, ids in wanted.items() if group in users_sides}
+        sides: dict[str, jax.Array] = {
+            group: wanted[group] for group in ("context", "request", "history") if group in wanted
+        }
         rows = fetch(model.layout, _stacks(params, tables), sides)
         none = jnp.zeros((batch.user.shape[0], 0, vectors.shape[1]), vectors.dtype)
         past = batch.events.get("item")

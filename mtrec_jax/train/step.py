@@ -77,26 +77,7 @@ def make_step(
     row_rate = learning_rate(config, config.row_learning_rate, total_steps)
     balancer = _balancer(experiment, model)
 
-    def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
-        """Lookup, losses, and their gradients combined."""
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        wanted = model.ids(batch, catalogue, keys[0])
-        stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
-        known = model.layout, stacks, state.scratch, wanted.ids, devices, buffers or {}
-        rows, ticket = lookup(*known)
-        draws = draw(keys[1], batch)
-        weights = model.weights(batch, draws.lottery)
-        given = Given(state.params["network"], rows, batch, wanted, draws)
-        back = backward(model, given, catalogue, weights, config.accumulate, devices)
-        observed = jnp.stack([weights[n] > 0 for n in model.names])
-        combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
-        to_network, to_rows, fusion = back.finish(combined)
-        to_params = {"network": to_network}
-        if DENSE in state.params:
-            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
-        means = [*combined.losses, *[fusion] * model.fuses]
-        sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
-        return Found(sums, to_params, to_rows, ticket, balance)
+    find = _finder(experiment, model, devices, balancer, buffers or {})
 
     def step(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         """`find`, and the update of the dense parameters and of the touched rows."""
@@ -139,6 +120,35 @@ def make_step(
         update=jax.jit(step, donate_argnums=0, out_shardings=shardings),
         inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, find))),
     )
+
+
+def _finder(
+    experiment: Experiment, model: Model, mesh: Mesh, balancer: Balancer, buffers: BuffersOf
+) -> Callable[[TrainState, Batch, Catalogue], Found]:
+    """The first half of a step."""
+
+    def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
+        """Lookup, losses, and their gradients combined."""
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        wanted = model.ids(batch, catalogue, keys[0])
+        stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
+        known = model.layout, stacks, state.scratch, wanted.ids, mesh, buffers
+        rows, ticket = lookup(*known)
+        draws = draw(keys[1], batch)
+        weights = model.weights(batch, draws.lottery)
+        given = Given(state.params["network"], rows, batch, wanted, draws)
+        back = backward(model, given, catalogue, weights, experiment.train.accumulate, mesh)
+        observed = jnp.stack([weights[n] > 0 for n in model.names])
+        combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
+        to_network, to_rows, fusion = back.finish(combined)
+        to_params = {"network": to_network}
+        if DENSE in state.params:
+            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
+        means = [*combined.losses, *[fusion] * model.fuses]
+        sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
+        return Found(sums, to_params, to_rows, ticket, balance)
+
+    return find
 
 
 def model_shapes(experiment: Experiment, model: Model) -> tuple[PyTree, dict[str, Any]]:
