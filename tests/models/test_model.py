@@ -333,7 +333,7 @@ def test_losses_that_towers_bring_stand_in_the_place_of_the_tasks_own() -> None:
         shared = model.encode(params, rows, examples, ITEMS, wanted, None)
         sums, _ = model.losses(params, shared, examples, ITEMS, wanted, None)
         logits = model.score(params, states_of(shared, examples), shared.candidates).logits
-        return sums, model.weights(examples, examples.weight), logits
+        return sums, model.weights(examples, jnp.asarray(examples.weight)), logits
 
     sums, weights, logits = run(examples)
     p, q = (1 / (1 + np.exp(-np.asarray(logits[t], np.float64))) for t in ("click", "buy"))
