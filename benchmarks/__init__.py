@@ -25,7 +25,7 @@ from typing import Any
 
 QUESTIONS = (
     *("topk", "softmax", "rank", "everyone", "table_step", "chaos"),
-    *("input", "prepare", "engines", "shop", "social", "first_result"),
+    *("input", "prepare", "engines", "shop", "social", "requests", "first_result"),
 )
 COMPARED = (
     *("jax", "jaxlib", "numpy", "optax", "scikit-learn", "faiss-cpu", "torch", "implicit"),

@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="prepare, first_result: where files go; the latter keeps them"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="social: other shops than (505, 606)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="social, requests: other shops than (505, 606)"
+    )
     parser.add_argument("--against", metavar="COMMIT", help="first_result: beside this commit")
     parser.add_argument("--only", type=lambda text: text.split(","), help="first_result: help,fit")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the contestant's side

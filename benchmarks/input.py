@@ -97,7 +97,7 @@ def _write(
     folder.mkdir()
     write_examples(folder / "train.parquet", blocks())
     names = make(np.random.default_rng(0), 1)
-    fields: dict[str, tuple[IdField | NumberField, ...]] = {
+    fields: dict[str, Any] = {
         "request_ids": _ids(NOMINAL) if "request_0" in names else (),
         "request_numbers": tuple(
             NumberField(name=f"x{i}", mean=0, std=1) for i in range(NUMBERS) if "request_0" in names
@@ -154,12 +154,12 @@ def _passes(prepared: Any, rounds: int) -> dict[str, list[float]]:
 def _training(name: str, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Rate of training over that of its step on one batch: by the clock, and by processor time."""
     import jax
-    from mtrec_jax.evaluation.inference import load_catalogue
 
     from mtrec_jax.data.pipeline import BatchSource, training_batches
     from mtrec_jax.data.prepare import prepare
     from mtrec_jax.experiments import load_experiment
     from mtrec_jax.models.model import make_model
+    from mtrec_jax.models.serve import load_catalogue
     from mtrec_jax.sharding import make_mesh, put_batch, replicate
     from mtrec_jax.train.loop import STEPS_IN_FLIGHT
     from mtrec_jax.train.step import make_step
@@ -169,12 +169,12 @@ def _training(name: str, folder: Path, rounds: int) -> dict[str, list[float]]:
     mesh, model = make_mesh(), make_model(experiment, prepared.manifest)
     catalogue = replicate(load_catalogue(prepared, experiment), mesh)
     total = (2 * rounds + 2) * STEPS
-    step = make_step(experiment, prepared.manifest, model, mesh, total)
+    step = make_step(experiment, model, mesh, total)
     batches = training_batches(
         BatchSource(prepared, "train", experiment.train.batch_size, seed=0, epochs=total)
     )
     repeated = put_batch(next(batches), mesh)
-    state = step.init(jax.random.key(0, impl="rbg"))
+    state = step.init(0)
 
     def run(draw: Callable[[], Any]) -> tuple[float, float]:
         nonlocal state

@@ -46,7 +46,7 @@ def one_shop(folder: Path, seed: int, settings: tuple[str, ...] = ()) -> list[di
         "with": (experiment, {}),
         "shuffled": (experiment, shuffled(raw, np.random.default_rng(seed))),
     }
-    best = {"without": truth["social"]["without"]["both"], "with": truth["best"]["click"]["auc"]}
+    best = {"without": truth["social"]["without"]["all"], "with": truth["best"]["click"]["auc"]}
     results, base = [], None
     for name, (contestant, tables) in contestants.items():
         users, labels, scores = validation_clicks(contestant, folder, name, tables)
@@ -86,33 +86,38 @@ def validation_clicks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """User, click and score of every validation row of a trained model, in the order of rows."""
     from mtrec_jax.data.prepare import prepare
+
+    prepared = prepare(experiment, folder / "raw", folder / f"{name}-prepared", tables)
+    order = np.argsort(prepared.interactions("validation")["row"])
+    user, label, score = measured_clicks(experiment, prepared, folder / f"{name}-run")
+    return user[order], label[order], score[order]
+
+
+def measured_clicks(
+    experiment: Experiment, prepared: Any, folder: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """User, click and score of every validation row of a trained model, in file order."""
     from mtrec_jax.evaluation.collect import collect
-    from mtrec_jax.evaluation.inference import prepared_inference
+    from mtrec_jax.models.serve import prepared_serving
     from mtrec_jax.train.loop import train
     from mtrec_jax.train.run import load_best
 
-    prepared = prepare(experiment, folder / "raw", folder / f"{name}-prepared", tables)
-    run = train(experiment, prepared, folder / f"{name}-run", show_progress=False)
-    params, tables_, _ = load_best(run)
-    inference = prepared_inference(experiment, prepared)
-    found = collect(experiment, prepared, inference, params, tables_, "validation", orders=False)
-    order = np.argsort(prepared.interactions("validation")["row"])
-    return found.user[order], found.labels["click"][order], found.logits["click"][order]
+    run = train(experiment, prepared, folder, show_progress=False)
+    params, tables, _ = load_best(run)
+    serving = prepared_serving(run.experiment, run.prepared)
+    found = collect(run.experiment, run.prepared, serving, params, tables, "validation", False)
+    return found.user, found.labels["click"], found.logits["click"]
 
 
 def gained(
     users: np.ndarray, labels: np.ndarray, scores: np.ndarray, base: np.ndarray
 ) -> tuple[float, float, float]:
     """AUC of `scores` above that of `base`, and the ends of its 95 % interval over users."""
-    from mtrec_jax.evaluation.metrics import auc_statistic
+    from mtrec_jax.evaluation.metrics import auc_statistic, bootstrap_interval
 
     ours, theirs = auc_statistic(labels, scores), auc_statistic(labels, base)
-    people, who = np.unique(users, return_inverse=True)
-    rng = np.random.default_rng(0)
-    gains = []
-    for _ in range(RESAMPLES):
-        weights = rng.multinomial(len(people), np.full(len(people), 1 / len(people)))[who]
-        gains.append(ours(weights) - theirs(weights))
-    ones = np.ones(len(users))
-    low, high = np.quantile(gains, [0.025, 0.975])
-    return ours(ones) - theirs(ones), float(low), float(high)
+
+    def gain(weights: np.ndarray) -> float:
+        return ours(weights) - theirs(weights)
+
+    return gain(np.ones(len(users))), *bootstrap_interval(gain, users, RESAMPLES)

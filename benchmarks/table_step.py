@@ -84,9 +84,11 @@ def _ours(name: str, dedup: bool = True) -> Callable[[Problem], Call]:
         import jax.numpy as jnp
         import optax
 
-        from mtrec_jax.tables.layout import gather
+        from mtrec_jax.tables.lookup import gather
+        from mtrec_jax.tables.rules import RULES
+        from mtrec_jax.tables.update import apply_rows
 
-        rule, adam = getattr(sparse, name)(), optax.adam(1e-3)
+        rule, adam = RULES[name](), optax.adam(1e-3)
         dense = _layers(jnp)
         table = jnp.array(_rows(problem.size))
         state: Any = dense, adam.init(dense), table, rule.init(table)
@@ -111,7 +113,7 @@ def _ours(name: str, dedup: bool = True) -> Callable[[Problem], Call]:
             dense = optax.apply_updates(dense, updates)
             flat, grads = address.reshape(-1), to_rows.reshape(-1, _WIDTH)
             if dedup:
-                table, slots, scratch = sparse.apply_rows(
+                table, slots, scratch = apply_rows(
                     rule, table, slots, scratch, flat, grads, _RATE, rows=rows.reshape(-1, _WIDTH)
                 )
             else:

@@ -135,7 +135,7 @@ def parse_bytes(name: str, text: str) -> float:
     return value
 
 
-def bytes_text(size: float) -> str:
+def bytes_text(size: float | int) -> str:
     """Bytes with a unit, in three digits.
 
     >>> bytes_text(1.5e9), bytes_text(999), bytes_text(0)

@@ -25,7 +25,7 @@ def built_in_names() -> list[str]:
     """Names of the experiments that come with the package.
 
     >>> built_in_names()
-    ['census-income', 'ml-1m', 'shop', 'shop-social']
+    ['census-income', 'ml-1m', 'shop', 'shop-requests', 'shop-social']
     """
     folder = resources.files("mtrec_jax") / "configs"
     return sorted(
@@ -86,7 +86,8 @@ def load_experiment(
             names[key] = value
         else:
             set_key(values, key, value)
-    experiment = parse_experiment(values, str(config), extensions)
+    experiment = _read(values, str(config), extensions)
+    check(experiment, trained=not names)  # the model need only suit what is chosen
     return chosen(experiment, **names) if choose and names else experiment
 
 
@@ -98,6 +99,12 @@ def parse_experiment(
     Raises:
       ConfigError: as `load_experiment`; `where` opens the message.
     """
+    experiment = _read(values, where, extensions)
+    check(experiment)
+    return experiment
+
+
+def _read(values: Mapping[str, Any], where: str, extensions: Iterable[type]) -> Experiment:
     if not isinstance(values, Mapping):
         kind = type(values).__name__
         raise ConfigError(f"{where}: {shown(values)} is a {kind}, not a mapping of sections")
@@ -106,9 +113,8 @@ def parse_experiment(
     # equal rows without a user are different cases, equal events of a user one written twice
     if tables and not data.get("user") and not clean.get("duplicate_columns"):
         values = {**values, "clean": {"duplicates": "keep", **clean}}
-    experiment = choices.read(Experiment, values, where, extensions)
-    check(experiment)
-    return experiment
+    found: Experiment = choices.read(Experiment, values, where, extensions)
+    return found
 
 
 def cut(override: str) -> tuple[str, Any]:
@@ -207,14 +213,17 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
     return found
 
 
-def check(experiment: Experiment) -> None:
-    """Raise `ConfigError` for combinations that types alone cannot forbid."""
+def check(experiment: Experiment, trained: bool = True) -> None:
+    """Raise `ConfigError` for combinations that types alone cannot forbid.
+
+    `trained=False` leaves out what concerns the model: tasks and features are still to be chosen.
+    """
     e = experiment
     problems = [
         *_names(e), *_data(e), *_clean(e), *_split(e), *_features(e), *_tables(e), *_tasks(e),
-        *_model(e),
+        *(_model(e) if trained else ()),
     ]  # fmt: skip
-    if not problems:
+    if trained and not problems:
         problems += _selection(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))

@@ -9,16 +9,14 @@ exchanged from XLA's account of the compiled program.
 
 from __future__ import annotations
 
-import json
 import math
+import multiprocessing
 import os
-import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,27 +25,18 @@ from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.arguments import bytes_text
 from mtrec_jax.config import Experiment, table_of
-from mtrec_jax.data.dataset import (
-    FIELDS,
-    FORMAT,
-    IdField,
-    Manifest,
-    NumberField,
-    Prepared,
-    SplitInfo,
-    TaskField,
-)
-from mtrec_jax.data.features import Feature, Text
-from mtrec_jax.data.pipeline import BatchSource, to_batch
-from mtrec_jax.errors import ConfigError, nearest
+from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, resized
+from mtrec_jax.data.dataset import Manifest, Prepared
+from mtrec_jax.data.pipeline import BatchSource
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.models.serve import load_catalogue
-from mtrec_jax.sharding import AXES, check_batch_size, check_mesh, make_mesh
+from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, check_mesh, make_mesh
 from mtrec_jax.tables.exchange import Buffers, BuffersOf
 from mtrec_jax.tables.layout import DENSE, Layout
 from mtrec_jax.train.loop import STEPS_IN_FLIGHT, exchange_buffers
 from mtrec_jax.train.step import make_step
-from mtrec_jax.types import FIRST, Batch, Catalogue, PyTree, TrainState
+from mtrec_jax.types import FIRST, Catalogue, PyTree, TrainState
 
 
 class Table(NamedTuple):
@@ -66,11 +55,11 @@ class Collective(NamedTuple):
 
     how: str  # "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute"
     over: int  # devices that take part
-    count: int
+    times: int
     size: int  # bytes of the results on a device
 
     @property
-    def sent(self) -> float:
+    def sent(self) -> float | int:
         """Bytes that a device sends, by the ring algorithms.
 
         >>> Collective("all-reduce", 4, 1, 100).sent
@@ -95,12 +84,12 @@ class DevicePlan:
 
     experiment: Experiment
     mesh: tuple[int, int]  # devices on ("data", "table")
-    device_memory: float
+    device_memory: float | int
     tables: tuple[Table, ...]
     memory: dict[str, int]  # {what: bytes}
     collectives: tuple[Collective, ...]
     buffers: dict[str, Buffers]  # of the exchange by stack, measured on the run's first batches;
-    # {}: nothing is split, or there are no batches, and most ids count as distinct
+    # {}: no table is split, or there are no batches: all ids count as distinct
 
     @property
     def bytes(self) -> int:
@@ -113,9 +102,12 @@ def plan(
     devices: int = 0,
     prepared: Prepared | None = None,
     rows: Mapping[str, int] | None = None,
-    device_memory: float = 80e9,
+    device_memory: float | int = 80e9,
 ) -> DevicePlan:
     """Plan a run on devices that need not be here.
+
+    Where there are fewer here, a process with virtual ones compiles the step: a script calls this
+    below `if __name__ == "__main__":`.
 
     Args:
       experiment: what is to be trained; `train.mesh` says how many devices share a table.
@@ -148,12 +140,7 @@ def plan(
         prepared = prepared.chosen(experiment)
         manifest = resized(prepared.manifest, rows)
     model = make_model(experiment, manifest)
-    buffers: BuffersOf = {}
-    if prepared and not rows and mesh[1] > 1:  # batches say nothing of tables of other sizes
-        config = experiment.train
-        source = BatchSource(prepared, "train", config.batch_size, config.seed, 1, config.precision)
-        items = load_catalogue(prepared, experiment)
-        buffers = exchange_buffers(model, items, source, abstract, config.seed)
+    buffers = {} if prepared is None or rows else _measured(experiment, prepared, model, abstract)
     state = make_step(experiment, model, abstract, 1).abstract
     tables = tuple(_tables(experiment, model.layout, state, mesh[1]))
     memory = stored_bytes(experiment, manifest, state, math.prod(mesh))
@@ -170,6 +157,16 @@ def plan(
         collectives=compiled.collectives,
         buffers=buffers,
     )
+
+
+def _measured(
+    experiment: Experiment, prepared: Prepared, model: Model, mesh: AbstractMesh
+) -> BuffersOf:
+    """Buffers of the exchange as training would measure them on its first batches, which say
+    nothing of tables of other sizes."""
+    config = experiment.train
+    source = BatchSource(prepared, "train", config.batch_size, config.seed, 1, config.precision)
+    return exchange_buffers(model, load_catalogue(prepared, experiment), source, mesh, config.seed)
 
 
 def stored_bytes(
@@ -190,6 +187,20 @@ def stored_bytes(
         "catalogue": _on_device(catalogue_shapes(experiment, manifest)),
         "batches": STEPS_IN_FLIGHT * _on_device(batch) // devices,
     }
+
+
+def catalogue_shapes(experiment: Experiment, manifest: Manifest) -> Catalogue:
+    """Shapes and types of the catalogue, which every device holds whole."""
+    ids = sum(field.slots for field in manifest.item_ids)
+    numbers = sum(field.slots for field in manifest.item_numbers)
+    one = {
+        "ids": np.zeros((1 + FIRST, ids), np.int32),
+        "numbers": np.zeros((1 + FIRST, numbers), np.int32),
+    }
+    made = make_catalogue(one, np.ones(1), 1, 0.0, experiment.train.precision)
+    rows = manifest.items + FIRST
+    shapes = [jax.ShapeDtypeStruct((rows, *part.shape[1:]), part.dtype) for part in made]
+    return Catalogue(*shapes)  # type: ignore[arg-type]
 
 
 def _on_device(tree: PyTree) -> int:
@@ -221,30 +232,29 @@ def _check_fits(
     mesh: tuple[int, int],
     memory: dict[str, int],
     tables: Sequence[Table],
-    device_memory: float,
+    device_memory: float | int,
 ) -> None:
     """Raise `ConfigError` with the numbers, and with the settings that would change them."""
     needed, devices = sum(memory.values()), math.prod(mesh)
     if needed <= device_memory:
         return
-    largest = max(memory, key=lambda part: memory[part])
-    if largest in ("tables", "slots", "scratch"):
-        ways = [f"more devices for a table (train.mesh = {list(mesh)})"] * (mesh[1] < 128)
-        ways += ['train.row_precision = "bfloat16"'] * (experiment.train.row_precision == "same")
-        ways += ['rule = "rowwise_adagrad" or "sgd" of the large tables, which have small slots']
-        ways += ["tables.NAME.hash_rows", "a smaller model.width"]
-    elif largest in ("dense parameters", "their optimizer"):
-        dense = [table for table in tables if table.stack == DENSE]
-        name = max(dense, key=lambda table: table.rows).name if dense else "NAME"
-        ways = [f'tables.{name}.update = "sparse"', "a smaller model.width"]
-    elif largest == "catalogue":
-        ways = ["fewer items or features of items: each device has them all"]
-    else:
-        ways = ["a smaller train.batch_size", "train.accumulate", "more devices"]
+    dense = [table for table in tables if table.stack == DENSE]
+    largest = max(dense, key=lambda table: table.rows).name if dense else "NAME"
+    of_rows = [f"more devices a table (train.mesh = {list(mesh)})"] * (mesh[1] < ROW_MULTIPLE)
+    of_rows += ['train.row_precision = "bfloat16"'] * (experiment.train.row_precision == "same")
+    of_rows += ["a rule with small slots (rowwise_adagrad, sgd)", "tables.NAME.hash_rows"]
+    of_dense = f'tables.{largest}.update = "sparse", model.width'
+    ways = {
+        **dict.fromkeys(("tables", "slots", "scratch"), ", ".join(of_rows)),
+        **dict.fromkeys(("dense parameters", "their optimizer"), of_dense),
+        "catalogue": "fewer items or features of items, as each device has them all",
+    }
     parts = ", ".join(f"{what} {bytes_text(size)}" for what, size in memory.items() if size)
+    way = ways.get(max(memory, key=lambda part: memory[part]))
     raise ConfigError(
         f"{experiment.name} needs {bytes_text(needed)} on each of {devices} devices, which have "
-        f"{bytes_text(device_memory)}: {parts}. What would matter: {'; '.join(ways)}"
+        f"{bytes_text(device_memory)}: {parts}. What matters here: "
+        f"{way or 'train.batch_size, train.accumulate, more devices'}"
     )
 
 
@@ -267,7 +277,9 @@ def compiled_step(
     lowered = step.update.lower(step.abstract, batch, catalogue)  # type: ignore[attr-defined]
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
-    return Compiled(int(memory.temp_size_in_bytes), collectives_in(compiled.as_text(), devices.size))
+    return Compiled(
+        int(memory.temp_size_in_bytes), collectives_in(compiled.as_text(), devices.size)
+    )
 
 
 def _compiled(
@@ -277,39 +289,22 @@ def _compiled(
     devices, given = math.prod(mesh), (experiment, manifest, mesh, buffers)
     if devices <= jax.device_count():
         return compiled_step(*given)
-    count = "--xla_force_host_platform_device_count"
-    flags = re.sub(rf"{count}=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    virtual = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} {count}={devices}",
-        "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", "from mtrec_jax import planner; planner.answer()"],
-        input=pickle.dumps(given),
-        env=os.environ | virtual,
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise ConfigError(
-            f"the step could not be compiled over {devices} virtual devices: {said[-1]}. Classes "
-            "of your own have to be in a module that can be imported"
-        )
-    working, collectives = json.loads(done.stdout.splitlines()[-1])
-    return Compiled(working, tuple(Collective(*each) for each in collectives))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, _use_virtual_devices, (devices,)) as pool:
+        return pool.submit(compiled_step, *given).result()
 
 
-def answer() -> None:
-    """What the process with virtual devices does: read a step, print XLA's account of it."""
-    print(json.dumps(compiled_step(*pickle.load(sys.stdin.buffer))))
+def _use_virtual_devices(count: int) -> None:
+    """Before JAX has looked for devices."""
+    name = "--xla_force_host_platform_device_count"
+    flags = re.sub(rf"{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{flags} {name}={count}"
+    jax.config.update("jax_platforms", "cpu")
 
 
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\("
 )
-_BITS = re.compile(r"\d+")
 
 
 def collectives_in(program: str, devices: int) -> tuple[Collective, ...]:
@@ -320,7 +315,7 @@ def collectives_in(program: str, devices: int) -> tuple[Collective, ...]:
 
     >>> line = "%a = f32[8,2]{1,0} all-reduce(%b), replica_groups={{0,1},{2,3}}, to_apply=%add"
     >>> collectives_in(line, 4)
-    (Collective(how='all-reduce', over=2, count=1, size=64),)
+    (Collective(how='all-reduce', over=2, times=1, size=64),)
     """
     counted = re.findall(r'body=(%[^,]+),.*"known_trip_count":\{"n":"(\d+)"', program)
     runs, times = {body: int(n) for body, n in counted}, 1
@@ -337,7 +332,7 @@ def collectives_in(program: str, devices: int) -> tuple[Collective, ...]:
             arrays = arrays[len(arrays) // 2 :]  # what it is given comes first
         over = _group_size(line, devices)
         if over > 1:
-            size = sum(_itemsize(kind) * math.prod(_integers(dims)) for kind, dims in arrays)
+            size = sum(_bytes_of(kind, _integers(shape)) for kind, shape in arrays)
             count, total = found.get((how, over), (0, 0))
             found[how, over] = count + times, total + times * size
     return tuple(Collective(*kind, *sums) for kind, sums in sorted(found.items()))
@@ -355,137 +350,7 @@ def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def _itemsize(kind: str) -> int:
-    """Bytes of a number: "bf16" -> 2, "pred" -> 1."""
-    bits = _BITS.search(kind)
-    return max(1, int(bits[0]) // 8) if bits else 1
-
-
-# --- Data that is not there
-
-
-def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifest:
-    """The manifest of an experiment whose data has not been prepared, as far as shapes need it.
-
-    Args:
-      experiment: says which features, tasks and positions there are.
-      rows: {feature: values}, "item": trained items, and for a multiclass task its classes. What
-        the configuration fixes (hashed, binned, hours, capacities) need not be named.
-
-    Raises:
-      ConfigError: a size is missing, or belongs to nothing.
-    """
-    length, has_items = experiment.data.length, bool(experiment.data.item)
-    classes = [name for name, task in experiment.tasks.items() if task.kind == "multiclass"]
-    chosen = {n: f for n, f in experiment.features.items() if not isinstance(f, Text)}
-    _check_names(rows, [*["item"] * has_items, *chosen, *classes])
-    sizes = {n: rows.get(n) or f.room or _room(experiment, n) for n, f in chosen.items()}
-    sizes |= {"item": rows.get("item") or _room(experiment, "item")} if has_items else {}
-    sizes |= {name: rows.get(name, 0) for name in classes}
-    missing = [name for name, size in sizes.items() if not size]
-    if missing:
-        raise ConfigError(
-            f"the sizes of {', '.join(missing)} are not known without prepared data: give them, "
-            f"as in --rows {missing[0]}=1e6, or name a prepared folder with --prepared"
-        )
-    fields: dict[str, tuple[Any, ...]] = {}
-    for name, feature in chosen.items():
-        kind = "_numbers" if feature.gives_numbers else "_ids"
-        group = "history" if feature.on == "history" else feature.on + kind
-        fields[group] = (*fields.get(group, ()), _field(name, feature, sizes[name]))
-    counts = dict.fromkeys(("users", "events", "quarantined"), 0)
-    unknown = "0" * 16
-    return Manifest(
-        format=FORMAT,
-        name=experiment.name,
-        protocol="assumed from table sizes",
-        fingerprint=unknown,
-        cleaned=unknown,
-        config={},
-        items=sizes.get("item", 0),
-        trained_items=sizes.get("item", 0),
-        split=SplitInfo(kind=experiment.split.kind, seed=0, sizes={}, fingerprint=unknown),
-        history_length=length,
-        examples={"train": 0},
-        positions={"train": (experiment.data.positions or length) if length else 1},
-        targets={"train": 0},
-        tasks={
-            name: TaskField(classes=tuple(map(str, range(sizes.get(name, 0) * (name in classes)))))
-            for name in experiment.tasks
-        },
-        **counts,
-        **fields,
-    )
-
-
-def resized(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
-    """A manifest with other table sizes.
-
-    Raises:
-      ConfigError: a size belongs to nothing.
-    """
-    groups = {name: getattr(manifest, name) for name in FIELDS if not name.endswith("numbers")}
-    _check_names(
-        rows, ["item"] * bool(manifest.items) + [f.name for of in groups.values() for f in of]
-    )
-    changed: dict[str, Any] = {
-        group: tuple(replace(f, size=FIRST + rows[f.name]) if f.name in rows else f for f in of)
-        for group, of in groups.items()
-    }
-    if "item" in rows:
-        changed |= {"items": rows["item"], "trained_items": rows["item"], "item_values": 0}
-    return replace(manifest, **changed)
-
-
-def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
-    for name, size in rows.items():
-        if name not in known:
-            raise ConfigError(
-                f"--rows {name}: no such table; there are {', '.join(known)}.{nearest(name, known)}"
-            )
-        if size < 1:
-            raise ConfigError(f"--rows {name}={size}: at least one row")
-
-
-def _room(experiment: Experiment, name: str) -> int:
-    """Values that a table has room for, where the configuration says so."""
-    table = table_of(experiment, name)
-    return table.hash_rows or table.capacity
-
-
-def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:
-    if feature.gives_numbers:
-        return NumberField(name=name, mean=0.0, std=1.0, slots=values + (feature.impute == "own"))
-    return IdField(name=name, size=FIRST + values, slots=getattr(feature, "max_values", 1))
-
-
-def batch_shapes(experiment: Experiment, manifest: Manifest) -> Batch:
-    """Shapes and types of a training batch, as devices hold it."""
-    m, config = manifest, experiment.train
-    positions, length = m.positions["train"], m.history_length
-    whole = {"user": (), "row": (positions,), "cutoff": (positions,), "candidate": (positions,)}
-    shapes: dict[str, tuple[int, ...]] = whole | {"event_item": (length,)}
-    shapes |= {f"label_{task}": (positions,) for task in m.tasks}
-    shapes |= {f"context_{f.name}": (f.slots,) for f in (*m.context_ids, *m.context_numbers)}
-    shapes |= {
-        f"request_{f.name}": (positions * f.slots,) for f in (*m.request_ids, *m.request_numbers)
-    }
-    shapes |= {f"event_{f.name}": (length * f.slots,) for f in m.history}
-    one = {name: np.zeros((1, *shape), np.int32) for name, shape in shapes.items()}
-    return _shapes(to_batch(one, m, config.precision)._replace(row=None), config.batch_size)
-
-
-def catalogue_shapes(experiment: Experiment, manifest: Manifest) -> Catalogue:
-    """Shapes and types of the catalogue, which every device holds whole."""
-    sides = {"ids": manifest.item_ids, "numbers": manifest.item_numbers}
-    features = {
-        name: np.zeros((1 + FIRST, sum(field.slots for field in fields)), np.int32)
-        for name, fields in sides.items()
-    }
-    one = make_catalogue(features, np.ones(1), 1, 0.0, experiment.train.precision)
-    return _shapes(one, manifest.items + FIRST)
-
-
-def _shapes(tree: Any, size: int) -> Any:
-    """Arrays as shapes with another first axis."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), tree)
+def _bytes_of(kind: str, shape: list[int]) -> int:
+    """Bytes of an array of "bf16", "s32", "pred" ..."""
+    bits = re.search(r"\d+", kind)
+    return math.prod(shape) * (int(bits[0]) // 8 if bits else 1)

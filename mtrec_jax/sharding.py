@@ -16,6 +16,7 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.types import Batch, PyTree, TrainState
 
 AXES = ("data", "table")
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 ROW_MULTIPLE = 128  # tables are rounded up to this many rows, so that they divide over the shards
 
 
@@ -77,7 +78,7 @@ def mesh_shape(shape: tuple[int, int], devices: int) -> tuple[int, int]:
     return data or left, table or left
 
 
-def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh, parts: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: AnyMesh, parts: int = 1) -> None:
     """Raise `ConfigError` unless a batch, or each of its parts, divides over all devices."""
     if batch_size % (parts * mesh.size) and parts > 1:
         raise ConfigError(
@@ -182,17 +183,17 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, whole_on(mesh))
 
 
-def whole_on(mesh: Mesh) -> NamedSharding:
+def whole_on(mesh: AnyMesh) -> NamedSharding:
     """Every device has all of an array."""
     return NamedSharding(mesh, P())
 
 
-def by_row_on(mesh: Mesh) -> NamedSharding:
+def by_row_on(mesh: AnyMesh) -> NamedSharding:
     """Tables: rows are split over "table"."""
     return NamedSharding(mesh, P("table"))
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: AnyMesh) -> TrainState:
     """Shardings of a state: sparse tables and their slots by row over "table", the rest whole."""
     whole, by_row = whole_on(mesh), by_row_on(mesh)
 

@@ -635,3 +635,14 @@ def test_an_option_may_be_set_where_a_kind_stands_alone(tmp_path: Path) -> None:
     assert load_experiment(path, ["features.age.bins=3"]).features["age"] == Binned(bins=3)
     found = load_experiment(path, ["model.towers=ple", "model.towers.experts=3"])
     assert (found.model.towers.kind, found.model.towers.experts) == ("ple", 3)
+
+
+def test_the_model_suits_what_is_chosen_not_what_is_declared() -> None:
+    """Without an encoder nothing reads a history: fine where no history feature is chosen."""
+    plain = "model.encoder=none"
+    with pytest.raises(ConfigError, match="nothing would read the history"):
+        load_experiment("shop", [plain])
+    with pytest.raises(ConfigError, match="nothing would read the history"):
+        load_experiment("shop", [plain, "features=segment,click"])
+    assert list(load_experiment("shop", [plain, "features=segment"]).features) == ["segment"]
+    assert "click" in load_experiment("shop", [plain, "features=segment"], choose=False).features

@@ -18,7 +18,8 @@ import mtrec_jax
 from mtrec_jax import ConfigError, planner
 from mtrec_jax.arguments import bytes_text
 from mtrec_jax.cli.plan import parse_rows
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, Table
+from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, resized
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.experiments import parse_experiment
@@ -27,7 +28,7 @@ from mtrec_jax.models.serve import load_catalogue
 from mtrec_jax.planner import Collective, DevicePlan, plan
 from mtrec_jax.sharding import make_mesh, put_batch, replicate
 from mtrec_jax.tables.exchange import default_buffers
-from mtrec_jax.tables.layout import DENSE, computed_dtype
+from mtrec_jax.tables.layout import DENSE, computed_dtype, stacks
 from mtrec_jax.train.loop import STEPS_IN_FLIGHT
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import FIRST, Batch
@@ -58,7 +59,7 @@ def _sequences(**train: Any) -> Case:
     )
     made = tiny.manifest()
     manifest = replace(
-        planner.resized(made, {"item": 60_000, "tags": 20_000}),
+        resized(made, {"item": 60_000, "tags": 20_000}),
         history_length=LENGTH,
         positions={"train": LENGTH},
         tasks={name: made.tasks[name] for name in experiment.tasks},
@@ -72,7 +73,7 @@ def _rows(**train: Any) -> Case:
         {"user": 64, "page": 64, "advert": 64, "device": 0}, {"width": 64}, 4096, **train
     )
     sizes = {"user": 100_000, "page": 30_000, "advert": 5_000, "device": 900}
-    manifest = planner.assumed_manifest(experiment, sizes)
+    manifest = assumed_manifest(experiment, sizes)
     return Case(experiment, manifest, _zeros(experiment, manifest))
 
 
@@ -209,10 +210,13 @@ def test_bytes_are_those_of_the_exchange_and_of_the_gradients(name: str) -> None
     key = jax.random.key(0, impl="rbg")
     catalogue = planner.catalogue_shapes(case.experiment, case.manifest)
     wanted = jax.eval_shape(lambda b, c: model.ids(b, c, key).ids, case.batch, catalogue)
+    dense = [group for group in model.layout.groups.values() if DENSE in stacks(group)]
     expected = {("all-reduce", 8): _bytes(state.params)}
+    if dense:  # the gradient of the dense stack, of each group by itself
+        expected["all-reduce", 8] += (len(dense) - 1) * _bytes(state.params[DENSE])
     for stack, table in state.tables.items():
         places = sum(
-            math.prod(ids.shape[:-1]) * slots.count
+            math.prod(ids.shape[:-1]) * slots.ids
             for group, ids in wanted.items()
             for slots in model.layout.groups[group]
             if slots.place.stack == stack
@@ -247,7 +251,7 @@ def _bytes(tree: Any) -> int:
 
 def test_virtual_devices_say_what_devices_here_say(monkeypatch: pytest.MonkeyPatch) -> None:
     small = _clicks({"user": 1}, {"width": 8, "towers": "shared_bottom"}, 64, mesh=[2, 4])
-    manifest = planner.assumed_manifest(small, {"user": 1000})
+    manifest = assumed_manifest(small, {"user": 1000})
     here = planner._compiled(small, manifest, (2, 4), {})
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert planner._compiled(small, manifest, (2, 4), {}) == here
@@ -320,7 +324,14 @@ def test_ten_thousand_million_rows_are_planned_on_256_devices(
     # 10^10 rows of 512 bytes over 128 devices; 4 bytes a row of Adagrad and of scratch
     assert lines["tables"][-2:] == ["40", "GB"]
     assert lines["slots"][-2:] == lines["scratch"][-2:] == ["313", "MB"]
-    assert lines["device"][1:] == ["2,000,000,002", "sparse,", "rowwise_adagrad", "128", "8.13", "GB"]
+    assert lines["device"][1:] == [
+        "2,000,000,002",
+        "sparse,",
+        "rowwise_adagrad",
+        "128",
+        "8.13",
+        "GB",
+    ]
     assert lines["all-to-all"][1] == "128"
 
 
@@ -336,14 +347,13 @@ def test_a_refusal_has_the_numbers_and_names_what_matters(pod: Path) -> None:
     # 5.12 TB of tables: 160 GB on each of 32 shards
     text = refused("train.mesh=[0,32]")
     assert "pod needs 163 GB on each of 256 devices, which have 80 GB: tables 160 GB" in text
-    assert "more devices for a table (train.mesh = [8, 32])" in text
+    assert "What matters here: more devices a table (train.mesh = [8, 32])" in text
     assert 'train.row_precision = "bfloat16"' in text
-    at_most = refused("train.row_precision=bfloat16", memory=10e9)
-    assert "tables 20 GB" in at_most
-    assert "more devices for a table" not in at_most  # 128 are the most
-    assert "row_precision" not in at_most
+    text = refused("train.row_precision=bfloat16", memory=10e9)
+    assert "tables 20 GB" in text
+    assert "What matters here: a rule with small slots" in text  # 128 devices are the most
     # a table of 1 TB is whole on every device, with its moments
-    assert 'What would matter: tables.page.update = "sparse"' in refused("tables.page.update=dense")
+    assert 'What matters here: tables.page.update = "sparse"' in refused("tables.page.update=dense")
 
 
 def test_what_a_step_works_with_is_part_of_a_refusal(pod: Path) -> None:
@@ -354,7 +364,7 @@ def test_what_a_step_works_with_is_part_of_a_refusal(pod: Path) -> None:
     with pytest.raises(ConfigError) as error:
         plan(experiment, 8, rows=rows, device_memory=needed - 1.0)
     assert f"pod needs {bytes_text(needed)} on each of 8 devices" in str(error.value)
-    assert "a smaller train.batch_size; train.accumulate; more devices" in str(error.value)
+    assert "What matters here: train.batch_size, train.accumulate, more devices" in str(error.value)
 
 
 def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
@@ -363,10 +373,10 @@ def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
         plan(experiment, 8, rows={"user": 5})
     with pytest.raises(ConfigError, match=r"--rows usr: no such table.*Did you mean 'user'"):
         plan(experiment, 8, rows={"usr": 5})
-    with pytest.raises(ConfigError, match="user: a table of 10,000,000,002 rows .*hash_rows"):
+    with pytest.raises(ConfigError, match=r"user: a table of 10,000,000,002 rows .*hash_rows"):
         plan(experiment, 8, rows=dict.fromkeys(FEATURES, 9) | {"user": 10**10})
+    split = mtrec_jax.load_experiment(pod, ["train.mesh=[0,1]"])
     with pytest.raises(ConfigError, match="batch_size: 65536 does not divide over 48 devices"):
-        split = mtrec_jax.load_experiment(pod, ["train.mesh=[0,1]"])
         plan(split, 48, rows=dict.fromkeys(FEATURES, 9))
     with pytest.raises(ConfigError, match="user has been given 5 rows already"):
         parse_rows(["user=5", "user=6"])
@@ -377,9 +387,9 @@ def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
         ("--rows", "user", "--rows user: write it as item=1e9"),
         ("--rows", "click=5", "--rows click: no such table"),
         ("--rows", "item=5", "no such table; there are user, page, query, advert, device."),
-        ("--devices", "6", "train.mesh: [2, 128] needs 256 devices, there are 6"),
+        ("--devices", "6", "train.mesh: [4, 2] needs 8 devices, there are 6"),
     ):
-        status, _, err = mtrec("plan", pod, option, text)
+        status, _, err = mtrec("plan", pod, "--set", "train.mesh=[4,2]", option, text)
         assert status == 2
         assert message in err
 
@@ -388,7 +398,7 @@ def test_shared_rows_and_capacities_are_the_size_of_a_table(pod: Path) -> None:
     sizes = dict.fromkeys(FEATURES[2:], 1000)
     changes = ["tables.page.capacity=5000", "tables.user.hash_rows=3_000_000"]
     experiment = mtrec_jax.load_experiment(pod, changes)
-    layout = make_model(experiment, planner.assumed_manifest(experiment, sizes)).layout
+    layout = make_model(experiment, assumed_manifest(experiment, sizes)).layout
     rows = {name: place.size for name, place in layout.places.items()}
     assert rows == dict.fromkeys(sizes, 1002) | {"page": 5002, "user": 3_000_002}
 
@@ -397,11 +407,12 @@ def test_prepared_data_gives_sizes_shapes_and_buffers(
     shop_prepared: Prepared, shop_experiment: Experiment
 ) -> None:
     train = replace(shop_experiment.train, mesh=(0, 4))
-    experiment = replace(shop_experiment, train=train)
+    tables = {"item": Table(update="sparse")}
+    experiment = replace(shop_experiment, train=train, tables=tables)
     manifest = shop_prepared.chosen(experiment).manifest
     batch = put_batch(BatchSource(shop_prepared, "train", 8)[0], make_mesh((1, 1)))
     pairs = (
-        (batch, planner.batch_shapes(experiment, manifest)),
+        (batch, batch_shapes(experiment, manifest)),
         (load_catalogue(shop_prepared, experiment), planner.catalogue_shapes(experiment, manifest)),
     )
     for actual, assumed in pairs:
@@ -414,7 +425,7 @@ def test_prepared_data_gives_sizes_shapes_and_buffers(
     assert 2 < found.buffers["lazy_adam"].places < 33
     assert {table.name: table.split for table in found.tables}["item"] == 4
     assert {table.stack for table in found.tables if table.split == 1} == {DENSE}
-    with pytest.raises(ConfigError, match="tables 2[0-9.]+ GB.*catalogue"):  # other sizes
+    with pytest.raises(ConfigError, match=r"tables 8 GB.*catalogue 28 GB"):  # other sizes
         plan(experiment, 8, shop_prepared, {"item": 10**9}, device_memory=1e9)
 
 

@@ -54,8 +54,8 @@ def start(
     """From raw behaviour logs to a trained multi-task recommender, its honest evaluation and
     its recommendations.
 
-    CONFIG is a TOML file or a built-in one: **shop**, **shop-social**, **ml-1m**,
-    **census-income**.
+    CONFIG is a TOML file or a built-in one: **shop**, **shop-social**, **shop-requests**,
+    **ml-1m**, **census-income**.
 
     Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u00007 --k 5`.
 

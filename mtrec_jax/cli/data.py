@@ -9,11 +9,11 @@ import typer
 
 from mtrec_jax.cli.options import Config, DataFolder, EngineOption, Master, Memory, Set, say
 
-SHOPS = ("shop", "shop-social")  # generated, from a seed
+SHOPS = ("shop", "shop-social", "shop-requests")  # generated, from a seed
 
 
 def data(
-    name: Annotated[str, typer.Argument(help="shop, shop-social, ml-1m, ml-100k … or list.")],
+    name: Annotated[str, typer.Argument(help="shop, shop-requests, ml-1m, ml-100k … or list.")],
     to: Annotated[Path, typer.Option(help="Folder that receives NAME/.")] = Path("data"),
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the generated shop; default 0.")
@@ -120,11 +120,11 @@ def generate_shop(to: Path, name: str, seed: int) -> None:
     """Generate a shop's logs into `to`/`name`, unless they are there; say how well one can do."""
     from mtrec_jax.data import shop
 
-    folder, social = to / name, name == "shop-social"
-    if shop.is_generated(folder, seed, social):
+    folder, planted = to / name, shop.SHOPS[name]
+    if shop.is_generated(folder, seed, **planted):
         say(f"{name} in {folder} is there already (generated, seed {seed})")
         return
-    truth = shop.generate(folder, seed=seed, social=social)
+    truth = shop.generate(folder, seed=seed, **planted)
     best = ", ".join(
         f"{task} {metric} {value:.4f}"
         for task, metrics in truth["best"].items()

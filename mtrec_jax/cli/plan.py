@@ -103,8 +103,8 @@ def show(found: DevicePlan) -> None:
         return
     shown = _columns("A device sends in a step", "collective", "over >", "times >", "bytes >")
     for moved in found.collectives:
-        size = bytes_text(moved.sent)
-        shown.add_row(moved.how, str(moved.over), str(moved.count), size)
+        sent = bytes_text(moved.sent)
+        shown.add_row(moved.how, str(moved.over), str(moved.times), sent)
     shown.add_row("in all", "", "", bytes_text(sum(m.sent for m in found.collectives)))
     console.print(shown)
     if table > 1:

@@ -14,9 +14,7 @@ def recommend(
     run: RunFolder,
     users: Annotated[list[str] | None, typer.Option(help="Raw user ids.")] = None,
     more_users: Annotated[list[str] | None, typer.Argument(help="Further user ids.")] = None,
-    k: Annotated[
-        int, typer.Option("--k", min=1, help="Items a user; fewer where the filters leave fewer.")
-    ] = 10,
+    k: Annotated[int, typer.Option("--k", min=1, help="Items a user, or all that are left.")] = 10,
     all_users: Annotated[bool, typer.Option("--all-users", help="Every user in the data.")] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv, .jsonl or .parquet file.")] = None,
     blocked: Annotated[

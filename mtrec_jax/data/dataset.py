@@ -201,29 +201,26 @@ class Prepared:
             )
         m, features = self.manifest, list(wanted["features"])
 
-        def some(fields: tuple[Any, ...]) -> tuple[Any, ...]:
-            kept = [field for field in fields if field.name in features]
-            return tuple(sorted(kept, key=lambda field: features.index(field.name)))
-
+        groups: dict[str, Any] = {}
+        for group in FIELDS:
+            kept = [field for field in getattr(m, group) if field.name in features]
+            groups[group] = tuple(sorted(kept, key=lambda field: features.index(field.name)))
         view = dataclasses.replace(
             m,
             config=here | {s: {n: here[s][n] for n in wanted[s]} for s in ("tasks", "features")},
             tasks={name: m.tasks[name] for name in wanted["tasks"]},
-            **{group: some(getattr(m, group)) for group in FIELDS},
+            **groups,
         )
         return Prepared(self.folder, view, extensions_of(experiment))
 
     def columns(self, references: bool = False) -> list[str]:
         """The columns of an example that this view reads, in their order in the files."""
         m = self.manifest
-        names = ["user"]
-        for prefix, fields in (
-            ("context", (*m.context_ids, *m.context_numbers)),
-            ("request", (*m.request_ids, *m.request_numbers)),
-            ("event", m.history),
-        ):
-            names += ["event_item"] * (prefix == "event" and m.history_length > 0)
-            names += [f"{prefix}_{field.name}" for field in fields]
+        names, sides = ["user"], ("context", "request")
+        for side in sides:
+            ids, numbers = getattr(m, f"{side}_ids"), getattr(m, f"{side}_numbers")
+            names += [f"{side}_{field.name}" for field in (*ids, *numbers)]
+        names += ["event_item"] * (m.history_length > 0) + [f"event_{f.name}" for f in m.history]
         names += ["cutoff", "candidate", *(f"label_{task}" for task in m.tasks)]
         if references:
             tasks = m.config.get("tasks", {})
@@ -323,33 +320,22 @@ class Prepared:
 
     def catalogue(self) -> dict[str, np.ndarray]:
         """Item features by item id: `{"ids": [N + 2, M], "numbers": [N + 2, C]}`; 0, 1 are zero."""
-        m, n = self.manifest, self.manifest.items
-        found: dict[str, np.ndarray] = {}
-        for name, fields, dtype in (
-            ("ids", m.item_ids, np.int32),
-            ("numbers", m.item_numbers, np.float32),
-        ):
-            arrays = to_arrays(self.items.select([f"item_{field.name}" for field in fields]))
-            columns = [array.reshape(n, -1) for array in arrays.values()]
-            table = np.concatenate([np.zeros((n, 0), dtype), *columns], axis=1, dtype=dtype)
-            found[name] = np.concatenate([np.zeros((FIRST, table.shape[1]), dtype), table])
-        return found
+        m = self.manifest
+        groups = {"ids": [f.name for f in m.item_ids], "numbers": [f.name for f in m.item_numbers]}
+        found = {part: _side_by_side(self.items, "item", group) for part, group in groups.items()}
+        found["ids"] = found["ids"].astype(np.int32)  # also where there are none
+        return {name: np.pad(table, ((FIRST, 0), (0, 0))) for name, table in found.items()}
 
     def user_context(self) -> dict[str, np.ndarray]:
         """Context features of all users: `{"ids": [U, M], "numbers": [U, C]}`, absent parts left
         out; row r is user id r + 2."""
-        m = self.manifest
-        groups = {"ids": m.context_ids, "numbers": m.context_numbers}
-        arrays = {
-            f.name: array.reshape(m.users, -1)
-            for fields in groups.values()
-            for f in fields
-            for array in to_arrays(self.users.select([f"context_{f.name}"])).values()
-        }
+        ids = [field.name for field in self.manifest.context_ids]
+        numbers = [field.name for field in self.manifest.context_numbers]
+        groups = {"ids": ids, "numbers": numbers}
         return {
-            part: np.concatenate([arrays[f.name] for f in fields], axis=1)
-            for part, fields in groups.items()
-            if fields
+            part: _side_by_side(self.users, "context", group)
+            for part, group in groups.items()
+            if group
         }
 
     def interactions(self, split: str = "train") -> dict[str, np.ndarray]:
@@ -364,11 +350,16 @@ class Prepared:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def grouped(
-    fields: Mapping[str, Iterable[IdField | NumberField]],
-) -> dict[str, tuple[Any, ...]]:
+def _side_by_side(table: pa.Table, role: str, features: list[str]) -> np.ndarray:
+    """The columns of features beside each other: [n, slots] of ids, or of numbers."""
+    arrays = to_arrays(table.select([f"{role}_{name}" for name in features])).values()
+    columns = [array.reshape(len(table), -1) for array in arrays]
+    return np.concatenate(columns, axis=1) if columns else np.zeros((len(table), 0), np.float32)
+
+
+def grouped(fields: Mapping[str, Iterable[IdField | NumberField]]) -> dict[str, Any]:
     """{group of a manifest: its fields}, from {what features are on: their fields}."""
-    found: dict[str, tuple[Any, ...]] = {}
+    found: dict[str, Any] = {}
     for on, some in fields.items():
         ids = tuple(field for field in some if isinstance(field, IdField))
         if on == "history":

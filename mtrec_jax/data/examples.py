@@ -128,9 +128,8 @@ def event_log(
     fields = {n.removeprefix("event_"): v for n, v in whole.items() if n.startswith("event_")}
     targets = {n: v for n, v in whole.items() if n.startswith(("label_", "reference_"))}
     request = {n: v for n, v in whole.items() if n.startswith("request_")}
-    return Log(
-        *(whole[name] for name in ("user", "split", "row", "time")), fields, targets, request
-    )
+    user, split, row, time = (whole[name] for name in ("user", "split", "row", "time"))
+    return Log(user, split, row, time, fields, targets, request)
 
 
 def _encoded(

@@ -151,6 +151,11 @@ PUBLIC: dict[str, PublicData] = {
             title="The generated shop with search queries and friends, which carry signal",
             terms="none, it is generated on this machine",
         ),
+        PublicData(
+            name="shop-requests",
+            title="The generated shop with a signal of the moment: device, hour and place",
+            terms="none, it is generated on this machine",
+        ),
     )
 }
 
@@ -216,9 +221,9 @@ def fetch(name: str, to: Path, progress: Progress | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not data.requirement:
-            social = name == "shop-social"
-            if not shop.is_generated(folder, social=social):
-                shop.generate(folder, social=social)
+            planted = shop.SHOPS[name]
+            if not shop.is_generated(folder, **planted):
+                shop.generate(folder, **planted)
             return folder
         files = {folder / file: member for file, member in data.members.items()}
         missing = {file: m for file, m in files.items() if _sha256_of(file) != m.sha256}

@@ -23,16 +23,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from jaxtyping import Float, Int, Num, Shaped
+from jaxtyping import Float, Num, Shaped
 from scipy import special, stats
 
-from mtrec_jax.data import shop_social
+from mtrec_jax.data import shop_requests, shop_social
 from mtrec_jax.errors import ConfigError
 
 FILES = ("events.csv", "items.csv", "users.csv", "truth.json")
 CATEGORIES = ("books", "garden", "kitchen", "music", "sport", "tools", "toys", "travel")
 BRANDS = ("Alder", "Birch", "Cedar", "Elm", "Fir", "Hazel", "Larch", "Maple", "Oak", "Rowan")
 SEGMENTS = ("budget", "regular", "premium")
+SHOPS: dict[str, dict[str, bool]] = {  # {name: what is planted on top}
+    "shop": {},
+    "shop-social": {"social": True},
+    "shop-requests": {"requests": True},
+}
 AGES = ("16-24", "25-34", "35-44", "45-54", "55-64", "65+")
 TYPES = 6
 USERS, ITEMS, IMPRESSIONS = 2800, 360, 72  # IMPRESSIONS is the mean of a user
@@ -57,6 +62,21 @@ class _Items(NamedTuple):
     quality: np.ndarray  # [brands] hidden
 
 
+class _Log(NamedTuple):
+    """Impressions in time order."""
+
+    user: np.ndarray  # [n]
+    item: np.ndarray  # [n]
+    time: np.ndarray  # [n] seconds
+    place: np.ndarray  # [n] among the user's impressions, from 0
+
+
+class _Social(NamedTuple):
+    circles: shop_social.Circles
+    searches: shop_social.Searches
+    added: dict[str, np.ndarray]  # {part: click logits [n]}
+
+
 class _Users(NamedTuple):
     type: np.ndarray  # [U] hidden
     segment: np.ndarray  # [U]
@@ -78,6 +98,7 @@ def generate(
     items: int = ITEMS,
     impressions: int = IMPRESSIONS,
     social: bool = False,
+    requests: bool = False,
 ) -> dict[str, Any]:
     """Write `events.csv`, `items.csv`, `users.csv` and `truth.json` to a folder.
 
@@ -94,11 +115,13 @@ def generate(
       impressions: mean number a user sees; between two thirds and four thirds of it.
       social: also plant searches and circles of friends (see `shop_social`), and write
         `queries.csv` (user, time, query) and `ties.csv` (user, friend).
+      requests: also plant a signal of the moment (see `shop_requests`): the events have the columns
+        `device` and `place` as well.
 
     Returns:
       The content of `truth.json`: arguments, the best possible metrics over all rows, and the
-      planted tables; of a social shop also the circles, and the click AUC of probabilities that
-      leave out the searches, the circles, or both.
+      planted tables; under "social" and "requests" also those of what is planted on top, and the
+      click AUC of probabilities that leave out one part of it, or all.
 
     Raises:
       ConfigError: fewer than 8 users, 16 items or 6 impressions, or a user would see over half of
@@ -114,42 +137,78 @@ def generate(
             f"shop: {users} users, {items} items, {impressions} impressions do not fit; at least "
             "8, 16, 6, and items at least 8/3 of the impressions"
         )
-    rng = np.random.default_rng(seed)
-    tastes, shelf, people = _draw_tastes(rng), _draw_items(rng, items), _draw_users(rng, users)
-    user, item, time = _expose(rng, tastes, shelf, people, impressions)
-    own = np.random.default_rng([seed, 1])  # who is shown what is drawn as without
-    circles = shop_social.draw_circles(own, users, len(BRANDS))
-    searches = shop_social.draw_searches(own, user, time, shelf.category[item], _SESSION)
-    added = {  # click logits
-        "queries": shop_social.INTENT * (searches.intent == shelf.category[item]),
-        "ties": shop_social.CIRCLE * circles.taste[circles.circle[user], shelf.brand[item]],
-    }
-    added["both"] = added["queries"] + added["ties"]
-    extra = added["both"] if social else np.zeros(len(user))
-    columns, intercepts = _respond(rng, tastes, shelf, people, user, item, extra)
+    sizes = {"users": users, "items": items, "impressions": impressions}
+    return _generate(to, seed, sizes, social, requests)
+
+
+def _generate(
+    to: Path, seed: int, sizes: dict[str, int], social: bool, requests: bool
+) -> dict[str, Any]:
+    rng, users = np.random.default_rng(seed), sizes["users"]
+    tastes, shelf, people = (
+        _draw_tastes(rng),
+        _draw_items(rng, sizes["items"]),
+        _draw_users(rng, users),
+    )
+    log = _expose(rng, tastes, shelf, people, sizes["impressions"])
+    # each on its own: who is shown what is drawn as without
+    friends = _plant_social(seed, log, shelf, users) if social else None
+    moments = _plant_requests(seed, log, shelf) if requests else None
+    added = {"social": friends.added} if friends else {}
+    added |= {"requests": moments.added} if moments else {}
+    extra = sum(
+        (part for parts in added.values() for part in parts.values()), np.zeros(len(log.user))
+    )
+    columns, intercepts = _respond(rng, tastes, shelf, people, log, extra)
     truth = {
         "version": _VERSION,
         "seed": seed,
-        "users": users,
-        "items": items,
-        "impressions": impressions,
-        "events": len(user),
+        **sizes,
+        "events": len(log.user),
         "best": _best(columns),
         "planted": _planted(tastes, shelf, people, intercepts),
     }
     to.mkdir(parents=True, exist_ok=True)
     (to / "truth.json").unlink(missing_ok=True)  # written last: a folder that has it is whole
-    _write_tables(to, shelf, people, user, item, time, columns)
-    if social:
-        known = special.logit(columns["p_click"])
-        truth["social"] = {
-            "without": {n: _auc(columns["click"], known - part) for n, part in added.items()},
-            "circle": circles.circle.tolist(),
-            "taste": (shop_social.CIRCLE * circles.taste).tolist(),
+    _write_tables(to, shelf, people, log, moments, columns)
+    if friends:
+        truth["social"] = _without(columns, friends.added) | {
+            "circle": friends.circles.circle.tolist(),
+            "taste": (shop_social.CIRCLE * friends.circles.taste).tolist(),
         }
-        _write_social(to, circles, searches)
+        _write_social(to, friends.circles, friends.searches)
+    if moments:
+        truth["requests"] = _without(columns, moments.added) | moments.tastes
     (to / "truth.json").write_text(json.dumps(truth) + "\n", encoding="utf-8")
     return truth
+
+
+def _plant_social(seed: int, log: _Log, shelf: _Items, users: int) -> _Social:
+    rng, category = np.random.default_rng([seed, 1]), shelf.category[log.item]
+    circles = shop_social.draw_circles(rng, users, len(BRANDS))
+    searches = shop_social.draw_searches(rng, log.user, log.time, category, _SESSION)
+    liked = circles.taste[circles.circle[log.user], shelf.brand[log.item]]
+    wanted = searches.intent == category
+    return _Social(
+        circles,
+        searches,
+        {"queries": shop_social.INTENT * wanted, "ties": shop_social.CIRCLE * liked},
+    )
+
+
+def _plant_requests(seed: int, log: _Log, shelf: _Items) -> shop_requests.Moments:
+    rng, category = np.random.default_rng([seed, 2]), shelf.category[log.item]
+    return shop_requests.draw_moments(
+        rng, log.user, log.time, log.place, category, _SESSION, len(CATEGORIES)
+    )
+
+
+def _without(
+    columns: dict[str, Num[np.ndarray, " n"]], added: dict[str, Float[np.ndarray, " n"]]
+) -> dict[str, Any]:
+    """{"without": {part: click AUC of probabilities that leave it out}}, also of all parts."""
+    known, parts = special.logit(columns["p_click"]), added | {"all": sum(added.values())}
+    return {"without": {name: _auc(columns["click"], known - x) for name, x in parts.items()}}
 
 
 def _best(columns: dict[str, Num[np.ndarray, " n"]]) -> dict[str, dict[str, float]]:
@@ -181,7 +240,7 @@ def _planted(
     }
 
 
-def is_generated(folder: Path, seed: int = 0, social: bool = False) -> bool:
+def is_generated(folder: Path, seed: int = 0, social: bool = False, requests: bool = False) -> bool:
     """Whether `generate` of this version, with default sizes, filled the folder."""
     files = FILES + shop_social.FILES if social else FILES
     if not all((folder / name).is_file() for name in files):
@@ -192,9 +251,9 @@ def is_generated(folder: Path, seed: int = 0, social: bool = False) -> bool:
         return False
     sizes = {"users": USERS, "items": ITEMS, "impressions": IMPRESSIONS}
     wanted = {"version": _VERSION, "seed": seed} | sizes
-    if not isinstance(truth, dict) or ("social" in truth) != social:
+    if not isinstance(truth, dict) or {k: truth.get(k) for k in wanted} != wanted:
         return False
-    return {k: truth.get(k) for k in wanted} == wanted
+    return ("social" in truth, "requests" in truth) == (social, requests)
 
 
 def _draw_tastes(rng: np.random.Generator) -> _Tastes:
@@ -232,8 +291,8 @@ def _draw_users(rng: np.random.Generator, count: int) -> _Users:
 
 def _expose(
     rng: np.random.Generator, tastes: _Tastes, shelf: _Items, people: _Users, impressions: int
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """(user, item, time) of every impression in time order: popular and liked items a bit more."""
+) -> _Log:
+    """Who is shown what and when: popular and liked items a bit more."""
     users, items = len(people.type), len(shelf.category)
     seen = rng.integers(impressions * 2 // 3, impressions * 4 // 3, size=users, endpoint=True)
     most = int(seen.max())
@@ -251,7 +310,7 @@ def _expose(
     user, place = np.nonzero(place < seen[:, None])
     order = np.argsort(times[user, place], kind="stable")
     user, place = user[order], place[order]
-    return user, shuffled[user, place], times[user, place]
+    return _Log(user, shuffled[user, place], times[user, place], place)
 
 
 def _respond(
@@ -259,14 +318,14 @@ def _respond(
     tastes: _Tastes,
     shelf: _Items,
     people: _Users,
-    user: Int[np.ndarray, " n"],
-    item: Int[np.ndarray, " n"],
+    log: _Log,
     extra: Float[np.ndarray, " n"],
 ) -> tuple[dict[str, Num[np.ndarray, " n"]], dict[str, float]]:
     """Outcome and probability columns (NaN where there is no outcome), and the intercepts.
 
     `extra` is added to the click logits.
     """
+    user, item = log.user, log.item
     kind, segment, category = people.type[user], people.segment[user], shelf.category[item]
     suits, quality = shelf.suits[item], shelf.quality[shelf.brand[item]]
     click = people.activity[user] + shelf.appeal[item] + np.take(_CLICK_SLOPE, segment) * suits
@@ -323,9 +382,8 @@ def _write_tables(
     to: Path,
     shelf: _Items,
     people: _Users,
-    user: Int[np.ndarray, " n"],
-    item: Int[np.ndarray, " n"],
-    time: Int[np.ndarray, " n"],
+    log: _Log,
+    moments: shop_requests.Moments | None,
     columns: dict[str, Num[np.ndarray, " n"]],
 ) -> None:
     user_ids = _user_ids(len(people.type))
@@ -337,9 +395,11 @@ def _write_tables(
         name: pa.array(values, from_pandas=True).cast(pa.int8() if name in whole else pa.float64())
         for name, values in columns.items()
     }
-    _write(
-        to / "events.csv", {"user": user_ids[user], "item": item_ids[item], "time": time} | outcomes
-    )
+    events = {"user": user_ids[log.user], "item": item_ids[log.item], "time": log.time}
+    if moments:
+        devices = np.take(shop_requests.DEVICES, moments.device)
+        events |= {"device": devices, "place": moments.place}
+    _write(to / "events.csv", events | outcomes)
     _write(
         to / "items.csv",
         {

@@ -33,7 +33,7 @@ def read_sources(
     engine: Engine,
     experiment: Experiment,
     folder: str | Path | None,
-    tables: dict[str, Any],
+    tables: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Source]:
     """The raw tables "events", "test", "validation", "items", "users", "queries", "ties".

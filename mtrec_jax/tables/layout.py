@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.sharding import ROW_MULTIPLE
+from mtrec_jax.sharding import ROW_MULTIPLE, AnyMesh
 from mtrec_jax.tables.hashing import hash_rows
 from mtrec_jax.types import FIRST, PAD
 
@@ -53,12 +52,12 @@ class Slots(NamedTuple):
     """A table's ids in a group."""
 
     place: Place
-    count: int  # ids side by side
+    ids: int  # ids side by side
 
     @property
     def lookups(self) -> int:
         """Rows that they take."""
-        return self.count * max(1, self.place.functions)
+        return self.ids * max(1, self.place.functions)
 
 
 Group = tuple[Slots, ...]
@@ -266,7 +265,7 @@ def as_held(rows: Array, dtype: jnp.dtype) -> Array:
 
 
 def initial_stacks(
-    layout: Layout, key: jax.Array, dtype: jnp.dtype, low: bool, mesh: Mesh | None = None
+    layout: Layout, key: jax.Array, dtype: jnp.dtype, low: bool, mesh: AnyMesh | None = None
 ) -> dict[str, Num[Array, "V D"]]:
     """Normal rows of length about 1 / 4; those of padding and unknown are zero: they say nothing.
 
@@ -298,7 +297,11 @@ def _scale(width: int) -> float:
 
 
 def _initial_parts(
-    key: jax.Array, silent: np.ndarray, shape: tuple[int, int], dtype: jnp.dtype, mesh: Mesh | None
+    key: jax.Array,
+    silent: np.ndarray,
+    shape: tuple[int, int],
+    dtype: jnp.dtype,
+    mesh: AnyMesh | None,
 ) -> Num[Array, "V D"]:
     (rows, width), drawn = shape, jnp.float32 if dtype == BITS else dtype
     size = rows // ROW_MULTIPLE

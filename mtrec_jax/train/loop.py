@@ -26,7 +26,7 @@ from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.interrupts import collecting
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.serve import Serving, load_catalogue, make_serving
-from mtrec_jax.sharding import check_batch_size, make_mesh, put_batch, replicate
+from mtrec_jax.sharding import AnyMesh, check_batch_size, make_mesh, put_batch, replicate
 from mtrec_jax.tables.capacity import first_batches, measured_buffers
 from mtrec_jax.tables.exchange import BuffersOf
 from mtrec_jax.tables.lookup import Ids
@@ -229,7 +229,7 @@ def exchange_buffers(
     model: Model,
     items: Catalogue,
     source: BatchSource,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: AnyMesh,
     seed: int,
 ) -> BuffersOf:
     """Sizes of the exchange of rows, measured on the run's first batches."""

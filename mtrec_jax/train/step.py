@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mtrec_jax.balance import Balancer
 from mtrec_jax.config import Experiment, Train
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.model import Model
-from mtrec_jax.sharding import state_shardings
+from mtrec_jax.sharding import AnyMesh, state_shardings
 from mtrec_jax.tables.exchange import BuffersOf
 from mtrec_jax.tables.layout import DENSE, initial_stacks, rule_of
 from mtrec_jax.tables.lookup import Ticket, lookup
@@ -53,7 +54,7 @@ class Found(NamedTuple):
 def make_step(
     experiment: Experiment,
     model: Model,
-    mesh: jax.sharding.Mesh,
+    mesh: AnyMesh,
     total_steps: int,
     optimizer: optax.GradientTransformation | None = None,
     buffers: BuffersOf | None = None,
@@ -63,37 +64,20 @@ def make_step(
     Args:
       experiment: losses, balancing, learning rates.
       model: from `make_model` of the same experiment.
-      mesh: devices; batches arrive split over them, `update` keeps the state's shardings.
+      mesh: devices; batches arrive split over them, `update` keeps the state's shardings. An
+        abstract one gives shapes and shardings.
       total_steps: length of the learning-rate schedule.
       optimizer: optax chain for the dense parameters instead of the configured one.
       buffers: sizes of the exchange of rows by stack, as `capacity.measured_buffers` gives them.
     """
     config, rules = experiment.train, row_rules(experiment.train)
+    devices = cast(Mesh, mesh)  # an abstract one never runs
     dense = optimizer or dense_optimizer(config, total_steps)
     packing = _Packing(_packed, _unpacked) if optimizer is None else _Packing(_same, _same)
     row_rate = learning_rate(config, config.row_learning_rate, total_steps)
     balancer = _balancer(experiment, model)
 
-    def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
-        """Lookup, losses, and their gradients combined."""
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        wanted = model.ids(batch, catalogue, keys[0])
-        stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
-        known = model.layout, stacks, state.scratch, wanted.ids, mesh, buffers or {}
-        rows, ticket = lookup(*known)
-        draws = draw(keys[1], batch)
-        weights = model.weights(batch, draws.lottery)
-        given = Given(state.params["network"], rows, batch, wanted, draws)
-        back = backward(model, given, catalogue, weights, config.accumulate, mesh)
-        observed = jnp.stack([weights[n] > 0 for n in model.names])
-        combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
-        to_network, to_rows, fusion = back.finish(combined)
-        to_params = {"network": to_network}
-        if DENSE in state.params:
-            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
-        means = [*combined.losses, *[fusion] * model.fuses]
-        sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
-        return Found(sums, to_params, to_rows, ticket, balance)
+    find = _finder(experiment, model, devices, balancer, buffers or {})
 
     def step(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         """`find`, and the update of the dense parameters and of the touched rows."""
@@ -106,17 +90,25 @@ def make_step(
             is_good &= state.bad[0] == 0
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)  # of bfloat16 rows
         stacks = Updated(state.tables, state.slots, state.scratch, state.rounds)
-        taken = found.ticket, found.to_rows, row_rate(state.step), key, is_good, mesh
+        taken = found.ticket, found.to_rows, row_rate(state.step), key, is_good, devices
         stacks = update(model.layout, rules, stacks, *taken)
         after, before = (
             (params, optimizer_state, found.balance, _added(state.sums, found.sums)),
             (old, state.optimizer, state.balance, state.sums),
         )
         kept = jax.tree.map(lambda a, b: jnp.where(is_good, a, b), after, before)
-        new = dict(zip(("params", "optimizer", "balance", "sums"), kept, strict=True))
-        new["params"] = packing.unpack(new["params"], state.params)
-        counted = _counted(state, is_good, config.not_finite == "stop")
-        return state._replace(**new, **counted, **stacks._asdict())
+        packed, optimizer_state, balance, sums = kept
+        step, bad = _counted(state, is_good, config.not_finite == "stop")
+        return TrainState(
+            params=packing.unpack(packed, state.params),
+            **stacks._asdict(),
+            optimizer=optimizer_state,
+            balance=balance,
+            key=state.key,
+            step=step,
+            sums=sums,
+            bad=bad,
+        )
 
     init = _initializer(experiment, model, mesh, dense, packing, balancer)
     shapes = jax.eval_shape(init, model.init(0), jax.random.key(0, impl="rbg"))
@@ -128,6 +120,35 @@ def make_step(
         update=jax.jit(step, donate_argnums=0, out_shardings=shardings),
         inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, find))),
     )
+
+
+def _finder(
+    experiment: Experiment, model: Model, mesh: Mesh, balancer: Balancer, buffers: BuffersOf
+) -> Callable[[TrainState, Batch, Catalogue], Found]:
+    """The first half of a step."""
+
+    def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
+        """Lookup, losses, and their gradients combined."""
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        wanted = model.ids(batch, catalogue, keys[0])
+        stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
+        known = model.layout, stacks, state.scratch, wanted.ids, mesh, buffers
+        rows, ticket = lookup(*known)
+        draws = draw(keys[1], batch)
+        weights = model.weights(batch, draws.lottery)
+        given = Given(state.params["network"], rows, batch, wanted, draws)
+        back = backward(model, given, catalogue, weights, experiment.train.accumulate, mesh)
+        observed = jnp.stack([weights[n] > 0 for n in model.names])
+        combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
+        to_network, to_rows, fusion = back.finish(combined)
+        to_params = {"network": to_network}
+        if DENSE in state.params:
+            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
+        means = [*combined.losses, *[fusion] * model.fuses]
+        sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
+        return Found(sums, to_params, to_rows, ticket, balance)
+
+    return find
 
 
 def model_shapes(experiment: Experiment, model: Model) -> tuple[PyTree, dict[str, Any]]:
@@ -160,7 +181,7 @@ def _balancer(experiment: Experiment, model: Model) -> Balancer:
 def _initializer(
     experiment: Experiment,
     model: Model,
-    mesh: jax.sharding.Mesh,
+    mesh: AnyMesh,
     dense: optax.GradientTransformation,
     packing: _Packing,
     balancer: Balancer,
@@ -258,13 +279,13 @@ def _same(params: PyTree, like: PyTree = None) -> PyTree:
     return params
 
 
-def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> dict[str, jax.Array]:
+def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> tuple[jax.Array, jax.Array]:
     """The step that follows, and `bad`: the number of bad steps, and which was the first of them,
     or the last if none stops."""
     step = state.step + 1
     which = jnp.where(stops & (state.bad[0] > 0), state.bad[1], step)
     bad = jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, which]))
-    return {"step": step, "bad": bad}
+    return step, bad
 
 
 def _added(

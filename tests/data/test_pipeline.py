@@ -102,7 +102,7 @@ def test_the_last_batch_of_an_epoch_is_filled_with_weight_0(prepared: Prepared) 
     np.testing.assert_array_equal(np.asarray(last.weight)[:, 0] == 0, filling)
     for values in (last.weight, last.candidate, last.user, last.cutoff, *last.mask.values()):
         np.testing.assert_array_equal(np.asarray(values)[filling], 0)
-    np.testing.assert_array_equal(last.row[filling], -1)
+    np.testing.assert_array_equal(np.asarray(last.row)[filling], -1)
     assert all(np.isfinite(values).all() for values in last.labels.values())
 
 

@@ -1,17 +1,19 @@
 """The generated shop: reproducible, consistent, hard for a linear model, and its best is known."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
+from scipy import sparse, special
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import OneHotEncoder
 
-from mtrec_jax.data import shop, shop_social
+from benchmarks import requests
+from mtrec_jax.data import shop, shop_requests, shop_social
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import load_experiment
 
@@ -29,6 +31,18 @@ def full(
 
 def _bytes(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in shop.FILES]
+
+
+def test_the_plain_shop_stays_what_it_was(tmp_path: Path) -> None:
+    """What can be planted on top leaves no trace; `shop._VERSION` is raised with these digests."""
+    shop.generate(tmp_path, seed=3, **SMALL)
+    digests = [hashlib.sha256(content).hexdigest()[:16] for content in _bytes(tmp_path)]
+    assert digests == [
+        "687fadfef96e0d02",
+        "388bcda7a7645263",
+        "9b121621c43c94a3",
+        "6459618d3f21fb36",
+    ]
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_writes_others(tmp_path: Path) -> None:
@@ -133,13 +147,14 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         shop.generate(tmp_path, users=100, items=40, impressions=30)
 
 
-def test_the_experiment_names_columns_of_the_files(tmp_path: Path) -> None:
-    shop.generate(tmp_path, **SMALL)
-    experiment = load_experiment("shop")
+@pytest.mark.parametrize("name", ["shop", "shop-requests"])
+def test_the_experiment_names_columns_of_the_files(tmp_path: Path, name: str) -> None:
+    shop.generate(tmp_path, **SMALL, **shop.SHOPS[name])
+    experiment = load_experiment(name)
     tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("events", "items", "users")}
     for name, feature in experiment.features.items():
-        table = {"history": "events", "item": "items", "context": "users"}[feature.on]
-        assert (feature.column or name) in tables[table]
+        table = {"item": "items", "context": "users"}.get(feature.on, "events")
+        assert feature.origin(name, experiment.data)[1] in tables[table]
     for name, task in experiment.tasks.items():
         assert task.kind == "retrieval" or (task.column or name) in tables["events"]
         assert task.kind == "retrieval" or task.reference in tables["events"]
@@ -157,7 +172,7 @@ def test_a_social_shop_is_the_shop_with_searches_and_circles(tmp_path: Path) -> 
     # each part is worth more than any interval, and none of them is a small part of the whole
     without = truth["social"]["without"]
     assert truth["best"]["click"]["auc"] > max(without["queries"], without["ties"]) + 0.02
-    assert min(without["queries"], without["ties"]) > without["both"] + 0.02
+    assert min(without["queries"], without["ties"]) > without["all"] + 0.02
     # ties: symmetric, once, to others, mostly inside the circle
     pairs = set(zip(read["ties"].user, read["ties"].friend, strict=True))
     assert len(pairs) == len(read["ties"])
@@ -175,3 +190,55 @@ def test_a_social_shop_is_the_shop_with_searches_and_circles(tmp_path: Path) -> 
     matches = said == rows.category
     assert matches.mean() > 0.2
     assert rows.click[matches].mean() > rows.click[~matches].mean() + 0.2
+
+
+def test_a_shop_of_requests_is_the_shop_with_a_signal_of_the_moment(tmp_path: Path) -> None:
+    truth = shop.generate(tmp_path, seed=2, requests=True)
+    shop.generate(tmp_path / "plain", seed=2)
+    events, plain = (pd.read_csv(f / "events.csv") for f in (tmp_path, tmp_path / "plain"))
+    assert events[["user", "item", "time"]].equals(plain[["user", "item", "time"]])
+    assert set(events) - set(plain) == {"device", "place"}
+    assert [shop.is_generated(tmp_path, 2, requests=r) for r in (True, False)] == [True, False]
+    assert not shop.is_generated(tmp_path / "plain", 2, requests=True)
+    assert roc_auc_score(events.click, events.p_click) == pytest.approx(
+        truth["best"]["click"]["auc"], abs=1e-4
+    )
+    # each part is worth more than any interval
+    without = truth["requests"]["without"]
+    parts = [without[part] for part in ("device", "hour", "place")]
+    assert truth["best"]["click"]["auc"] > max(parts) + 0.01
+    assert min(parts) > without["all"] + 0.02
+    # sessions: places 1 to 6 in turn, one device, which is the user's own three times in four
+    ordered = events.sort_values(["user", "time"], kind="stable")
+    assert set(events.place) == set(range(1, 7))
+    assert (events.place == 1).mean() == pytest.approx(1 / 6, abs=0.01)
+    own = ordered.groupby("user").device.agg(lambda devices: devices.mode()[0])
+    at_home = (events.device == events.user.map(own)).mean()
+    assert at_home == pytest.approx(0.75 + 0.25 / 3, abs=0.02)
+    # what is clicked: the upper places, and the categories that device and quarter like
+    rate = events.groupby("place").click.mean()
+    assert rate.is_monotonic_decreasing
+    assert rate[1] > rate[6] + 0.15
+    events = events.merge(pd.read_csv(tmp_path / "items.csv"), on="item")
+    quarter = events.time // 21_600 % 4
+    for name, values in (("device", events.device), ("hour", quarter)):
+        planted = np.array(truth["requests"][name])
+        assert set(np.unique(planted)) == {-0.8, 0.8}
+        assert not planted.sum(axis=1).any()
+        found = events.pivot_table("click", values, "category")
+        if name == "device":
+            found = found.loc[list(shop_requests.DEVICES)]
+        logits = special.logit(found[list(shop.CATEGORIES)].to_numpy())
+        centred = logits - logits.mean(axis=0)
+        assert np.corrcoef(centred.ravel(), (planted - planted.mean(axis=0)).ravel())[0, 1] > 0.97
+
+
+def test_the_benchmark_of_requests_chooses_from_one_folder() -> None:
+    """Four models whose features are what they are said to lack, and nothing else."""
+    declared = load_experiment("shop-requests").features
+    for name, lacking in requests.MODELS.items():
+        experiment = load_experiment("shop-requests", requests.chosen_without(*lacking))
+        left = {n for n, f in declared.items() if f.on not in lacking}
+        assert set(experiment.features) == left, name
+        assert (experiment.model.encoder.kind == "none") == ("history" in lacking)
+        assert experiment.tasks.keys() == load_experiment("shop-requests").tasks.keys()

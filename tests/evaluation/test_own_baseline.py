@@ -10,13 +10,12 @@ import pytest
 
 from mtrec_jax.baselines import Interactions
 from mtrec_jax.baselines.item_knn import ItemKnn
-from mtrec_jax.config import to_dict
+from mtrec_jax.config import Experiment, to_dict
+from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected
 from mtrec_jax.evaluation.comparison import compare
 from mtrec_jax.experiments import load_experiment, parse_experiment
-from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.config import Experiment
 from mtrec_jax.types import FIRST, Lists
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.baselines import Scorer
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation import ranking
 from mtrec_jax.evaluation.ranking import target_ranks, top_items
 from mtrec_jax.types import Lists

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import mtrec_jax
+from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
@@ -18,6 +21,7 @@ from mtrec_jax.serving.recommender import Recommender, predict_file
 from mtrec_jax.serving.requests import Encoder, raw_texts
 from mtrec_jax.serving.result import Result
 from mtrec_jax.train.loop import train
+from mtrec_jax.train.run import Run
 from tests.data import small
 
 USERS = ["u00003", "u00001", "u00042"]
@@ -230,7 +234,7 @@ def test_raw_ids_are_read_as_preparation_reads_them(tmp_path: Path) -> None:
         prepared = prepare(small.make(), None, tmp_path / type(column[0]).__name__, {"events": log})
         assert set(prepared.user_ids) == set(raw_texts("users", column))
     encoder = Encoder(prepared, "float32")
-    assert encoder.users(raw_texts("users", [True]), None).known.all()
+    assert encoder.users(raw_texts("users", [True]), None, [{}]).known.all()
     assert encoder.item_ids([False, True]).tolist() == [
         prepared.item_ids[name] for name in ("false", "true")
     ]
@@ -319,9 +323,77 @@ def test_wrong_questions_are_explained(
         ask(shop_recommender)
 
 
-def test_a_sequence_run_predicts_pairs_not_rows(shop_recommender: Recommender) -> None:
-    with pytest.raises(ConfigError, match=r"predicts \(user, item\) pairs, not rows: use predict"):
-        shop_recommender.predict_rows("rows.csv")
+def test_raw_rows_of_pairs_are_predicted_as_the_pairs(shop_recommender: Recommender) -> None:
+    table = pa.table({"user": ["u00001", "nobody"], "item": ["i0003", "i0003"]})
+    rows = shop_recommender.predict_rows(table)
+    assert rows.columns == ["row", "known", *TASKS]
+    pairs = shop_recommender.predict(*table.to_pydict().values())
+    assert rows["known"] == pairs["known"] == [True, False]
+    for task in TASKS:
+        np.testing.assert_allclose(rows[task], pairs[task], rtol=1e-5)
+
+
+def test_a_history_is_encoded_once_a_request(
+    shop_recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, calls = shop_recommender._serving, []
+
+    def counted(*given: Any) -> Any:
+        calls.append(len(given))
+        return serving.users(*given)
+
+    monkeypatch.setattr(shop_recommender, "_serving", replace(serving, users=counted))
+    shop_recommender.recommend(USERS, 5)
+    assert len(calls) == 1
+    shop_recommender.predict(USERS, ["i0001"] * 3)
+    assert len(calls) == 2
+
+
+def test_more_items_than_candidates_do_not_compile_for_each_number(
+    shop_recommender: Recommender,
+) -> None:
+    """20 candidates are put in order, and twice as many for any k from 21 to 40."""
+    answer = shop_recommender._serving.answer
+    shop_recommender.recommend(USERS, 40)
+    compiled = answer._cache_size()  # type: ignore[attr-defined]
+    for k in (21, 33, 40):
+        assert len(shop_recommender.recommend(USERS, k, exclude_seen=False)) == 3 * k
+    assert answer._cache_size() == compiled  # type: ignore[attr-defined]
+
+
+def test_a_moment_without_features_is_refused(shop_recommender: Recommender) -> None:
+    with pytest.raises(DataError, match=r"request: 'hour' is no feature on = 'request'.* are none"):
+        shop_recommender.recommend(USERS, request={"hour": 21})
+    with pytest.raises(DataError, match=r"request: .*pass a mapping .* or a list of 3 of them"):
+        shop_recommender.recommend(USERS, request=[{}])
+
+
+def test_a_run_folder_is_loaded(shop_run: Run, shop_recommender: Recommender) -> None:
+    loaded = mtrec_jax.load(shop_run.folder)
+    assert loaded.recommend(USERS, 3).table == shop_recommender.recommend(USERS, 3).table
+
+
+def test_a_baseline_recommends(shop_experiment: Experiment, shop_prepared: Prepared) -> None:
+    """The most popular of what the user has not met; for a stranger the most popular of all."""
+    popularity = mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "popularity")
+    result = popularity.recommend(["u00003", "nobody"], 4)
+    assert result.columns == ["user", "known", "rank", "item", "title", "score"]
+    assert result["known"] == [True] * 4 + [False] * 4
+    train = shop_prepared.interactions("train")
+    liked = train["candidate"][train["label_click"] == 1]
+    counts = dict.fromkeys(shop_prepared.item_names, 0)
+    for item in liked.tolist():
+        counts[shop_prepared.item_names[item - 2]] += 1
+    ids = {name: place for place, name in enumerate(shop_prepared.item_names)}
+    best = sorted(counts, key=lambda name: (-counts[name], ids[name]))
+    seen = stored_history(shop_prepared, "u00003")["item"]
+    assert items_of(result, "u00003") == [item for item in best if item not in seen][:4]
+    assert items_of(result, "nobody") == best[:4]
+    assert result["score"][4:] == [counts[item] for item in best[:4]]
+    again = popularity.recommend(["u00003"], 4, exclude_seen=False)
+    assert again["item"] == best[:4]
+    with pytest.raises(ConfigError, match="ranks no items"):
+        mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "bias").recommend(["u00003"])
 
 
 def test_a_recommender_introduces_itself(shop_recommender: Recommender) -> None:
@@ -344,17 +416,17 @@ def rows_recommender(
     experiment = parse_experiment(
         {
             "name": "rows",
-            "data": {"kind": "rows", "events": {"files": ["rows.csv"]}},
-            "clean": {"duplicates": "keep"},
+            "data": {"events": {"files": ["rows.csv"]}},
             "split": {"kind": "random"},
-            "features": {"colour": {}, "size": {"kind": "numeric"}},
+            "features": {
+                "colour": {"on": "request"},
+                "size": {"on": "request", "kind": "numeric"},
+            },
             "tasks": {"sold": {"kind": "binary"}, "kind": {"kind": "multiclass"}},
             "model": {
                 "encoder": "none",
-                "towers": "shared_bottom",
+                "towers": {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": [4]},
                 "width": 4,
-                "expert_hidden": [4],
-                "tower_hidden": [4],
             },
             "train": {"steps": 120, "batch_size": 8, "mesh": [1, 1], "learning_rate": 0.02},
         }
@@ -394,3 +466,56 @@ def test_a_run_on_rows_recommends_nothing(rows_recommender: Recommender, tmp_pat
     (tmp_path / "new.csv").write_text("color,size\nred,1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"'colour'.*Did you mean 'color'\?"):
         rows_recommender.predict_rows(tmp_path / "new.csv")
+
+
+DEVICES = "user,item,time,device,click\n" + "".join(
+    f"u{n % 5},i{n % 7},{n},{('phone', 'desk')[n // 3 % 2]},{int(n // 3 % 2 == 0)}\n"
+    for n in range(200)
+)
+
+
+@pytest.fixture(scope="module")
+def moment_recommender(
+    tmp_path_factory: pytest.TempPathFactory, compiled_programs: dict[str, str]
+) -> Recommender:
+    """A run on impressions of which those on a phone are clicked, and no others."""
+    experiment = small.make(
+        split={"kind": "time", "validation": 0.1, "test": 0.1},
+        tasks={"next": {"kind": "retrieval"}, "click": {"kind": "binary"}},
+        features={"device": {"on": "request"}, "click": {"on": "history"}},
+        model={
+            "width": 4,
+            "encoder": {"layers": 1},
+            "towers": {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": [4]},
+        },
+        train={"steps": 150, "batch_size": 8, "mesh": [1, 1], "learning_rate": 0.03},
+        guard={"allow": ["device/click"]},
+    )
+    folder = tmp_path_factory.mktemp("moments")
+    prepared = small.run(folder, experiment, DEVICES)
+    return Recommender(train(experiment, prepared, folder / "run", show_progress=False))
+
+
+def test_the_moment_counts(moment_recommender: Recommender) -> None:
+    pairs = ["u0", "u1", "u2", "u3"], ["i1", "i2", "i3", "i4"]
+    phone = moment_recommender.predict(*pairs, request={"device": "phone"})
+    desk = moment_recommender.predict(*pairs, request={"device": "desk"})
+    assert min(phone["click"]) > 0.7 > 0.3 > max(desk["click"])
+    each = moment_recommender.predict(*pairs, request=[{"device": "phone"}, {"device": "desk"}] * 2)
+    expected = [phone["click"][0], desk["click"][1], phone["click"][2], desk["click"][3]]
+    np.testing.assert_allclose(each["click"], expected, rtol=1e-5)
+    shown = moment_recommender.recommend(["u0"], 3, request={"device": "desk"}, exclude_seen=False)
+    assert max(shown["click"]) < 0.3
+
+
+def test_raw_rows_bring_their_moment_and_the_history_of_their_user(
+    moment_recommender: Recommender,
+) -> None:
+    rows = {"user": ["u0", "u3", "u9"], "item": ["i1", "i2", "i3"]}
+    table = pa.table({**rows, "device": ["phone", "desk", None]})
+    found = moment_recommender.predict_rows(table)
+    moments = [{"device": "phone"}, {"device": "desk"}, {}]
+    pairs = moment_recommender.predict(*rows.values(), request=moments)
+    assert found["known"] == pairs["known"] == [True, True, False]
+    for task in ("next", "click"):
+        np.testing.assert_allclose(found[task], pairs[task], rtol=1e-5)

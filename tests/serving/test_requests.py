@@ -1,8 +1,10 @@
-"""Requests whose histories hold searches."""
+"""Requests as the model wants them: histories that hold searches, moments, strangers."""
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,25 +36,117 @@ def test_a_given_history_may_hold_searches(prepared: Prepared) -> None:
         "query": [None, "red hats", None],
         "rating": ["5", "5", "5"],
     }
-    found = Encoder(prepared, "float32").users(["new"], [history]).batch
+    found = Encoder(prepared, "float32").users(["new"], [history], [{}]).batch
     x, y = prepared.item_ids["x"], prepared.item_ids["y"]
     assert found.events["item"][0].tolist() == [x, UNKNOWN, y, 0]
-    assert found.events["query.0"][0].tolist() == [0, words["red"], 0, 0]
-    assert found.events["query.1"][0].tolist() == [0, UNKNOWN, 0, 0]
-    assert (found.events["rating"][0] > 0).tolist() == [True, False, True, False]
+    rating, *query = found.events["ids"][0].T  # slot by slot, in the order of the fields
+    assert query[0].tolist() == [0, words["red"], 0, 0]
+    assert query[1].tolist() == [0, UNKNOWN, 0, 0]
+    assert (rating > 0).tolist() == [True, False, True, False]
     assert found.cutoff[0].tolist() == [3]
 
 
 def test_a_known_user_brings_the_own_searches(prepared: Prepared) -> None:
-    found = Encoder(prepared, "float32").users(["a"], None)
+    found = Encoder(prepared, "float32").users(["a"], None, [{}])
     searched = found.batch.events["item"][0] == UNKNOWN
     assert searched.tolist() == [False, False, True, False]  # x, (search), y, z, (search), w
-    np.testing.assert_array_equal(found.batch.events["query.0"][0] > 0, searched)
+    np.testing.assert_array_equal(found.batch.events["ids"][0, :, 1] > 0, searched)
     assert (found.seen[0] == UNKNOWN).sum() == 2  # of the whole history; no item is meant
 
 
 def test_histories_of_unequal_columns_are_refused(prepared: Prepared) -> None:
     with pytest.raises(DataError, match="1 values of query for 2 items"):
-        Encoder(prepared, "float32").users(["a"], [{"item": ["x", None], "query": ["red"]}])
+        Encoder(prepared, "float32").users(["a"], [{"item": ["x", None], "query": ["red"]}], [{}])
     with pytest.raises(DataError, match="is one text"):
-        Encoder(prepared, "float32").users(["a"], [{"item": "xy"}])
+        Encoder(prepared, "float32").users(["a"], [{"item": "xy"}], [{}])
+
+
+# ---- moments and strangers ----
+
+DAY, HOUR = 86_400, 3600
+VISITS = "user,item,time,device,price,click\n" + "".join(
+    f"{'abc'[n % 3]},{'xyz'[n % 2]},{n * 7 * HOUR},{('phone', 'desk')[n % 4 > 1]},{n % 5},{n % 2}\n"
+    for n in range(60)
+)
+PEOPLE = "user,city,tags,age\na,bonn,u v,20\nb,bonn,u,40\nc,ulm,v,60\n"
+
+
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Impressions with features of the moment, by users with features of their own."""
+    experiment = small.make(
+        data={"users": {"files": ["users.csv"]}},
+        split={"kind": "time", "validation": 0.1, "test": 0.1},
+        tasks={"next": {"kind": "retrieval"}, "click": {"kind": "binary"}},
+        features={
+            "city": {},
+            "tags": {"kind": "multi_valued", "max_values": 3},
+            "age": {"kind": "numeric"},
+            "device": {"on": "request"},
+            "hour": {"on": "request", "kind": "hour"},
+            "price": {"on": "request", "kind": "numeric"},
+            "popular": {"on": "request", "kind": "past_count", "column": "item"},
+        },
+    )
+    return small.run(tmp_path_factory.mktemp("visits"), experiment, VISITS, users_csv=PEOPLE)
+
+
+def test_an_unknown_user_has_the_unknown_values_that_training_knows(visits: Prepared) -> None:
+    """City and three slots of tags: unknown is id 1, once a feature; the age is the mean."""
+    found = Encoder(visits, "float32").users(["nobody", "c"], None, [{}, {}])
+    assert found.known.tolist() == [False, True]
+    assert found.batch.context["ids"][0].tolist() == [1, 1, 0, 0]
+    city, tags = (visits.vocabulary(name)["value"].to_pylist() for name in ("city", "tags"))
+    expected = [city.index("ulm") + 2, tags.index("v") + 2, 0, 0]
+    assert found.batch.context["ids"][1].tolist() == expected
+    assert found.batch.context["numbers"][0].tolist() == [0.0]
+    assert found.batch.context["numbers"][1, 0] > 0
+
+
+def test_what_is_known_of_the_moment_is_encoded_and_the_rest_is_missing(visits: Prepared) -> None:
+    moments: list[dict[str, Any]] = [
+        {"device": "phone", "hour": 21, "price": 4},
+        {"time": datetime.datetime(2026, 1, 1, 21, 30), "device": "radio"},
+        {"time": 21.5 * HOUR},
+        {},
+    ]
+    batch = Encoder(visits, "float32").users(list("abca"), None, moments).batch
+    assert batch.request["ids"].shape[:2] == (8, 1), "filled up to the smaller of two sizes"
+    device, hour = batch.request["ids"][:4, 0].T
+    words = visits.vocabulary("device")["value"].to_pylist()
+    assert device.tolist() == [words.index("phone") + 2, UNKNOWN, 0, 0]
+    assert hour.tolist() == [21 + 2, 21 + 2, 21 + 2, 0]
+    price = batch.request["numbers"][:4, 0, 0]
+    assert price[0] > 0
+    assert price[1:].tolist() == [0, 0, 0]
+
+
+def test_numbers_of_the_past_belong_to_the_item_that_is_asked_for(visits: Prepared) -> None:
+    """Training events of each item, on the scale log(1 + count), standardised."""
+    train = visits.interactions("train")["candidate"]
+    counts = np.bincount(train, minlength=4)[[visits.item_ids[item] for item in ("x", "y")]]
+    [field] = (f for f in visits.manifest.request_numbers if f.name == "popular")
+    encoder = Encoder(visits, "float32")
+    batch = encoder.users(["a", "b", "c"], None, [{}] * 3, ["x", "y", "never met"]).batch
+    place = [f.name for f in visits.manifest.request_numbers].index("popular")
+    found = batch.request["numbers"][:3, 0, place]
+    expected = (np.log1p([*counts, 0]) - field.mean) / field.std
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    nothing = encoder.users(["a"], None, [{}]).batch.request["numbers"][0, 0, place]
+    assert nothing == 0, "no item is meant: missing"
+
+
+def test_a_batch_has_one_of_two_sizes(visits: Prepared) -> None:
+    encoder = Encoder(visits, "float32")
+    sizes = {n: len(encoder.users(["a"] * n, None, [{}] * n).batch.user) for n in (0, 1, 8, 9, 256)}
+    assert sizes == {0: 8, 1: 8, 8: 8, 9: 256, 256: 256}
+
+
+def test_moments_that_cannot_be_meant_are_refused(visits: Prepared) -> None:
+    encoder = Encoder(visits, "float32")
+    with pytest.raises(DataError, match=r"request: 'devise' is no feature .* mean 'device'"):
+        encoder.users(["a"], None, [{"devise": "phone"}])
+    with pytest.raises(DataError, match="request: price = 'cheap' is no number"):
+        encoder.users(["a"], None, [{"price": "cheap"}])
+    with pytest.raises(DataError, match="request: time 'soon' is neither ISO 8601 nor a number"):
+        encoder.users(["a"], None, [{"time": "soon"}])

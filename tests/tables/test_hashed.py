@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import jax
 import numpy as np
 import pytest
 
-from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.models.model import make_model
-from mtrec_jax.models.network import make_plan
 from mtrec_jax.sharding import make_mesh, put_batch, replicate
 from mtrec_jax.tables.layout import addresses
 from mtrec_jax.train.step import make_step
@@ -19,31 +14,26 @@ from mtrec_jax.types import TrainState
 from tests import tiny
 
 SIZE, STEPS = 16, 12
+# a single id in the dense stack, a bag and an item's feature in the sparse one, all hashed
 EXPERIMENT = tiny.experiment(
     train={"batch_size": SIZE, "learning_rate": 5e-3},
-    model={"item_placement": "dense", "towers": "shared_bottom", "fusion": "none"},
+    model={"towers": {"kind": "shared_bottom", "expert_hidden": [8]}, "fusion": "none"},
+    tables={
+        "item": {"update": "dense"},
+        "segment": {"hash_rows": 300},
+        "tags": {"update": "sparse", "hash_rows": 300},
+        "brand": {"update": "sparse", "hash_rows": 300, "hash_functions": 3},
+    },
 )
-
-
-def manifest() -> Manifest:
-    """A single id in the dense stack, a bag and an item's feature in the sparse one, all hashed."""
-    made = tiny.manifest()
-    segment, tags = made.context_ids
-    shared: dict[str, Any] = {"hash_rows": 300, "hash_functions": 2}
-    [brand] = made.item_ids
-    return replace(
-        made,
-        context_ids=(replace(segment, **shared), replace(tags, **shared)),
-        item_ids=(replace(brand, **shared | {"hash_functions": 3}),),
-    )
+MODEL = make_model(EXPERIMENT, tiny.manifest())
 
 
 def trained(shape: tuple[int, int]) -> list[TrainState]:
     """The state before and after each of some steps on one batch."""
-    mesh, learned = make_mesh(shape), manifest()
-    step = make_step(EXPERIMENT, learned, make_model(EXPERIMENT, learned), mesh, 20)
+    mesh = make_mesh(shape)
+    step = make_step(EXPERIMENT, MODEL, mesh, 20)
     catalogue = replicate(tiny.catalogue(), mesh)
-    state = step.init(jax.random.key(3, impl="rbg"))
+    state = step.init(3)
     seen = [_copied(state)]
     for _ in range(STEPS):
         state = step.update(state, put_batch(tiny.batch(0, SIZE), mesh), catalogue)
@@ -62,10 +52,12 @@ def single() -> list[TrainState]:
 
 def test_exactly_the_rows_of_the_ids_of_a_batch_are_trained(single: list[TrainState]) -> None:
     before, after = single[0], single[-1]
-    plan, ids = make_plan(EXPERIMENT, manifest()), tiny.batch(0, SIZE).context["ids"]
-    assert plan.rows["lazy_adam"] == 5 * 128  # two tables of 302 rows
-    find = jax.jit(lambda ids, items: (addresses(plan.context, ids), addresses(plan.item, items)))
-    tags, brands = (np.asarray(a["lazy_adam"]) for a in find(ids, tiny.catalogue().ids))
+    assert MODEL.layout.rows["lazy_adam"] == 5 * 128  # two tables of 302 rows
+    ids = {"context": tiny.batch(0, SIZE).context["ids"], "item_features": tiny.catalogue().ids}
+    found = jax.jit(lambda ids: {g: addresses(MODEL.layout.groups[g], i) for g, i in ids.items()})(
+        ids
+    )
+    tags, brands = (np.asarray(found[group]["lazy_adam"]) for group in ids)
     assert tags.shape == (SIZE, 6)
     assert brands.shape == (tiny.ITEMS + 2, 3)
     moved = np.flatnonzero((before.tables["lazy_adam"] != after.tables["lazy_adam"]).any(axis=1))

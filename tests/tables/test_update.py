@@ -14,18 +14,18 @@ import optax
 import pytest
 
 from mtrec_jax.config import Train
-from mtrec_jax.tables.layout import BITS, as_held, as_numbers, gather
-from mtrec_jax.tables.update import (
+from mtrec_jax.tables.layout import BITS, as_held, as_numbers
+from mtrec_jax.tables.lookup import gather
+from mtrec_jax.tables.rules import (
     RowOptimizer,
     adagrad,
-    apply_rows,
     bounded,
     ftrl,
     lazy_adam,
     rowwise_adagrad,
     sgd,
-    stochastic_round,
 )
+from mtrec_jax.tables.update import apply_rows, stochastic_round
 from mtrec_jax.train.step import row_rules
 
 V, D, RATE = 9, 4, 0.1

@@ -1,0 +1,98 @@
+"""The rules of a measurement travel with its scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mtrec_jax.config import Experiment, Published
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.evaluation.evaluate import Evaluation
+from mtrec_jax.evaluation.protocol import Protocol, check_same, protocol_of
+from mtrec_jax.evaluation.tables import print_evaluation
+
+RULES = Protocol(
+    data="random split (0.1 validation, 0.1 test, seed 0), 7 users, 5 items, 99 events",
+    split="random",
+    validation=0.1,
+    test=0.1,
+    order="place",
+    past="rolling",
+    task="next",
+    items=5,
+    ks=(3, 10),
+)
+OTHER: dict[str, Any] = {
+    "data": "other",
+    "split": "time",
+    "validation": 0.2,
+    "test": 0.2,
+    "order": "time",
+    "past": "frozen",
+    "task": "",
+    "candidates": "99 sampled items",
+    "items": 6,
+    "exclude_seen": True,
+    "ties": "at random",
+    "ks": (3,),
+}
+
+
+def test_a_protocol_is_a_sentence() -> None:
+    assert str(RULES) == (
+        f"{RULES.data}; next ranked among all items (5), seen ones as well, of equals the lower "
+        "item first, at 3, 10"
+    )
+    assert str(replace(RULES, task="")) == RULES.data
+
+
+def test_every_rule_changes_the_hash() -> None:
+    hashes = [replace(RULES, **{key: value}).hash for key, value in OTHER.items()]
+    assert len({RULES.hash, *hashes}) == 1 + len(OTHER)
+    assert replace(RULES).hash == RULES.hash
+    assert set(OTHER) == set(RULES.to_dict()) - {"sentence", "hash"}
+
+
+def test_the_protocol_of_an_experiment(
+    shop_experiment: Experiment, shop_prepared: Prepared
+) -> None:
+    found = protocol_of(shop_experiment, shop_prepared.manifest)
+    assert found == Protocol(
+        data=shop_prepared.manifest.protocol,
+        split="time",
+        validation=0.1,
+        test=0.1,
+        order="time",
+        past="rolling",
+        task="next_item",
+        items=60,
+        exclude_seen=True,
+        ks=(10,),
+    )
+    evaluate = replace(shop_experiment.evaluate, exclude_seen=False)
+    seen = protocol_of(replace(shop_experiment, evaluate=evaluate), shop_prepared.manifest)
+    check_same({"a": found, "b": replace(found)})
+    with pytest.raises(ConfigError, match=r"'a' and 'c' were measured by .*exclude_seen: True"):
+        check_same({"a": found, "b": found, "c": seen})
+
+
+def test_a_published_figure_of_another_protocol_says_so(
+    shop_experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(protocol: str) -> str:
+        paper = Published(
+            name="Paper", task="click", metrics={"auc": 0.9}, source="Table 3", protocol=protocol
+        )
+        tasks: dict[str, dict[str, float]] = {name: {} for name in shop_experiment.tasks}
+        made = Evaluation(split="test", protocol=RULES, fingerprint="", tasks=tasks)
+        print_evaluation(replace(shop_experiment, published=(paper,)), made)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "ANOTHER PROTOCOL" not in shown("") + shown(RULES.hash)
+    assert "published, test split, by ANOTHER PROTOCOL (0123abcd), not comparable" in shown(
+        "0123abcd"
+    )
+    assert f"[protocol {RULES.hash}]" in shown("")
