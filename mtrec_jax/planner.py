@@ -128,7 +128,7 @@ def plan(
     ...     "model": {"encoder": "none", "towers": "shared_bottom", "fusion": "none"}})
     >>> found = plan(clicks, devices=1, rows={"user": 1_000_000})
     >>> found.memory["tables"], found.tables[0].rule
-    (256024576, 'lazy_adam')
+    (256016384, 'lazy_adam')
     """
     rows = rows or {}
     mesh = check_mesh(experiment.train.mesh, devices or jax.device_count())

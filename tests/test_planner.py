@@ -211,9 +211,10 @@ def test_bytes_are_those_of_the_exchange_and_of_the_gradients(name: str) -> None
     catalogue = planner.catalogue_shapes(case.experiment, case.manifest)
     wanted = jax.eval_shape(lambda b, c: model.ids(b, c, key).ids, case.batch, catalogue)
     dense = [group for group in model.layout.groups.values() if DENSE in stacks(group)]
-    expected = {("all-reduce", 8): _bytes(state.params)}
-    if dense:  # the gradient of the dense stack, of each group by itself
-        expected["all-reduce", 8] += (len(dense) - 1) * _bytes(state.params[DENSE])
+    # in each part the layers' gradients; once those of the dense stack, of each group by itself
+    expected = {("all-reduce", 8): config.accumulate * _bytes(state.params["network"])}
+    if dense:
+        expected["all-reduce", 8] += len(dense) * _bytes(state.params[DENSE])
     for stack, table in state.tables.items():
         places = sum(
             math.prod(ids.shape[:-1]) * slots.ids
@@ -233,13 +234,10 @@ def test_bytes_are_those_of_the_exchange_and_of_the_gradients(name: str) -> None
             expected["all-gather", replicas] = 4 * sent * replicas
             expected["all-reduce", replicas] = gradient * sizes.window
     actual = {(c.how, c.over): c.size for c in found.collectives}
-    if case.manifest.items:  # the vectors of the shared negatives, and their gradients
-        size = config.negatives * case.experiment.model.width * 4
+    if case.manifest.items:  # in each part the vectors of the negatives, and their gradients
+        size = config.accumulate * config.negatives * case.experiment.model.width * 4
         expected["all-gather", 8] = expected.get(("all-gather", 8), 0) + size
         expected["all-reduce", 8] += size
-    expected["all-reduce", 8] *= config.accumulate
-    if config.accumulate > 1:
-        expected["all-gather", 8] *= config.accumulate
     assert actual.keys() == expected.keys()
     for kind, size in expected.items():
         assert actual[kind] == pytest.approx(size, rel=0.1), kind
