@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mtrec_jax.config import Experiment, to_toml
+from mtrec_jax.data.clean import open_cleaned
 from mtrec_jax.errors import DataError
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.run import Run
@@ -53,11 +54,15 @@ def refused(mtrec: Mtrec) -> Refused:
 
 @pytest.fixture
 def preparation(refused: Refused, config: Path, data: Path, tmp_path: Path) -> Callable[[], str]:
-    """The message of a preparation that must fail, which leaves nothing behind."""
+    """The message of a preparation that must fail, which leaves at most the whole cleaned log."""
 
     def call() -> str:
         message = refused("prepare", config, "--data", data.parent, "--out", tmp_path / "prepared")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "mine.toml"]
+        left = {p.name for p in tmp_path.iterdir()} - {"data", "mine.toml"}
+        assert left <= {"cleaned"}
+        for folder in (tmp_path / "cleaned").glob("*"):
+            assert folder.name == "shop"
+            open_cleaned(folder)
         return message
 
     return call
@@ -146,7 +151,7 @@ def test_a_run_of_another_configuration(refused: Refused, config: Path, shop_run
     train = ("train", config, "--prepared", prepared, "--run", shop_run.folder)
     message = refused(*train, "--set", "model.width=16", "--set", "model.towers=ple")
     assert f"{shop_run.folder} is a run of another configuration:" in message
-    assert "model.towers: 'mmoe' there, 'ple' here" in message
+    assert "model.towers.kind: 'mmoe' there, 'ple' here" in message
     assert "model.width: 8 there, 16 here" in message
     assert "Pass another --run folder" in message
     assert (shop_run.folder / "config.toml").read_bytes() == before
@@ -155,8 +160,9 @@ def test_a_run_of_another_configuration(refused: Refused, config: Path, shop_run
 def test_data_of_another_configuration(refused: Refused, config: Path, shop_run: Run) -> None:
     train = ("train", config, "--prepared", shop_run.prepared.folder, "--run", "elsewhere")
     message = refused(*train, "--set", "data.history_length=9")
-    assert "was prepared with other [data] settings than 'shop' has" in message
-    assert "run: mtrec prepare CONFIG, or pass another --prepared" in message
+    assert "was prepared for another experiment than 'shop'" in message
+    assert "data.history_length: 16 there, 9 here" in message
+    assert "Prepare it anew: mtrec prepare" in message
     assert not Path("elsewhere").exists()
 
 

@@ -250,7 +250,7 @@ def test_evaluate_writes_everything_and_counts_looks(
 
     first = looked()
     assert (first["split"], first["test_looks"]) == ("validation", 0)
-    assert first["protocol"].startswith("split at two points in time")
+    assert first["protocol"]["sentence"].startswith("split at two points in time")
     assert set(first["tasks"]) == {"next_item", "click", "buy", "stars"}
     assert set(first["baselines"]) == baselines
     assert set(first["orders"]) == {"fused", *first["tasks"]}

@@ -60,7 +60,7 @@ CASES = {  # {call: (class of the error, what its message says)}
     "r.recommend(['a'], histories=[{7: ['i0001']}])": ("DataError", "history: has 7; it may have"),
     "r.predict(7, ['i0001'])": ("DataError", "users: 7 is no list"),
     "r.predict(['u00001'], None)": ("DataError", "items: None is no list"),
-    "r.predict_rows(7)": ("ConfigError", "predicts (user, item) pairs, not rows"),
+    "r.predict_rows(7)": ("DataError", "table 'rows' (int) cannot be read"),
     "r.similar_items(['i0001'])": ("DataError", "item: ['i0001'] is no id; pass a text or a num"),
     "r.similar_items('i0001', k='3')": ("DataError", "k = '3': a whole number between 1 and"),
     "r.recommend(['u00001']).save(7)": (

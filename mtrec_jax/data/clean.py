@@ -242,6 +242,8 @@ def appears_whole(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it has been made for this folder alone
+            partial.parent.rmdir()
 
 
 def put_in_place(partial: Path, out: Path) -> None:

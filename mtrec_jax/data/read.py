@@ -61,6 +61,11 @@ def place_of(places: Sequence[tuple[int, str, int]], row: int) -> str:
     return f"row {row} ({file} line {row - first + line})" if file else f"row {row}"
 
 
+def shortened(text: str) -> str:
+    """A text for a message, cut where a damaged file has made it long."""
+    return text if len(text) <= 2000 else f"{text[:2000]} …"
+
+
 def check_columns(name: str, have: list[str], needed: dict[str, str], place: str) -> None:
     """Raise `DataError` for the first of `needed` {column: what for} that a table lacks."""
     for column, purpose in needed.items():
@@ -68,7 +73,7 @@ def check_columns(name: str, have: list[str], needed: dict[str, str], place: str
             hint = ". Check the separator" if len(have) == 1 else ""
             raise DataError(
                 f"{name}: no column '{column}' ({purpose}) in {place}.{nearest(column, have)} "
-                f"Columns: {', '.join(have)}{hint}"
+                f"Columns: {shortened(', '.join(have))}{hint}"
             )
 
 

@@ -179,6 +179,7 @@ def _calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int 
 def test_calibration_error_is_the_mean_gap_of_the_bins(rows: list, bins: int) -> None:
     """A row's bin is where the middle of the places of all equal predictions falls."""
     labels, probabilities, _ = _columns(rows)
+    labels = labels.astype(np.float64)
     places = [np.flatnonzero(np.sort(probabilities) == p) for p in probabilities]
     bin_of = np.array([(p[0] + p[-1]) * bins // (2 * len(labels)) for p in places])
     gaps = [
