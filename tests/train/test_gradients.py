@@ -74,7 +74,7 @@ def _first_position(batch: Batch) -> Batch:
         labels=labels,
         mask=mask,
         weight=batch.weight[:, :1],
-        row=batch.row[:, :1],
+        row=None,
     )
 
 

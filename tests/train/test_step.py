@@ -155,8 +155,9 @@ def test_losses_and_weights_of_a_batch_worked_out(single: Compiled) -> None:
         shared = model.encode(params, rows, batch, single.catalogue, wanted, draws.users)
         given = params, shared, batch, single.catalogue, wanted, draws.rank
         sums, fusing = model.losses(*given)
+        assert model.fusion_loss is not None
         fusion = params, shared, fusing, batch, wanted, draws.lottery, single.mesh
-        sums |= {"fusion": model.fusion_loss(*fusion)}
+        sums["fusion"] = model.fusion_loss(*fusion)
         weights = model.weights(batch, draws.lottery)
         outputs = tiny.forward(model, params, tables, single.catalogue, batch)[2]
         return {name: (sums[name], weights[name]) for name in sums}, outputs

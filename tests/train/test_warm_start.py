@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,10 @@ class World(NamedTuple):
 
 
 def declared(
-    experiment: Experiment, capacity: int = CAPACITY, item: str = "sparse", **model: Any
+    experiment: Experiment,
+    capacity: int = CAPACITY,
+    item: Literal["sparse", "dense"] = "sparse",
+    **model: Any,
 ) -> Experiment:
     """The plain experiment with users' ids: each with a row, hashed, and with shared rows."""
     user = replace(experiment.features["segment"], column="user")
