@@ -97,7 +97,7 @@ def _write(
     folder.mkdir()
     write_examples(folder / "train.parquet", blocks())
     names = make(np.random.default_rng(0), 1)
-    fields: dict[str, tuple[IdField | NumberField, ...]] = {
+    fields: dict[str, Any] = {
         "request_ids": _ids(NOMINAL) if "request_0" in names else (),
         "request_numbers": tuple(
             NumberField(name=f"x{i}", mean=0, std=1) for i in range(NUMBERS) if "request_0" in names

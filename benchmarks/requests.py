@@ -37,7 +37,7 @@ def answer(quick: bool, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
 
 
 def one_shop(
-    folder: Path, seed: int, settings: tuple[str, ...] = (), **sizes: int
+    folder: Path, seed: int, settings: tuple[str, ...] = (), **sizes: Any
 ) -> list[dict[str, Any]]:
     """The four models on one shop; `sizes` of it, as `generate` takes them."""
     from mtrec_jax.data.prepare import prepare

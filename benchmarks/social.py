@@ -89,8 +89,8 @@ def validation_clicks(
 
     prepared = prepare(experiment, folder / "raw", folder / f"{name}-prepared", tables)
     order = np.argsort(prepared.interactions("validation")["row"])
-    found = measured_clicks(experiment, prepared, folder / f"{name}-run")
-    return tuple(column[order] for column in found)
+    user, label, score = measured_clicks(experiment, prepared, folder / f"{name}-run")
+    return user[order], label[order], score[order]
 
 
 def measured_clicks(

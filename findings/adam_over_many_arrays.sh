@@ -2,7 +2,7 @@
 # jax 0.10.2, optax 0.2.8, CPU: a jitted step of optax.adam with an all-finite check over 100 small
 # arrays compiles to several times as many HLO instructions as the same over optax.flatten, which
 # sees one vector, and takes far longer to compile. Nothing merges the arrays: XLA makes a fusion of
-# its own for each. Seen: 2,816 instructions against 439 (the hundred slices and copies are in both).
+# its own for each. Seen: 68,329 instructions against 23,484, 32 seconds of processor time against 12.7.
 set -euo pipefail
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT

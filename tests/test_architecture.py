@@ -129,12 +129,14 @@ def test_nobody_imports_the_command_line() -> None:
 
 
 def test_functions_stay_readable() -> None:
-    long = [
-        f"{name}: {f.name} has {f.end_lineno - f.lineno + 1} lines"
-        for name, tree in TREES.items()
-        for f in functions(tree)
-        if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > 60
-    ]
+    """At most 60 lines, the signature and the docstring aside."""
+    long = []
+    for name, tree in TREES.items():
+        for function in functions(tree):
+            body = function.body[1 if ast.get_docstring(function) else 0 :]
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            if lines > 60:
+                long.append(f"{name}: {function.name} has {lines} lines")
     assert not long
 
 

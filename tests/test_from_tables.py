@@ -19,7 +19,11 @@ pandas = pytest.importorskip("pandas")
 
 QUICK: dict[str, Any] = {
     "data": {"history_length": 8},
-    "model": {"width": 4, "layers": 1, "experts": 2, "expert_hidden": [4], "tower_hidden": [4]},
+    "model": {
+        "width": 4,
+        "encoder": {"layers": 1},
+        "towers": {"experts": 2, "expert_hidden": [4], "tower_hidden": [4]},
+    },
     "train": {"steps": 4, "batch_size": 8, "negatives": 8, "mesh": [1, 1]},
     "evaluate": {"batch_size": 8, "candidates": 6},
 }
@@ -67,6 +71,23 @@ def test_recommendations_and_predictions_follow_at_once(recommender: Any) -> Non
     pairs = recommender.predict([100], [3])
     assert 0 < pairs["like"][0] < 1
     assert recommender.recommend(["nobody"], k=1)["known"] == [False]
+
+
+def test_without_a_time_the_order_of_the_table_counts(recommender: Any) -> None:
+    """A table that is in the order of time says the same without it."""
+    ordered = events().sort_values("when", kind="stable")
+    arguments: dict[str, Any] = {"user": "person", "item": "film", "tasks": TASKS}
+    arguments |= {"settings": QUICK, "show_progress": False}
+    timeless = mtrec_jax.fit(ordered.drop(columns="when"), **arguments)
+    assert timeless.experiment.data.time == ""
+
+    def history(made: Any, person: str) -> list[str]:
+        items = made.prepared.user_lists("event_item")[made.prepared.user_ids[person] - 2]
+        return [made.prepared.item_names[item - 2] for item in items]
+
+    for person in ("100", "107"):
+        assert history(timeless, person) == history(recommender, person)
+    assert len(timeless.recommend([100], k=2)) == 2
 
 
 def test_the_history_shows_past_labels_by_default(recommender: Any) -> None:

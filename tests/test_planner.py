@@ -217,7 +217,7 @@ def test_bytes_are_those_of_the_exchange_and_of_the_gradients(name: str) -> None
         expected["all-reduce", 8] += len(dense) * _bytes(state.params[DENSE])
     for stack, table in state.tables.items():
         places = sum(
-            math.prod(ids.shape[:-1]) * slots.count
+            math.prod(ids.shape[:-1]) * slots.ids
             for group, ids in wanted.items()
             for slots in model.layout.groups[group]
             if slots.place.stack == stack

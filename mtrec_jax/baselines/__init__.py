@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mtrec_jax.baselines.bias import Bias
 from mtrec_jax.baselines.contract import Interactions, Predicts, Ranks, Scorer
 from mtrec_jax.baselines.item_knn import ItemKnn
 from mtrec_jax.baselines.popularity import Popularity
 
-BASELINES = {"popularity": Popularity, "bias": Bias, "item_knn": ItemKnn}
+BASELINES: dict[str, Any] = {"popularity": Popularity, "bias": Bias, "item_knn": ItemKnn}
 
 __all__ = ["BASELINES", "Interactions", "Predicts", "Ranks", "Scorer"]

@@ -216,8 +216,10 @@ class Prepared:
     def columns(self, references: bool = False) -> list[str]:
         """The columns of an example that this view reads, in their order in the files."""
         m = self.manifest
-        names = ["user", *(f"context_{f.name}" for f in (*m.context_ids, *m.context_numbers))]
-        names += [f"request_{f.name}" for f in (*m.request_ids, *m.request_numbers)]
+        names, sides = ["user"], ("context", "request")
+        for side in sides:
+            ids, numbers = getattr(m, f"{side}_ids"), getattr(m, f"{side}_numbers")
+            names += [f"{side}_{field.name}" for field in (*ids, *numbers)]
         names += ["event_item"] * (m.history_length > 0) + [f"event_{f.name}" for f in m.history]
         names += ["cutoff", "candidate", *(f"label_{task}" for task in m.tasks)]
         if references:

@@ -137,9 +137,20 @@ def generate(
             f"shop: {users} users, {items} items, {impressions} impressions do not fit; at least "
             "8, 16, 6, and items at least 8/3 of the impressions"
         )
-    rng = np.random.default_rng(seed)
-    tastes, shelf, people = _draw_tastes(rng), _draw_items(rng, items), _draw_users(rng, users)
-    log = _expose(rng, tastes, shelf, people, impressions)
+    sizes = {"users": users, "items": items, "impressions": impressions}
+    return _generate(to, seed, sizes, social, requests)
+
+
+def _generate(
+    to: Path, seed: int, sizes: dict[str, int], social: bool, requests: bool
+) -> dict[str, Any]:
+    rng, users = np.random.default_rng(seed), sizes["users"]
+    tastes, shelf, people = (
+        _draw_tastes(rng),
+        _draw_items(rng, sizes["items"]),
+        _draw_users(rng, users),
+    )
+    log = _expose(rng, tastes, shelf, people, sizes["impressions"])
     # each on its own: who is shown what is drawn as without
     friends = _plant_social(seed, log, shelf, users) if social else None
     moments = _plant_requests(seed, log, shelf) if requests else None
@@ -152,9 +163,7 @@ def generate(
     truth = {
         "version": _VERSION,
         "seed": seed,
-        "users": users,
-        "items": items,
-        "impressions": impressions,
+        **sizes,
         "events": len(log.user),
         "best": _best(columns),
         "planted": _planted(tastes, shelf, people, intercepts),

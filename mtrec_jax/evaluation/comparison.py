@@ -57,7 +57,9 @@ def compare(
 def training_interactions(experiment: Experiment, prepared: Prepared) -> Interactions:
     """The training split as baselines are fitted on it."""
     train, tasks = prepared.interactions("train"), experiment.tasks
-    kinds = {n: t.kind for n, t in tasks.items() if t.kind in ("binary", "regression")}
+    kinds: dict[str, str] = {
+        n: t.kind for n, t in tasks.items() if t.kind in ("binary", "regression")
+    }
     retrieval = next((n for n, t in tasks.items() if t.kind == "retrieval"), None)
     none = np.zeros(len(train["user"]), bool)
     return Interactions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -169,7 +170,7 @@ def _dropped(inputs: Inputs, ids: dict[str, jax.Array], key: jax.Array) -> dict[
         shares = [
             inputs.id_dropout.get(slots.place.name, 0.0)
             for slots in inputs.layout.groups[group]
-            for _ in range(slots.count)
+            for _ in range(slots.ids)
         ]
         if any(shares):
             least = np.array([min(round(s * 2**32), 2**32 - 1) for s in shares], np.uint32)
@@ -194,7 +195,7 @@ class SideFeatures(nnx.Module):
         embedded = len(self.group) * inputs.layout.width
         self.norm = layer_norm(embedded, dtype=dtype, rngs=rngs) if embedded else None
 
-    def __call__(self, batch: Batch, rows: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, batch: Batch, rows: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """[B, F] of the user, [B, P, F] of the moments; F may be 0."""
         part = getattr(batch, self.side)
         shape = batch.cutoff.shape[: 1 if self.side == "context" else 2]

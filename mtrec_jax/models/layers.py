@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 from pydantic import Field
-from scipy import special
 
 from mtrec_jax.mixing import mixed_bits
 
@@ -60,6 +59,8 @@ def normal(
 
 def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     """Normal values of variance 1 / inputs, cut off at two standard deviations (as flax does)."""
+    from scipy import special  # once a run, at its beginning
+
     scale = shape[0] ** -0.5 / 0.87962566103423978  # so that the variance is right after the cut
     low, high = special.ndtr([-2.0, 2.0])
 

@@ -96,7 +96,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         layers = network(params)
         events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
         states = layers.users(batch, rows, events, key)
-        return Shared(*states[:-1], candidates, negatives)  # but for the cutoff
+        of_users = tuple(map(jnp.asarray, states[:-1]))  # all but the cutoff
+        return Shared._make((*of_users, candidates, negatives))
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,7 @@ class Network(nnx.Module):
         self.items = ItemTower(inputs, config.item_id_scale, dtype=dtype, rngs=rngs)
         self.context = SideFeatures(inputs, "context", dtype=dtype, rngs=rngs)
         self.request = SideFeatures(inputs, "request", dtype=dtype, rngs=rngs)
-        context, request = inputs.width_of("context"), inputs.width_of("request")
-        numbers = inputs.numbers["context"]
+        context, numbers = inputs.width_of("context"), inputs.numbers["context"]
         self.user_numbers = made(numbers, d) if numbers and inputs.has_events else None
         self.user_context = made(context, d) if context and inputs.has_items else None
         self.search = None
@@ -52,41 +52,16 @@ class Network(nnx.Module):
             if "history" in inputs.layout.groups:
                 self.behaviour = made(d, d)
                 self.search = LastSearch(d, dtype=dtype, rngs=rngs) if searches else None
-            sizes = EncoderSizes(d, history_length + 1, config.dropout)
-            self.encoder = config.encoder.make(sizes, dtype=dtype, rngs=rngs)
+            seen = EncoderSizes(d, history_length + 1, config.dropout)
+            self.encoder = config.encoder.make(seen, dtype=dtype, rngs=rngs)
         if not inputs.tasks:
             return
-        pair = (3 * d + 1 if inputs.has_items else 0) + (d if inputs.has_events else 0)
-        self.towers = config.towers.make(
-            TowerSizes(
-                inputs=context + request + pair,
-                context=context,
-                request=request,
-                width=d if inputs.has_items else 0,
-                tasks=inputs.tasks,
-            ),
-            dtype=dtype,
-            rngs=rngs,
-        )
+        sizes = tower_sizes(config, inputs)
+        self.towers = config.towers.make(sizes, dtype=dtype, rngs=rngs)
         if config.fusion == "attention":
-            state = context + request + (d if inputs.has_items else 0)
-            self.fusion = AttentionFusion(
-                state, inputs.order, self._hidden_size(), dtype=dtype, rngs=rngs
-            )
-
-    def _hidden_size(self) -> int:
-        """H of the towers' hidden vectors, from an abstract pass."""
-        sizes = self.inputs
-        d = self.config.width if sizes.has_items else 0
-        context, request = sizes.width_of("context"), sizes.width_of("request")
-        pair = (3 * d + 1 if sizes.has_items else 0) + (self.config.width * sizes.has_events)
-
-        def of(size: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((1, size), self.dtype)
-
-        given = TowerInput(*map(of, (context + request + pair, context, request, d, d)))
-        found = nnx.eval_shape(lambda towers, given: towers(given), self.towers, given)
-        return next(iter(found.hidden.values())).shape[-1]
+            state = sizes.context + sizes.request + sizes.width
+            hidden = _hidden_size(self.towers, sizes, dtype)
+            self.fusion = AttentionFusion(state, inputs.order, hidden, dtype=dtype, rngs=rngs)
 
     def users(
         self, batch: Batch, rows: Mapping[str, jax.Array], events: Array, key: jax.Array | None
@@ -144,7 +119,7 @@ class Network(nnx.Module):
         b, p, d = states.vectors.shape
         n = b * p
         context = jnp.broadcast_to(states.context[:, None], (b, p, states.context.shape[1]))
-        context, request = context.reshape(n, -1), states.request.reshape(n, -1)
+        context, request = context.reshape(n, -1), jnp.asarray(states.request).reshape(n, -1)
         user = item = jnp.zeros((n, 0), self.dtype)
         parts, logits = [context, request], {}
         if self.inputs.has_items and candidates is not None:
@@ -186,6 +161,29 @@ class Network(nnx.Module):
             weights = jnp.full(stacked.shape, 1 / stacked.shape[1], stacked.dtype)
             return jnp.sum(weights * stacked, axis=-1), weights
         return self.fusion(fusing)
+
+
+def tower_sizes(config: ModelConfig, inputs: Inputs) -> TowerSizes:
+    """How wide the parts of a `TowerInput` are: beside the features, user, item, their product and
+    cosine, and what happened at similar events."""
+    d = config.width
+    context, request = inputs.width_of("context"), inputs.width_of("request")
+    pair = (3 * d + 1) * inputs.has_items + d * inputs.has_events
+    return TowerSizes(
+        inputs=context + request + pair,
+        context=context,
+        request=request,
+        width=d * inputs.has_items,
+        tasks=inputs.tasks,
+    )
+
+
+def _hidden_size(towers: nnx.Module, sizes: TowerSizes, dtype: jnp.dtype) -> int:
+    """H of the towers' hidden vectors, from an abstract pass; 1 where they give none."""
+    widths = sizes.inputs, sizes.context, sizes.request, sizes.width, sizes.width
+    shapes: list[Any] = [jax.ShapeDtypeStruct((1, width), dtype) for width in widths]
+    found = nnx.eval_shape(lambda towers, given: towers(given), towers, TowerInput(*shapes))
+    return next((hidden.shape[-1] for hidden in found.hidden.values()), 1)
 
 
 def expected(logits: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from mtrec_jax.losses.retrieval import sampled_softmax
 from mtrec_jax.losses.tasks import TASK_LOSSES
 from mtrec_jax.models.inputs import Inputs
 from mtrec_jax.models.network import Network
-from mtrec_jax.types import Batch, Catalogue, Fusing, PyTree, Shared, UserStates, Wanted
+from mtrec_jax.types import Batch, Catalogue, Fusing, Outputs, PyTree, Shared, UserStates, Wanted
 
 FUSION = "fusion"  # the loss that teaches the fused order, beside the balanced ones
 
@@ -75,30 +75,42 @@ def make_objective(
         layers = network(params)
         candidates = shared.candidates if inputs.has_items else None
         outputs, fusing = layers.outputs(states_of(shared, batch), candidates, key)
-        sums = {}
-        for name, task in experiment.tasks.items():
-            weight = jnp.asarray(batch.weight * batch.mask[name])
-            if task.kind == "retrieval":
-                sums[name] = sampled_softmax(
-                    shared.users,
-                    shared.candidates,
-                    jnp.asarray(batch.candidate),
-                    shared.negatives,
-                    wanted.negatives,
-                    catalogue,
-                    experiment.model.temperature,
-                    weight,
-                )
-            else:
-                labels = jnp.asarray(batch.labels[name])
-                loss = TASK_LOSSES[task.kind](outputs.logits[name], labels, manifest.tasks[name])
-                sums[name] = jnp.sum(loss * weight)
+        given = shared, batch, catalogue, wanted
+        sums = {n: _task_sum(experiment, manifest, n, outputs, *given) for n in experiment.tasks}
         if brings is not None:
             own = layers.towers.losses(outputs.logits, *_labels(batch))
             sums |= {n: jnp.sum(v * counts * batch.weight) for n, (v, counts) in own.items()}
         return sums, fusing
 
     return Objective(names, fusion is not None, weights, losses, fusion and fusion.loss)
+
+
+def _task_sum(
+    experiment: Experiment,
+    manifest: Manifest,
+    name: str,
+    outputs: Outputs,
+    shared: Shared,
+    batch: Batch,
+    catalogue: Catalogue,
+    wanted: Wanted,
+) -> jax.Array:
+    """The weighted sum of a task's own loss."""
+    task, weight = experiment.tasks[name], jnp.asarray(batch.weight * batch.mask[name])
+    if task.kind != "retrieval":
+        labels = jnp.asarray(batch.labels[name])
+        loss = TASK_LOSSES[task.kind](outputs.logits[name], labels, manifest.tasks[name])
+        return jnp.sum(loss * weight)
+    return sampled_softmax(
+        shared.users,
+        shared.candidates,
+        jnp.asarray(batch.candidate),
+        shared.negatives,
+        wanted.negatives,
+        catalogue,
+        experiment.model.temperature,
+        weight,
+    )
 
 
 class _Fusion(NamedTuple):
@@ -118,7 +130,7 @@ def _make_fusion(
     listed = inputs.retrieval if inputs.retrieval in worth else None
 
     def example_weight(batch: Batch) -> jax.Array:
-        value, seen = order.utility(worth, dict(batch.labels), dict(batch.mask))
+        value, seen = order.utility(worth, *_labels(batch))
         return (seen if listed is None else value * batch.mask[listed]) * batch.weight
 
     def weight_of(batch: Batch, lottery: jax.Array) -> jax.Array:
@@ -138,7 +150,7 @@ def _make_fusion(
     ) -> jax.Array:
         layers, weight = network(params), example_weight(batch)
         if listed is None:
-            value, _ = order.utility(worth, dict(batch.labels), dict(batch.mask))
+            value, _ = order.utility(worth, *_labels(batch))
             fused = layers.fuse(fusing)[0].reshape(value.shape)
             return jnp.sum(optax.sigmoid_binary_cross_entropy(fused, value) * weight)
         chosen = order.chosen_position(weight, lottery)

@@ -107,7 +107,7 @@ def make_serving(
         known: Catalogue, params: PyTree, tables: Tables, vectors: Array, batch: Batch
     ) -> UserStates:
         wanted = model.ids(batch, known, None).ids
-        sides = {
+        sides: dict[str, jax.Array] = {
             group: wanted[group] for group in ("context", "request", "history") if group in wanted
         }
         rows = fetch(model.layout, _stacks(params, tables), sides)

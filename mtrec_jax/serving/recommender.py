@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
-from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
@@ -84,9 +83,8 @@ class Recommender:
             `blocked` leave fewer: often so with a small catalogue.
           histories: instead of the stored ones, for each user the raw item ids, oldest first; or a
             mapping {"item": [...], "<history feature>": [...]}.
-          request: what is known of the moment, {"<request feature, or its column>": value}, such as
-            {"device": "phone", "time": datetime.datetime.now()}; for all users, or a list with one
-            each. What is left out is missing.
+          request: what is known of the moment, {"<request feature, or its column>": value}, for all
+            users, or a list with one each; what is left out is missing.
           allowed: raw item ids to choose from; None: the whole catalogue.
           blocked: raw item ids never to be shown.
           exclude_seen: leave out what the user's history holds.
@@ -113,14 +111,11 @@ class Recommender:
         if on_unknown == "error":
             self._refuse_unknown(users)
         tables = []
-        for start in range(0, len(users), BATCH):
+        for start in range(0, max(len(users), 1), BATCH):
             part = users[start : start + BATCH]
             fresh = None if histories is None else histories[start : start + BATCH]
             encoded = self._encoder.users(part, fresh, moments[start : start + BATCH])
             tables.append(self._recommend_batch(part, k, encoded, subset, exclude_seen))
-        if not tables:
-            encoded = self._encoder.users([], None, [])
-            tables = [self._recommend_batch([], k, encoded, subset, exclude_seen)]
         return Result(pa.concat_tables(tables))
 
     def recommend_all(
@@ -197,6 +192,8 @@ class Recommender:
         Raises:
           DataError: a missing file or column, or a cell that is no number where one is needed.
         """
+        from mtrec_jax.data.new_rows import encode_requests  # loads an engine
+
         arrays, data = encode_requests(self.prepared, rows), self.experiment.data
         n = len(arrays["user"])
         known = np.ones(n, bool)
@@ -404,6 +401,8 @@ def predict_file(recommender: Recommender, rows: str | Path) -> Result:
     config, manifest = recommender.experiment.data, recommender.prepared.manifest
     if not (config.user and config.item) or manifest.request_ids or manifest.request_numbers:
         return recommender.predict_rows(rows)
+    from mtrec_jax.data.new_rows import read_columns  # loads an engine
+
     table = read_columns(recommender.experiment, rows, [config.user, config.item])
     users, items = (table.column(c).to_pylist() for c in (config.user, config.item))
     return recommender.predict(users, items)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import features, past
+from mtrec_jax.data import features
 from mtrec_jax.data.cells import as_text
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.features import Encoding, one_array
@@ -208,7 +208,7 @@ class Encoder:
                         f"request: {key!r} is no feature on = 'request' of this data."
                         f"{nearest(str(key), allowed)} There are {', '.join(columns) or 'none'}"
                     )
-        own = {data.user: users, data.item: items or [None] * n}
+        own: dict[str, list[Any]] = {data.user: users, data.item: items or [None] * n}
         rows: dict[str, pa.Array] = {
             "user": pa.array([user or None for user in users], pa.string())
         }
@@ -227,7 +227,11 @@ class Encoder:
                     for m in given
                 ]
             rows[f"feature_{name}"] = self._cells(encoding, values)
-        table = past.look_up(pa.table(rows), self.prepared, self._experiment)
+        table = pa.table(rows)
+        if any(encoding.feature.looks_back for encoding, _ in asked.values()):
+            from mtrec_jax.data.past import look_up  # loads an engine
+
+            table = look_up(table, self.prepared, self._experiment)
         cells = {name: one_array(table[f"feature_{name}"]) for name in asked}
         encodings = [encoding for encoding, _ in asked.values()]
         ids, numbers = features.encode_all(encodings, cells, n)

@@ -155,11 +155,9 @@ def update(
       slots: a pytree of arrays with a row for each of the table.
       asked: from `look_up` of the same ids.
       grads: of the rows that it returned.
-      mesh: as there.
-      buffers: sizes; they change the order of additions only.
+      mesh, buffers: as there; sizes change the order of additions only.
     """
-    shards = mesh.shape["table"]
-    places, window = buffers
+    shards, (places, window) = mesh.shape["table"], buffers
 
     def local(shard: Array, slots: PyTree, asked: Asked, grads: Array) -> tuple[Array, PyTree]:
         summed = jnp.zeros(grads.shape, jnp.promote_types(grads.dtype, jnp.float32))

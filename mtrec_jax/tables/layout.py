@@ -52,12 +52,12 @@ class Slots(NamedTuple):
     """A table's ids in a group."""
 
     place: Place
-    count: int  # ids side by side
+    ids: int  # ids side by side
 
     @property
     def lookups(self) -> int:
         """Rows that they take."""
-        return self.count * max(1, self.place.functions)
+        return self.ids * max(1, self.place.functions)
 
 
 Group = tuple[Slots, ...]

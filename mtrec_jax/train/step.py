@@ -77,26 +77,7 @@ def make_step(
     row_rate = learning_rate(config, config.row_learning_rate, total_steps)
     balancer = _balancer(experiment, model)
 
-    def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
-        """Lookup, losses, and their gradients combined."""
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        wanted = model.ids(batch, catalogue, keys[0])
-        stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
-        known = model.layout, stacks, state.scratch, wanted.ids, devices, buffers or {}
-        rows, ticket = lookup(*known)
-        draws = draw(keys[1], batch)
-        weights = model.weights(batch, draws.lottery)
-        given = Given(state.params["network"], rows, batch, wanted, draws)
-        back = backward(model, given, catalogue, weights, config.accumulate, devices)
-        observed = jnp.stack([weights[n] > 0 for n in model.names])
-        combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
-        to_network, to_rows, fusion = back.finish(combined)
-        to_params = {"network": to_network}
-        if DENSE in state.params:
-            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
-        means = [*combined.losses, *[fusion] * model.fuses]
-        sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
-        return Found(sums, to_params, to_rows, ticket, balance)
+    find = _finder(experiment, model, devices, balancer, buffers or {})
 
     def step(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         """`find`, and the update of the dense parameters and of the touched rows."""
@@ -116,10 +97,18 @@ def make_step(
             (old, state.optimizer, state.balance, state.sums),
         )
         kept = jax.tree.map(lambda a, b: jnp.where(is_good, a, b), after, before)
-        new = dict(zip(("params", "optimizer", "balance", "sums"), kept, strict=True))
-        new["params"] = packing.unpack(new["params"], state.params)
-        counted = _counted(state, is_good, config.not_finite == "stop")
-        return state._replace(**new, **counted, **stacks._asdict())
+        packed, optimizer_state, balance, sums = kept
+        step, bad = _counted(state, is_good, config.not_finite == "stop")
+        return TrainState(
+            params=packing.unpack(packed, state.params),
+            **stacks._asdict(),
+            optimizer=optimizer_state,
+            balance=balance,
+            key=state.key,
+            step=step,
+            sums=sums,
+            bad=bad,
+        )
 
     init = _initializer(experiment, model, mesh, dense, packing, balancer)
     shapes = jax.eval_shape(init, model.init(0), jax.random.key(0, impl="rbg"))
@@ -131,6 +120,35 @@ def make_step(
         update=jax.jit(step, donate_argnums=0, out_shardings=shardings),
         inspect=functools.partial(_inspect, jax.jit(functools.partial(_finite, find))),
     )
+
+
+def _finder(
+    experiment: Experiment, model: Model, mesh: Mesh, balancer: Balancer, buffers: BuffersOf
+) -> Callable[[TrainState, Batch, Catalogue], Found]:
+    """The first half of a step."""
+
+    def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
+        """Lookup, losses, and their gradients combined."""
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        wanted = model.ids(batch, catalogue, keys[0])
+        stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
+        known = model.layout, stacks, state.scratch, wanted.ids, mesh, buffers
+        rows, ticket = lookup(*known)
+        draws = draw(keys[1], batch)
+        weights = model.weights(batch, draws.lottery)
+        given = Given(state.params["network"], rows, batch, wanted, draws)
+        back = backward(model, given, catalogue, weights, experiment.train.accumulate, mesh)
+        observed = jnp.stack([weights[n] > 0 for n in model.names])
+        combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
+        to_network, to_rows, fusion = back.finish(combined)
+        to_params = {"network": to_network}
+        if DENSE in state.params:
+            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
+        means = [*combined.losses, *[fusion] * model.fuses]
+        sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
+        return Found(sums, to_params, to_rows, ticket, balance)
+
+    return find
 
 
 def model_shapes(experiment: Experiment, model: Model) -> tuple[PyTree, dict[str, Any]]:
@@ -261,13 +279,13 @@ def _same(params: PyTree, like: PyTree = None) -> PyTree:
     return params
 
 
-def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> dict[str, jax.Array]:
+def _counted(state: TrainState, is_good: jax.Array, stops: bool) -> tuple[jax.Array, jax.Array]:
     """The step that follows, and `bad`: the number of bad steps, and which was the first of them,
     or the last if none stops."""
     step = state.step + 1
     which = jnp.where(stops & (state.bad[0] > 0), state.bad[1], step)
     bad = jnp.where(is_good, state.bad, jnp.stack([state.bad[0] + 1, which]))
-    return {"step": step, "bad": bad}
+    return step, bad
 
 
 def _added(

@@ -211,11 +211,13 @@ def test_gradnorm_targets_differ_by_task() -> None:
     With alpha = 2 the targets are 4 r^2 = 1, 4, 9, and G - target = 2, 0, -4: the slopes are
     +G1 / w1 = 3, 0 at the target itself, and -G3 / w3 = -5.
     """
-    given = [jnp.array(x) for x in ([1.0, 2.0, 1.0], [3.0, 4.0, 5.0], [1.0, 2.0, 3.0], [2.0] * 3)]
-    found = weight_gradient(*given, SEEN, 2.0)
+    weights, norms = jnp.array([1.0, 2.0, 1.0]), jnp.array([3.0, 4.0, 5.0])
+    losses, first = jnp.array([1.0, 2.0, 3.0]), jnp.full(3, 2.0)
+    found = weight_gradient(weights, norms, losses, first, SEEN, 2.0)
     np.testing.assert_allclose(found, [3.0, 0.0, -5.0], atol=1e-6)
     # alpha = 0 asks for equal norms: targets 4, 4, 4
-    np.testing.assert_allclose(weight_gradient(*given, SEEN, 0.0), [-3.0, 0.0, 5.0], atol=1e-6)
+    found = weight_gradient(weights, norms, losses, first, SEEN, 0.0)
+    np.testing.assert_allclose(found, [-3.0, 0.0, 5.0], atol=1e-6)
 
 
 def test_gradnorm_moves_the_weights_and_scales_them_to_the_declared_sum() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def log(
     return Interactions(users, items, likes, dict.fromkeys(task, values), task, n_users, n_items)
 
 
-def stars(interactions: Interactions, **options: float) -> TaskBiases:
+def stars(interactions: Interactions, **options: Any) -> TaskBiases:
     return Bias(**options).fit(interactions).tasks["stars"]
 
 
@@ -137,8 +138,11 @@ def test_bias_of_unknown_ids_is_the_mean_and_missing_labels_are_left_out() -> No
     model = fitted.tasks["stars"]
     assert model.mean == pytest.approx(11 / 3)
     strange = np.array([-1, 0, 1, 99])
-    np.testing.assert_allclose(fitted.predict("stars", strange, strange), 11 / 3, rtol=1e-6)
+    predictions = fitted.predict("stars", strange, strange)
+    assert predictions is not None
+    np.testing.assert_allclose(predictions, 11 / 3, rtol=1e-6)
     item_alone = fitted.predict("stars", np.array([1]), np.array([2]))
+    assert item_alone is not None
     np.testing.assert_allclose(item_alone, model.mean + model.items[2], rtol=1e-6)
     assert model.items[2] > 0  # labels 4 and 5 are above the mean
     assert not model.users[:FIRST].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ RULES = Protocol(
     items=5,
     ks=(3, 10),
 )
-OTHER = {
+OTHER: dict[str, Any] = {
     "data": "other",
     "split": "time",
     "validation": 0.2,
@@ -74,7 +75,7 @@ def test_the_protocol_of_an_experiment(
     evaluate = replace(shop_experiment.evaluate, exclude_seen=False)
     seen = protocol_of(replace(shop_experiment, evaluate=evaluate), shop_prepared.manifest)
     check_same({"a": found, "b": replace(found)})
-    with pytest.raises(ConfigError, match="'a' and 'c' were measured by other .*exclude_seen: True"):
+    with pytest.raises(ConfigError, match=r"'a' and 'c' were measured by .*exclude_seen: True"):
         check_same({"a": found, "b": found, "c": seen})
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import NumberField
+from mtrec_jax.data.dataset import NumberField, TaskField
 from mtrec_jax.losses.retrieval import sample_negatives
 from mtrec_jax.models.layers import lecun_normal
 from mtrec_jax.models.model import Model, make_catalogue, make_model
+from mtrec_jax.models.objective import states_of
 from mtrec_jax.tables.layout import initial_stacks, spread
 from mtrec_jax.tables.lookup import fetch, find
 from mtrec_jax.types import FIRST, UNKNOWN, Batch, Outputs, PyTree, UserStates
@@ -178,7 +179,7 @@ def test_a_batch_looks_up_its_own_ids_and_no_others(sparse: Built) -> None:
         features = wanted.ids[f"{group}_features"]
         np.testing.assert_array_equal(features, ITEMS.ids[expected])
     # the tags, side by side after the segment, in a stack of their own
-    tags = examples.context["ids"][:, 1:]
+    tags = np.asarray(examples.context["ids"])[:, 1:]
     rows = sparse.addresses("tags", tags)
     np.testing.assert_array_equal(found["lazy_adam"]["context"], np.where(tags == 0, -1, rows))
     for side in ("context", "request"):
@@ -302,3 +303,45 @@ def test_features_of_the_moment_reach_each_position_by_itself(sparse: Built) -> 
     after = np.asarray(sparse.forward(examples._replace(request=request))[2].logits["click"])
     np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
     assert (np.abs(after - before)[:, 1] > 1e-5).all()
+
+
+def test_losses_that_towers_bring_stand_in_the_place_of_the_tasks_own() -> None:
+    """ESMM's purchase, from the logits: -log(p q) after a purchase, else -log(1 - p q), at all
+    impressions whose outcome is known, clicked or not."""
+    tasks = {"click": {"kind": "binary"}, "buy": {"kind": "binary", "where": "click"}}
+    declared = tiny.experiment(
+        tasks=tasks, model={"towers": {"kind": "esmm", "expert_hidden": [4]}, "dropout": 0.0}
+    )
+    learned = {"click": TaskField(), "buy": TaskField()}
+    model = make_model(declared, dataclasses.replace(tiny.manifest(), tasks=learned))
+    stacks = initial_stacks(model.layout, KEY, jnp.dtype("float32"), low=False)
+    params, examples = model.init(0), tiny.batch(7, 32)
+    rng = np.random.default_rng(0)
+    click = np.asarray(examples.labels["click"])
+    known = np.asarray(examples.mask["click"]) * click * (rng.random(click.shape) < 0.8)
+    buy = known * rng.integers(0, 2, click.shape)
+    examples = examples._replace(
+        labels={"click": click, "buy": buy.astype(np.float32)},
+        mask={"click": examples.mask["click"], "buy": known.astype(np.float32)},
+        row=None,
+    )
+
+    @jax.jit
+    def run(examples: Batch) -> Any:
+        wanted = model.ids(examples, ITEMS, None)
+        rows = fetch(model.layout, stacks, wanted.ids)
+        shared = model.encode(params, rows, examples, ITEMS, wanted, None)
+        sums, _ = model.losses(params, shared, examples, ITEMS, wanted, None)
+        logits = model.score(params, states_of(shared, examples), shared.candidates).logits
+        return sums, model.weights(examples, jnp.asarray(examples.weight)), logits
+
+    sums, weights, logits = run(examples)
+    p, q = (1 / (1 + np.exp(-np.asarray(logits[t], np.float64))) for t in ("click", "buy"))
+    counts = np.where(click > 0, known, examples.mask["click"]) * examples.weight
+    loss = -np.log(np.where(buy > 0, p * q, 1 - p * q))
+    np.testing.assert_allclose(sums["buy"], (loss * counts).sum(), rtol=1e-5)
+    np.testing.assert_allclose(weights["buy"], counts.sum(), rtol=1e-6)
+    assert counts.sum() > 2 * known.sum() > 0  # impressions without a click are most of them
+    loss = -np.log(np.where(click > 0, p, 1 - p)) * examples.mask["click"] * examples.weight
+    np.testing.assert_allclose(sums["click"], loss.sum(), rtol=1e-5)
+    assert set(weights) == {"click", "buy", "fusion"}

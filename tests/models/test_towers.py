@@ -23,7 +23,6 @@ N, INPUTS, TASKS, SHARED, OWN, HIDDEN = 7, 5, 3, 2, 2, (4, 3)
 NAMES = ("click", "stars", "buy")
 FLOAT = jnp.dtype("float32")
 X = np.random.default_rng(0).normal(size=(N, INPUTS)).astype(np.float32)
-NONE = np.zeros((N, 0), np.float32)
 SIZES = TowerSizes(
     inputs=INPUTS,
     context=0,
@@ -37,9 +36,14 @@ SIZES = TowerSizes(
 )
 
 
+def _pairs(x: Any) -> TowerInput:
+    none = jnp.zeros((N, 0))
+    return TowerInput(jnp.asarray(x), none, none, none, none)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _call(graph: Any, state: Any, x: Any) -> Any:
-    return nnx.merge(graph, state)(TowerInput(x, NONE, NONE, NONE, NONE))
+    return nnx.merge(graph, state)(_pairs(x))
 
 
 def _run(towers: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -216,7 +220,7 @@ def test_heads_are_a_tower_and_a_linear_layer_a_task() -> None:
 @pytest.mark.parametrize("kind", TOWERS)
 def test_all_towers_give_what_the_network_wants(kind: str) -> None:
     towers = TOWERS[kind]().make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
-    found = towers(TowerInput(*map(jnp.asarray, (X, NONE, NONE, NONE, NONE))))
+    found = towers(_pairs(X))
     assert set(found.logits) == set(found.hidden) == set(NAMES)
     assert all(logits.shape == (N,) for logits in found.logits.values())
     assert len({hidden.shape for hidden in found.hidden.values()}) == 1

@@ -466,3 +466,56 @@ def test_a_run_on_rows_recommends_nothing(rows_recommender: Recommender, tmp_pat
     (tmp_path / "new.csv").write_text("color,size\nred,1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"'colour'.*Did you mean 'color'\?"):
         rows_recommender.predict_rows(tmp_path / "new.csv")
+
+
+DEVICES = "user,item,time,device,click\n" + "".join(
+    f"u{n % 5},i{n % 7},{n},{('phone', 'desk')[n // 3 % 2]},{int(n // 3 % 2 == 0)}\n"
+    for n in range(200)
+)
+
+
+@pytest.fixture(scope="module")
+def moment_recommender(
+    tmp_path_factory: pytest.TempPathFactory, compiled_programs: dict[str, str]
+) -> Recommender:
+    """A run on impressions of which those on a phone are clicked, and no others."""
+    experiment = small.make(
+        split={"kind": "time", "validation": 0.1, "test": 0.1},
+        tasks={"next": {"kind": "retrieval"}, "click": {"kind": "binary"}},
+        features={"device": {"on": "request"}, "click": {"on": "history"}},
+        model={
+            "width": 4,
+            "encoder": {"layers": 1},
+            "towers": {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": [4]},
+        },
+        train={"steps": 150, "batch_size": 8, "mesh": [1, 1], "learning_rate": 0.03},
+        guard={"allow": ["device/click"]},
+    )
+    folder = tmp_path_factory.mktemp("moments")
+    prepared = small.run(folder, experiment, DEVICES)
+    return Recommender(train(experiment, prepared, folder / "run", show_progress=False))
+
+
+def test_the_moment_counts(moment_recommender: Recommender) -> None:
+    pairs = ["u0", "u1", "u2", "u3"], ["i1", "i2", "i3", "i4"]
+    phone = moment_recommender.predict(*pairs, request={"device": "phone"})
+    desk = moment_recommender.predict(*pairs, request={"device": "desk"})
+    assert min(phone["click"]) > 0.7 > 0.3 > max(desk["click"])
+    each = moment_recommender.predict(*pairs, request=[{"device": "phone"}, {"device": "desk"}] * 2)
+    expected = [phone["click"][0], desk["click"][1], phone["click"][2], desk["click"][3]]
+    np.testing.assert_allclose(each["click"], expected, rtol=1e-5)
+    shown = moment_recommender.recommend(["u0"], 3, request={"device": "desk"}, exclude_seen=False)
+    assert max(shown["click"]) < 0.3
+
+
+def test_raw_rows_bring_their_moment_and_the_history_of_their_user(
+    moment_recommender: Recommender,
+) -> None:
+    rows = {"user": ["u0", "u3", "u9"], "item": ["i1", "i2", "i3"]}
+    table = pa.table({**rows, "device": ["phone", "desk", None]})
+    found = moment_recommender.predict_rows(table)
+    moments = [{"device": "phone"}, {"device": "desk"}, {}]
+    pairs = moment_recommender.predict(*rows.values(), request=moments)
+    assert found["known"] == pairs["known"] == [True, True, False]
+    for task in ("next", "click"):
+        np.testing.assert_allclose(found[task], pairs[task], rtol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_an_unknown_user_has_the_unknown_values_that_training_knows(visits: Prep
 
 
 def test_what_is_known_of_the_moment_is_encoded_and_the_rest_is_missing(visits: Prepared) -> None:
-    moments = [
+    moments: list[dict[str, Any]] = [
         {"device": "phone", "hour": 21, "price": 4},
         {"time": datetime.datetime(2026, 1, 1, 21, 30), "device": "radio"},
         {"time": 21.5 * HOUR},

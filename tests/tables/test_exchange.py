@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.tables.exchange import Asked, Buffers, default_buffers, look_up, update
 from mtrec_jax.tables.rules import lazy_adam
+from mtrec_jax.tables.update import update_rows
 
 V, D, N = 512, 3, 240
 RNG = np.random.default_rng(0)
@@ -59,7 +60,8 @@ def _program(shape: tuple[int, int], buffers: Buffers | None) -> Any:
 
     def step(table: Any, slots: Any, scratch: Any, ids: Any, grads: Any) -> Any:
         rows, scratch, asked = look_up(table, scratch, ids, mesh, sizes)
-        table, slots = update(_rule, table, slots, asked, grads, mesh, sizes)
+        apply = functools.partial(update_rows, _rule)
+        table, slots = update(apply, table, slots, asked, grads, mesh, sizes)
         return rows, table, slots, scratch, asked
 
     by_row = NamedSharding(mesh, P("table"))

@@ -83,7 +83,7 @@ def test_a_further_stack_opens_before_addresses_overflow() -> None:
 def test_a_table_that_no_stack_holds_is_refused_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match=r"user: .*set tables\.user\.hash_rows"):
         _layout({"user": ("adagrad", 2**31)})
-    with pytest.raises(ConfigError, match='tables.NAME.update = "sparse"'):
+    with pytest.raises(ConfigError, match=r'tables\.NAME\.update = "sparse"'):
         _layout({"a": ("dense", 2 * 10**9), "b": ("dense", 2 * 10**9)})
 
 
@@ -113,14 +113,10 @@ def _rows(tables: dict[str, jax.Array], group: tuple[Slots, ...], ids: jax.Array
 
 def test_rows_of_mixed_stacks_stand_in_the_order_of_the_ids_and_their_gradients_return() -> None:
     rng = np.random.default_rng(0)
-    tables = {
-        s: jnp.asarray(rng.normal(size=(40, 4)), jnp.float32) for s in ("dense", "sparse")
-    }
+    tables = {s: jnp.asarray(rng.normal(size=(40, 4)), jnp.float32) for s in ("dense", "sparse")}
     found = np.asarray(_rows(tables, MIXED, IDS))
     dense, sparse, nothing = np.asarray(tables["dense"]), np.asarray(tables["sparse"]), np.zeros(4)
-    np.testing.assert_array_equal(
-        found[0], [dense[12], sparse[23], sparse[24], nothing, dense[31]]
-    )
+    np.testing.assert_array_equal(found[0], [dense[12], sparse[23], sparse[24], nothing, dense[31]])
     np.testing.assert_array_equal(found[1], np.zeros((5, 4)))
     assert MIXED[0].place.stack == "dense"
     back = by_stack(MIXED, jnp.asarray(found))  # the way back keeps each beside its address
@@ -138,9 +134,7 @@ def test_rows_of_mixed_stacks_stand_in_the_order_of_the_ids_and_their_gradients_
 
 def test_pool_is_the_mean_of_each_bag() -> None:
     rng = np.random.default_rng(0)
-    tables = {
-        s: jnp.asarray(rng.normal(size=(40, 4)), jnp.float32) for s in ("dense", "sparse")
-    }
+    tables = {s: jnp.asarray(rng.normal(size=(40, 4)), jnp.float32) for s in ("dense", "sparse")}
     pooled = np.asarray(pool(MIXED, IDS, _rows(tables, MIXED, IDS)))
     dense, sparse, nothing = np.asarray(tables["dense"]), np.asarray(tables["sparse"]), np.zeros(4)
     expected = [
@@ -216,7 +210,11 @@ def test_a_hashed_id_is_the_sum_of_its_rows_and_a_bag_the_mean_of_its_ids() -> N
 
 
 def test_tables_of_a_group_are_fetched_by_their_names() -> None:
-    sizes = {"item": TableSize("sgd", 5), "city": TableSize("dense", 4), "user": TableSize("sgd", 6)}
+    sizes = {
+        "item": TableSize("sgd", 5),
+        "city": TableSize("dense", 4),
+        "user": TableSize("sgd", 6),
+    }
     groups = {"context": [("city", 1), ("user", 2)], "item": [("item", 1)], "request": []}
     found = make_layout(sizes, groups, width=3)
     assert list(found.groups) == ["context", "item"]  # nothing stands for no tables

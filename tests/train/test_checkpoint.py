@@ -230,7 +230,7 @@ def test_a_folder_without_a_checkpoint_says_what_to_do_and_reading_creates_nothi
 ) -> None:
     with (
         checkpoint.open_manager(tmp_path / "checkpoints") as manager,
-        pytest.raises(CheckpointError, match="has no checkpoint yet. Run: mtrec train CONFIG"),
+        pytest.raises(CheckpointError, match=r"has no checkpoint yet\. Run: mtrec train CONFIG"),
     ):
         checkpoint.best_or_latest(manager, tmp_path / "checkpoints")
     assert not list(tmp_path.iterdir())

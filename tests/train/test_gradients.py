@@ -174,7 +174,7 @@ def test_gradients_agree_in_single_precision(start: TrainState) -> None:
     whole = _gradients(start, 1)
     for name, values in _gradients(start, 4).items():
         if UNUSED not in name:
-            scale = np.abs(whole[name]).max()
+            scale = max(np.abs(whole[name]).max(), 1e-2)  # sums whose parts are larger cancel
             assert np.abs(values - whole[name]).max() <= 1e-5 * scale, name
 
 

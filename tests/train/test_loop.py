@@ -22,6 +22,7 @@ from mtrec_jax.config import Experiment, Select, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
+from mtrec_jax.evaluation.protocol import protocol_of
 from mtrec_jax.train import loop
 from mtrec_jax.train.loop import train
 from mtrec_jax.train.progress import Progress
@@ -205,10 +206,11 @@ def test_patience_counts_since_the_best_step_which_is_the_first_of_equal_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = iter([0.5, 0.4, 0.6, 0.6, 0.5, 0.9])
+    protocol = protocol_of(shop_experiment, shop_prepared.manifest)
 
     def scripted(*_: Any, **__: Any) -> Evaluation:
         tasks = {"click": {"auc": next(values)}}
-        return Evaluation(split="validation", protocol="", fingerprint="", tasks=tasks)
+        return Evaluation(split="validation", protocol=protocol, fingerprint="", tasks=tasks)
 
     monkeypatch.setattr(loop, "evaluate", scripted)
     experiment = changed(shop_experiment, evaluate_every=2, patience=2)

@@ -18,9 +18,11 @@ class TowerTask(NamedTuple):
 class TowerSizes(NamedTuple):
     """`options.make(sizes, dtype=..., rngs=...)` gives a module `TowerInput -> TowerOutput`.
 
-    A module may have losses of its own: `losses(logits, labels, mask) -> {task: (values, mask)}`,
-    all [B, P]. They stand in the place of the task's own, and their masks must not depend on the
-    logits. One of another name, in `extra_losses`, is balanced as a task of weight 1.
+    A module may have losses of its own: `losses(logits, labels, mask) -> {task: (values [B, P],
+    mask [B, P])}` with logits {task: [B, P], or [B, P, C]} of all positions of a batch, and
+    `labels`, `mask` {task: [B, P]}. They stand in the place of the task's own, and their masks must
+    not depend on the logits. Losses that are of no task are named in an attribute,
+    `extra_losses = ("name", ...)`, and start with a weight of 1.
     """
 
     inputs: int  # I
@@ -44,5 +46,5 @@ class TowerOutput(NamedTuple):
     """What the towers say."""
 
     logits: dict[str, jax.Array]  # {task: [n], or [n, C]}
-    hidden: dict[str, jax.Array]  # {task: [n, H]}: for the fusion
+    hidden: dict[str, jax.Array]  # {task: [n, H]}: for the fusion; a task may have none
     diagnostics: dict[str, jax.Array]  # gates and similar, [n, ...], for people who look inside

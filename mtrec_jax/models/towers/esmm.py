@@ -80,7 +80,8 @@ class ESMMTowers(nnx.Module):
         labels: Mapping[str, jax.Array],
         mask: Mapping[str, jax.Array],
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The loss of each task of the funnel over all impressions, and where it counts."""
+        """The loss of each task of the funnel over all impressions, and where it counts: {task:
+        ([B, P], [B, P])}, given logits, labels and masks {task: [B, P]}."""
         found = {}
         for name in self.funnel:
             path = self._path(name)
@@ -100,8 +101,8 @@ class ESMMTowers(nnx.Module):
 
 
 def product_cross_entropy(
-    logits: list[Float[Array, " n"]], label: Float[Array, " n"]
-) -> Float[Array, " n"]:
+    logits: list[Float[Array, "*B"]], label: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
     """Cross-entropy of the product of probabilities that are given as logits.
 
     >>> one = product_cross_entropy([jnp.array([0.0]), jnp.array([0.0])], jnp.array([1.0]))
