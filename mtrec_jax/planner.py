@@ -339,11 +339,21 @@ def collectives_in(program: str, devices: int) -> tuple[Collective, ...]:
 
 
 def _group_size(line: str, devices: int) -> int:
-    """Devices that exchange with each other: {{0,1},{2,3}}, or [groups,size]<=[devices]."""
+    """Devices that exchange with each other, in any of the ways in which XLA writes them.
+
+    >>> known = "{{0,1},{2,3}}", "[2,4]<=[8]", "mesh['a'=2,'b'=4] {'b'}", "mesh['a'=8] {'a':(1)2}"
+    >>> [_group_size(f"replica_groups={groups}", 8) for groups in (*known, "{}")]
+    [2, 4, 4, 2, 8]
+    """
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(_integers(listed[1]))
-    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    return int(counted[2]) if counted else devices
+    if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(counted[2])
+    if by_axis := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", by_axis[1]))
+        axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", by_axis[2])  # a part of an axis has a size
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return devices
 
 
 def _integers(text: str) -> list[int]:

@@ -77,7 +77,7 @@ def make_step(
     row_rate = learning_rate(config, config.row_learning_rate, total_steps)
     balancer = _balancer(experiment, model)
 
-    find = _finder(experiment, model, devices, balancer, buffers or {})
+    find = _finder(experiment, model, mesh, balancer, buffers or {})
 
     def step(state: TrainState, batch: Batch, catalogue: Catalogue) -> TrainState:
         """`find`, and the update of the dense parameters and of the touched rows."""
@@ -123,21 +123,23 @@ def make_step(
 
 
 def _finder(
-    experiment: Experiment, model: Model, mesh: Mesh, balancer: Balancer, buffers: BuffersOf
+    experiment: Experiment, model: Model, mesh: AnyMesh, balancer: Balancer, buffers: BuffersOf
 ) -> Callable[[TrainState, Batch, Catalogue], Found]:
     """The first half of a step."""
+
+    devices = cast(Mesh, mesh)  # an abstract one never runs
 
     def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
         """Lookup, losses, and their gradients combined."""
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         wanted = model.ids(batch, catalogue, keys[0])
         stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
-        known = model.layout, stacks, state.scratch, wanted.ids, mesh, buffers
+        known = model.layout, stacks, state.scratch, wanted.ids, devices, buffers
         rows, ticket = lookup(*known)
         draws = draw(keys[1], batch)
         weights = model.weights(batch, draws.lottery)
         given = Given(state.params["network"], rows, batch, wanted, draws)
-        back = backward(model, given, catalogue, weights, experiment.train.accumulate, mesh)
+        back = backward(model, given, catalogue, weights, experiment.train.accumulate, devices)
         observed = jnp.stack([weights[n] > 0 for n in model.names])
         combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
         to_network, to_rows, fusion = back.finish(combined)
