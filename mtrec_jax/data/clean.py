@@ -232,6 +232,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into, until `put_in_place`; nothing of it stays."""
     partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    is_new = not partial.parent.exists()
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -242,8 +243,9 @@ def appears_whole(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it has been made for this folder alone
-            partial.parent.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # something is in it
+                partial.parent.rmdir()
 
 
 def put_in_place(partial: Path, out: Path) -> None:
