@@ -162,7 +162,7 @@ class Task:
     at_least: float | None = None  # binary: label 1 where the column is >= this
     equals: str | None = None  # binary: label 1 where the column equals this text
     where: str = ""  # sample space: only rows where this binary task's label is 1
-    weight: float = 1.0  # static loss weight, and the start of every balancing method
+    weight: Amount = 1.0  # static loss weight, and the start of every balancing method
     reference: str = ""  # column with an existing system's prediction, evaluated beside the model
 
 

@@ -61,7 +61,7 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
         {
             "name": "tiny",
             "tasks": tasks,
-            "features": FEATURES,
+            "features": sections.pop("features", FEATURES),
             "tables": SPARSE | sections.pop("tables", {}),
         }
         | {name: values | sections.get(name, {}) for name, values in base.items()}

@@ -71,6 +71,7 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
         "item": (manifest.item_ids, manifest.item_numbers),
         "history": (manifest.history, ()),
     }
+    _check_moments(experiment)
     has_items = manifest.items > 0
     has_events = experiment.model.encoder.kind != "none" and manifest.history_length > 0
     tables: dict[str, TableSize] = {}
@@ -107,6 +108,21 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
         has_items=has_items,
         has_events=has_events,
     )
+
+
+def _check_moments(experiment: Experiment) -> None:
+    """Refuse what would tell the target from other candidates of the same moment."""
+    data, tasks = experiment.data, experiment.tasks
+    if not any(task.kind == "retrieval" for task in tasks.values()):
+        return
+    for name, feature in experiment.features.items():
+        if feature.on == "request" and data.item and (feature.column or name) == data.item:
+            raise ConfigError(
+                f"features.{name}: column '{data.item}' is the target's own item, and what it says "
+                "of a moment would stand beside all candidates of the retrieval task, and give the "
+                "target away. Leave the feature out (features = [...]), use on = 'history', or "
+                "train without the retrieval task (tasks = [...])"
+            )
 
 
 def _size(experiment: Experiment, name: str, ids: int) -> TableSize:

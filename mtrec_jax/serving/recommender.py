@@ -296,10 +296,11 @@ class Recommender:
         queries = np.asarray(states.vectors)[:, 0]
         found = self._index.search(queries, count, exclude, allowed)[1][:n]
         nothing = np.flatnonzero(~encoded.known & (encoded.batch.cutoff[:n, 0] == 0))
-        if len(nothing):
-            popular = np.argsort(-self._popularity()[subset], kind="stable")[:count]
-            found[nothing] = -1
-            found[nothing, : len(popular)] = subset[popular] - FIRST
+        for row in nothing:
+            free = np.setdiff1d(subset, encoded.seen[row]) if exclude_seen else subset
+            best = free[np.argsort(-self._popularity()[free], kind="stable")[:count]]
+            found[row] = -1
+            found[row, : len(best)] = best - FIRST
         return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
 
     def _popularity(self) -> np.ndarray:

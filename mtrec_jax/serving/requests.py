@@ -240,7 +240,8 @@ class Encoder:
     def _cells(self, encoding: Encoding, values: list[Any]) -> pa.Array:
         """Values as cells of the raw data: text, or lists of it."""
         if any(isinstance(value, list | tuple) for value in values):
-            return pa.array([None if v is None else list(map(raw_text, v)) for v in values])
+            lists = [v if isinstance(v, list | tuple) else [v] for v in values]
+            return pa.array([[raw_text(v) for v in of] or None for of in lists])
         cells = pa.array([raw_text(value) or None for value in values], pa.string())
         wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))
         if len(wrong):

@@ -266,7 +266,9 @@ def _run_steps(
         recent.append(batch)
         state = job.step.update(state, batch, job.catalogue)
         number += 1
-        if number % STEPS_IN_FLIGHT == 0 or number == job.total:
+        every = config.checkpoint_every
+        saves = number % job.every == 0 or bool(every and number % every == 0)
+        if number % STEPS_IN_FLIGHT == 0 or number == job.total or saves:
             left_out = _check_finite(job, bar, state, number, recent, left_out)
         bar.advance(number, job.records.last_losses)
         if number % config.log_every == 0 or number == job.total:

@@ -13,6 +13,7 @@ import pytest
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import NumberField, TaskField
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.retrieval import sample_negatives
 from mtrec_jax.models.layers import lecun_normal
 from mtrec_jax.models.model import Model, make_catalogue, make_model
@@ -345,3 +346,11 @@ def test_losses_that_towers_bring_stand_in_the_place_of_the_tasks_own() -> None:
     loss = -np.log(np.where(click > 0, p, 1 - p)) * examples.mask["click"] * examples.weight
     np.testing.assert_allclose(sums["click"], loss.sum(), rtol=1e-5)
     assert set(weights) == {"click", "buy", "fusion"}
+
+
+def test_what_the_moment_says_of_the_target_must_not_stand_beside_other_candidates() -> None:
+    """A rate of the target's own item would tell it from all others that the retrieval brings."""
+    features = {**tiny.FEATURES, "hour": {"on": "request", "column": "item"}}
+    experiment = tiny.experiment(features=features)
+    with pytest.raises(ConfigError, match=r"hour: column 'item' is the target's own item"):
+        make_model(experiment, tiny.manifest())

@@ -342,3 +342,13 @@ def test_esmm_stays_finite_where_it_is_certain() -> None:
 def test_esmm_asks_for_a_funnel() -> None:
     with pytest.raises(ConfigError, match=r'binary task .* where = "click"'):
         _esmm(click=TowerTask("binary"), stars=TowerTask("regression", where="click"))
+
+
+def test_esmm_learns_where_it_is_confidently_wrong() -> None:
+    """The slope of -log(1 - s(a) s(b)), s(a) s(b) (1 - s(a)) / (1 - s(a) s(b)), is 1/2 at 20, 20."""
+
+    def loss(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product_cross_entropy([a, b], jnp.zeros(1))[0]
+
+    slopes = jax.grad(loss, argnums=(0, 1))(jnp.full(1, 20.0), jnp.full(1, 20.0))
+    np.testing.assert_allclose(np.concatenate(slopes), [0.5, 0.5], rtol=1e-5)

@@ -109,6 +109,9 @@ def product_cross_entropy(
     >>> round(float(one[0]), 4)  # -log(1/2 * 1/2)
     1.3863
     """
-    log_both = sum(jax.nn.log_sigmoid(logit) for logit in logits)
-    log_both = jnp.minimum(log_both, -1e-7)  # 1 - p must not be 0
-    return -label * log_both - (1 - label) * jnp.log(-jnp.expm1(log_both))
+    log_all = jnp.zeros_like(logits[0])
+    log_not = jnp.full_like(logits[0], -jnp.inf)  # of not all: this one fails after those before
+    for logit in logits:
+        log_not = jnp.logaddexp(log_not, log_all + jax.nn.log_sigmoid(-logit))
+        log_all = log_all + jax.nn.log_sigmoid(logit)
+    return -label * log_all - (1 - label) * log_not
