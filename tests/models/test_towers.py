@@ -345,7 +345,7 @@ def test_esmm_asks_for_a_funnel() -> None:
 
 
 def test_esmm_learns_where_it_is_confidently_wrong() -> None:
-    """The slope of -log(1 - s(a) s(b)), s(a) s(b) (1 - s(a)) / (1 - s(a) s(b)), is 1/2 at 20, 20."""
+    """-log(1 - s(a) s(b)) falls by s(a) s(b) (1 - s(a)) / (1 - s(a) s(b)): 1/2 at 20 and 20."""
 
     def loss(a: jax.Array, b: jax.Array) -> jax.Array:
         return product_cross_entropy([a, b], jnp.zeros(1))[0]
