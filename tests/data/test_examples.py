@@ -116,7 +116,7 @@ def test_without_a_history_every_target_stands_alone_in_mixed_order(users: bool)
     rows = found["row"][:, 0]
     assert rows.tolist() == sorted(row[split == 1], key=lambda r: mix(int(r), 7))
     assert found["candidate"][:, 0].tolist() == (rows + 2).tolist()
-    assert found["request_a"][:, 0].tolist() == (2 * rows + 4).tolist()
+    assert found["request_a"].tolist() == (2 * rows + 4).tolist()
     np.testing.assert_array_equal(found["request_b"], np.stack([rows, -rows], 1))
     assert not found["cutoff"].any()
     assert not any(name.startswith("event_") for name in found)

@@ -110,5 +110,7 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(DataError, match=r"Table.scores has shape \(2, 3\) for 2 .* 4 items"):
         target_ranks(table, np.array([0, 1]), None, 4)
     diverged = Table(np.array([[0, 1, 2], [0, np.nan, 2]], np.float32))
-    with pytest.raises(DataError, match="not a number for query 1; look for a diverged model"):
+    with pytest.raises(
+        DataError, match="score of query 1 is not a number; look for a diverged model"
+    ):
         target_ranks(diverged, np.array([0, 0]), None, 3)
