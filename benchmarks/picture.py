@@ -30,13 +30,14 @@ def draw(evaluation: dict[str, Any], to: Path) -> None:
     for number, (label, values, colour) in enumerate(rows):
         places = [t + 0.26 * (1 - number) for t in range(len(tasks))]
         axes.barh(places, values, height=0.24, color=colour, label=label)
-        for place, value in zip(places, values, strict=True):
-            axes.text(value + 0.003, place, f"{value:.3f}", va="center", fontsize=8)
+        for task, place, value in zip(tasks, places, values, strict=True):
+            end = evaluation["intervals"][task]["auc"][1] if label.startswith("mtrec") else value
+            axes.text(end + 0.004, place, f"{value:.3f}", va="center", fontsize=8)
     for t, task in enumerate(tasks):
         low, high = evaluation["intervals"][task]["auc"]
         axes.plot([low, high], [t, t], color="black", linewidth=1)
     axes.set_yticks(range(len(tasks)), [f"{task}, AUC" for task in tasks])
-    axes.set_xlim(0.5, 0.9)
+    axes.set_xlim(0.5, 0.9)  # an AUC of 0.5 is chance
     axes.set_title("Generated shop, validation split", fontsize=10, loc="left")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.42), ncols=3, frameon=False, fontsize=8)
     for side in ("top", "right"):
