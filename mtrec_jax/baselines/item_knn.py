@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Float32, Int
 from pydantic import Field
 
 from mtrec_jax.baselines.contract import Interactions, check_ids
 from mtrec_jax.types import FIRST, Lists
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 _WORK = 1 << 25  # products of one block of the similarity matrix: bounds its memory to ~0.4 GB
 
@@ -62,7 +64,7 @@ class ItemKnn:
                 lengths.append(len(keep))
         offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
         parts = (np.concatenate(data), np.concatenate(indices), offsets)
-        return Similarities(sp.csr_array(parts, shape=(n_items, n_items)))
+        return Similarities(type(seen)(parts, shape=(n_items, n_items)))
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Votes:
 
 def _binary(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sp.csr_array:
     """1 at each pair, however often it occurs."""
+    import scipy.sparse as sp  # other baselines do without
+
     ones = np.ones(len(rows), np.float32)
     matrix = sp.csr_array((ones, (rows, columns)), shape=shape)
     matrix.sum_duplicates()

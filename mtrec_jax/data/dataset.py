@@ -67,6 +67,7 @@ FIELDS = (  # the groups of fields of a manifest
 _FREE = ("public", "reference")  # keys of [data] that change nothing in a folder
 BLOCK = 4096  # examples a Parquet row group holds
 SPLITS = ("train", "validation", "test")
+SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ class Manifest:
     events: int  # rows after cleaning, all splits
     quarantined: int  # raw rows that were removed
     split: SplitInfo
-    history_length: int  # L; 0: no histories
+    history_length: int  # L: the longest history, at most data.history_length; 0: no histories
     examples: dict[str, int]  # {split: rows of its Parquet file}
     positions: dict[str, int]  # {split: P}
     targets: dict[str, int]  # {split: positions that are not padding}

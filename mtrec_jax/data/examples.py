@@ -20,6 +20,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import (
     BLOCK,
+    SHOWN,
     SPLITS,
     Prepared,
     TaskField,
@@ -33,7 +34,6 @@ from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST, Lists
 
 MODULUS = 1 << 31
-SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
 QUERY = 4  # the split of searches among the events: they have no label, and everybody sees them
 # {data.past: by a target's split: the splits of what it may know of what was before it}
 VISIBLE = {

@@ -15,15 +15,17 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import numpy as np
 
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField, Prepared, to_arrays
 from mtrec_jax.errors import Stalled
 from mtrec_jax.types import Batch
+
+if TYPE_CHECKING:
+    import grain
 
 CACHE_BYTES = 1 << 30  # a split that takes less, with its masks, stays in memory, decoded
 _PATIENCE = 60  # seconds between notes that nothing comes
@@ -171,6 +173,8 @@ class BatchSource:
 
 def training_batches(source: BatchSource) -> grain.DatasetIterator:
     """Iterate over a source; `get_state` / `set_state` hold the exact position."""
+    import grain  # only training needs it
+
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the source reads ahead
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 

@@ -153,7 +153,7 @@ def _build(
     base: Prepared | None,
 ) -> Manifest:
     """Everything between the clean events and the manifest; writes all other files."""
-    data, notes = experiment.data, cleaned.notes
+    notes = cleaned.notes
     divided = _divide(engine, experiment, cleaned, say, base)
     users, items = divided.users, divided.items
     events, fitted = _fit(engine, experiment, divided, folder, base)
@@ -166,7 +166,8 @@ def _build(
     tastes = fit_tastes(experiment, log, divided.friends, items, divided.tasks, base)
     context = {f"context_{name}": ids for name, ids in fitted.encoded(fitted.users).items()}
     _write_users(folder, experiment, users, context | (tastes.of_users if tastes else {}), log)
-    positions, written = _write_examples(folder, experiment, log, context, tastes, say)
+    lengths = _lengths(log, experiment, len(users))
+    positions, written = _write_examples(folder, experiment, log, context, tastes, lengths, say)
     on = {"context": [*fitted.users, *(tastes.encodings if tastes else [])], "item": fitted.items}
     for role in ("request", "history"):
         on[role] = [e for e in fitted.events if e.feature.on == role]
@@ -191,7 +192,7 @@ def _build(
         events=total,
         quarantined=notes.quarantined,
         split=divided.split,
-        history_length=data.length,
+        history_length=lengths[0],
         examples={name: n for name, (n, _) in written.items()},
         positions=positions,
         targets={name: n for name, (_, n) in written.items()},
@@ -327,13 +328,13 @@ def _write_examples(
     log: Log,
     context: dict[str, np.ndarray],
     tastes: Tastes | None,
+    lengths: tuple[int, int],
     say: Say,
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Write the examples of each split; returns P, and how many examples and targets there are."""
-    data = experiment.data
+    data, (history_length, chunk) = experiment.data, lengths
     # Targets that are judged stand alone, so that each sees as much of the past as when serving.
-    positions = dict.fromkeys(SPLITS, 1)
-    positions["train"] = (data.positions or data.length) if data.length else 1
+    positions = dict.fromkeys(SPLITS, 1) | {"train": chunk}
     written = {}
     for split, name in enumerate(SPLITS):
         stream = sequence_examples(
@@ -341,7 +342,7 @@ def _write_examples(
             context,
             split,
             positions[name],
-            data.length,
+            history_length,
             data.hide_ties,
             data.seed,
             data.past,
@@ -350,6 +351,17 @@ def _write_examples(
         written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
         say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")
     return positions, written
+
+
+def _lengths(log: Log, experiment: Experiment, users: int) -> tuple[int, int]:
+    """L and P of the data: no more of either is kept than its longest user fills."""
+    data = experiment.data
+    if not data.length:
+        return 0, 1
+    targets = np.bincount(log.user[log.split == 0], minlength=1).max()
+    longest = np.diff(log.offsets(users)).max(initial=0)
+    length = max(1, min(data.length, int(longest)))
+    return length, max(1, min(data.positions or data.length, int(targets), length))
 
 
 def _write_vocabularies(folder: Path, encodings: list[Encoding], items: pa.Array | None) -> None:

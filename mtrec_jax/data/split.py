@@ -11,9 +11,9 @@ from typing import Any
 import ibis
 
 from mtrec_jax.config import Experiment, Split
-from mtrec_jax.data.dataset import SPLITS, SplitInfo
+from mtrec_jax.data.dataset import SHOWN, SPLITS, SplitInfo
 from mtrec_jax.data.engine import rows
-from mtrec_jax.data.examples import MODULUS, SHOWN, mix
+from mtrec_jax.data.examples import MODULUS, mix
 
 MILLION = 10**6  # shares of a user's events are counted in millionths
 

@@ -10,15 +10,14 @@ import numpy as np
 
 from mtrec_jax import processes
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SPLITS, Prepared
-from mtrec_jax.data.examples import SHOWN
+from mtrec_jax.data.dataset import SHOWN, SPLITS, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, Serving, pad_rows
 from mtrec_jax.types import FIRST, Batch, Lists, PyTree, UserStates
 
 ABSENT = np.iinfo(np.int32).max  # rank of a target that is not among the candidates
-QUERIES = 512  # targets that are ranked at once
+QUERIES = 256  # targets that are ranked at once, in one program of the index
 
 
 @dataclass

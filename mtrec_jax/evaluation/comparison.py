@@ -11,7 +11,6 @@ import numpy as np
 from mtrec_jax.baselines import Interactions, Predicts, Ranks
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.data.examples import past_items
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, seen_items
 from mtrec_jax.evaluation.metrics import METRICS, ranking_metrics, task_metrics
@@ -92,6 +91,8 @@ def _ranked(
     experiment: Experiment, prepared: Prepared, collected: Collected, split: str, fitted: Ranks
 ) -> Metrics:
     """Ranks of the retrieval targets among all items."""
+    from mtrec_jax.data.examples import past_items  # answers do without the query engine
+
     rows = np.flatnonzero(collected.retrieved)
     if not len(rows):
         return {}

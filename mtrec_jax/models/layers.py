@@ -59,12 +59,12 @@ def normal(
 
 def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     """Normal values of variance 1 / inputs, cut off at two standard deviations (as flax does)."""
-    from scipy import special  # once a run, at its beginning
-
     scale = shape[0] ** -0.5 / 0.87962566103423978  # so that the variance is right after the cut
-    low, high = special.ndtr([-2.0, 2.0])
 
     def draw(rng: np.random.Generator) -> np.ndarray:
+        from scipy import special  # once a run, at its beginning
+
+        low, high = special.ndtr([-2.0, 2.0])
         return scale * special.ndtri(rng.uniform(low, high, shape))
 
     return _drawn(key, shape, dtype, draw)

@@ -57,7 +57,8 @@ class Model(NamedTuple):
     names: tuple[str, ...]  # of the balanced losses
     fuses: bool  # whether a fused order is taught
     by_example: frozenset[str]  # groups whose ids are split like the batch; others are shared
-    init: Callable[[int], PyTree]  # seed -> initial values of the layers, drawn on the host
+    abstract: PyTree  # shapes of the layers' parameters
+    init: Callable[[int], PyTree]  # seed -> their initial values, drawn on the host
     ids: Callable[[Batch, Catalogue, jax.Array | None], Wanted]
     encode: Callable[[PyTree, Rows, Batch, Catalogue, Wanted, jax.Array | None], Shared]
     weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
@@ -114,6 +115,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         names=objective.names,
         fuses=objective.fuses,
         by_example=_by_example(inputs),
+        abstract={"network": nnx.to_pure_dict(nnx.state(abstract, nnx.Param))},
         init=init,
         ids=ids,
         encode=encode,
@@ -136,7 +138,7 @@ def _layers(
     def made(rngs: nnx.Rngs) -> Network:
         searches = experiment.data.queries is not None
         return Network(
-            experiment.model, inputs, manifest.history_length, searches, dtype=dtype, rngs=rngs
+            experiment.model, inputs, experiment.data.length, searches, dtype=dtype, rngs=rngs
         )
 
     # Only the structure is needed here: eval_shape allocates nothing.

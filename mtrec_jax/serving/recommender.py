@@ -43,8 +43,8 @@ class Recommender:
         self.run = run if isinstance(run, Run) else open_run(a_path("run", run))
         self.experiment, self.prepared = self.run.experiment, self.run.prepared
         mesh = shared_mesh(self.experiment)
-        params, tables, self.step = load_best(self.run, mesh)
         self._serving = prepared_serving(self.experiment, self.prepared, mesh)
+        params, tables, self.step = load_best(self.run, mesh, self._serving.model)
         vectors = self._serving.item_vectors(params, tables)
         self._shared = params, tables, vectors  # by all processes, where there are several
         self._params = self._serving.own(params)

@@ -12,9 +12,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,9 @@ from mtrec_jax.errors import CheckpointError, Error
 from mtrec_jax.sharding import by_row_on, whole_on
 from mtrec_jax.tables.update import new_scratch
 from mtrec_jax.types import PyTree, TrainState
+
+if TYPE_CHECKING:
+    import grain
 
 _CHUNK = 2**26  # bytes of an array that are compressed and written at a time
 _PLACES = np.arange(2**16, dtype=np.uint32)  # in a piece that a digest adds up at a time

@@ -18,7 +18,7 @@ from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.experiments import load_experiment
-from mtrec_jax.models.model import make_model
+from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
@@ -80,14 +80,16 @@ def open_run(
 
 
 def load_best(
-    run: Run, mesh: jax.sharding.Mesh | None = None
+    run: Run, mesh: jax.sharding.Mesh | None = None, model: Model | None = None
 ) -> tuple[PyTree, dict[str, jax.Array], int]:
     """(params, sparse tables, step) of the run's best checkpoint, on one device or over a mesh.
+
+    `model` saves time where it is there already.
 
     Raises:
       CheckpointError: there is none, or it is damaged.
     """
-    model = make_model(run.experiment, run.prepared.manifest)
+    model = model or make_model(run.experiment, run.prepared.manifest)
     like = model_shapes(run.experiment, model)
     folder = run.folder / "checkpoints"
     while True:
@@ -117,8 +119,8 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
     mesh = shared_mesh(run.experiment)
-    params, tables, _ = load_best(run, mesh)
     serving = prepared_serving(run.experiment, run.prepared, mesh)
+    params, tables, _ = load_best(run, mesh, serving.model)
     evaluation = evaluate(run.experiment, run.prepared, serving, params, tables, split)
     path = run.folder / "evaluation.json"
     looks = int(read_json(path)["test_looks"]) if path.exists() else 0

@@ -111,7 +111,7 @@ def make_step(
         )
 
     init = _initializer(experiment, model, mesh, dense, packing, balancer)
-    shapes = jax.eval_shape(init, model.init(0), jax.random.key(0, impl="rbg"))
+    shapes = jax.eval_shape(init, model.abstract, jax.random.key(0, impl="rbg"))
     shardings = state_shardings(shapes, mesh)
     compiled = jax.jit(init, out_shardings=shardings)
     return Step(
@@ -163,7 +163,7 @@ def model_shapes(experiment: Experiment, model: Model) -> tuple[PyTree, dict[str
 
     tables = jax.eval_shape(stacks)
     dense = {n: tables.pop(n) for n in (DENSE,) if n in tables}
-    return jax.eval_shape(lambda: model.init(0)) | dense, tables
+    return model.abstract | dense, tables
 
 
 def _balancer(experiment: Experiment, model: Model) -> Balancer:

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.dataset import SPLITS, SplitInfo
+from mtrec_jax.data.dataset import SHOWN, SPLITS, SplitInfo
 from mtrec_jax.data.describe import check_splits
 from mtrec_jax.data.engine import Engine
-from mtrec_jax.data.examples import MODULUS, SHOWN, mix, past_items
+from mtrec_jax.data.examples import MODULUS, mix, past_items
 from mtrec_jax.data.split import describe_split, split_events
 from mtrec_jax.errors import DataError
 from tests.data.small import make, run
