@@ -30,16 +30,19 @@ def test_ids_splits_and_examples_of_leave_one_out(tmp_path: Path) -> None:
     assert prepared.user_lists("event_item")[0].tolist() == [2, 3, 5, 4]
     assert prepared.user_lists("split")[0].tolist() == [0, 0, 1, 2]
     assert prepared.user_lists("split")[2].tolist() == [0]  # 1 event: everything trains
-    assert m.positions == {"train": 3, "validation": 1, "test": 1}
+    # no wider than the data: nobody has more than two training events
+    assert m.positions == {"train": 2, "validation": 1, "test": 1}
     assert m.examples == {"train": 3, "validation": 2, "test": 2}
     assert m.targets == {"train": 4, "validation": 2, "test": 2}
     [train] = example_of(prepared, "train", "a")
     assert train["event_item"] == [2, 0, 0]
-    assert train["cutoff"] == [0, 1, 0]
-    assert train["candidate"] == [2, 3, 0]
-    assert train["row"] == [0, 1, -1]
-    assert train["label_next"][:2] == [1, 1]
-    assert np.isnan(train["label_next"][2])
+    assert train["cutoff"] == [0, 1]
+    assert train["candidate"] == [2, 3]
+    assert train["row"] == [0, 1]
+    assert train["label_next"] == [1, 1]
+    [short] = example_of(prepared, "train", "b")
+    assert short["label_next"][0] == 1
+    assert np.isnan(short["label_next"][1])
     [test] = example_of(prepared, "test", "a")
     assert (test["event_item"], test["cutoff"], test["candidate"]) == ([2, 3, 5], [3], [4])
     assert test["row"] == [5]

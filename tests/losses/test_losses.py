@@ -50,6 +50,7 @@ def _losses(*given: Any) -> jax.Array:
     return found
 
 
+@jax.jit
 def _loss(negatives: jax.Array, catalogue: Catalogue) -> jax.Array:
     found = VECTORS[negatives], negatives, catalogue, TEMPERATURE
     return _losses(USERS, VECTORS[POSITIVES], POSITIVES, *found)
