@@ -44,12 +44,8 @@ class Evaluation:
     targets: dict[str, int] = field(default_factory=dict)  # {task: examples behind its metrics}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; undefined metrics are null.
-
-        A baseline's metrics have their plain names as well where one task alone has them.
-        """
+        """Plain values for JSON; undefined metrics are null."""
         found = dataclasses.asdict(self) | {"protocol": self.protocol.to_dict()}
-        found["baselines"] = {n: _with_plain_names(m) for n, m in self.baselines.items()}
         return _without_nan(found)
 
 
@@ -171,13 +167,6 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _with_plain_names(metrics: Metrics) -> Metrics:
-    """Metrics by "task/metric", and by their plain name where one task alone has them."""
-    plain = {key: key.rpartition("/")[2] for key in metrics}
-    names = list(plain.values())
-    return metrics | {plain[k]: v for k, v in metrics.items() if names.count(plain[k]) == 1}
 
 
 def _without_nan(value: Any) -> Any:
