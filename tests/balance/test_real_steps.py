@@ -151,7 +151,7 @@ def _assert_close(found: PyTree, expected: PyTree) -> None:
         assert np.abs(one - other).max() <= 1e-9 * scale, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("items", ["sparse", "dense"])
+@pytest.mark.parametrize("items", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
 def test_a_static_step_takes_off_the_gradient_of_the_weighted_loss(items: str) -> None:
     """Of layers, dense tables and sparse rows, the fusion's own parameters among them."""
     with jax.enable_x64(True):
@@ -238,7 +238,7 @@ def test_gradnorm_weighs_by_the_norms_at_the_shared_representation() -> None:
         assert np.abs(ratio - 1).max() > 1e-3
 
 
-@pytest.mark.parametrize("items", ["sparse", "dense"])
+@pytest.mark.parametrize("items", [pytest.param("sparse", marks=pytest.mark.slow), "dense"])
 def test_two_parts_learn_what_the_whole_batch_learns(items: str) -> None:
     """Dense items are listed for all parts together, sparse ones are split like the batch."""
     with jax.enable_x64(True):

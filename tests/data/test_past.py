@@ -190,7 +190,7 @@ def test_no_future(duckdb: Engine, events: list[Event], now: int, data: st.DataO
 
 
 @pytest.mark.filterwarnings("ignore")  # PySpark's own, of pandas 3
-@pytest.mark.parametrize("kind", ["leave_one_out", "random"])
+@pytest.mark.parametrize("kind", [pytest.param("leave_one_out", marks=pytest.mark.slow), "random"])
 def test_engines_give_equal_floats(duckdb: Engine, spark: Engine, kind: str) -> None:
     rng = np.random.default_rng(3)
     events: list[Event] = [

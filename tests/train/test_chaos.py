@@ -162,7 +162,7 @@ def test_killed_at_five_moments(
 
 @pytest.mark.parametrize(
     "damage",
-    ["flipped", "truncated", pytest.param("notes", marks=pytest.mark.slow)],
+    ["flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("truncated", "notes"))],
 )
 def test_a_damaged_checkpoint_is_set_aside(
     command: Callable[[str, str], subprocess.CompletedProcess[str]], straight: Path, damage: str
