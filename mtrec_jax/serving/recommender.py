@@ -388,8 +388,12 @@ def load(
     """The recommender of a run folder.
 
     Args:
-      folder, prepared, extensions: as `open_run` takes them.
+      folder: of a run, or what `fit` was given.
+      prepared, extensions: as `open_run` takes them.
     """
+    folder = a_path("folder", folder)
+    if (folder / "run" / "config.toml").is_file():  # of `fit`; it may have been moved as a whole
+        folder, prepared = folder / "run", prepared or folder / "prepared"
     return Recommender(open_run(folder, prepared, extensions))
 
 
