@@ -187,8 +187,8 @@ def test_a_given_folder_is_kept_and_can_be_opened(tmp_path: Path, recommender: A
     del kept
     (tmp_path / "kept").rename(tmp_path / "moved")
     again = mtrec_jax.load(tmp_path / "moved")
-    (tmp_path / "moved").rename(tmp_path / "kept")
     assert again.recommend([100], 2).table == answer
+    (tmp_path / "moved").rename(tmp_path / "kept")
     assert again.experiment.train.steps == 4
     assert again.experiment.train.epochs == 0, "steps take the place of the default epochs"
     arguments: dict[str, Any] = {"user": "person", "item": "film", "time": "when"}
