@@ -149,7 +149,8 @@ class Guard:
     """Leaks that stop the preparation, and what is let through on purpose."""
 
     __pydantic_config__ = _STRICT
-    allow: tuple[str, ...] = ()  # "feature/task": this feature may determine that label
+    # "feature/task": this feature may determine that label; "feature": any label
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -349,9 +349,11 @@ def _features(e: Experiment) -> Iterator[str]:
             )
     for pair in e.guard.allow:
         name = pair.partition("/")[0]
-        if name not in e.features or "/" not in pair:
-            hint = "" if name in e.features else nearest(name, e.features)
-            yield f"guard.allow: '{pair}' is not 'feature/task' of a feature here.{hint}"
+        if name not in e.features:
+            hint = nearest(name, e.features)
+            yield (
+                f"guard.allow: '{pair}' is neither a feature here nor 'feature/task' of one.{hint}"
+            )
 
 
 def _tables(e: Experiment) -> Iterator[str]:

@@ -257,7 +257,7 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             {"tasks": {"like": {**LIKE, "at_least": 4, "equals": "5"}}},
             "tasks.like: at_least or equals, not both",
         ),
-        ({"guard": {"allow": ["nothing/like"]}}, "guard.allow: 'nothing/like' is not"),
+        ({"guard": {"allow": ["nothing/like"]}}, "guard.allow: 'nothing/like' is neither"),
         ({"features": {"a b": {}}}, "features: 'a b' names a file or column; use letters"),
         ({"features": {"City": {}, "city": {}}}, "features: 'City' occurs twice (upper and lower"),
         ({"features": {"item": {"on": "item"}}}, "features.item: the items' own rows have this"),

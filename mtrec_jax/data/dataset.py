@@ -19,8 +19,8 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
 items.parquet                     the catalogue, row r is item id r + 2; trained items come first:
     id string, title string, count int64 (training events), item_<f> [S], text_<f>
 users.parquet                     row r is user id r + 2, every event in time order:
-    id string, context_<f> [S], text_<f>, event_item list<int32>, event_<f> list<int32> (of lists of
-    S where S is above 1), split list<int8>
+    id string, context_<f> [S], text_<f>, event_item large_list<int32>, event_<f> likewise (of lists
+    of S where S is above 1), split large_list<int8>
                                   (split: 0 train, 1 validation, 2 test, 3 shown in histories only)
 vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
                                   of texts, or lower edges of bins; "": the id of missing values

@@ -1,7 +1,8 @@
 """Leaks that stop the preparation: answers among the features, and the future in the past.
 
-A guard measures, it does not guess from names. It raises `DataError` with the feature, the task,
-the figure and the remedy; `guard.allow` lets a "feature/task" through that is meant to be so.
+A guard measures, it does not guess from names. It raises `DataError` with every feature that it
+refuses, the task, the figure and the remedy; `guard.allow` lets a "feature" or a "feature/task"
+through that is meant to be so.
 """
 
 from __future__ import annotations
@@ -24,10 +25,22 @@ from mtrec_jax.errors import DataError
 LEAK = 0.999  # AUC, accuracy or R² on rows that the rates were not taken from
 _EVENTS = 500_000  # training events that are looked at
 _AT_ONCE = 16  # features to a query
-_KEYS, _EQUAL = 20, 0.9  # so many keys, and this part of them equal, prove a statistic
+_KEYS, _TELLING, _EQUAL = 20, 10, 0.9  # so many keys, and this part of them, prove a statistic
 ROWS, OF_A_CLASS = 100, 10  # fewer labelled rows are not judged
 BETWEEN = "\x1f"  # the values of a list
 _BINS = 1000  # of numbers
+
+
+def all_together(*checks: Callable[[], None]) -> None:
+    """Run every check, and raise one `DataError` with the messages of all that raise one."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 # --- Answers among the features
@@ -45,7 +58,7 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
       experiment: its features and tasks; `guard.allow` lets "feature/task" pairs through.
 
     Raises:
-      DataError: a single feature with an AUC, accuracy or R² of .999 or more.
+      DataError: each single feature with an AUC, accuracy or R² of .999 or more.
     """
     tasks = [name for name, task in experiment.tasks.items() if task.kind != "retrieval"]
     seen = {
@@ -85,6 +98,10 @@ def determined_labels(events: Any, sides: dict[str, pa.Table], experiment: Exper
         raise DataError("\n".join(problems))
 
 
+def _is_allowed(experiment: Experiment, feature: str, task: str) -> bool:
+    return not {feature, f"{feature}/{task}"}.isdisjoint(experiment.guard.allow)
+
+
 def _is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
 
@@ -111,7 +128,7 @@ def _determined(
         for name, text in texts.items():
             feature = experiment.features[name]
             best = best_score(feature, text.filter(pa.array(known)), counted, outcome)
-            if best >= LEAK and f"{name}/{task_name}" not in experiment.guard.allow:
+            if best >= LEAK and not _is_allowed(experiment, name, task_name):
                 measure = {"binary": "AUC", "regression": "R²"}.get(task.kind, "accuracy")
                 problems.append(
                     f"feature '{name}' (column '{feature.column or name}') gives away the label of "
@@ -138,7 +155,7 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
       experiment: `guard.allow` lets "feature/task" through ("feature/item" without such a task).
 
     Raises:
-      DataError: a history feature with an AUC, accuracy or R² of .999 or more.
+      DataError: each history feature with an AUC, accuracy or R² of .999 or more.
     """
     train = np.flatnonzero(log.split[:_EVENTS] == 0)
     user = log.user[train]
@@ -159,26 +176,29 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
         if task.kind != "retrieval":
             named[name] = (task.kind, np.asarray(log.targets[f"label_{name}"]))
     own = [array[here] for _, array in named.values()]
+    problems: dict[str, str] = {}  # {"feature/task": message}; a feature may have several slots
     for task_name, (kind, array) in named.items() if len(here) and fields else ():
         label = array[then].astype(np.float64)
         outcome, cells, known = judged(task_name, kind, label, log.row[here])
         if outcome is None:
             continue
         for name, ids in fields:
-            if f"{name}/{task_name}" in experiment.guard.allow:
+            if _is_allowed(experiment, name, task_name):
                 continue
             value = ids[here].astype(np.float64)
             step = value - np.where(first, 0, ids[before])
             looks = (value, step) if shown[name].reads_numbers else (value,)
             found = max(_pair_score(look[known], cells, outcome) for look in looks)
             if found >= LEAK > max(_pair_score(v[known], cells, outcome) for v in own):
-                raise DataError(
+                problems[f"{name}/{task_name}"] = (
                     f"feature '{name}' (column '{shown[name].column or name}') shows "
                     f"the future: at an event it gives away the {task_name} of the user's next "
                     f"event ({found:.4f} of {int(outcome.n.sum()):,} pairs of training events; "
                     f"AUC, accuracy or R²). Remove features.{name}, or make its column as it was "
                     f"known at the event; if it is meant: guard.allow = ['{name}/{task_name}']"
                 )
+    if problems:
+        raise DataError("\n".join(problems.values()))
 
 
 def _pair_score(value: np.ndarray, cells: Cells, outcome: Outcome) -> float:
@@ -188,23 +208,40 @@ def _pair_score(value: np.ndarray, cells: Cells, outcome: Outcome) -> float:
 # --- Statistics over all splits
 
 
+class _Match(NamedTuple):
+    """How a column resembles a statistic that has seen judged events."""
+
+    what: str  # the statistic, in words
+    which: str  # the splits that it is over, in words
+    equal: int  # keys at which it is equal where training events alone give another figure
+    telling: int  # all such keys
+
+
 def statistics_of_everything(
     sides: dict[str, pa.Table], events: Any, experiment: Experiment
 ) -> None:
     """Stop if a column of the items or users is a statistic that saw validation or test events.
 
     Counts, sums and means of labels by key, over all events and over training events, are compared
-    with the column where the two differ, so that a statistic of the training events passes.
+    with the column, as closely as its decimals tell. It is the statistic over all events if it is
+    equal to it for 90 % of the keys, and for 90 % of those where the best constant of that many
+    decimals is not (or rare labels and new users would make every flag a statistic); and if the
+    same holds of the keys where the two statistics differ, 10 at least.
+
+    A column that has nothing to do with the labels, or whose labels are shuffled over the keys, is
+    nowhere equal more often than the best constant: what that misses, it misses too. The tenth is
+    for a statistic of the raw log, which may have counted events that cleaning has removed.
 
     Args:
       sides: {"user" or "item": Arrow table with that key and column_* as text}.
       events: Ibis table with split, label_* and the keys.
-      experiment: `guard.allow` lets "feature/task" through ("feature/events" for counts).
+      experiment: `guard.allow` lets "feature", or "feature/task" through ("feature/events" for
+        counts).
 
     Raises:
-      DataError: a column equals such a statistic for 90 % of the keys, 20 at least (a statistic of
-        the raw log may have counted events that cleaning has removed).
+      DataError: all such columns, a line for each task whose statistic one is.
     """
+    problems: list[str] = []
     for key, table in sides.items():
         columns: dict[str, pa.Array] = {}
         for name, feature in experiment.features.items():
@@ -221,20 +258,30 @@ def statistics_of_everything(
         counted = _counts(events, key, experiment)
         place = pc.index_in(one_array(table[key]), value_set=one_array(counted[key]))
         counted = counted.take(place).combine_chunks()
+        figures = {
+            column: np.asarray(pc.fill_null(counted[column], np.nan), float)
+            for column in counted.schema.names
+            if column != key
+        }
         for name, x in numbers.items():
-            digits = pc.replace_substring_regex(columns[name], r"^[^.]*\.?|[eE].*$", "")
-            margin = 0.5 * 10.0 ** -float(pc.max(pc.utf8_length(digits)).as_py() or 0)
-            _check_statistic(experiment, key, name, x, margin, counted)
+            found = _matches(x, _decimals(columns[name]), figures)
+            problems += [
+                _statistic_problem(experiment.features[name], name, key, task, match)
+                for task, match in found.items()
+                if not _is_allowed(experiment, name, task)
+            ]
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _counts(events: Any, key: str, experiment: Experiment) -> pa.Table:
-    """By key: judged events, and the statistics <what>|<over which splits>, one column each."""
+    """By key the statistics <what>//<task>|<over which splits>, one column each."""
     over = {
         "training": events.split.isin((0, 3)),
         "training and validation": events.split != 2,
         "all": events.split >= 0,
     }
-    columns = {"judged": events.split.isin((1, 2)).sum()}
+    columns = {}
     for which, inside in over.items():
         n = inside.sum().cast("float64")
         columns[f"number of events//events|{which}"] = n
@@ -249,34 +296,68 @@ def _counts(events: Any, key: str, experiment: Experiment) -> pa.Table:
     return events.group_by(key).agg(**columns).to_pyarrow()
 
 
-def _check_statistic(
-    experiment: Experiment, key: str, name: str, x: np.ndarray, margin: float, counted: pa.Table
-) -> None:
+def _decimals(text: pa.Array) -> int:
+    """The most decimals that numbers are written with: 3 of 0.125, and 6 of 2.5e-5."""
+    digits = pc.utf8_length(pc.replace_substring_regex(text, r"^[^.eE]*\.?|[eE].*$", ""))
+    power = pc.replace_substring_regex(text, r"^[^eE]*[eE]?\+?", "")
+    power = pc.if_else(pc.match_substring_regex(power, r"^-?\d{1,3}$"), power, "0")
+    places = pc.max(pc.subtract(digits, pc.cast(power, pa.int32()))).as_py()
+    return min(places or 0, 15)  # more than a float64 holds
+
+
+def _matches(x: np.ndarray, decimals: int, figures: dict[str, np.ndarray]) -> dict[str, _Match]:
+    """{task or "events": the statistic over judged events that a column is, the clearest one}."""
+    found: dict[str, _Match] = {}
+    for column, whole in figures.items():
+        whose, _, which = column.partition("|")
+        what, _, task = whose.partition("//")
+        if which == "training":
+            continue
+        match = _match(x, decimals, whole, figures[f"{whose}|training"])
+        if match and (task not in found or match[0] > found[task].equal):
+            found[task] = _Match(what, which, *match)
+    return found
+
+
+def _match(
+    x: np.ndarray, decimals: int, whole: np.ndarray, honest: np.ndarray
+) -> tuple[int, int] | None:
+    """Keys where `x` is the statistic `whole` and not the `honest` one, of all that tell the two
+    apart; None where it is not `whole`."""
+    known = ~np.isnan(x) & ~np.isnan(whole)
+    x, whole, honest = x[known], whole[known], honest[known]
+    if not len(x):
+        return None
+    margin = 0.5 * 10.0**-decimals
+    if 2 * margin >= np.ptp(whole):  # rounded so coarsely all would be one or two: to the digit
+        margin, decimals = 0.0, 15
+
     def same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.abs(a - b) <= np.maximum(margin * 1.000001, 1e-6 * np.abs(b))
 
-    judged = np.asarray(pc.fill_null(counted["judged"], 0)) > 0
-    for column in counted.schema.names:
-        what, _, which = column.partition("|")
-        if which in ("", "training"):
-            continue
-        what, _, task = what.partition("//")
-        honest = np.asarray(pc.fill_null(counted[f"{what}//{task}|training"], np.nan), float)
-        whole = np.asarray(pc.fill_null(counted[column], np.nan), float)
-        telling = judged & ~np.isnan(x) & ~np.isnan(whole) & ~same(honest, whole)
-        hits = int((telling & same(x, whole)).sum())
-        if telling.sum() < _KEYS or hits < _EQUAL * telling.sum():
-            continue
-        if f"{name}/{task}" not in experiment.guard.allow:
-            of = "" if task == "events" else f" of task '{task}'"
-            raise DataError(
-                f"feature '{name}' (column '{experiment.features[name].column or name}' of the "
-                f"{key}s) is the {what}{of} over {which} events: equal for {hits:,} of "
-                f"{telling.sum():,} {key}s where training events alone give another figure. It has "
-                "seen what it is judged by. Compute it from training events, or declare "
-                f"kind = 'past_count' or 'past_rate'; if it is meant: guard.allow = "
-                f"['{name}/{task}']"
-            )
+    values, sizes = np.unique(np.round(whole, decimals), return_counts=True)
+    beyond = ~same(np.full(len(whole), values[sizes.argmax()]), whole)
+    equal, old = same(x, whole), same(x, honest)
+    telling = beyond & ((equal != old) | ~(equal | same(honest, whole)))
+    found, all_told = int((telling & equal).sum()), int(telling.sum())
+    if (
+        found < max(_TELLING, _EQUAL * all_told)
+        or equal.mean() < _EQUAL
+        or equal[beyond].mean() < _EQUAL
+    ):
+        return None
+    return found, all_told
+
+
+def _statistic_problem(feature: Feature, name: str, key: str, task: str, match: _Match) -> str:
+    of = "" if task == "events" else f" of task '{task}'"
+    return (
+        f"feature '{name}' (column '{feature.column or name}' of the {key}s) is the {match.what}"
+        f"{of} over {match.which} events: equal for {match.equal:,} of {match.telling:,} {key}s "
+        "where training events alone give another figure. It has seen what it is judged by. "
+        "Compute it from training events, or declare kind = 'past_count' or 'past_rate'; if it is "
+        f"meant: guard.allow = ['{name}/{task}']"
+    )
 
 
 # --- Equal rows

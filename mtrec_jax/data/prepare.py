@@ -226,13 +226,14 @@ def _divide(
         queries = split_queries(queries, events, experiment)
     if (ties := cleaned.table(engine, "ties")) is not None:
         friends, users = friend_lists(ties, users, experiment)
-    equal = cleaned.table(engine, "equal")
-    guards.row_in_two_splits(
-        equal, events, experiment, split.sizes, notes.dropped, notes.first_rows, notes.place
+    equal, sides = cleaned.table(engine, "equal"), {"user": users, "item": items}
+    guards.all_together(
+        lambda: guards.row_in_two_splits(
+            equal, events, experiment, split.sizes, notes.dropped, notes.first_rows, notes.place
+        ),
+        lambda: guards.determined_labels(events, sides, experiment),
+        lambda: guards.statistics_of_everything(sides, events, experiment),
     )
-    sides = {"user": users, "item": items}
-    guards.determined_labels(events, sides, experiment)
-    guards.statistics_of_everything(sides, events, experiment)
     told = report.summarize(events, labels)
     return _Divided(events, queries, users, items, friends, split, tasks, told, rules)
 
@@ -312,13 +313,13 @@ def _write_users(
     columns = {"id": one_array(users["user"]), **context}
     columns |= text_columns(experiment, users, "context")
     if experiment.data.user:
-        offsets = pa.array(log.offsets(len(users)), pa.int32())
+        offsets = pa.array(log.offsets(len(users)), pa.int64())  # of all events of the log
         lists = {f"event_{field}": ids for field, ids in log.events.items()}
         if not experiment.data.item:
             del lists["event_item"]
         for name, values in {**lists, "split": log.split}.items():
             flat = pa.array(values) if values.ndim == 1 else examples.fixed_size(values)
-            columns[name] = pa.ListArray.from_arrays(offsets, flat)
+            columns[name] = pa.LargeListArray.from_arrays(offsets, flat)
     pq.write_table(to_table(columns), folder / "users.parquet")
 
 

@@ -165,7 +165,7 @@ def friend_lists(ties: Any, users: pa.Table, experiment: Experiment) -> tuple[Li
     columns = [f.column or name for name, f in experiment.features.items() if isinstance(f, Ties)]
     if columns:
         named = names.take(pa.array(friends.values))
-        lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), named)
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), named)
         for column in columns:
             users = users.append_column(f"column_{column}", lists)
     return friends, users

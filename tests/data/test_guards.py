@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,14 +325,123 @@ def test_a_column_that_has_seen_the_judged_events(
         guards.statistics_of_everything(sides, events, experiment)
 
 
-def test_a_statistic_of_everything_can_be_allowed(rated: tuple[Any, dict[str, Any]]) -> None:
+def test_all_statistics_are_named_at_once_and_each_can_be_allowed(
+    rated: tuple[Any, dict[str, Any]],
+) -> None:
     events, figures = rated
-    sides = {"item": side("item", range(60), x=figures["count_all"])}
-    features = {"x": {"on": "item", "kind": "numeric"}}
-    allow = {"allow": ["x/events"]}
-    guards.statistics_of_everything(
-        sides, events, make(features=features, tasks=BINARY, guard=allow)
+    x, y = figures["count_all"], figures["rate_all"]
+    sides = {"item": side("item", range(60), x=x, y=y, z=figures["rate_train"])}
+    features = {name: {"on": "item", "kind": "numeric"} for name in "xyz"}
+    for allow, refused in (
+        ([], ["x/events", "y/like"]),
+        (["x/events"], ["y/like"]),
+        (["x/like"], ["x/events", "y/like"]),
+        (["y"], ["x/events"]),
+        (["x", "y/like"], []),
+    ):
+        experiment = make(features=features, tasks=BINARY, guard={"allow": allow})
+        message = ""
+        try:
+            guards.statistics_of_everything(sides, events, experiment)
+        except DataError as error:
+            message = str(error)
+        assert re.findall(r"allow = \['(.*?)'\]", message) == refused
+
+
+# A log of 1,000 events in which new users come all the time and one label in 29 is a 1: most means
+# are 0, and 58 of 169 users have no training event.
+
+
+def rare_log() -> dict[str, np.ndarray]:
+    n = np.arange(1000)
+    return {
+        "user": n * 7919 % (20 + 180 * n // 1000),
+        "item": 31 * n % 97,
+        "like": (37 * n % 29 == 5) * 1,
+        "time": n,
+    }
+
+
+VIP = (13 * np.arange(200) % 20 == 4) * 1
+
+
+def rare_means(inside: Any) -> np.ndarray:
+    """The mean label of each of 200 users over these events, NaN without one."""
+    log = rare_log()
+    n, total = (
+        np.bincount(log["user"][inside], weights, 200)
+        for weights in (np.ones(1000)[inside], log["like"][inside])
     )
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
+
+
+def refused(
+    duckdb: Engine, log: dict[str, np.ndarray], split: Any, x: Any, key: str = "user"
+) -> str:
+    """What the guard says of the column `x` of the users or items."""
+    events = of_users(duckdb, log["like"] * 1.0, log["user"], log["item"], split)
+    cells = [None if np.isnan(v) else v for v in np.asarray(x).tolist()]
+    sides = {key: side(key, range(len(cells)), x=cells)}
+    on = "context" if key == "user" else "item"
+    features = {"x": {"on": on, "kind": "numeric"}}
+    try:
+        guards.statistics_of_everything(sides, events, make(features=features, tasks=BINARY))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("decimals", [None, 4, 3, 2, 1])
+def test_the_mean_of_a_rare_label_over_all_events(duckdb: Engine, decimals: int | None) -> None:
+    log, split = rare_log(), np.repeat([0, 1, 2], [800, 100, 100])
+    whole, train = rare_means(split >= 0), rare_means(split == 0)
+    if decimals is not None:
+        whole, train = np.round(whole, decimals), np.round(train, decimals)
+    message = refused(duckdb, log, split, whole)
+    assert "mean of the label of task 'like' over all events" in message
+    assert message.count("\n") == 0
+    assert not refused(duckdb, log, split, train)
+    assert not refused(duckdb, log, split, np.nan_to_num(train))  # new users: nothing yet
+    shuffled = np.random.default_rng(3).permutation(whole[~np.isnan(whole)])
+    whole[~np.isnan(whole)] = shuffled  # the labels of other users
+    assert not refused(duckdb, log, split, whole)
+
+
+@pytest.mark.parametrize("key", ["user", "item"])
+def test_flags_and_constants_are_no_statistics_of_rare_labels(duckdb: Engine, key: str) -> None:
+    log, split = rare_log(), np.repeat([0, 1, 2], [800, 100, 100])
+    for x in (VIP, 1 - VIP, np.zeros(200), np.ones(200), VIP * 0.1, VIP * 1e-5):
+        assert not refused(duckdb, log, split, x * 1.0, key)
+        assert not refused(duckdb, log, split, x.astype(int), key)
+
+
+def test_a_flag_that_tells_much_of_the_label_is_no_statistic(duckdb: Engine) -> None:
+    """Means rounded to 0 or 1 would be this flag, and new users have no other figure."""
+    random = np.random.default_rng(5)
+    flag = np.arange(200) % 2
+    user = np.concatenate([random.integers(0, 100, N // 2), random.integers(0, 200, N // 2)])
+    like = (random.random(N) < np.where(flag[user], 0.95, 0.05)) * 1
+    log = {"user": user, "item": user % 7, "like": like}
+    assert not refused(duckdb, log, np.repeat([0, 2], N // 2), flag)
+
+
+def test_a_flag_of_who_ever_bought_is_a_sum_over_all_events(duckdb: Engine) -> None:
+    user = np.arange(N) % 400
+    like = np.zeros(N, int)
+    like[np.arange(0, 60) * 33] = 1  # one of each buyer, some of them among the last events
+    log, split = {"user": user, "item": user % 7, "like": like}, np.repeat([0, 2], N // 2)
+    bought = np.bincount(user, like, 400).astype(int)
+    assert set(bought) == {0, 1}
+    assert "sum of the label of task 'like' over all events" in refused(duckdb, log, split, bought)
+    before = np.bincount(user[: N // 2], like[: N // 2], 400).astype(int)
+    assert not refused(duckdb, log, split, before)
+
+
+def test_a_mean_in_powers_of_ten_is_as_exact_as_it_is_written(duckdb: Engine) -> None:
+    log, split = rare_log(), np.repeat([0, 1, 2], [800, 100, 100])
+    log["like"] = log["like"] * 1e-4  # means such as 1.4285e-05
+    assert "over all events" in refused(duckdb, log, split, rare_means(split >= 0) * 1e-4)
+    assert not refused(duckdb, log, split, VIP * 1.5e-5)
 
 
 # --- row_in_two_splits
@@ -469,6 +579,37 @@ def test_a_popularity_over_everything_stops_preparation(
     run(tmp_path, experiment, csv(**log), items_csv=csv(item=range(25), popularity=before))
     with pytest.raises(DataError, match=r"'popularity' .* number of events over all events"):
         run(tmp_path, experiment, csv(**log), items_csv=csv(item=range(25), popularity=whole))
+
+
+def test_innocent_columns_beside_leaks_in_a_preparation(tmp_path: Path) -> None:
+    """One run names every refusal; a column is let through, and the rest is still looked at."""
+    log = rare_log()
+    mean = rare_means(np.arange(1000) >= 0)
+    columns = {"vip": VIP, "none": np.zeros(200, int), "mean": mean, "short": np.round(mean, 2)}
+    cells = {n: [None if np.isnan(v) else v for v in x] for n, x in columns.items()}
+    users = csv(user=[f"u{u}" for u in range(200)], **cells)
+    ids = {key: [f"{key[0]}{n}" for n in log[key]] for key in ("user", "item")}
+    events = csv(**log | ids, copy=log["like"])
+
+    def refused(features: list[str], allow: list[str]) -> list[str]:
+        kinds = {name: {"on": "context", "kind": "numeric"} for name in features}
+        kinds |= {"copy": {"on": "request"}} if "copy" in features else {}
+        experiment = make(
+            data={"users": {"files": ["users.csv"]}},
+            features=kinds,
+            tasks=BINARY,
+            split={"kind": "time"},
+            guard={"allow": allow},
+        )
+        try:
+            run(tmp_path, experiment, events, users_csv=users)
+        except DataError as error:
+            return re.findall(r"allow = \['(.*?)'\]", str(error))
+        return []
+
+    assert refused(["vip", "none"], []) == []
+    assert refused([*columns, "copy"], []) == ["copy/like", "mean/like", "short/like"]
+    assert refused([*columns, "copy"], ["mean", "copy/like"]) == ["short/like"]
 
 
 def test_a_column_with_the_next_item_stops_preparation(
