@@ -13,7 +13,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, seen_items
-from mtrec_jax.evaluation.metrics import METRICS, ranking_metrics, task_metrics
+from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import target_ranks
 from mtrec_jax.types import FIRST
 
@@ -122,14 +122,20 @@ def _predicted(experiment: Experiment, collected: Collected, fitted: Predicts) -
 
 
 def _reference(experiment: Experiment, prepared: Prepared, split: str) -> Metrics:
-    """Metrics of the predictions that came with the data, on the same rows."""
+    """Metrics of the predictions that came with the data, on the same rows; of scores that are no
+    probabilities the AUC alone."""
     found: Metrics = {}
     with_reference = [n for n, t in experiment.tasks.items() if t.reference]
     rows = prepared.interactions(split) if with_reference else {}
     for name in with_reference:
         labels, values = rows[f"label_{name}"], rows[f"reference_{name}"]
         observed = ~np.isnan(labels) & ~np.isnan(values)
-        metrics = task_metrics(experiment.tasks[name].kind, labels[observed], values[observed])
+        labels, values = labels[observed], values[observed]
+        kind = experiment.tasks[name].kind
+        if kind == "binary" and ((values < 0) | (values > 1)).any():
+            metrics = {"auc": auc(labels, values)}
+        else:
+            metrics = task_metrics(kind, labels, values)
         found |= _of_task(name, metrics)
     return found
 

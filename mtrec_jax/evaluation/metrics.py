@@ -42,12 +42,13 @@ def auc(
       weights: of the rows; None: all 1.
 
     Raises:
-      DataError: a label is neither 0 nor 1, or lengths differ.
+      DataError: a label is neither 0 nor 1, or lengths differ, also that of the weights.
 
     >>> auc(np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.4, 0.8]))
     0.875
     """
-    return auc_statistic(labels, scores)(np.ones(len(labels)) if weights is None else weights)
+    statistic = auc_statistic(labels, scores)
+    return statistic(np.ones(len(labels)) if weights is None else np.asarray(weights))
 
 
 def auc_statistic(labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"]) -> Statistic:
@@ -60,9 +61,9 @@ def auc_statistic(labels: Shaped[np.ndarray, " n"], scores: Num[np.ndarray, " n"
     undefined = not len(ordered) or bool(np.isnan(ordered[-1]))  # nan sorts last
 
     def value(weights: np.ndarray) -> float:
+        weight = _a_row_each(weights, len(order))[order]
         if undefined:
             return float("nan")
-        weight = np.asarray(weights, np.float64)[order]
         won = weight * positive
         lost = weight - won
         if tied:
@@ -78,6 +79,7 @@ def mean_statistic(values: Num[np.ndarray, " n"]) -> Statistic:
     """The mean of per-example values; nan when the weights sum to 0."""
 
     def value(weights: np.ndarray) -> float:
+        weights = _a_row_each(weights, len(values))
         total = float(weights.sum())
         return float((weights * values).sum()) / total if total > 0 else float("nan")
 
@@ -99,6 +101,7 @@ def calibration_statistic(
     0.25
     """
     _check(labels, probabilities, binary=True)
+    _check_probabilities(probabilities, "sigmoid")
     ordered = np.sort(probabilities)
     first = np.searchsorted(ordered, probabilities, "left")
     last = np.searchsorted(ordered, probabilities, "right") - 1
@@ -106,6 +109,7 @@ def calibration_statistic(
     gap = probabilities.astype(np.float64) - labels
 
     def value(weights: np.ndarray) -> float:
+        weights = _a_row_each(weights, len(gap))
         total = float(weights.sum())
         if total <= 0:
             return float("nan")
@@ -118,6 +122,7 @@ def calibration_statistic(
 def _log_loss(labels: np.ndarray, probabilities: np.ndarray) -> Statistic:
     """Mean of -log P(label) in nats, P kept a rounding unit of its type away from 0 and 1."""
     _check(labels, probabilities, binary=True)
+    _check_probabilities(probabilities, "sigmoid")
     inside = _inside(probabilities)
     return mean_statistic(-np.where(labels.astype(bool), np.log(inside), np.log1p(-inside)))
 
@@ -134,6 +139,8 @@ def _accuracy(labels: np.ndarray, probabilities: np.ndarray) -> Statistic:
         _check_classes(labels, probabilities)
         classes, sound = probabilities.argmax(axis=1), probabilities.sum(axis=1)
     else:
+        _check(labels, probabilities, binary=True)
+        _check_probabilities(probabilities, "sigmoid")
         classes, sound = probabilities >= 0.5, probabilities
     return mean_statistic(np.where(np.isnan(sound), np.nan, labels == classes))
 
@@ -214,7 +221,8 @@ def task_metrics(
 
     Raises:
       ConfigError: another kind.
-      DataError: labels that do not fit the kind, or lengths that differ.
+      DataError: labels that do not fit the kind, lengths that differ, or logits in the place of
+        probabilities.
 
     >>> task_metrics("regression", np.array([3.0, 5.0]), np.array([4.0, 4.0]))
     {'rmse': 1.0, 'mae': 1.0}
@@ -310,6 +318,23 @@ def _check(labels: np.ndarray, predictions: np.ndarray, binary: bool = False) ->
         )
 
 
+def _check_probabilities(probabilities: np.ndarray, function: str) -> None:
+    outside = (probabilities < 0) | (probabilities > 1)
+    if outside.any():
+        raise DataError(
+            f"prediction {probabilities[outside][0]} is no probability between 0 and 1; of logits "
+            f"pass {function}(logits)"
+        )
+
+
+def _a_row_each(weights: np.ndarray, rows: int) -> Float[np.ndarray, " n"]:
+    if weights.shape != (rows,):
+        raise DataError(
+            f"weights {weights.shape} and {rows} rows; pass one weight per row, or None for all 1"
+        )
+    return weights.astype(np.float64, copy=False)
+
+
 def _check_classes(labels: np.ndarray, probabilities: np.ndarray) -> None:
     if len(labels) != len(probabilities) or probabilities.ndim != 2:
         raise DataError(
@@ -323,3 +348,4 @@ def _check_classes(labels: np.ndarray, probabilities: np.ndarray) -> None:
             f"multiclass: label {labels[~known][0]} is not a class number 0 .. {classes - 1}; pass "
             "the labelled examples only"
         )
+    _check_probabilities(probabilities, "softmax")

@@ -15,16 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.config import Published
-from mtrec_jax.data.dataset import Manifest, Prepared, TaskField
+from mtrec_jax.data.dataset import Manifest, Prepared, TaskField, fixed_size, to_arrays
 from mtrec_jax.data.examples import past_items
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import Collected, rank_in_list, seen_items
-from mtrec_jax.evaluation.evaluate import Evaluation, _orders, evaluate
+from mtrec_jax.evaluation.comparison import _reference
+from mtrec_jax.evaluation.evaluate import Evaluation, _intervals, _orders, evaluate
+from mtrec_jax.evaluation.metrics import mean_statistic
 from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.evaluation.tables import print_evaluation
 from mtrec_jax.models.serve import Serving, predictions, prepared_serving
 from mtrec_jax.train.run import Run, evaluate_run, load_best
+from mtrec_jax.types import FIRST, UNKNOWN
 from tests.data.small import make, run
 
 TASKS = {"next_item", "click", "buy", "stars"}
@@ -238,6 +241,60 @@ def test_rank_in_a_list_of_candidates() -> None:
     ranks = rank_in_list(scores, hit, real)
     assert ranks[[0, 1, 2, 4]].tolist() == [1, 2, 3, 1]
     assert ranks[3] > 10**6
+
+
+def test_intervals_resample_users_and_each_unknown_one_alone() -> None:
+    """Two users of four equal targets are two draws, whose mean is anything; eight are not."""
+    statistic = mean_statistic(np.repeat([0.0, 1.0], 4))
+    measured = {"like": ({"accuracy": statistic}, np.arange(8))}
+    known = _intervals(measured, np.repeat([FIRST, FIRST + 5], 4), 400)
+    assert known == {"like": {"accuracy": (0, 1)}}
+    low, high = _intervals(measured, np.full(8, UNKNOWN), 400)["like"]["accuracy"]
+    assert 0 < low < 0.5 < high < 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ((3, -1, -2), {"like/auc": 0.5}),  # no probabilities: the order alone means something
+        (
+            (1, 0.5, 0.5),
+            {"like/auc": 0.75, "like/log_loss": np.log(2) * 2 / 3, "like/accuracy": 2 / 3},
+        ),
+    ],
+)
+def test_predictions_of_an_existing_system(
+    tmp_path: Path, scores: tuple[float, ...], expected: dict[str, float]
+) -> None:
+    """Those of the last event of three users, with the labels 1, 0 and 1."""
+    last = zip("abc", (1, 0, 1), scores, strict=True)
+    log = "user,item,like,score,time\n" + "".join(
+        f"{user},x,{n % 2},0,{n}\n" for user in "abc" for n in range(3)
+    )
+    log += "".join(f"{user},y,{label},{score},9\n" for user, label, score in last)
+    experiment = make(tasks={"like": {"kind": "binary", "reference": "score"}})
+    found = _reference(experiment, run(tmp_path, experiment, log), "test")
+    found.pop("like/calibration_error", None)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_targets_of_source_rows_beyond_32_bits_are_measured(
+    shop_run: Run, serving: Serving, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    """Rows of long logs: as 32-bit numbers half of these would be negative, which is padding."""
+    folder = tmp_path / "long"
+    shutil.copytree(shop_run.prepared.folder, folder)
+    table = pq.read_table(folder / "test.parquet")
+    row = to_arrays(table.select(["row"]))["row"]
+    row = np.where(row >= 0, (row + 1) * (2**31 - 1), row)
+    place = table.column_names.index("row")
+    table = table.set_column(place, "row", fixed_size(row))
+    pq.write_table(table, folder / "test.parquet")
+    params, tables, _ = load_best(shop_run)
+    prepared = replace(shop_run.prepared, folder=folder)
+    found = evaluate(shop_run.experiment, prepared, serving, params, tables, "test", full=False)
+    assert found.targets == evaluation.targets
+    assert found.tasks == evaluation.tasks
 
 
 def test_seen_items_are_those_of_earlier_splits(shop_prepared: Prepared, tmp_path: Path) -> None:

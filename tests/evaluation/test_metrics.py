@@ -167,6 +167,35 @@ def test_errors_say_what_is_wrong() -> None:
         metrics.task_metrics("retrieval", ones, ones)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_weights_of_another_length_are_refused(n: int) -> None:
+    """One weight alone would count for every row, and the rest of a longer array for none."""
+    labels, values = np.array([0.0, 1.0, 1.0]), np.array([0.1, 0.8, 0.4])
+    statistics = {
+        **metrics.task_statistics("binary", labels, values),
+        **metrics.task_statistics("regression", labels, values),
+        **metrics.ranking_statistics(np.array([0, 1, 2]), [2]),
+    }
+    for statistic in statistics.values():
+        with pytest.raises(DataError, match=rf"weights \({n},\) and 3 rows"):
+            statistic(np.ones(n))
+        assert np.isfinite(statistic(np.ones(3)))
+
+
+def test_logits_are_no_probabilities() -> None:
+    labels = np.array([0.0, 1.0])
+    for wrong in ([-0.1, 0.5], [0.2, 1.5], [-3.0, 2.0]):
+        with pytest.raises(DataError, match=r"is no probability .* sigmoid\(logits\)"):
+            metrics.task_metrics("binary", labels, np.array(wrong))
+        with pytest.raises(DataError, match=r"is no probability .* sigmoid\(logits\)"):
+            metrics.calibration_statistic(labels, np.array(wrong))
+        assert metrics.auc(labels, np.array(wrong)) == 1  # only the order matters
+    with pytest.raises(DataError, match=r"is no probability .* softmax\(logits\)"):
+        metrics.task_metrics("multiclass", labels, np.array([[2.0, -1.0], [0.0, 1.0]]))
+    certain = metrics.task_metrics("binary", labels, labels)
+    assert (certain["accuracy"], certain["calibration_error"]) == (1, 0)
+
+
 # ---- calibration ----
 
 
