@@ -32,6 +32,8 @@ FUNCTIONS = {
     "column": "column('odd name')",
 }
 LARGEST = 3.4e38  # of a 32-bit float
+# (the smallest numbers of a range, how many decimals they get), down to the least 32-bit float
+_SMALL = tuple((float(f"1e-{9 + 6 * n}"), 18 + 6 * n) for n in range(7))
 _WORDS = ("true", "false", "missing")
 _DEEPEST = 40  # parts inside one another
 _QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|`([^`]*)`""")
@@ -108,7 +110,8 @@ def number(value: Any) -> Any:
 
 
 def as_text(value: Any) -> Any:
-    """A value as the text that a file would hold: true is "1", numbers have up to 9 decimals.
+    """A value as the text that a file would hold: true is "1", numbers have up to 9 decimals, and
+    below .001 as many as 9 significant digits take.
 
     The decimals are made of integers, as engines write floating-point numbers in different ways.
     """
@@ -118,14 +121,25 @@ def as_text(value: Any) -> Any:
     if not kind.is_floating():
         return value if kind.is_string() or kind.is_array() else value.cast("string")
     size = value.abs()
-    small = ibis.ifelse(size < 9e18, size, 0.0)  # fits 64 bits; larger ones are whole
-    whole = small.floor().cast("int64")
-    billionths = ((small - whole.cast("float64")) * 1e9 + 0.5).floor().cast("int64")
+    usual = ibis.ifelse(size < 9e18, size, 0.0)  # fits 64 bits; larger ones are whole
+    whole = usual.floor().cast("int64")
+    billionths = ((usual - whole.cast("float64")) * 1e9 + 0.5).floor().cast("int64")
     carried = whole + ibis.ifelse(billionths == 10**9, 1, 0)
     decimals = (billionths % 10**9).cast("string").lpad(9, "0")
-    text = (carried.cast("string") + "." + decimals).re_replace("[.]?0+$", "")
+    text = carried.cast("string") + "." + decimals
+    small = [  # (from which size on, its decimals: 9 to 15 of them are no leading zeros)
+        (size >= low, ibis.literal("0.") + _digits(size, low, places)) for low, places in _SMALL
+    ]
+    text = ibis.cases((size >= 1e-3, text), *small, else_="0.0").re_replace("[.]?0+$", "")
     sign = ibis.ifelse((value < 0) & (text != "0"), "-", "")
     return ibis.ifelse(size < 9e18, sign + text, value.cast("string").lower())
+
+
+def _digits(size: Any, low: float, places: int) -> Any:
+    """The decimals of numbers from `low` up to a million times as much, which fit a float64."""
+    here = ibis.ifelse((size >= low) & (size < low * 1e7), size, 0.0)
+    parts = (here * float(f"1e{places}") + 0.5).floor().cast("int64")
+    return parts.cast("string").lpad(places, "0")
 
 
 def _finite(value: Any) -> Any:

@@ -73,7 +73,10 @@ VALUES: dict[str, list[Any]] = {
 }
 NUMBERS = [12.5, -3.0, 1 / 3, -0.0, 1e15, 123456789.125, 9e17, -1e-10, 0.9999999999, 2e-9, 100.0]
 WRITTEN = ["12.5", "-3", "0.333333333", "0", "1000000000000000", "123456789.125"]
-WRITTEN += ["900000000000000000", "0", "1", "0.000000002", "100"]
+WRITTEN += ["900000000000000000", "-0.0000000001", "1", "0.000000002", "100"]
+NUMBERS += [2.5e-4 / 1e6, 2.5e-4, -1 / 3000, 1e-3, 9.99999999999e-4, 1.25e-30, 3e-45, 1e-60]
+WRITTEN += ["0.00000000025", "0.00025", "-0.000333333333333333", "0.001", "0.000999999999999"]
+WRITTEN += ["0." + 29 * "0" + "125", "0." + 44 * "0" + "3", "0"]
 
 
 def computed(engine: Engine, table: pa.Table, values: dict[str, Any]) -> dict[str, list[Any]]:
@@ -90,9 +93,9 @@ def check_engine(engine: Engine) -> None:
         return lambda t: compile_expression(text, {c: t[c] for c in t.columns}, "data.derive.x")
 
     assert computed(engine, TABLE, {text: compiled(text) for text in VALUES}) == VALUES
-    flags = pa.table({"row": range(len(NUMBERS)), "x": NUMBERS, "yes": [T, F, N, *[T] * 8]})
+    flags = pa.table({"row": range(len(NUMBERS)), "x": NUMBERS, "yes": [T, F, N, *[T] * 16]})
     texts = computed(engine, flags, {"x": lambda t: as_text(t.x), "yes": lambda t: as_text(t.yes)})
-    assert texts == {"x": WRITTEN, "yes": ["1", "0", None, *["1"] * 8]}
+    assert texts == {"x": WRITTEN, "yes": ["1", "0", None, *["1"] * 16]}
 
 
 def test_values_on_duckdb(duckdb: Engine) -> None:
