@@ -168,7 +168,7 @@ CASES = {  # {call: (class of the error, what its message says)}
         "train.steps",
     ),
     f"mtrec_jax.fit(None, {COLUMNS}, {TASKS})": ("DataError", "events: None; pass a pandas, Pola"),
-    f"mtrec_jax.fit([1, 2], {COLUMNS}, {TASKS})": ("DataError", "table 'events' (list) cannot be"),
+    f"mtrec_jax.fit([1, 2], {COLUMNS}, {TASKS})": ("DataError", "pass pandas.DataFrame(events)"),
     f"mtrec_jax.fit('log.csv', {COLUMNS}, {TASKS})": ("DataError", "table 'events' (str) cannot b"),
     f"mtrec_jax.fit(events, {COLUMNS}, {TASKS}, items=7)": ("DataError", "table 'items' (int) can"),
     f"mtrec_jax.fit(events, user=7, item='i', time='t', {TASKS})": ("ConfigError", "data.user: "),

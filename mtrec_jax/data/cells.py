@@ -7,11 +7,14 @@ table it comes in, and whatever engine goes on with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from mtrec_jax.errors import DataError
 
 LARGEST = 1 << 17  # bytes of a cell
 NOT_UTF8, NUL, LARGE = "not UTF-8", "NUL byte", "cell too large"
@@ -32,22 +35,86 @@ def tidy(text: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return pc.if_else(pc.equal(pc.binary_length(text), 0), pa.scalar(None, text.type), text)
 
 
+def readable(schema: pa.Schema, named: Collection[str], place: str) -> list[str]:
+    """The columns of a typed table that are read: those that the configuration names, and others,
+    by which duplicates are told, if they are no binary data.
+
+    Raises:
+      DataError: a column in `named` has a type that has no meaning as text.
+    """
+    found = []
+    for field in schema:
+        problem = _unreadable(field.type)
+        if problem and field.name in named:
+            raise DataError(f"{place}: column '{field.name}' {problem}")
+        if not problem and (field.name in named or not _is_binary(field.type)):
+            found.append(field.name)
+    return found
+
+
+def _unreadable(kind: pa.DataType) -> str:
+    """What is wrong with a type, and the remedy; "" for a known one, which alone is converted."""
+    if isinstance(kind, pa.BaseExtensionType):
+        if kind.extension_name == "pandas.period":
+            return (
+                "holds pandas Periods, which would become their ordinal numbers. Convert it with "
+                ".dt.to_timestamp()"
+            )
+        if kind.extension_name in ("arrow.uuid", "arrow.json", "arrow.bool8"):
+            return ""
+    elif pa.types.is_duration(kind):
+        return "holds durations, which have no unit as numbers. Convert it with .dt.total_seconds()"
+    elif pa.types.is_dictionary(kind) or _is_list(kind):
+        return _unreadable(kind.value_type)
+    elif pa.types.is_struct(kind):
+        return next(filter(None, (_unreadable(field.type) for field in kind)), "")
+    elif pa.types.is_map(kind):
+        return _unreadable(kind.key_type) or _unreadable(kind.item_type)
+    elif _is_binary(kind) or any(is_kind(kind) for is_kind in _KNOWN):
+        return ""
+    return f"is of the Arrow type {kind}, which is not read. Make it text, numbers or timestamps"
+
+
+_KNOWN = (
+    pa.types.is_null,
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_date,
+    pa.types.is_time,
+    pa.types.is_timestamp,
+)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    checks = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
+    return any(check(kind) for check in checks)
+
+
 def as_text(column: pa.Array) -> pa.Array:
-    """A column of any type as text, or as lists of text.
+    """A column of a `readable` type as text, or as lists of text.
 
     Whole floats have no ".0", NaN is missing, times are ISO 8601 (UTC, with a Z, where the type
-    has a time zone), and what is nested is JSON.
+    has a time zone), UUIDs have their hyphens, and what is nested is JSON.
 
     >>> as_text(pa.array([2.0, 0.5, float("nan")])).to_pylist()
     ['2', '0.5', None]
     """
     kind = column.type
     if isinstance(kind, pa.BaseExtensionType):
-        return as_text(column.storage)
-    if pa.types.is_dictionary(kind):
-        return as_text(column.dictionary_decode())
-    if pa.types.is_run_end_encoded(kind):
-        return as_text(pc.run_end_decode(column))
+        stored = column.storage
+        return _uuid_text(stored) if kind.extension_name == "arrow.uuid" else as_text(stored)
+    if pa.types.is_dictionary(kind):  # the values first: few kernels know dictionaries of views
+        return as_text(column.dictionary).take(column.indices)
     if _is_list(kind):
         column = column.cast(pa.large_list(kind.value_type))
         sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
@@ -60,13 +127,22 @@ def as_text(column: pa.Array) -> pa.Array:
     return tidy(_scalar_text(column))
 
 
+def _uuid_text(stored: pa.FixedSizeBinaryArray) -> pa.StringArray:
+    """UUIDs as Python writes them: 00112233-4455-6677-8899-aabbccddeeff."""
+    n, letters = len(stored), np.frombuffer(b"0123456789abcdef", np.uint8)
+    raw = np.frombuffer(stored.buffers()[1], np.uint8)[16 * stored.offset :][: 16 * n]
+    digits = letters[np.stack([raw >> 4, raw & 15], axis=1)].reshape(n, 32)
+    text = np.insert(digits, [8, 12, 16, 20], ord("-"), axis=1)
+    offsets = np.arange(n + 1, dtype=np.int32) * 36
+    found = pa.StringArray.from_buffers(n, pa.py_buffer(offsets), pa.py_buffer(text))
+    return pc.if_else(stored.is_valid(), found, pa.scalar(None, pa.string()))
+
+
 def _is_list(kind: pa.DataType) -> bool:
     checks = (
         pa.types.is_list,
         pa.types.is_large_list,
         pa.types.is_fixed_size_list,
-        pa.types.is_list_view,
-        pa.types.is_large_list_view,
     )
     return any(check(kind) for check in checks)
 
@@ -85,14 +161,9 @@ def _scalar_text(column: pa.Array) -> pa.StringArray:
         return pa.array(text, pa.string())
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return column.cast(pa.string())
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+    if _is_binary(kind):
         return _unchecked(column.cast(pa.binary()), pa.string())
-    if pa.types.is_fixed_size_binary(kind):
-        return _unchecked(column.cast(pa.binary()), pa.string())
-    try:
-        return column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.array([v if v is None else str(v) for v in column.to_pylist()], pa.string())
+    return column.cast(pa.string())
 
 
 def _unchecked(column: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -60,7 +60,7 @@ from mtrec_jax.data.rules import (
 )
 from mtrec_jax.data.schema import check_times, columns_of
 from mtrec_jax.data.social import clean_queries, clean_ties
-from mtrec_jax.data.sources import EVENTS, Source, read_sources, tables_of
+from mtrec_jax.data.sources import EVENTS, Source, all_names, read_sources, tables_of
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import check
 
@@ -301,6 +301,11 @@ def _usable(
                 tables.get(name),
                 found.notes.places[name][0][0],
                 experiment.data.public,
+                all_names(
+                    experiment,
+                    name,
+                    columns_of(experiment, "events" if name in EVENTS else name),
+                ),
             )
             for name, files in tables_of(experiment, tables).items()
         }

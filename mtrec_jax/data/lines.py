@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,20 +155,22 @@ def bad_lines(lines: Lines, first_row: int) -> pa.Table:
     )
 
 
-def json_blocks(stream: Any, place: str, first_row: int) -> Iterator[Block]:
+def json_blocks(stream: Any, place: str, first_row: int, named: Collection[str]) -> Iterator[Block]:
     """Blocks of JSON lines; the first line is row `first_row`, and each block has its own columns.
+
+    A line is malformed where a cell of the `named` columns is no text; those of others are missing.
 
     Raises:
       DataError: the file is no text in UTF-8.
       OSError: from `stream`.
     """
     for data, long in chunks(stream, place):
-        block = _json_block(data, long, first_row)
+        block = _json_block(data, long, first_row, named)
         first_row = block.next_row
         yield block
 
 
-def _json_block(data: bytes, long: bool, first_row: int) -> Block:
+def _json_block(data: bytes, long: bool, first_row: int, named: Collection[str]) -> Block:
     """Numbers keep the text of the file; the columns are the keys of these lines."""
     lines = judge(data, long)
     rows: list[int] = []
@@ -181,7 +183,7 @@ def _json_block(data: bytes, long: bool, first_row: int) -> Block:
         except (ValueError, RecursionError, AttributeError):
             lines.problem[line] = NO_OBJECT
             continue
-        if problem := _json_problem(record, texts[line]):
+        if problem := _json_problem(record, texts[line], named):
             lines.problem[line] = problem
             continue
         for key, cell in record.items():
@@ -224,17 +226,27 @@ def _json_text(value: Any) -> str | None:
     return (text.strip() or None) if text is not None else None
 
 
-def _json_problem(record: dict[str, Any], line: str) -> str:
-    r"""Only escapes (\u0000, half a surrogate pair) or length can spoil a line that parsed."""
+def _json_problem(record: dict[str, Any], line: str, named: Collection[str]) -> str:
+    r"""Only escapes (\u0000, half a surrogate pair) or length can spoil a line that parsed; what
+    they spoil outside of the `named` columns is taken out of the record."""
     if "\\u" not in line and len(line) <= LARGEST:
         return ""
-    cells = [*record, *(c for v in record.values() for c in (v if isinstance(v, list) else [v]))]
-    for cell in filter(None, cells):
-        if "\0" in cell:
-            return NUL
-        try:
-            if len(cell.encode()) > LARGEST:
-                return LARGE
-        except UnicodeEncodeError:
-            return NOT_UTF8
+    for key, value in record.items():
+        cells = value if isinstance(value, list) else [value]
+        problem = next(filter(None, map(_cell_problem, cells)), "")
+        if _cell_problem(key) or (problem and key in named):
+            return _cell_problem(key) or problem
+        if problem:
+            record[key] = None
     return ""
+
+
+def _cell_problem(cell: str | None) -> str:
+    if not cell:
+        return ""
+    if "\0" in cell:
+        return NUL
+    try:
+        return LARGE if len(cell.encode()) > LARGEST else ""
+    except UnicodeEncodeError:
+        return NOT_UTF8

@@ -98,10 +98,12 @@ def stage(
       to: a folder, made where it is missing.
       public: the name by which `mtrec data` fetches the files, or "".
       needed: columns that each file must have if another one has them; a file may lack others.
+        Of typed tables the others serve to tell duplicates: no cell of them spoils a row.
 
     Raises:
       DataError: a file is missing, empty, unreadable, or lacks a needed column that another file
-        has; every line is malformed; or `to` cannot be written.
+        has, or has one of a type that cannot be text; every line is malformed; or `to` cannot be
+        written.
     """
     mark = delimited.separator(files)
     if any(letter in mark for letter in '\n\r"'):
@@ -111,6 +113,7 @@ def stage(
     wrong = _Parts(to / "malformed", f"{name}_{first_row}")
     wrong.write(cells.malformed([]))
     header = files.format in ("csv", "tsv", "atomic") and not files.header
+    named = _named(files, needed)
     places, digests, rows, bad, row = [], [], 0, 0, first_row
     names: list[str] = []
     for file in found:
@@ -119,9 +122,9 @@ def stage(
         places.append((row, file.name, 2 if header else 1))
         own: dict[str, None] = {}
         if file.path:
-            blocks = _file_blocks(file, files, row, hasher)
+            blocks = _file_blocks(file, files, row, hasher, named)
         else:
-            blocks = _table_blocks(table, name, row, hasher)
+            blocks = _table_blocks(table, name, row, hasher, named)
         for block in blocks:
             renamed = [files.rename.get(n, n) for n in block.rows.column_names]
             lines.check_names([n for n in renamed if n != ROW], place)
@@ -148,9 +151,15 @@ def stage(
     if bad == rows:
         first = pq.read_table(malformed).slice(0, EXAMPLES).to_pylist()
         shown = ", ".join(f"{r['text'][:80]!r} ({r['reason']})" for r in first)
+        declared = f"data.{'events' if name in ('rows', 'test', 'validation') else name}"
+        typed = table is not None or files.format == "parquet"
         raise DataError(
-            f"{name}: every line of {source} is malformed, e.g. {shown}. Check format, separator "
-            f"and header of data.{'events' if name in ('rows', 'test', 'validation') else name}"
+            f"{name}: every line of {source} is malformed, e.g. {shown}. "
+            + (
+                "Leave out the column that is no text, or convert it"
+                if typed
+                else f"Check format, separator and header of {declared}"
+            )
         )
     lines.check_names(names, source)
     columns = tuple(names)
@@ -158,13 +167,24 @@ def stage(
     return Staged(name, parts, columns, tuple(places), rows, row, bad, malformed, digest)
 
 
+def _named(files: Files, needed: Collection[str]) -> set[str]:
+    """The columns that the configuration names, as they are called in the source."""
+    return {*needed, *files.rename}
+
+
 def digests(
-    name: str, files: Files, base: Path, table: Any, first_row: int, public: str
+    name: str,
+    files: Files,
+    base: Path,
+    table: Any,
+    first_row: int,
+    public: str,
+    needed: Collection[str],
 ) -> tuple[str, ...]:
     """`Staged.digests` of the files, or of the in-memory `table`, without staging them."""
     if table is not None:
         hasher = hashlib.sha256()
-        for _ in _table_blocks(table, name, first_row, hasher):
+        for _ in _table_blocks(table, name, first_row, hasher, _named(files, needed)):
             pass
         return (hasher.hexdigest(),)
     found = []
@@ -273,7 +293,9 @@ def _aligned(table: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
     return pa.table(columns, schema=pa.schema(list(types.items())))
 
 
-def _file_blocks(file: File, files: Files, first_row: int, hasher: Any) -> Iterator[lines.Block]:
+def _file_blocks(
+    file: File, files: Files, first_row: int, hasher: Any, named: set[str]
+) -> Iterator[lines.Block]:
     """Blocks of one file; the hash of its bytes is complete at the end.
 
     Raises:
@@ -290,13 +312,13 @@ def _file_blocks(file: File, files: Files, first_row: int, hasher: Any) -> Itera
                 while data := raw.read(_BYTES):
                     hasher.update(data)
                 raw.seek(0)
-                blocks = _parquet_blocks(raw, file.path, first_row)
+                blocks = _parquet_blocks(raw, file.path, first_row, named)
             else:
                 stream: Any = Hashed(raw, hasher)
                 if packed:
                     stream = pa.CompressedInputStream(pa.PythonFile(stream, "r"), packed)
                 if files.format == "jsonl":
-                    blocks = lines.json_blocks(stream, file.path, first_row)
+                    blocks = lines.json_blocks(stream, file.path, first_row, named)
                 else:
                     blocks = delimited.blocks(stream, files, file.path, first_row)
             for block in blocks:
@@ -314,34 +336,29 @@ def _file_blocks(file: File, files: Files, first_row: int, hasher: Any) -> Itera
         ) from error
 
 
-def _parquet_blocks(raw: Any, place: str, first_row: int) -> Iterator[lines.Block]:
+def _parquet_blocks(raw: Any, place: str, first_row: int, named: set[str]) -> Iterator[lines.Block]:
     part = pq.ParquetFile(raw, page_checksum_verification=True)
     lines.check_names(part.schema_arrow.names, place)
-    size = sum(part.metadata.row_group(n).total_byte_size for n in range(part.num_row_groups))
+    columns = cells.readable(part.schema_arrow, named, place)
+    size = 0
+    for group in map(part.metadata.row_group, range(part.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] in columns:
+                size += column.total_uncompressed_size
     batch = _BATCH // (size // max(1, part.metadata.num_rows) + 1)
-    for rows in part.iter_batches(min(max(batch, 256), _ROWS)):
-        yield _typed_block(pa.Table.from_batches([rows]), first_row)
+    for rows in part.iter_batches(min(max(batch, 256), _ROWS), columns=columns):
+        yield _typed_block(pa.Table.from_batches([rows]).select(columns), first_row, named)
         first_row += len(rows)
 
 
-def _table_blocks(table: Any, name: str, first_row: int, hasher: Any) -> Iterator[lines.Block]:
-    try:
-        if isinstance(table, pa.Table):
-            arrow = table
-        elif hasattr(table, "iloc"):  # pandas, whose index is no column
-            if any(label is not None for label in table.index.names):
-                table = table.reset_index()  # unless it has a name
-            arrow = pa.Table.from_pandas(table, preserve_index=False)
-        else:
-            arrow = pa.table(table)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(
-            f"table '{name}' ({type(table).__name__}) cannot be read: {error}. Pass a pandas, "
-            "Polars or Arrow table whose columns have one type each"
-        ) from error
+def _table_blocks(
+    table: Any, name: str, first_row: int, hasher: Any, named: set[str]
+) -> Iterator[lines.Block]:
+    arrow = _arrow_table(table, name, named)
     lines.check_names(arrow.column_names, f"table '{name}'")
+    arrow = arrow.select(cells.readable(arrow.schema, named, f"table '{name}'"))
     for start in range(0, len(arrow), _ROWS):
-        block = _typed_block(arrow.slice(start, _ROWS), first_row + start)
+        block = _typed_block(arrow.slice(start, _ROWS), first_row + start, named)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, block.rows.schema) as writer:
             writer.write_table(block.rows)
@@ -349,16 +366,83 @@ def _table_blocks(table: Any, name: str, first_row: int, hasher: Any) -> Iterato
         yield block
 
 
-def _typed_block(table: pa.Table, first_row: int) -> lines.Block:
-    """Typed columns as text; a row with a cell that is no text is malformed."""
+# {(package, class): the call that makes a table of it}
+_CALLS = {
+    ("pyspark", "DataFrame"): "{}.toPandas()",
+    ("polars", "LazyFrame"): "{}.collect()",
+    ("datasets", "Dataset"): "{}.to_pandas()",
+    ("datasets", "DatasetDict"): "{}['train'].to_pandas()",
+    ("dask", "DataFrame"): "{}.compute()",
+    ("pandas", "Series"): "{}.reset_index()",
+    ("numpy", "ndarray"): "pandas.DataFrame({})",
+    ("numpy", "recarray"): "pandas.DataFrame({})",
+    ("builtins", "list"): "pandas.DataFrame({})",
+    ("builtins", "tuple"): "pandas.DataFrame({})",
+}
+
+
+def _arrow_table(table: Any, name: str, named: set[str]) -> pa.Table:
+    """A table in memory as an Arrow table.
+
+    Raises:
+      DataError: it is something else, with the call that makes a table of it, or a column of
+        `named` has cells of several types.
+    """
+    kind = type(table)
+    if call := _CALLS.get((kind.__module__.partition(".")[0], kind.__name__)):
+        raise DataError(
+            f"table '{name}' is a {kind.__module__}.{kind.__name__}, which is not read as it is: "
+            f"pass {call.format(name)}"
+        )
+    try:
+        if hasattr(table, "iloc"):  # pandas, whose index is no column
+            if any(label is not None for label in table.index.names):
+                table = table.reset_index()  # unless it has a name
+            return _of_pandas(table, named)
+        return table if isinstance(table, pa.Table) else pa.table(table)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"table '{name}' ({kind.__name__}) cannot be read: {error}. Pass a pandas, "
+            "Polars or Arrow table whose columns have one type each"
+        ) from error
+
+
+def _of_pandas(table: Any, named: set[str]) -> pa.Table:
+    """A pandas table without the columns that Arrow has no type for and nobody names."""
+    try:
+        return pa.Table.from_pandas(table, preserve_index=False)
+    except (pa.ArrowException, TypeError, ValueError):
+        if not table.columns.is_unique:
+            raise
+        converts = [str(n) in named or _is_arrow(table[n]) for n in table.columns]
+        if all(converts):
+            raise
+        return pa.Table.from_pandas(table.loc[:, converts], preserve_index=False)
+
+
+def _is_arrow(series: Any) -> bool:
+    try:
+        pa.Array.from_pandas(series)
+    except (pa.ArrowException, TypeError, ValueError):
+        return False
+    return True
+
+
+def _typed_block(table: pa.Table, first_row: int, named: set[str]) -> lines.Block:
+    """Typed columns as text; a row with a named cell that is no text is malformed, and such a cell
+    of another column is missing."""
     columns = {}
+    wrong: dict[int, tuple[str, str]] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         chunks = [cells.as_text(chunk) for chunk in column.chunks]
-        kind = chunks[0].type if chunks else pa.string()
-        columns[name] = pa.chunked_array(chunks, kind).combine_chunks()
-    wrong: dict[int, tuple[str, str]] = {}
-    for column in columns.values():
-        wrong = cells.broken(column) | wrong
+        text = pa.chunked_array(chunks, chunks[0].type if chunks else pa.string()).combine_chunks()
+        found = cells.broken(text)
+        if found and name not in named:
+            mask = np.isin(np.arange(len(text)), list(found))
+            text = text.take(pa.array(np.arange(len(text)), mask=mask))
+        elif found:
+            wrong = found | wrong
+        columns[name] = text
     numbers = np.arange(first_row, first_row + len(table))
     rows = pa.table(columns | {ROW: pa.array(numbers)})
     if wrong:

@@ -59,7 +59,7 @@ def read_sources(
             Path(folder or ""),
             tables.get(name),
             first_row=next_row if name in (*EVENTS, "queries") else 0,
-            needed=_all_names(experiment, columns[name]),
+            needed=columns[name],
         )
         if name in (*EVENTS, "queries"):
             next_row = source.staged.next_row
@@ -106,7 +106,8 @@ def open_source(
       ConfigError: an expression of `data.derive` is wrong, or its name is taken.
     """
     to = engine.folder / f"raw_{name}_{first_row}"
-    staged = read.stage(name, files, base, table, first_row, to, experiment.data.public, needed)
+    named = all_names(experiment, name, needed)
+    staged = read.stage(name, files, base, table, first_row, to, experiment.data.public, named)
     raw = engine.read(to)
     if name in EVENTS or name == "rows":
         for column, text in experiment.data.derive.items():
@@ -120,13 +121,15 @@ def open_source(
     return Source(staged, raw, staged.columns)
 
 
-def _all_names(experiment: Experiment, columns: Collection[str]) -> set[str]:
-    """The columns of a table that anything reads, also by way of an expression."""
+def all_names(experiment: Experiment, table: str, columns: Collection[str]) -> set[str]:
+    """The columns of a raw table that the configuration names: `columns`, and what expressions
+    read."""
     found = set(columns)
-    for column, text in experiment.data.derive.items():
-        found |= names(text, f"data.derive.{column}") if column in found else set()
-    for name, rule in experiment.clean.values.items():
-        found |= names(rule.valid, f"clean.values.{name}.valid") if rule.valid else set()
+    if table in EVENTS or table == "rows":
+        for column, text in experiment.data.derive.items():
+            found |= names(text, f"data.derive.{column}")
+        for name, rule in experiment.clean.values.items():
+            found |= names(rule.valid, f"clean.values.{name}.valid") if rule.valid else set()
     return found
 
 

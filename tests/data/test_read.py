@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.data.dataset import SPLITS
+from mtrec_jax.data.new_rows import read_columns
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
-from tests.data.small import LOG, make, run
+from tests.data.small import LOG, make, rows, rules, run
+
+LIKE = {"like": {"kind": "binary"}}
 
 
 def test_malformed_lines_and_missing_keys_are_counted_with_their_lines(tmp_path: Path) -> None:
@@ -142,3 +146,46 @@ def test_errors_say_what_is_missing(tmp_path: Path) -> None:
     left = {p.name for p in tmp_path.iterdir()}
     assert left <= {"log.csv", "cleaned"}  # of preparations that failed after the cleaning
     assert not list((tmp_path / "cleaned").glob(".*"))
+
+
+def test_uuids_are_ids_and_a_column_that_nobody_names_tells_duplicates(tmp_path: Path) -> None:
+    """Purchases of one moment with numbers of their own are two; the same number is written twice.
+
+    A picture beside them is not read.
+    """
+    people = [uuid.UUID(int=n << 100 | 5) for n in range(3)]
+    who, what = [0, 0, 0, 1, 1, 1, 2], ["x", "y", "z", "x", "x", "x", "y"]
+    orders = [uuid.UUID(int=n) for n in (1, 2, 6, 3, 4, 4, 5)]
+    table = pa.table(
+        {
+            "user": pa.array([people[n].bytes for n in who], pa.uuid()),
+            "item": what,
+            "time": [1, 2, 3, 3, 3, 3, 4],
+            "order": pa.array([order.bytes for order in orders], pa.uuid()),
+            "picture": [b"\xff\0"] * 7,
+        }
+    )
+    pq.write_table(table, tmp_path / "log.parquet")
+    stored = make(data={"events": {"files": ["log.parquet"], "format": "parquet"}})
+    for number, found in enumerate(
+        (
+            prepare(stored, tmp_path, tmp_path / "stored"),
+            prepare(make(), None, tmp_path / "given", {"events": table}),
+        )
+    ):
+        assert [*found.user_ids] == sorted(str(person) for person in people), number
+        assert found.manifest.events == 6
+        assert rules(found)["duplicate row"] == 1
+
+
+def test_small_derived_numbers_keep_their_digits(tmp_path: Path) -> None:
+    derive = {"small": "x / 1e6", "smaller": "x / 1e30", "large": "x * 1e6"}
+    experiment = rows(
+        data={"derive": derive}, features={n: {"kind": "numeric"} for n in derive}, tasks=LIKE
+    )
+    found = read_columns(experiment, pa.table({"x": [2.5e-4, -2.0]}), [*derive])
+    assert found.to_pydict() == {
+        "small": ["0.00000000025", "-0.000002"],
+        "smaller": ["0." + 33 * "0" + "25", "-0." + 29 * "0" + "2"],
+        "large": ["250", "-2000000"],
+    }

@@ -7,6 +7,9 @@ import errno
 import gzip
 import io
 import json
+import re
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,14 @@ from mtrec_jax.errors import DataError
 Row = dict[str, Any]
 
 
-def staged(base: Path, table: Any = None, first_row: int = 0, **files: Any) -> Staged:
-    return stage("events", Files(**files), base, table, first_row, base / "work", "", ("i", "j"))
+def staged(
+    base: Path,
+    table: Any = None,
+    first_row: int = 0,
+    named: Sequence[str] = ("i", "j"),
+    **files: Any,
+) -> Staged:
+    return stage("events", Files(**files), base, table, first_row, base / "work", "", named)
 
 
 def good(result: Staged) -> list[Row]:
@@ -203,7 +212,8 @@ def test_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = ["no JSON object", "NUL byte", "not UTF-8", "no JSON object"]
     for size in (lines._BYTES, 45):  # many blocks: columns and lists appear after the first one
         monkeypatch.setattr(lines, "_BYTES", size)
-        result = staged(write(tmp_path, "log.json", raw), files=("log.json",), format="jsonl")
+        write(tmp_path, "log.json", raw)
+        result = staged(tmp_path, named="abc", files=("log.json",), format="jsonl")
         assert good(result) == expected
         assert [r for r, _, _ in bad(result)] == [2, 4, 5, 8]
         assert [why for _, why, _ in bad(result)] == reasons
@@ -255,23 +265,23 @@ def test_types_become_text(tmp_path: Path) -> None:
         "bytes": ["x", None, None, "z", "z", "z"],
     }
     pq.write_table(table, tmp_path / "log.parquet", row_group_size=4)
-    memory = staged(tmp_path, table)
-    stored = staged(tmp_path, files=("log.parquet",), format="parquet")
+    memory = staged(tmp_path, table, named=[*columns])
+    stored = staged(tmp_path, named=[*columns], files=("log.parquet",), format="parquet")
     for result in (memory, stored):
         rows = good(result)
         assert [r["_row"] for r in rows] == list(range(6))
         assert {name: [r[name] for r in rows] for name in expected} == expected
     assert memory.place(2) == "row 2"
     assert stored.place(2) == "row 2 (log.parquet line 3)"
-    assert memory.digests != staged(tmp_path, table.slice(1)).digests
-    assert memory.digests == staged(tmp_path, table).digests
+    assert memory.digests != staged(tmp_path, table.slice(1), named=[*columns]).digests
+    assert memory.digests == staged(tmp_path, table, named=[*columns]).digests
 
 
 def test_rows_of_a_table_that_are_no_text_are_malformed(tmp_path: Path) -> None:
     table = pa.table(
         {"a": pa.array([b"x", b"\xff", b" y "]), "b": pa.array([["p"], ["q"], ["r", "s\0"]])}
     )
-    result = staged(tmp_path, table, first_row=10)
+    result = staged(tmp_path, table, first_row=10, named="ab")
     assert good(result) == [{"a": "x", "b": ["p"], "_row": 10}]
     assert bad(result) == [(11, "not UTF-8", "\ufffd"), (12, "NUL byte", "s\0")]
 
@@ -297,10 +307,155 @@ def test_pandas_and_its_index_and_column_names(tmp_path: Path) -> None:
         (frame.set_index(pd.Index([1, 2], name="a")), "cannot be read"),
         (pa.table({"": [1]}), "'' cannot name a column"),
         (pa.table({"a": pa.array([], pa.int64())}), "table 'events' is empty"),
-        ([1, 2], "cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
-            staged(tmp_path, table)
+            staged(tmp_path, table, named="ab")
+
+
+IDS = [uuid.UUID(int=n * 0x1234567890ABCDEF1234567890ABCDEF % 2**128) for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_columns_that_nobody_names_spoil_no_row(tmp_path: Path, stored: bool) -> None:
+    """Binary data and odd types are not read; others tell duplicates, without cells that are no
+    text."""
+    n = 4
+    columns = {
+        "i": pa.array(["a", "b", "c", "d"]),
+        "image": pa.array([b"\x89PNG\0\xff"] * n),
+        "digest": pa.array([b"\xff" * 12] * n, pa.binary(12)),
+        "took": pa.array([1, 2, 3, None], pa.duration("s")),
+        "event": pa.array([u.bytes for u in IDS], pa.uuid()),
+        "page": pa.array(["short", "x" * (cells.LARGEST + 1), "nul\0", None]),
+        "tags": pa.array([["p"], ["q\0"], None, []]),
+        "bytes in it": pa.array([{"raw": b"\xff"}] * n),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    files: Row = {"files": ("log.parquet",), "format": "parquet"} if stored else {}
+    result = staged(tmp_path, None if stored else pa.table(columns), **files)
+    assert not result.bad
+    assert [row["i"] for row in good(result)] == ["a", "b", "c", "d"]
+    assert [row["event"] for row in good(result)] == [str(u) for u in IDS]
+    assert [row["page"] for row in good(result)] == ["short", None, None, None]
+    assert [row["tags"] for row in good(result)] == [["p"], None, None, []]
+    assert not {"image", "digest", "took"} & {*result.columns}
+
+
+def test_keys_of_json_lines_that_nobody_names_spoil_no_row(tmp_path: Path) -> None:
+    raw = '{"i": "a", "x": "\\u0000", "y": ["\\ud800"]}\n{"i": "\\u0000", "x": "z"}\n'
+    result = staged(write(tmp_path, "log.json", raw), files=("log.json",), format="jsonl")
+    assert good(result) == [{"i": "a", "x": None, "y": None, "_row": 0}]
+    assert bad(result) == [(1, "NUL byte", raw.splitlines()[1])]
+
+
+def test_columns_of_pandas_that_arrow_has_no_type_for(tmp_path: Path) -> None:
+    """They stop only where they are named."""
+    mixed = {"mixed": ["x", 1], "objects": [object(), {1, 2}], "i": [1, 2]}
+    assert [row["i"] for row in good(staged(tmp_path, pd.DataFrame(mixed)))] == ["1", "2"]
+    with pytest.raises(DataError, match=r"table 'events' \(DataFrame\) cannot be read"):
+        staged(tmp_path, pd.DataFrame(mixed), named=["i", "mixed"])
+
+
+def test_uuids_are_text_with_hyphens(tmp_path: Path) -> None:
+    column = pa.array([IDS[0].bytes, None, *(u.bytes for u in IDS)], pa.uuid())
+    table = pa.table({"i": column, "j": pa.chunked_array([column.slice(4), column.slice(0, 4)])})
+    pq.write_table(table, tmp_path / "log.parquet", row_group_size=4)
+    texts = [str(IDS[0]), None, *(str(u) for u in IDS)]
+    for result in (
+        staged(tmp_path, table),
+        staged(tmp_path, files=("log.parquet",), format="parquet"),
+    ):
+        assert [row["i"] for row in good(result)] == texts
+        assert [row["j"] for row in good(result)] == texts[4:] + texts[:4]
+
+
+def no_text() -> dict[str, tuple[Any, str]]:
+    """{name: (column of a type that has no meaning as text, what helps)}."""
+    spans = pa.array([1, 2], pa.duration("s"))
+    year = pd.Series(pd.period_range("2024-01", periods=2, freq="M"))
+    other = "which is not read. Make it text"
+    return {
+        "period": (pa.Array.from_pandas(year), r"Periods.*\.dt\.to_timestamp\(\)"),
+        "interval": (pa.Array.from_pandas(pd.Series(pd.interval_range(0, 2))), other),
+        "duration": (spans, r"durations.*\.dt\.total_seconds\(\)"),
+        "durations": (pa.array([[1], [2]], pa.list_(pa.duration("s"))), "durations"),
+        "in_struct": (pa.StructArray.from_arrays([spans], ["s"]), "durations"),
+        "in_map": (pa.array([[("k", 1)], []], pa.map_("string", pa.duration("s"))), "durations"),
+        "months": (pa.array([(1, 2, 3)] * 2, pa.month_day_nano_interval()), other),
+        "runs": (pa.RunEndEncodedArray.from_arrays([2], ["x"]), other),
+        "view": (pa.array([["x"], []], pa.list_view(pa.string())), other),
+        "union": (
+            pa.UnionArray.from_sparse(pa.array([0, 0], pa.int8()), [pa.array([1, 2])]),
+            other,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", no_text())
+def test_a_named_column_of_a_type_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    column, message = no_text()[name]
+    table = pa.table({"i": ["a", "b"], name: column})
+    with pytest.raises(DataError, match=rf"^table 'events': column '{name}' .*{message}"):
+        staged(tmp_path, table, named=["i", name])
+    assert good(staged(tmp_path, table, named=["i"])) == [
+        {"i": "a", "_row": 0},
+        {"i": "b", "_row": 1},
+    ]
+
+
+def test_the_types_of_other_frames_in_memory(tmp_path: Path) -> None:
+    """A frame that gives Arrow streams: views of text, and categories of them, as Polars has."""
+    views = pa.array([" b", None, "a"]).cast(pa.string_view())
+    table = pa.table(
+        {
+            "i": views,
+            "j": pa.DictionaryArray.from_arrays(pa.array([2, None, 0], pa.uint32()), views),
+            "k": pa.array([["x"], None, ["y", "z"]], pa.list_(pa.string_view())),
+            "l": pa.array([b"x", None, b"y"]).cast(pa.binary_view()),
+            "m": pa.DictionaryArray.from_arrays(pa.array([1, 0, None], pa.int8()), [2.0, 0.5]),
+        }
+    )
+
+    class Frame:
+        def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+            return table.__arrow_c_stream__(requested_schema)
+
+    rows = good(staged(tmp_path, Frame(), named="ijklm"))
+    assert [[row[n] for row in rows] for n in "ijklm"] == [
+        ["b", None, "a"],
+        ["a", None, "b"],
+        [["x"], None, ["y", "z"]],
+        ["x", None, "y"],
+        ["0.5", "2", None],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "call"),
+    [
+        ("pyspark.sql.classic.dataframe", "DataFrame", "events.toPandas()"),
+        ("pyspark.sql.connect.dataframe", "DataFrame", "events.toPandas()"),
+        ("polars.lazyframe.frame", "LazyFrame", "events.collect()"),
+        ("datasets.arrow_dataset", "Dataset", "events.to_pandas()"),
+        ("datasets.dataset_dict", "DatasetDict", "events['train'].to_pandas()"),
+        ("dask.dataframe.dask_expr._collection", "DataFrame", "events.compute()"),
+    ],
+)
+def test_what_is_no_table_names_the_call_that_makes_one(
+    tmp_path: Path, module: str, kind: str, call: str
+) -> None:
+    with pytest.raises(DataError, match=f"pass {re.escape(call)}$"):
+        staged(tmp_path, type(kind, (), {"__module__": module})())
+
+
+def test_lists_and_arrays_name_the_call_that_makes_a_table(tmp_path: Path) -> None:
+    records = [{"i": "a", "j": 1}, {"i": "b", "j": 2}]
+    array = np.array([("a", 1), ("b", 2)], [("i", "U1"), ("j", np.int64)])
+    expected = [{"i": "a", "j": "1", "_row": 0}, {"i": "b", "j": "2", "_row": 1}]
+    for raw in (records, array, array.view(np.recarray)):
+        with pytest.raises(DataError, match=r"pass pandas\.DataFrame\(events\)$"):
+            staged(tmp_path, raw)
+        assert good(staged(tmp_path, pd.DataFrame(raw))) == expected
 
 
 def test_large_whole_floats_are_integers_like_the_ids_they_were(tmp_path: Path) -> None:
