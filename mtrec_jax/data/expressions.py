@@ -137,9 +137,8 @@ def as_text(value: Any) -> Any:
 
 def _digits(size: Any, low: float, places: int) -> Any:
     """The decimals of numbers from `low` up to a million times as much, which fit a float64."""
-    here = ibis.ifelse((size >= low) & (size < low * 1e7), size, 0.0)
-    parts = (here * float(f"1e{places}") + 0.5).floor().cast("int64")
-    return parts.cast("string").lpad(places, "0")
+    whole = (ibis.least(size, low * 1e6) * float(f"1e{places}") + 0.5).floor().cast("int64")
+    return whole.cast("string").lpad(places, "0")
 
 
 def _finite(value: Any) -> Any:
