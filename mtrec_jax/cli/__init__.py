@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from mtrec_jax import __version__
+from mtrec_jax.arguments import naming
 from mtrec_jax.cli import data, doctor, plan, train, use
 from mtrec_jax.cli.options import say
 from mtrec_jax.errors import Error, Stalled
@@ -42,8 +43,14 @@ def _print_version(asked: bool) -> bool:
     return asked
 
 
+def _as_option(name: str) -> str:
+    """What an argument of the Python functions is called here."""
+    return "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
+
+
 @app.callback()
 def start(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -65,6 +72,7 @@ def start(
     Exit status: 0 done · 1 a bug · 2 wrong usage or input · 3 no network · 129, 130, 143 stopped
     by SIGHUP, Ctrl-C, SIGTERM: training is saved, other commands leave nothing partial.
     """
+    context.with_resource(naming(_as_option))
 
 
 def main(begin: Callable[[], None] | None = None) -> None:
