@@ -50,7 +50,6 @@ def _as_option(name: str) -> str:
 
 @app.callback()
 def start(
-    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -72,7 +71,6 @@ def start(
     Exit status: 0 done · 1 a bug · 2 wrong usage or input · 3 no network · 129, 130, 143 stopped
     by SIGHUP, Ctrl-C, SIGTERM: training is saved, other commands leave nothing partial.
     """
-    context.with_resource(naming(_as_option))
 
 
 def main(begin: Callable[[], None] | None = None) -> None:
@@ -81,7 +79,7 @@ def main(begin: Callable[[], None] | None = None) -> None:
     `begin` is called first, and its errors are treated alike.
     """
     _quieten()
-    with unwinding() as received:
+    with unwinding() as received, naming(_as_option):
         try:
             if begin:
                 begin()
@@ -116,7 +114,12 @@ def _leave(status: int) -> None:
 
 
 def _quieten() -> None:
-    """Keep notes of libraries from the screen; what matters of them is raised as well."""
+    """Keep notes of libraries from the screen; what matters of them is raised as well.
+
+    XLA's, such as that a compilation is slow and a bug to report, come from C++, which reads the
+    variable when JAX is first imported.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for message in (".*Sharding info not provided.*", "coroutine .* was never awaited"):
         warnings.filterwarnings("ignore", message=message)
     for name in ("absl", "asyncio"):  # of Orbax and its tasks

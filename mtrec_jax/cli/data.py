@@ -117,14 +117,7 @@ def prepare_folder(
 
 
 def _raw_folder(experiment: Any, data: Path) -> Path:
-    """The folder of the raw files; URLs and absolute paths need none."""
-    raw = data / experiment.data.public if experiment.data.public else data
-    files = [name for name in experiment.data.events.files if "://" not in name]
-    if not raw.is_dir() and any(not Path(name).is_absolute() for name in files):
-        public = experiment.data.public
-        fetched = f"mtrec data {public} --to {data} brings it" if public else "name another"
-        raise typer.BadParameter(f"--data: there is no folder {raw}; {fetched}")
-    return raw
+    return data / experiment.data.public if experiment.data.public else data
 
 
 def generate_shop(to: Path, name: str, seed: int) -> None:
