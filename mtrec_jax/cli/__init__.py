@@ -114,12 +114,7 @@ def _leave(status: int) -> None:
 
 
 def _quieten() -> None:
-    """Keep notes of libraries from the screen; what matters of them is raised as well.
-
-    XLA's, such as that a compilation is slow and a bug to report, come from C++, which reads the
-    variable when JAX is first imported.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    """Keep notes of libraries from the screen; what matters of them is raised as well."""
     for message in (".*Sharding info not provided.*", "coroutine .* was never awaited"):
         warnings.filterwarnings("ignore", message=message)
     for name in ("absl", "asyncio"):  # of Orbax and its tasks

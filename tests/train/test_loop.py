@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from mtrec_jax.evaluation.protocol import protocol_of
 from mtrec_jax.from_tables import fit
 from mtrec_jax.train import loop, progress
 from mtrec_jax.train.loop import train
-from mtrec_jax.train.progress import Progress
+from mtrec_jax.train.progress import Progress, never_silent
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import Run, load_best, open_run
 from mtrec_jax.train.stopping import Stopped
@@ -267,6 +268,9 @@ def test_labels_of_one_class_leave_the_metric_undefined_and_train_to_the_end(
     )
     said = " ".join(capsys.readouterr().err.split())
     assert "buy/auc is undefined on the validation set: all its labels there are equal" in said
+    assert (
+        said.index("rows read") < said.index("Prepared('fit': 10 users") < said.index("undefined")
+    )
     assert said.index("undefined") < said.index("validation buy/auc nan")
     records = without_timings(tmp_path / "run")
     aucs = [r["value"] for r in records if r["metric"] == "auc"]
@@ -409,6 +413,21 @@ def test_where_nobody_watches_lines_tell_rate_and_time_left(
     said = capsys.readouterr().err
     assert said.count("steps/s") == 1
     assert "train shop: step 11 of 100, 2 steps/s, about 44 s left  click 0.5000" in said
+
+
+def test_work_that_takes_long_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SILENCE", 0.001)
+    lines, heard = list[str](), threading.Event()
+
+    def say(text: str) -> None:
+        lines.append(text)
+        if text.endswith("so far; last: split: 3 events"):
+            heard.set()
+
+    with never_silent(say, "preparing") as tell:
+        tell("split: 3 events")
+        assert heard.wait(60)
+    assert not [t for t in threading.enumerate() if t.name == "mtrec-progress"]
 
 
 def test_only_the_first_of_equal_values_is_called_the_best(
