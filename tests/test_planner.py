@@ -370,7 +370,7 @@ def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
     experiment = mtrec_jax.load_experiment(pod, ["train.mesh=[1,1]"])
     with pytest.raises(ConfigError, match=r"page, query, advert, device are .*rows= page"):
         plan(experiment, 8, rows={"user": 5})
-    with pytest.raises(ConfigError, match=r"--rows usr: no such table.*Did you mean 'user'"):
+    with pytest.raises(ConfigError, match=r"rows= usr: no such table.*Did you mean 'user'"):
         plan(experiment, 8, rows={"usr": 5})
     with pytest.raises(ConfigError, match=r"user: a table of 10,000,000,002 rows .*hash_rows"):
         plan(experiment, 8, rows=dict.fromkeys(FEATURES, 9) | {"user": 10**10})

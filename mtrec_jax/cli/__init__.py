@@ -43,7 +43,7 @@ def _print_version(asked: bool) -> bool:
     return asked
 
 
-def _as_option(name: str) -> str:
+def as_option(name: str) -> str:
     """What an argument of the Python functions is called here."""
     return "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
 
@@ -79,7 +79,7 @@ def main(begin: Callable[[], None] | None = None) -> None:
     `begin` is called first, and its errors are treated alike.
     """
     _quieten()
-    with unwinding() as received, naming(_as_option):
+    with unwinding() as received, naming(as_option):
         try:
             if begin:
                 begin()
