@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 
 from mtrec_jax import processes
-from mtrec_jax.arguments import a_path, one_of
+from mtrec_jax.arguments import a_path, argument, one_of
 from mtrec_jax.config import Experiment, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
@@ -24,7 +25,6 @@ from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.step import model_shapes
-from mtrec_jax.train.stopping import full_disk_named
 from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
@@ -70,11 +70,17 @@ def open_run(
         )
     experiment = load_experiment(folder / "config.toml", extensions=extensions)
     notes = read_json(folder / "prepared.json")
-    opened = open_prepared(a_path("prepared", prepared or notes["folder"]))
+    there = a_path("prepared", prepared or notes["folder"])
+    if prepared is None and not (there / "manifest.json").is_file():
+        raise DataError(
+            f"{folder} was trained on {there}, where no prepared folder is any more; say where it "
+            f"is now: {argument('prepared')}"
+        )
+    opened = open_prepared(there)
     if opened.manifest.fingerprint != notes["fingerprint"]:
         raise ConfigError(
             f"{opened.folder} holds other data ({opened.manifest.fingerprint}) than {folder} was "
-            f"trained on ({notes['fingerprint']}); pass the right folder with --prepared"
+            f"trained on ({notes['fingerprint']}); pass the right folder: {argument('prepared')}"
         )
     return Run(folder, experiment, opened.chosen(experiment))
 
@@ -102,18 +108,21 @@ def load_best(
                     raise  # otherwise training goes on, and has found a better one
 
 
-def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Evaluation, int]:
+def evaluate_run(
+    run: Run | str | Path, split: str = "validation", note: Callable[[str], Any] = warnings.warn
+) -> tuple[Evaluation, int]:
     """Evaluate a run's best checkpoint, write `evaluation.json`, and count looks at the test set.
 
     Args:
       run: from `train` or `open_run`, or the path of a run folder.
       split: "validation" or "test".
+      note: is told where the folder cannot be written, so that nothing was stored.
 
     Returns:
       The evaluation, and how often the test set has been looked at, this time included.
 
     Raises:
-      CheckpointError: the run has no usable checkpoint, or the disk is full.
+      CheckpointError: the run has no usable checkpoint.
       ConfigError: there is no such split.
     """
     one_of("split", split, SPLITS)
@@ -127,8 +136,11 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     looks += split == "test"
     processes.wait("the looks are read")
     if processes.is_first():
-        with full_disk_named(run.folder):
+        try:
             write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+        except OSError as error:
+            uncounted = ", this look at the test set among it" if split == "test" else ""
+            note(f"nothing was stored in {run.folder}{uncounted}: {error.strerror or error}")
     return evaluation, looks
 
 
@@ -151,22 +163,24 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     if has_checkpoint(folder) and not path.exists():
         raise ConfigError(
             f"{folder} has checkpoints but no config.toml, which says what they are of; bring it "
-            "back, or pass another --run folder"
+            f"back, or pass another {argument('run')} folder"
         )
     if has_checkpoint(folder):
         with path.open("rb") as file:
             keys = _differences(tomllib.load(file), to_dict(experiment))
-        keys = [key for key in keys if key[0] not in _MAY_CHANGE]
+        keys = [key for key in keys if key[0] not in _MAY_CHANGE and not _is_longer(*key)]
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
             raise ConfigError(
                 f"{folder} is a run of another configuration:\n{shown}\n"
-                "Pass another --run folder, or the configuration it was started with"
+                f"Pass another {argument('run')} folder, or the configuration it was started with"
             )
     elif folder.exists() and any(
         p.name.removesuffix(".partial") not in _OWN_FILES for p in folder.iterdir()
     ):
-        raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
+        raise ConfigError(
+            f"{folder} is not empty and no run folder; pass another {argument('run')}"
+        )
 
 
 def check_data(folder: Path, prepared: Prepared) -> None:
@@ -175,7 +189,8 @@ def check_data(folder: Path, prepared: Prepared) -> None:
     if trained_on and trained_on["fingerprint"] != prepared.manifest.fingerprint:
         raise ConfigError(
             f"{folder} was trained on other data ({trained_on['fingerprint']}) than "
-            f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
+            f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another "
+            f"{argument('run')}"
         )
 
 
@@ -223,19 +238,37 @@ def _trained_on(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / "prepared.json")
 
 
-def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
-    """Write configuration and origin of the data into a new run folder, each file whole."""
-    if has_checkpoint(folder) or not processes.is_first():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    notes = {
-        "folder": str(prepared.folder.resolve()),
-        "fingerprint": prepared.manifest.fingerprint,
-    }
-    write_json(folder / "prepared.json", notes)
+def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> str:
+    """Write configuration and origin of the data into a new run folder, each file whole.
+
+    Of a run that has begun, and is to become longer than it was, the configuration is written
+    anew; returns what to say of it.
+    """
+    longer = ""
+    if not processes.is_first():
+        return longer
+    if has_checkpoint(folder):
+        there = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        keys = [key for key in _differences(there, to_dict(experiment)) if _is_longer(*key)]
+        longer = ", ".join(f"{key} grows from {old} to {new}" for key, old, new in keys)
+        if not longer:
+            return longer
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = {
+            "folder": str(prepared.folder.resolve()),
+            "fingerprint": prepared.manifest.fingerprint,
+        }
+        write_json(folder / "prepared.json", notes)
     partial = folder / "config.toml.partial"
     partial.write_text(to_toml(experiment), encoding="utf-8")
     partial.replace(folder / "config.toml")
+    return longer
+
+
+def _is_longer(key: str, old: Any, new: Any) -> bool:
+    """Whether a difference lengthens a run."""
+    return key in ("train.epochs", "train.steps") and 0 < old < new
 
 
 def has_checkpoint(folder: Path) -> bool:
