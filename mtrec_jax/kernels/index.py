@@ -29,6 +29,7 @@ from mtrec_jax.kernels.programs import NEVER
 from mtrec_jax.types import Array
 
 METRICS = ("cosine", "dot")
+_FIXED = 4096  # columns of exclude lists whose sizes are kept, however few of them are filled
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError),
     *(NotImplementedError, zipfile.BadZipFile),
@@ -275,7 +276,10 @@ class ItemIndex:
 
 
 def _lists(exclude: np.ndarray | None) -> Admissible:
-    """Exclude lists [Q, X] in the two orders in which they are needed, in few sizes."""
+    """Exclude lists [Q, X] in the two orders in which they are needed, in few sizes.
+
+    Up to `_FIXED` columns, the sizes follow from Q and X alone: other ids compile nothing.
+    """
     if exclude is None or not exclude.size:
         return Admissible()
     given = exclude != NEVER
@@ -283,10 +287,12 @@ def _lists(exclude: np.ndarray | None) -> Admissible:
     query, item = np.repeat(np.arange(len(exclude)), counts), exclude[given].astype(np.int64)
     # One sort of one number a pair is far faster than sorting rows, most of which are filling.
     query, item = _unpacked(np.sort(query << 32 | item))
-    width = 1 << max(int(counts.max()) - 1, 0).bit_length()
+    least = min(exclude.shape[1], _FIXED)
+    width = 1 << (max(int(counts.max()), least) - 1).bit_length()
     by_query = np.full((len(exclude), width), NEVER, np.int32)
     by_query[query, np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)] = item
-    entries = np.full((2, 1 << max(len(item) - 1, 7).bit_length()), NEVER, np.int32)
+    size = 1 << (max(len(item), len(exclude) * least, 256) - 1).bit_length()
+    entries = np.full((2, size), NEVER, np.int32)
     entries[:, : len(item)] = _unpacked(np.sort(item << 32 | query))
     return Admissible(by_query, entries)  # type: ignore[arg-type]
 
