@@ -156,7 +156,7 @@ def _progress(tables: Any, recommender: Any) -> Any:
 
 
 def _say_fewer(k: int, exclude_seen: bool) -> None:
-    hint = ", and what they have seen is left out: --include-seen keeps it"
+    hint = ", and items they have seen are left out: --include-seen keeps them"
     say(
         f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
         f"more{hint if exclude_seen else ''}"

@@ -42,7 +42,8 @@ class ItemIndex:
     Norms, the check for NaN, padding and the place on the devices are paid once, here. NumPy arrays
     are copied; for cosine, float32 rows become rows of length 1. Arrays of JAX and rows of fewer
     bits stay as they are, with their inverse norms beside them. Searches keep up to 128 MB of
-    memory for scores, as long as the index lives.
+    memory for scores, as long as the index lives. Threads may share an index: answers are the same,
+    and come one after the other, as each search uses all cores.
 
     Args:
       items: [N, D], floating or integer; N may be 0.
@@ -116,7 +117,9 @@ class ItemIndex:
         Args:
           queries: [Q, D], floating or integer; Q may be 0.
           k: results per query. Places that no admissible item can fill, as with k > N, hold the
-            score -inf and the id -1 ("" where ids are texts).
+            score -inf and the id -1 ("" where ids are texts). The larger k, the fewer queries go
+            through a program at a time, so that the vectors of k items of each fit 128 MB, or those
+            of one query.
           exclude: [Q, X] ids that a query must not get, filled up with -1 ("" for texts).
           allowed: [N] booleans, which items may be found; or [G, N], one row a group of queries.
           group: [Q], which row of `allowed` holds for a query.
@@ -127,10 +130,13 @@ class ItemIndex:
         """
         checks.queries(queries, self.shape)
         k = checks.positive(k)
-        found = self._run("topk", queries, exclude, allowed, group, k)
-        dtype = self._score_dtype(queries)
-        scores = np.concatenate([np.zeros((0, k), dtype), *(scores for scores, _ in found)])
-        ids = np.concatenate([np.zeros((0, k), np.int32), *(ids for _, ids in found)])
+        kept = min(k, len(self)) or 1  # devices are not asked for places that nothing can fill
+        found = self._run("topk", queries, exclude, allowed, group, kept)
+        scores = np.full((len(queries), k), -np.inf, self._score_dtype(queries))
+        ids = np.full((len(queries), k), -1, np.int32)
+        if found:
+            scores[:, :kept] = np.concatenate([scores for scores, _ in found])
+            ids[:, :kept] = np.concatenate([ids for _, ids in found])
         return scores, self._raw(ids)
 
     def rank(
@@ -223,7 +229,8 @@ class ItemIndex:
         dtype, answers = self._score_dtype(queries), []
         program = programs.program(self.mesh, what, self._memory)
         size = streaming.group_size(goal) if what == "topk" else streaming.RANK_GROUP
-        for chunk in programs.chunks(len(host), self._items, size, self.mesh):
+        kept = goal if what == "topk" else 1
+        for chunk in programs.chunks(len(host), self._items, size, self.mesh, kept):
             rows, *told = programs.prepared(_padded(host, chunk), dtype, self.metric)
             first_bad, longest = jax.device_get(told)
             if first_bad >= 0:
