@@ -81,7 +81,7 @@ class Recommender:
         behaviours = seen_behaviours(self.experiment)
         precision = self.experiment.train.precision
         self._encoder = Encoder(self.prepared, precision, sizes, behaviours)
-        self._widths: set[int] | None = None  # of answers that are compiled, once all are
+        self._compiled: set[tuple[int, int]] | None = None  # (users, candidates), once warm
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.experiment.tasks)
@@ -92,23 +92,23 @@ class Recommender:
     def warm_up(self) -> float:
         """Compile what requests need, so that none has to wait: the seconds it took.
 
-        That is every number of users, any history and filters, `predict`, `similar_items`, and k up
-        to 512; a larger k compiles once for each of 4,096, 32,768, …, and says so.
+        That is up to 512 users or pairs at once, any history and filters, `predict`,
+        `similar_items`, and k up to 512. What is larger, and `recommend_all`, compiles once for
+        batches of 256, and a larger k once for each of 4,096, 32,768, …; both say so.
         """
         start = time.perf_counter()
-        for size in self._encoder.sizes:
-            encoded = self._encoder.empty(size)
-            states = self._states(encoded)
-            self._answer(states, np.full((size, 1), UNKNOWN))
-            if not self._has_retrieval:
-                continue
+        size = self._encoder.sizes[0]
+        states = self._states(self._encoder.empty(size))
+        self._answer(states, np.full((size, 1), UNKNOWN))
+        compiled = {(size, 0)}
+        if self._has_retrieval:
             mask, nothing = np.ones(len(self._index), bool), [np.zeros(0, np.int64)] * size
             for width in sorted({self._width(1), self._width(min(WIDE, len(self._index)))}):
                 found = self._search(np.asarray(states.vectors)[:, 0], width, nothing, mask)
                 self._answer(states, found)
-        if self._has_retrieval:
+                compiled.add((size, width))
             self._vectors_of(np.full(1, FIRST))
-            self._widths = {self._width(1), self._width(min(WIDE, len(self._index)))}
+        self._compiled = compiled
         return time.perf_counter() - start
 
     def recommend(
@@ -392,7 +392,8 @@ class Recommender:
         for row, items in enumerate(seen):
             if len(items) <= room:
                 exclude[row, : len(items)] = items
-        scores, found = self._announced(width, queries, exclude, mask)
+        self._announce(len(queries), width)
+        scores, found = self._index.search(queries, width, exclude, mask)
         for row in (row for row, items in enumerate(seen) if len(items) > room):
             own = mask.copy()
             own[seen[row]] = False
@@ -402,14 +403,12 @@ class Recommender:
             scores[row], found[row] = (array[0] for array in found_alone)
         return scores, found
 
-    def _announced(
-        self, width: int, queries: np.ndarray, exclude: np.ndarray, mask: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The search, with a word about programs that were not compiled ahead."""
-        if self._widths is not None and width not in self._widths:
-            self._widths.add(width)
-            _say(f"compiling answers of up to {width:,} items; the next ones do without")
-        return self._index.search(queries, width, exclude, mask)
+    def _announce(self, size: int, width: int = 0) -> None:
+        """A word about programs that were not compiled ahead."""
+        if self._compiled is not None and (size, width) not in self._compiled:
+            self._compiled.add((size, width))
+            what = f", {width:,} candidates each" if width else ""
+            _say(f"compiling for batches of {size}{what}; the next ones do without")
 
     def _order(self, answer: Answer, order_by: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """What candidates are ordered by, and the score that is shown: [n, K] both."""
@@ -439,6 +438,7 @@ class Recommender:
         return np.asarray(jnp.take(self._vectors, places, axis=0))
 
     def _states(self, encoded: Requests) -> UserStates:
+        self._announce(len(encoded.batch.user))
         return self._serving.states(*self._shared, encoded.batch)
 
     def _answer(self, states: UserStates, candidates: np.ndarray) -> Answer:

@@ -26,7 +26,7 @@ from mtrec_jax.types import FIRST, UNKNOWN, Batch, Lists
 
 BATCH = 256  # requests in a batch
 SIZES = (8, BATCH)  # what a batch is filled up to, so that few programs are compiled
-FEW = 64  # as many are answered in small batches: filling up a large one takes longer
+FEW = 512  # as many are answered in small batches, which are compiled ahead; more in large ones
 
 History = Sequence[str] | Mapping[str, Sequence[Any]]
 Moments = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # for all requests, or for each
@@ -44,14 +44,14 @@ class Requests:
 def portions(count: int, sizes: tuple[int, ...] = SIZES) -> Iterator[slice]:
     """Requests that make a batch; one of none where there are none.
 
-    >>> [(part.start, part.stop) for part in portions(266)]
-    [(0, 256), (256, 264), (264, 266)]
+    >>> [(part.start, part.stop) for part in portions(10)]
+    [(0, 8), (8, 10)]
+    >>> [(part.start, part.stop) for part in portions(600)]
+    [(0, 256), (256, 512), (512, 600)]
     """
-    start = 0
-    while start < max(count, 1):
-        size = sizes[0] if count - start <= FEW else sizes[-1]
+    size = sizes[0] if count <= FEW else sizes[-1]
+    for start in range(0, max(count, 1), size):
         yield slice(start, min(start + size, count))
-        start += size
 
 
 class Encoder:

@@ -215,10 +215,10 @@ def test_an_unknown_user_with_a_history_gets_an_answer_of_their_own(
 
 def test_more_users_than_a_batch_are_answered_as_each_alone(shop_recommender: Recommender) -> None:
     known = shop_recommender.prepared.user_names
-    users = [known[i % len(known)] if i % 7 else f"stranger{i}" for i in range(300)]
+    users = [known[i % len(known)] if i % 7 else f"stranger{i}" for i in range(600)]
     result = shop_recommender.recommend(users, 3)
     assert result["user"] == [user for user in users for _ in range(3)]
-    for place in (0, 1, 254, 255, 256, 257, 299):
+    for place in (0, 1, 254, 255, 256, 257, 599):
         alone = shop_recommender.recommend([users[place]], 3)
         part = result.table.slice(3 * place, 3)
         assert part["item"].to_pylist() == alone["item"]
@@ -226,7 +226,7 @@ def test_more_users_than_a_batch_are_answered_as_each_alone(shop_recommender: Re
             np.testing.assert_allclose(part["score"].to_pylist(), alone["score"], rtol=1e-5)
     pairs = shop_recommender.predict(users, result["item"][::3])
     assert pairs["user"] == users
-    assert [value is None for value in pairs["stars"]] == [i % 7 == 0 for i in range(300)]
+    assert [value is None for value in pairs["stars"]] == [i % 7 == 0 for i in range(600)]
     found, expected = (np.array(a, float) for a in (pairs["stars"], result["stars"][::3]))
     np.testing.assert_allclose(found, expected, rtol=1e-4)  # nan where null
 
@@ -385,7 +385,7 @@ def test_a_history_is_encoded_once_a_request(
 
 
 def test_nothing_is_compiled_after_warming_up(
-    shop_recommender: Recommender, tmp_path: Path
+    shop_recommender: Recommender, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Histories of 0 to 500 events, any k, filters and number of users."""
     compiled: list[str] = []
@@ -400,7 +400,7 @@ def test_nothing_is_compiled_after_warming_up(
     jax.jit(lambda x: x * 3 + len(compiled))(np.arange(5))
     assert compiled, "compilations are heard of"
     compiled.clear()
-    for n, length, k in ((1, 0, 1), (2, 1, 21), (9, 17, 60), (66, 500, 20), (257, 3, 33)):
+    for n, length, k in ((1, 0, 1), (2, 1, 21), (9, 17, 60), (66, 500, 20), (130, 3, 33)):
         histories: list[Any] = [[names[(i * 7) % 60] for i in range(length)]] * n
         users = [f"stranger{i}" for i in range(n)]
         shop_recommender.recommend(users, k, histories=histories)
@@ -412,8 +412,15 @@ def test_nothing_is_compiled_after_warming_up(
         shop_recommender.predict(known, [names[i % 60] for i in range(n)])
     shop_recommender.similar_items(names[0], 7)
     shop_recommender.predict_rows(pa.table({"user": ["u00001"], "item": ["i0003"]}))
-    next(shop_recommender.recommend_all(5))
     assert compiled == []
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        next(shop_recommender.recommend_all(5))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(";")[0] for line in said] == [
+        "mtrec: compiling for batches of 256",
+        "mtrec: compiling for batches of 256, 20 candidates each",
+    ]
 
 
 def test_who_has_seen_more_than_a_list_holds_is_asked_for_alone(
