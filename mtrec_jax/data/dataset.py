@@ -258,8 +258,8 @@ class Prepared:
         columns = []
         for column in pq.read_schema(path).names:
             role, _, feature = column.partition("_")
-            free = role not in ("context", "event", "item", "text", "did")
-            if free or feature in chosen:
+            free = role not in ("context", "event", "item", "text")
+            if role != "did" and (free or feature in chosen):  # `behaviour` reads these
                 columns.append(column)
         return pq.read_table(path, columns=columns)
 
