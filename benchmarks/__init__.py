@@ -26,6 +26,7 @@ from typing import Any
 QUESTIONS = (
     *("topk", "softmax", "rank", "everyone", "table_step", "chaos"),
     *("input", "prepare", "engines", "shop", "social", "requests", "first_result"),
+    "serving_latency",
 )
 COMPARED = (
     *("jax", "jaxlib", "numpy", "optax", "scikit-learn", "faiss-cpu", "torch", "implicit"),

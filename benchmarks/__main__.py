@@ -31,13 +31,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="turns of each: 7 in contests, first_result 3")
     parser.add_argument("--events", type=int, help="prepare: events of the log (50,000,000)")
     parser.add_argument(
-        "--folder", type=Path, help="prepare, first_result: where files go; the latter keeps them"
+        "--folder",
+        type=Path,
+        help="prepare, first_result, serving_latency: where files go; the latter two keep them",
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="social, requests: other shops than (505, 606)"
     )
-    parser.add_argument("--against", metavar="COMMIT", help="first_result: beside this commit")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="first_result: help,fit")
+    parser.add_argument(
+        "--against", metavar="COMMIT", help="first_result, serving_latency: beside this commit"
+    )
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), help="first_result: help,fit; …"
+    )
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the contestant's side
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()

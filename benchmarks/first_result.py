@@ -16,12 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.commits import Side, environment_of, here, other
 
 # The README's example, whose files are kept.
 FIT = """
@@ -62,16 +61,6 @@ TARGETS = {  # of the time that the other commit takes; peak memory is to be no 
 }
 
 
-class Side(NamedTuple):
-    """A commit: where its code is, what runs it, and whether it keeps compiled programs."""
-
-    name: str
-    root: Path
-    python: str
-    work: Path
-    keeps: bool
-
-
 class Turn(NamedTuple):
     """What one process took."""
 
@@ -94,11 +83,9 @@ def answer(
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="first-result-")))
         kept = (folder or place).absolute()
-        sides = [Side("here", ROOT, sys.executable, place / "here", _keeps(ROOT))]
+        sides = [here(place / "here")]
         if against:
-            sides.append(
-                stack.enter_context(_other(against, kept, place / "other", folder is None))
-            )
+            sides.append(stack.enter_context(other(against, kept, place / "other", folder is None)))
         turns: dict[tuple[str, str, str], list[Turn]] = {}
         for case in chosen:
             if case == "recommend":
@@ -133,9 +120,7 @@ def _turn(side: Side, case: str, fitted: bool = False) -> Turn:
         text.replace("FOLDER", str(own)).replace("FITTED", str(side.work / "fitted"))
         for text in CASES[case]
     )
-    removed = ("JAX_COMPILATION_CACHE_DIR", "MTREC_CACHE_SIZE")
-    environment = {name: value for name, value in os.environ.items() if name not in removed}
-    environment |= {"MTREC_CACHE": str(side.work / "compiled"), "PYTHONPATH": str(side.root)}
+    environment = environment_of(side)
     command = [side.python, "-c", code, *arguments]
     with tempfile.TemporaryFile("w+") as said:
         started = time.perf_counter()
@@ -166,37 +151,3 @@ def _row(case: str, state: str, sides: list[list[Turn]]) -> dict[str, Any]:
         row |= {"ratio": ratio, "target": target or "", "memory ratio": memory}
         row["met"] = "" if target is None else "yes" if ratio <= target else "no"
     return row
-
-
-# --- The other commit
-
-
-@contextlib.contextmanager
-def _other(commit: str, kept: Path, work: Path, temporary: bool) -> Iterator[Side]:
-    """A worktree of the commit with an environment of its own; made once in a folder that stays."""
-    full = _git("rev-parse", "--verify", f"{commit}^{{commit}}")
-    root, environment = (kept / full[:12] / name for name in ("tree", "environment"))
-    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
-    ready = environment / "complete"
-    try:
-        if not root.exists():
-            _git("worktree", "add", "--detach", str(root), full)
-        if not ready.exists():
-            print(f"first_result: making {environment} for {commit}", file=sys.stderr)
-            venv.create(environment, clear=True, with_pip=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
-            subprocess.run([*install, "-e", "."], cwd=root, check=True)
-            ready.touch()
-        yield Side(commit, root, str(python), work, _keeps(root))
-    finally:
-        if temporary and root.exists():
-            _git("worktree", "remove", "--force", str(root))
-
-
-def _keeps(root: Path) -> bool:
-    return (root / "mtrec_jax" / "compilation.py").exists()
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -35,6 +35,7 @@ Positive = Annotated[float, Field(gt=0)]
 Part = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Worth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ANY = "any"  # of `evaluate.seen`: every event
 Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
 Metrics = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -251,6 +252,8 @@ class Evaluate:
     __pydantic_config__ = _STRICT
     ks: Sizes = (10,)
     exclude_seen: bool = True
+    seen: tuple[str, ...] = ()  # binary tasks: a past event with a 1 in one makes its item seen;
+    # (): what the retrieval task counts, its `where` or any event; ("any",): any event
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
     baselines: tuple[Annotated[Any, Choice(BASELINES)], ...] = ()
     bootstrap: Natural = 200  # resamples of users for the 95 % intervals; 0: none
@@ -358,6 +361,22 @@ def selection(experiment: Experiment) -> Selection:
         metric = next(iter(known)) if known else f"ndcg@{experiment.evaluate.ks[0]}"
         pairs = [(task, metric)]
     return Selection(tuple(pairs), metric_named(pairs[0][1]).larger_is_better)
+
+
+def seen_behaviours(experiment: Experiment) -> tuple[str, ...]:
+    """The binary tasks of which a 1 makes the item of a past event seen; (): any event does.
+
+    >>> buys = {"next": Task(kind="retrieval", where="buy")}
+    >>> seen_behaviours(Experiment(name="a", tasks=buys))
+    ('buy',)
+    >>> seen_behaviours(Experiment(name="a", tasks=buys, evaluate=Evaluate(seen=("any",))))
+    ()
+    """
+    if experiment.evaluate.seen:
+        return () if experiment.evaluate.seen == (ANY,) else experiment.evaluate.seen
+    tasks = experiment.tasks.values()
+    where = next((task.where for task in tasks if task.kind == "retrieval"), "")
+    return (where,) if where else ()
 
 
 def fusion_objective(experiment: Experiment) -> dict[str, float]:

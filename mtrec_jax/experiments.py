@@ -13,7 +13,7 @@ from typing import Any
 
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, argument, shown
-from mtrec_jax.config import Experiment, Select, Values, selection, table_of
+from mtrec_jax.config import ANY, Experiment, Select, Values, selection, table_of
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
 
@@ -466,3 +466,8 @@ def _selection(e: Experiment) -> Iterator[str]:
                 f"{'lower' if chosen_by.larger else 'larger'}, unlike the first of the list, so "
                 "that their mean means nothing; name metrics of one direction"
             )
+    binary = [name for name, task in e.tasks.items() if task.kind == "binary"]
+    for name in e.evaluate.seen if e.evaluate.seen != (ANY,) else ():
+        if name not in (*binary, *e.left_out):
+            hint = nearest(name, binary)
+            yield f"evaluate.seen: '{name}' is no binary task; or say [\"{ANY}\"].{hint}"

@@ -349,7 +349,18 @@ def test_filters_from_the_command_line(mtrec: Mtrec, shop_run: Run, tmp_path: Pa
     assert [r["item"] for r in READERS[".jsonl"](out)] == [names[0], *names[2:4]]
     status, _, err = mtrec(*base, "--allowed", "zzz")
     assert status == 2
+    assert "leave no item (1 of their ids are not in the catalogue)" in err
+    status, _, err = mtrec(*base, "--allowed", "zzz", "--unknown-items", "error")
     assert "item 'zzz' is not in the catalogue" in err
+    (tmp_path / "gone.txt").write_text("i0001\nzzz\n", encoding="utf-8")
+    files = ("--blocked-file", tmp_path / "gone.txt", "--blocked", "i0002", "--order-by", "buy")
+    known = ("recommend", shop_run.folder, "--users", "u00003", "--out", out, "--k", 60)
+    status, _, err = mtrec(*known, *files, "--include-seen")
+    assert (status, "blocked: 1 ids are not in the catalogue" in err) == (0, True)
+    found = READERS[".jsonl"](out)
+    assert not {"i0001", "i0002"} & {row["item"] for row in found}
+    buys = [float(row["buy"]) for row in found]
+    assert buys == sorted(buys, reverse=True)
 
 
 def test_filters_hold_for_everyone(mtrec: Mtrec, shop_run: Run, tmp_path: Path) -> None:

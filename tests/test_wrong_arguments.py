@@ -34,7 +34,7 @@ CASES = {  # {call: (class of the error, what its message says)}
     "next(r.recommend_all(k='3'))": ("DataError", "k = '3': a whole number between 1 and the 60"),
     "r.recommend(['u00001'], on_unknown='popluar')": (
         "ConfigError",
-        "on_unknown: 'popluar' is not one of 'popular', 'error'. Did you mean 'popular'?",
+        "on_unknown: 'popluar' is not one of 'popular', 'model', 'error'. Did you mean 'popular'?",
     ),
     "r.recommend(['u00001'], on_unknown=None)": ("ConfigError", "on_unknown: None is not one of"),
     "r.recommend(['u00001'], exclude_seen='no')": (

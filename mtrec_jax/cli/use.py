@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,10 +23,24 @@ def recommend(
     allowed: Annotated[
         list[str] | None, typer.Option(help="Item id to choose from; repeat it.")
     ] = None,
+    blocked_file: Annotated[
+        Path | None,
+        typer.Option(help="Ids never to show: one a line, or a table with the column of items."),
+    ] = None,
+    allowed_file: Annotated[
+        Path | None, typer.Option(help="Ids to choose from, in such a file.")
+    ] = None,
     exclude_seen: Annotated[
         bool,
-        typer.Option("--exclude-seen/--include-seen", help="Leave out the items of the history."),
+        typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has seen."),
     ] = True,
+    order_by: Annotated[
+        str, typer.Option(metavar="TASK", help="Put items in order by this task's prediction.")
+    ] = "fused",
+    unknown_items: Annotated[
+        Literal["ignore", "error"],
+        typer.Option(help="Ids of the filters that are not in the catalogue: count them, or stop."),
+    ] = "ignore",
     prepared: MovedFolder = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
@@ -50,8 +64,8 @@ def recommend(
         raise typer.BadParameter("--all-users writes a file: add --out FILE")
     use_compilation_cache()
     recommender = Recommender(open_run(run, prepared))
-    filters: dict[str, Any] = {"allowed": allowed, "blocked": blocked or ()}
-    filters["exclude_seen"] = exclude_seen
+    filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
+    filters |= {"exclude_seen": exclude_seen, "order_by": order_by}
     if all_users:
         assert out is not None
         tables = recommender.recommend_all(k, **filters)
@@ -72,6 +86,29 @@ def recommend(
         _say_fewer(k, exclude_seen)
 
 
+def _filters(
+    recommender: Any,
+    allowed: list[str] | None,
+    allowed_file: Path | None,
+    blocked: list[str] | None,
+    blocked_file: Path | None,
+    unknown_items: str,
+) -> dict[str, Any]:
+    """Ids of options and files together, and a line about those that no item has."""
+    from mtrec_jax.serving.filters import read_filters, read_ids
+
+    known = recommender.prepared
+    more = [read_ids(known, file) if file else [] for file in (allowed_file, blocked_file)]
+    found: dict[str, Any] = {
+        "allowed": [*(allowed or ()), *more[0]] if allowed or allowed_file else None,
+        "blocked": [*(blocked or ()), *more[1]],
+        "unknown_items": unknown_items,
+    }
+    for name, count in read_filters(known, **found).ignored.items():
+        say(f"mtrec: {name}: {count:,} ids are not in the catalogue; they are ignored")
+    return found
+
+
 def predict(
     run: RunFolder,
     rows: Annotated[
@@ -82,6 +119,10 @@ def predict(
         ),
     ],
     out: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
+    on_unknown: Annotated[
+        Literal["null", "model"],
+        typer.Option(help="Where user or item is not in the data: nothing, or the model's guess."),
+    ] = "null",
     prepared: MovedFolder = None,
 ) -> None:
     """Write every task's prediction for given rows or (user, item) pairs."""
@@ -90,13 +131,14 @@ def predict(
     from mtrec_jax.train.run import open_run
 
     use_compilation_cache()
-    result = predict_file(Recommender(open_run(run, prepared)), rows)
+    result = predict_file(Recommender(open_run(run, prepared)), rows, on_unknown)
     if "known" in result.columns:
         unknown = result["known"].count(False)
         if unknown:
+            told = ", and nothing is predicted: --on-unknown model" if on_unknown == "null" else ""
             say(
                 f"mtrec: {unknown} pairs have a user or an item that is not in the prepared data; "
-                "their column 'known' is false"
+                f"their column 'known' is false{told}"
             )
     result.save(out)
     say(f"{len(result):,} predictions in {out}")
@@ -114,7 +156,7 @@ def _progress(tables: Any, recommender: Any) -> Any:
 
 
 def _say_fewer(k: int, exclude_seen: bool) -> None:
-    hint = ", and items of the history are left out: --include-seen keeps them"
+    hint = ", and items they have seen are left out: --include-seen keeps them"
     say(
         f"mtrec: some users get fewer than {k} items: the catalogue and the filters leave no "
         f"more{hint if exclude_seen else ''}"

@@ -20,7 +20,8 @@ items.parquet                     the catalogue, row r is item id r + 2; trained
     id string, title string, count int64 (training events), item_<f> [S], text_<f>
 users.parquet                     row r is user id r + 2, every event in time order:
     id string, context_<f> [S], text_<f>, event_item large_list<int32>, event_<f> likewise (of lists
-    of S where S is above 1), split large_list<int8>
+    of S where S is above 1), did_<task> large_list<bool> (label 1, of binary tasks), split
+    large_list<int8>
                                   (split: 0 train, 1 validation, 2 test, 3 shown in histories only)
 vocabularies/<feature>.parquet    row r is local id r + 2: value string, count int64 (training rows)
                                   of texts, or lower edges of bins; "": the id of missing values
@@ -257,7 +258,8 @@ class Prepared:
         columns = []
         for column in pq.read_schema(path).names:
             role, _, feature = column.partition("_")
-            if role not in ("context", "event", "item", "text") or feature in chosen:
+            free = role not in ("context", "event", "item", "text")
+            if role != "did" and (free or feature in chosen):  # `behaviour` reads these
                 columns.append(column)
         return pq.read_table(path, columns=columns)
 
@@ -270,6 +272,22 @@ class Prepared:
         else:
             values = values.to_numpy()
         return Lists(values, array.offsets.to_numpy() - array.offsets[0].as_py())
+
+    def behaviour(self, task: str) -> np.ndarray:
+        """Whether a binary task's label is 1, of each event in `users.parquet`: [n] bool.
+
+        Raises:
+          DataError: the folder does not know the task, or was prepared before this was kept.
+        """
+        path, name = self.folder / "users.parquet", f"did_{task}"
+        if name not in pq.read_schema(path).names:
+            raise DataError(
+                f"{self.folder} does not say which past events have a 1 in '{task}'. Prepare it "
+                "anew with this task, or let any event make an item seen: evaluate.seen = "
+                '["any"]'
+            )
+        lists = pq.read_table(path, columns=[name])[name].combine_chunks()
+        return np.asarray(lists.flatten().to_numpy(zero_copy_only=False), bool)
 
     @functools.cached_property
     def user_names(self) -> list[str]:

@@ -317,6 +317,9 @@ def _write_users(
         lists = {f"event_{field}": ids for field, ids in log.events.items()}
         if not experiment.data.item:
             del lists["event_item"]
+        for name, task in experiment.tasks.items():
+            if task.kind == "binary":
+                lists[f"did_{name}"] = log.targets[f"label_{name}"] == 1
         for name, values in {**lists, "split": log.split}.items():
             flat = pa.array(values) if values.ndim == 1 else examples.fixed_size(values)
             columns[name] = pa.LargeListArray.from_arrays(offsets, flat)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from mtrec_jax import processes
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import SHOWN, SPLITS, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
@@ -30,7 +31,7 @@ class Collected:
     logits: dict[str, np.ndarray]  # {task: [n] or [n, C]}
     fused: np.ndarray  # [n]
     retrieved: np.ndarray  # [n] bool: a target of the retrieval task
-    ranks: np.ndarray  # [n] among all items by cosine, ABSENT where not retrieved
+    ranks: np.ndarray  # [n] among all items by cosine, ABSENT where not retrieved, or seen before
     order_ranks: dict[str, np.ndarray]  # {order: [n]} among the candidates, ABSENT as well
 
 
@@ -50,8 +51,9 @@ def collect(
     index = ItemIndex(own_vectors[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
+    behaviours = seen_behaviours(experiment)
     everyone = np.arange(prepared.manifest.users) + FIRST
-    seen = seen_items(prepared, split, everyone) if exclude_seen else None
+    seen = seen_items(prepared, split, everyone, behaviours) if exclude_seen else None
     widest = 0 if seen is None else int(np.diff(seen.offsets).max(initial=0))
     parts: list[Collected] = []
     for batch in _own_batches(experiment, prepared, serving, split):
@@ -72,7 +74,7 @@ def collect(
                 exclude = _exclude(seen, widest, part, chosen)
                 targets = pad_rows(part.candidate[chosen] - FIRST, QUERIES).astype(np.int32)
                 ranks = index.rank(queries.vectors[:, 0], targets, exclude)
-                part.ranks[chosen] = ranks[: len(chosen)]
+                part.ranks[chosen] = missed(ranks[: len(chosen)], targets, exclude)
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
                     found = index.search(queries.vectors[:, 0], k, exclude)[1]
@@ -123,14 +125,17 @@ def _in_file_order(parts: list[Collected]) -> Collected:
     return Collected(**merged)
 
 
-def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
-    """Catalogue indexes that each user met in the splits before this one, a list per target.
+def seen_items(
+    prepared: Prepared, split: str, users: np.ndarray, behaviours: tuple[str, ...] = ()
+) -> Lists:
+    """Catalogue indexes that each user has seen in the splits before this one, a list per target.
 
+    Seen is the item of an event with a 1 in one of the binary tasks `behaviours`; (): of any event.
     Events that are only shown come before validation and test.
     """
-    items, splits = met_items(prepared)
+    items, splits, counted = met_items(prepared, behaviours)
     code = SPLITS.index(split)
-    before = (splits < code) | ((splits == SHOWN) & (code > 0))
+    before = ((splits < code) | ((splits == SHOWN) & (code > 0))) & counted
     values = items.values[before].astype(np.int64) - FIRST
     count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
     known = users >= FIRST
@@ -138,16 +143,33 @@ def seen_items(prepared: Prepared, split: str, users: np.ndarray) -> Lists:
     return _stretches(values, count[index], np.where(known, count[index + 1] - count[index], 0))
 
 
-def met_items(prepared: Prepared) -> tuple[Lists, np.ndarray]:
-    """Item ids that each user has met, a list a user, and the split of each of them."""
+def met_items(
+    prepared: Prepared, behaviours: tuple[str, ...] = ()
+) -> tuple[Lists, np.ndarray, np.ndarray]:
+    """Item ids that each user has met, a list a user; the split of each of them; and whether its
+    event has a 1 in one of the binary tasks `behaviours`, always where these are ()."""
     if "event_item" in prepared.users.column_names:
-        return prepared.user_lists("event_item"), prepared.user_lists("split").values
+        items = prepared.user_lists("event_item")
+        counted = np.full(len(items.values), not behaviours)
+        for task in behaviours:
+            counted |= prepared.behaviour(task)
+        return items, prepared.user_lists("split").values, counted
     parts = [prepared.interactions(name) for name in SPLITS]  # of data without histories
     user, item = (np.concatenate([part[n] for part in parts]) for n in ("user", "candidate"))
+    counted = np.full(len(user), not behaviours)
+    for task in behaviours:
+        counted |= _ones(prepared, task)
     splits = np.repeat(np.arange(len(parts)), [len(part["user"]) for part in parts])
     order = np.argsort(user, kind="stable")
     offsets = np.searchsorted(user[order], np.arange(prepared.manifest.users + 1) + FIRST)
-    return Lists(item[order], offsets), splits[order]
+    return Lists(item[order], offsets), splits[order], counted[order]
+
+
+def _ones(prepared: Prepared, task: str) -> np.ndarray:
+    """Whether the label of a task is 1, of the targets of all splits."""
+    label = f"label_{task}"
+    blocks = [block for split in SPLITS for block in prepared.blocks(split, ["row", label])]
+    return np.concatenate([block[label][block["row"] >= 0] for block in blocks]) == 1
 
 
 def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lists:
@@ -160,19 +182,31 @@ def _stretches(values: np.ndarray, start: np.ndarray, length: np.ndarray) -> Lis
 def _exclude(
     seen: Lists | None, widest: int, part: Collected, chosen: np.ndarray
 ) -> np.ndarray | None:
-    """Seen catalogue indexes [QUERIES, widest] but for the target itself, filled with -1.
+    """Seen catalogue indexes [QUERIES, widest], filled with -1.
 
     `seen` holds the indexes of every user, in the order of their ids.
     """
     if seen is None or not widest:
         return None
     found = np.full((QUERIES, widest), -1, np.int32)
-    targets = part.candidate[chosen] - FIRST
-    for i, (user, target) in enumerate(zip(part.user[chosen], targets, strict=True)):
+    for i, user in enumerate(part.user[chosen]):
         if user >= FIRST:
             values = seen[user - FIRST]
-            found[i, : len(values)] = np.where(values == target, -1, values)
+            found[i, : len(values)] = values
     return found
+
+
+def missed(ranks: np.ndarray, targets: np.ndarray, exclude: np.ndarray | None) -> np.ndarray:
+    """Ranks [n] as int64, ABSENT for a target that is itself excluded: it cannot be recommended.
+
+    >>> missed(np.array([3, 0]), np.array([7, 8]), np.array([[1, 7], [1, -1]])).tolist()
+    [2147483647, 0]
+    """
+    ranks = np.asarray(ranks).astype(np.int64)
+    if exclude is None:
+        return ranks
+    seen = (exclude[: len(ranks)] == targets[: len(ranks), None]).any(axis=1)
+    return np.where(seen, ABSENT, ranks)
 
 
 def _rerank(
@@ -197,6 +231,18 @@ def _rerank(
     hit, real = ids[:n] == part.candidate[chosen][:, None], ids[:n] >= FIRST
     for name, score in scores.items():
         part.order_ranks[name][chosen] = rank_in_list(score[:n], hit, real)
+
+
+def has_order(classes: Iterable[str]) -> bool:
+    """Whether classes are all numbers, so that a task can put items in order; () of other kinds.
+
+    >>> has_order(("1", "2.5")), has_order(("red", "2")), has_order(())
+    (True, False, True)
+    """
+    try:
+        return all(math.isfinite(float(name)) for name in classes)
+    except ValueError:
+        return False
 
 
 def order_score(logits: np.ndarray) -> np.ndarray:

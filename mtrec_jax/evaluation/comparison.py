@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mtrec_jax.baselines import Interactions, Predicts, Ranks
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import Collected, seen_items
+from mtrec_jax.evaluation.collect import ABSENT, Collected, seen_items
 from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import target_ranks
 from mtrec_jax.types import FIRST
@@ -98,10 +98,15 @@ def _ranked(
         return {}
     retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
     users = collected.user[rows]
-    excluded = seen_items(prepared, split, users) if experiment.evaluate.exclude_seen else None
+    excluded = None
+    if experiment.evaluate.exclude_seen:
+        excluded = seen_items(prepared, split, users, seen_behaviours(experiment))
     targets = (collected.candidate[rows] - FIRST).astype(np.int64)
     scorer = fitted.scorer(users, past_items(prepared, split, rows))
     ranks = target_ranks(scorer, targets, excluded, prepared.manifest.items)
+    if excluded is not None:
+        is_seen = [target in excluded[i] for i, target in enumerate(targets)]
+        ranks = np.where(is_seen, ABSENT, ranks)
     return _of_task(retrieval, ranking_metrics(ranks, experiment.evaluate.ks))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from mtrec_jax.config import Experiment, fusion_objective
 from mtrec_jax.data.dataset import SPLITS, Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import Collected, collect, order_score
+from mtrec_jax.evaluation.collect import Collected, collect, has_order, order_score
 from mtrec_jax.evaluation.comparison import Metrics, compare
 from mtrec_jax.evaluation.metrics import (
     Statistic,
@@ -125,7 +124,7 @@ def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) ->
     binary = [n for n in objective if experiment.tasks[n].kind == "binary"]
     scores = {"fused": collected.fused}
     for name in experiment.tasks:
-        if all(_is_number(c) for c in prepared.manifest.tasks[name].classes):
+        if has_order(prepared.manifest.tasks[name].classes):
             scores[name] = order_score(collected.logits[name])
     found: dict[str, Metrics] = {name: {} for name in scores}
     chosen = collected.retrieved
@@ -160,13 +159,6 @@ def _intervals(
         }
         for task, (statistics, rows) in measured.items()
     }
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _without_nan(value: Any) -> Any:

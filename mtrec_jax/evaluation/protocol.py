@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import ANY, Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.errors import ConfigError
 
@@ -27,7 +27,9 @@ class Protocol:
     task: str = ""  # the retrieval task; "": nothing is ranked
     candidates: str = "all items"
     items: int = 0  # size of the catalogue
-    exclude_seen: bool = False  # items of earlier splits are no candidates
+    exclude_seen: bool = False  # seen items of earlier splits are no candidates
+    seen: tuple[str, ...] = ()  # binary tasks of which a 1 makes an item seen, or "any" event
+    seen_targets: str = ""  # a target that was seen: "missed", as nobody could recommend it
     ties: str = "lower item first"
     ks: tuple[int, ...] = ()
 
@@ -35,7 +37,10 @@ class Protocol:
         """One sentence."""
         if not self.task:
             return self.data
-        seen = "those of earlier splits left out" if self.exclude_seen else "seen ones as well"
+        seen = "seen ones as well"
+        if self.exclude_seen:
+            of = "" if self.seen == (ANY,) else f" with {' or '.join(self.seen)}"
+            seen = f"those of earlier splits{of} left out (targets too: {self.seen_targets})"
         return (
             f"{self.data}; {self.task} ranked among {self.candidates} ({self.items:,}), {seen}, of "
             f"equals the {self.ties}, at {', '.join(map(str, self.ks))}"
@@ -59,7 +64,9 @@ def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
     ranked: dict[str, Any] = {}
     if retrieval:
         ranked = {"task": retrieval[0], "items": manifest.items, "ks": evaluate.ks}
-        ranked["exclude_seen"] = evaluate.exclude_seen
+    if retrieval and evaluate.exclude_seen:
+        seen = seen_behaviours(experiment) or (ANY,)
+        ranked |= {"exclude_seen": True, "seen": seen, "seen_targets": "missed"}
     return Protocol(
         data=manifest.protocol,
         split=split.kind,

@@ -29,6 +29,7 @@ from mtrec_jax.kernels.programs import NEVER
 from mtrec_jax.types import Array
 
 METRICS = ("cosine", "dot")
+_FIXED = 4096  # columns of exclude lists whose sizes are kept, however few of them are filled
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError),
     *(NotImplementedError, zipfile.BadZipFile),
@@ -41,7 +42,8 @@ class ItemIndex:
     Norms, the check for NaN, padding and the place on the devices are paid once, here. NumPy arrays
     are copied; for cosine, float32 rows become rows of length 1. Arrays of JAX and rows of fewer
     bits stay as they are, with their inverse norms beside them. Searches keep up to 128 MB of
-    memory for scores, as long as the index lives.
+    memory for scores, as long as the index lives. Threads may share an index: answers are the same,
+    and come one after the other, as each search uses all cores.
 
     Args:
       items: [N, D], floating or integer; N may be 0.
@@ -115,7 +117,9 @@ class ItemIndex:
         Args:
           queries: [Q, D], floating or integer; Q may be 0.
           k: results per query. Places that no admissible item can fill, as with k > N, hold the
-            score -inf and the id -1 ("" where ids are texts).
+            score -inf and the id -1 ("" where ids are texts). The larger k, the fewer queries go
+            through a program at a time, so that the vectors of k items of each fit 128 MB, or those
+            of one query.
           exclude: [Q, X] ids that a query must not get, filled up with -1 ("" for texts).
           allowed: [N] booleans, which items may be found; or [G, N], one row a group of queries.
           group: [Q], which row of `allowed` holds for a query.
@@ -126,10 +130,13 @@ class ItemIndex:
         """
         checks.queries(queries, self.shape)
         k = checks.positive(k)
-        found = self._run("topk", queries, exclude, allowed, group, k)
-        dtype = self._score_dtype(queries)
-        scores = np.concatenate([np.zeros((0, k), dtype), *(scores for scores, _ in found)])
-        ids = np.concatenate([np.zeros((0, k), np.int32), *(ids for _, ids in found)])
+        kept = min(k, len(self)) or 1  # devices are not asked for places that nothing can fill
+        found = self._run("topk", queries, exclude, allowed, group, kept)
+        scores = np.full((len(queries), k), -np.inf, self._score_dtype(queries))
+        ids = np.full((len(queries), k), -1, np.int32)
+        if found:
+            scores[:, :kept] = np.concatenate([scores for scores, _ in found])
+            ids[:, :kept] = np.concatenate([ids for _, ids in found])
         return scores, self._raw(ids)
 
     def rank(
@@ -222,7 +229,8 @@ class ItemIndex:
         dtype, answers = self._score_dtype(queries), []
         program = programs.program(self.mesh, what, self._memory)
         size = streaming.group_size(goal) if what == "topk" else streaming.RANK_GROUP
-        for chunk in programs.chunks(len(host), self._items, size, self.mesh):
+        kept = goal if what == "topk" else 1
+        for chunk in programs.chunks(len(host), self._items, size, self.mesh, kept):
             rows, *told = programs.prepared(_padded(host, chunk), dtype, self.metric)
             first_bad, longest = jax.device_get(told)
             if first_bad >= 0:
@@ -275,7 +283,10 @@ class ItemIndex:
 
 
 def _lists(exclude: np.ndarray | None) -> Admissible:
-    """Exclude lists [Q, X] in the two orders in which they are needed, in few sizes."""
+    """Exclude lists [Q, X] in the two orders in which they are needed, in few sizes.
+
+    Up to `_FIXED` columns, the sizes follow from Q and X alone: other ids compile nothing.
+    """
     if exclude is None or not exclude.size:
         return Admissible()
     given = exclude != NEVER
@@ -283,10 +294,12 @@ def _lists(exclude: np.ndarray | None) -> Admissible:
     query, item = np.repeat(np.arange(len(exclude)), counts), exclude[given].astype(np.int64)
     # One sort of one number a pair is far faster than sorting rows, most of which are filling.
     query, item = _unpacked(np.sort(query << 32 | item))
-    width = 1 << max(int(counts.max()) - 1, 0).bit_length()
+    least = min(exclude.shape[1], _FIXED)
+    width = 1 << (max(int(counts.max()), least) - 1).bit_length()
     by_query = np.full((len(exclude), width), NEVER, np.int32)
     by_query[query, np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)] = item
-    entries = np.full((2, 1 << max(len(item) - 1, 7).bit_length()), NEVER, np.int32)
+    size = 1 << (max(len(item), len(exclude) * least, 256) - 1).bit_length()
+    entries = np.full((2, size), NEVER, np.int32)
     entries[:, : len(item)] = _unpacked(np.sort(item << 32 | query))
     return Admissible(by_query, entries)  # type: ignore[arg-type]
 

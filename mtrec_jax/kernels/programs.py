@@ -65,13 +65,17 @@ def prepared(
     return rows, first, jnp.max(norms, initial=0) * 1.001
 
 
-def chunks(rows: int, items: Items, group: int, mesh: Mesh | None) -> Iterator[slice]:
-    """Which queries go through a program together."""
+def chunks(
+    rows: int, items: Items, group: int, mesh: Mesh | None, kept: int = 1
+) -> Iterator[slice]:
+    """Which queries go through a program together, if `kept` items of each are scored anew."""
     count = max(len(items.vectors), 1)
     most = _MEMORY // (4 * count)
     if mesh is not None or most < _FEWEST:
         most = _MAXIMA * group // count
     size = min(_CHUNK, 1 << max(most.bit_length() - 1, 3))
+    room = max(_MEMORY // (4 * max(items.vectors.shape[1], 1) * max(kept, 1)), 1)
+    size = min(size, 1 << (room.bit_length() - 1))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 

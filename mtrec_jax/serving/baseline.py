@@ -12,7 +12,7 @@ import pyarrow as pa
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_whole_number
 from mtrec_jax.baselines import BASELINES, Predicts, Ranks
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import met_items
@@ -29,6 +29,7 @@ class BaselineRecommender:
 
     prepared: Prepared
     fitted: Ranks | Predicts
+    behaviours: tuple[str, ...] = ()  # binary tasks of which a 1 makes an item seen; (): any event
 
     def recommend(self, users: Iterable[Any], k: int = 10, *, exclude_seen: bool = True) -> Result:
         """The k best items of each user, given the user's whole stored history.
@@ -36,7 +37,7 @@ class BaselineRecommender:
         Args:
           users: raw user ids; one who is not in the data has no history.
           k: items a user; fewer come back where there are fewer.
-          exclude_seen: leave out what the user has met.
+          exclude_seen: leave out what the user has seen, as `evaluate.seen` says.
 
         Returns:
           A `Result`, a row an item: user, known, rank, item, title, score.
@@ -51,11 +52,15 @@ class BaselineRecommender:
         n = prepared.manifest.items
         k = a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
         ids = np.array([prepared.user_ids.get(name, UNKNOWN) for name in names], np.int64)
-        met = met_items(prepared)[0]
+        met, _, counted = met_items(prepared, self.behaviours)
+        before = np.concatenate([[0], np.cumsum(counted)])[met.offsets]
+        seen_of = Lists(met.values[counted], before)
         past = [met[user - FIRST] if user >= FIRST else met.values[:0] for user in ids]
-        offsets = np.cumsum([0, *map(len, past)])
-        history = Lists(np.concatenate([met.values[:0], *past]), offsets)
-        seen = Lists(history.values.astype(np.int64) - FIRST, offsets) if exclude_seen else None
+        history = _joined(past)
+        seen = None
+        if exclude_seen:
+            known = [seen_of[user - FIRST] if user >= FIRST else met.values[:0] for user in ids]
+            seen = _joined([items.astype(np.int64) - FIRST for items in known])
         scorer = self.fitted.scorer(ids, history)
         scores, found = top_items(scorer, np.arange(len(ids)), k, seen, n)
         row, place = np.nonzero(found >= 0)
@@ -69,6 +74,11 @@ class BaselineRecommender:
             "score": scores[row, place],
         }
         return Result(pa.table(columns))
+
+
+def _joined(parts: list[np.ndarray]) -> Lists:
+    values = np.concatenate([np.zeros(0, np.int64), *parts])
+    return Lists(values, np.cumsum([0, *map(len, parts)]))
 
 
 def fit_baseline(
@@ -86,4 +96,5 @@ def fit_baseline(
       ConfigError: there is no such baseline or option.
     """
     options = choices.read(choices.Choice(BASELINES), baseline, "baseline")
-    return BaselineRecommender(prepared, options.fit(training_interactions(experiment, prepared)))
+    fitted = options.fit(training_interactions(experiment, prepared))
+    return BaselineRecommender(prepared, fitted, seen_behaviours(experiment))

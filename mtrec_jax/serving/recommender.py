@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
+from mtrec_jax.compilation import use_compilation_cache
+from mtrec_jax.config import seen_behaviours
 from mtrec_jax.errors import ConfigError, DataError, nearest
+from mtrec_jax.evaluation.collect import has_order, order_score
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
+from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
 from mtrec_jax.serving.requests import (
     BATCH,
     SIZES,
@@ -22,15 +30,34 @@ from mtrec_jax.serving.requests import (
     Moments,
     Requests,
     check_id,
+    portions,
     raw_texts,
 )
 from mtrec_jax.serving.result import Result
 from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
 from mtrec_jax.types import FIRST, UNKNOWN, UserStates
 
+WIDE = 512  # candidates of a wider answer than `evaluate.candidates`; then 8 times as many, …
+SEEN = (1024, 4096)  # bounds of the seen items of a user that are taken out by a list
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What `recommend` is asked of all its users."""
+
+    k: int
+    mask: np.ndarray  # [N] bool: items that may be shown
+    exclude_seen: bool
+    order_by: str  # a task, or "fused"
+    popular: bool  # strangers without a history get the most popular items
+
 
 class Recommender:
     """Recommendations and predictions of a trained run.
+
+    Programs are compiled when they are first needed, or all at once by `warm_up`, as `load` does.
+    Threads may share one: answers are the same, and come one after the other, as each uses all
+    cores.
 
     Args:
       run: from `train` or `open_run`, or the path of a run folder.
@@ -51,13 +78,38 @@ class Recommender:
         self._vectors = self._serving.own(vectors) if self.prepared.manifest.items else vectors
         self._index = ItemIndex(self._vectors[FIRST:])
         sizes = SIZES if mesh is None else (BATCH,)  # over devices a batch comes in equal parts
-        self._encoder = Encoder(self.prepared, self.experiment.train.precision, sizes)
+        behaviours = seen_behaviours(self.experiment)
+        precision = self.experiment.train.precision
+        self._encoder = Encoder(self.prepared, precision, sizes, behaviours)
+        self._compiled: set[tuple[int, int]] | None = None  # (users, candidates), once warm
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.experiment.tasks)
         return (
             f"Recommender({self.experiment.name!r}, step {self.step}: {tasks}; {self.prepared!r})"
         )
+
+    def warm_up(self) -> float:
+        """Compile what requests need, so that none has to wait: the seconds it took.
+
+        That is up to 512 users or pairs at once, any history and filters, `predict`,
+        `similar_items`, and k up to 512. What is larger, and `recommend_all`, compiles once for
+        batches of 256, and a larger k once for each of 4,096, 32,768, …; both say so.
+        """
+        start = time.perf_counter()
+        size = self._encoder.sizes[0]
+        states = self._states(self._encoder.empty(size))
+        self._answer(states, np.full((size, 1), UNKNOWN))
+        compiled = {(size, 0)}
+        if self._has_retrieval:
+            mask, nothing = np.ones(len(self._index), bool), [np.zeros(0, np.int64)] * size
+            for width in sorted({self._width(1), self._width(min(WIDE, len(self._index)))}):
+                found = self._search(np.asarray(states.vectors)[:, 0], width, nothing, mask)
+                self._answer(states, found)
+                compiled.add((size, width))
+            self._vectors_of(np.full(1, FIRST))
+        self._compiled = compiled
+        return time.perf_counter() - start
 
     def recommend(
         self,
@@ -66,16 +118,19 @@ class Recommender:
         *,
         histories: Sequence[History] | None = None,
         request: Moments = None,
-        allowed: Iterable[Any] | None = None,
-        blocked: Iterable[Any] = (),
+        allowed: Ids = None,
+        blocked: Ids = (),
         exclude_seen: bool = True,
-        on_unknown: Literal["popular", "error"] = "popular",
+        order_by: str = "fused",
+        on_unknown: Literal["popular", "model", "error"] = "popular",
+        unknown_items: UnknownItems = "ignore",
     ) -> Result:
         """The k best items of each user, in the fused order.
 
         Candidates are the nearest items by cosine; the towers predict every task for them and the
-        fusion puts them in order. A user who is not in the data gets the most popular items (or,
-        with a history, a real answer), and `known` is false.
+        fusion puts them in order. A user who is not in the data gets the most popular items, of
+        which the model says nothing: score and predictions are null. With a history such a user
+        gets a real answer. In both cases `known` is false.
 
         Args:
           users: raw user ids, length U.
@@ -85,24 +140,35 @@ class Recommender:
             mapping {"item": [...], "<history feature>": [...]}.
           request: what is known of the moment, {"<request feature, or its column>": value}, for all
             users, or a list with one each; what is left out is missing.
-          allowed: raw item ids to choose from; None: the whole catalogue.
-          blocked: raw item ids never to be shown.
-          exclude_seen: leave out what the user's history holds.
-          on_unknown: "error" raises for a user who is not in the data.
+          allowed: raw item ids to choose from, or a `pathlib.Path` of a file of them: an id a line,
+            or a .csv, .tsv, .jsonl or .parquet with the data's column of items; None: the whole
+            catalogue.
+          blocked: raw item ids never to be shown, or such a file.
+          exclude_seen: leave out what the user has seen, as the run's `evaluate.seen` says.
+          order_by: a task whose prediction puts the candidates in order instead of the fusion.
+          on_unknown: of a user who is neither in the data nor has a history: "popular"; "model"
+            asks the model about a stranger; "error" raises for any user who is not in the data.
+          unknown_items: "error" refuses ids of the filters that are not in the catalogue; "ignore"
+            counts them in `Result.ignored`.
 
         Returns:
           A `Result`, a row an item: user, known, rank, item, title, score, every task's
           prediction, and the fusion's weight of each task. The score is the one of the final
-          order: the fused one, or for a user without data and history the item's training events.
+          order: the fused one, or the prediction of the task `order_by`.
 
         Raises:
-          ConfigError: the run has no retrieval task, or `on_unknown` is neither of the two.
-          DataError: k is below 1 or above the catalogue; unknown item ids in the filters or the
-            histories; unknown users with on_unknown="error"; a text instead of a list of ids.
+          ConfigError: the run has no retrieval task, no such task to order by, or an option is none
+            of those above.
+          DataError: k is below 1 or above the catalogue; unknown item ids in the histories, or with
+            unknown_items="error" in the filters; no item is left; unknown users with
+            on_unknown="error"; a text instead of a list of ids.
         """
         users = raw_texts("users", users)
-        one_of("on_unknown", on_unknown, ("popular", "error"))
-        k, subset = self._admissible(k, allowed, blocked, exclude_seen)
+        one_of("on_unknown", on_unknown, ("popular", "model", "error"))
+        self._check_order(order_by)
+        k = self._checked(k, exclude_seen)
+        filters = read_filters(self.prepared, allowed, blocked, unknown_items)
+        asked = _Question(k, filters.mask, exclude_seen, order_by, on_unknown == "popular")
         if histories is not None:
             histories = a_list("histories", histories)
             if len(histories) != len(users):
@@ -111,35 +177,44 @@ class Recommender:
         if on_unknown == "error":
             self._refuse_unknown(users)
         tables = []
-        for start in range(0, max(len(users), 1), BATCH):
-            part = users[start : start + BATCH]
-            fresh = None if histories is None else histories[start : start + BATCH]
-            encoded = self._encoder.users(part, fresh, moments[start : start + BATCH])
-            tables.append(self._recommend_batch(part, k, encoded, subset, exclude_seen))
-        return Result(pa.concat_tables(tables))
+        for part in portions(len(users), self._encoder.sizes):
+            fresh = None if histories is None else histories[part]
+            encoded = self._encoder.users(users[part], fresh, moments[part])
+            tables.append(self._recommend_batch(users[part], encoded, asked))
+        return Result(pa.concat_tables(tables), filters.ignored)
 
     def recommend_all(
         self,
         k: int = 10,
         *,
-        allowed: Iterable[Any] | None = None,
-        blocked: Iterable[Any] = (),
+        allowed: Ids = None,
+        blocked: Ids = (),
         exclude_seen: bool = True,
+        order_by: str = "fused",
+        unknown_items: UnknownItems = "ignore",
     ) -> Iterator[pa.Table]:
         """`recommend` for every user in the data, a table per few hundred users.
 
         Several processes share the users: each gets tables of its own part, equally many.
         """
         users = self.prepared.user_names
-        k, subset = self._admissible(k, allowed, blocked, exclude_seen)
+        self._check_order(order_by)
+        k = self._checked(k, exclude_seen)
+        mask = read_filters(self.prepared, allowed, blocked, unknown_items).mask
+        asked = _Question(k, mask, exclude_seen, order_by, popular=True)
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
             encoded = self._encoder.users(part, None, moments_of(None, len(part)))
-            yield self._recommend_batch(part, k, encoded, subset, exclude_seen)
+            yield self._recommend_batch(part, encoded, asked)
 
     def predict(
-        self, users: Iterable[Any], items: Iterable[Any], *, request: Moments = None
+        self,
+        users: Iterable[Any],
+        items: Iterable[Any],
+        *,
+        request: Moments = None,
+        on_unknown: Literal["null", "model"] = "null",
     ) -> Result:
         """Every task's prediction for (user, item) pairs, given the users' stored histories.
 
@@ -149,6 +224,8 @@ class Recommender:
         Args:
           users, items: raw ids, equally many.
           request: what is known of the moments, as in `recommend`.
+          on_unknown: predictions of a pair whose user or item is not in the data are null; "model":
+            what the model says of one that it does not know.
 
         Returns:
           A `Result`, a row a pair in the given order: user, item, known (both are in the data),
@@ -156,27 +233,29 @@ class Recommender:
           column per class.
 
         Raises:
-          ConfigError: the data has no users or no items; use `predict_rows`.
+          ConfigError: the data has no users or no items, use `predict_rows`; or `on_unknown` is
+            neither of the two.
           DataError: different lengths, or a text instead of a list of ids.
         """
         if not self._has_pairs:
             raise ConfigError("this run predicts rows, not (user, item) pairs: use predict_rows")
+        one_of("on_unknown", on_unknown, ("null", "model"))
         users, items = raw_texts("users", users), raw_texts("items", items)
         if len(users) != len(items):
             raise DataError(f"predict: {len(users)} users and {len(items)} items; give pairs")
         tables, moments = [], moments_of(request, len(users))
-        for start in range(0, max(len(users), 1), BATCH):
-            part = users[start : start + BATCH]
-            pairs = items[start : start + BATCH]
-            encoded = self._encoder.users(part, None, moments[start : start + BATCH], pairs)
+        for part in portions(len(users), self._encoder.sizes):
+            pairs = items[part]
+            encoded = self._encoder.users(users[part], None, moments[part], pairs)
             ids = np.array([self.prepared.item_ids.get(i, UNKNOWN) for i in pairs], np.int32)
-            columns: dict[str, Any] = {"user": part, "item": pairs}
-            columns["known"] = encoded.known & (ids >= FIRST)
+            known = encoded.known & (ids >= FIRST)
+            columns: dict[str, Any] = {"user": users[part], "item": pairs, "known": known}
             answer = self._answer(self._states(encoded), ids[:, None])
-            tables.append(pa.table(columns | self._task_columns(answer, len(part))))
+            told = known | (on_unknown == "model")
+            tables.append(pa.table(columns | self._task_columns(answer, _first(pairs), told)))
         return Result(pa.concat_tables(tables))
 
-    def predict_rows(self, rows: Any) -> Result:
+    def predict_rows(self, rows: Any, *, on_unknown: Literal["null", "model"] = "null") -> Result:
         """Every task's prediction for raw rows: features of the request, and where the data has
         them user and item; a user's stored history and features are used.
 
@@ -184,30 +263,35 @@ class Recommender:
           rows: a pandas, Polars or Arrow table, or the path of a file: .csv, .tsv, .jsonl or
             .parquet, the first three also .gz or .zst; with another suffix it is of the training
             files' format.
+          on_unknown: as in `predict`.
 
         Returns:
           A `Result`, a row each in the given order: row, where the data has users or items known
           (they are in the data), and every task's prediction as in `predict`.
 
         Raises:
+          ConfigError: `on_unknown` is neither of the two.
           DataError: a missing file or column, or a cell that is no number where one is needed.
         """
         from mtrec_jax.data.new_rows import encode_requests  # loads an engine
 
+        one_of("on_unknown", on_unknown, ("null", "model"))
         arrays, data = encode_requests(self.prepared, rows), self.experiment.data
         n = len(arrays["user"])
         known = np.ones(n, bool)
         for asked, ids in ((data.user, arrays["user"]), (data.item, arrays["candidate"][:, 0])):
             known &= (ids >= FIRST) | (not asked)
         tables = []
-        for start in range(0, max(n, 1), BATCH):
-            part = {name: a[start : start + BATCH] for name, a in arrays.items()}
-            count = len(part["user"])
+        for place in portions(n, self._encoder.sizes):
+            part = {name: a[place] for name, a in arrays.items()}
             answer = self._answer(self._states(self._encoder.rows(part)), part["candidate"])
-            columns: dict[str, Any] = {"row": np.arange(start, start + count)}
+            columns: dict[str, Any] = {"row": np.arange(place.start, place.stop)}
             if data.user or data.item:
-                columns["known"] = known[start : start + count]
-            tables.append(pa.table(columns | self._task_columns(answer, count)))
+                columns["known"] = known[place]
+            told = known[place] | (on_unknown == "model")
+            tables.append(
+                pa.table(columns | self._task_columns(answer, _first(part["user"]), told))
+            )
         return Result(pa.concat_tables(tables))
 
     def similar_items(self, item: Any, k: int = 10) -> Result:
@@ -216,44 +300,44 @@ class Recommender:
         Raises:
           DataError: an unknown item, or k is below 1 or above the catalogue.
         """
-        k, _ = self._admissible(k, None, ())
+        k = self._checked(k, True)
         check_id("item", item)
         own = self._encoder.item_ids([item], "item")
-        query = self._vectors[own]
-        scores, index = self._index.search(query, k, (own - FIRST)[:, None])
-        found = np.asarray(index[0])
+        mask = np.ones(len(self._index), bool)
+        mask[own - FIRST] = False
+        queries = self._vectors_of(own)
+        width = self._width(k)
+        with_none = [np.zeros(0, np.int64)] * len(queries)
+        scores, index = self._nearest(queries, width, with_none, mask)
+        found = index[0][:k]
         found = found[found >= 0]
         raw = self.prepared.item_names
         columns = {
             "rank": np.arange(1, len(found) + 1),
             "item": [raw[i] for i in found],
             "title": [self.prepared.titles[i] for i in found],
-            "cosine": np.asarray(scores[0])[: len(found)],
+            "cosine": scores[0][: len(found)],
         }
         return Result(pa.table(columns))
 
-    def _recommend_batch(
-        self,
-        users: list[str],
-        k: int,
-        encoded: Requests,
-        subset: np.ndarray,
-        exclude_seen: bool,
-    ) -> pa.Table:
+    def _recommend_batch(self, users: list[str], encoded: Requests, asked: _Question) -> pa.Table:
+        n = len(users)
         states = self._states(encoded)
-        candidates = self._candidates(encoded, states, k, subset, exclude_seen)
-        answer = self._answer(states, candidates)
-        n = len(candidates)
-        real = candidates >= FIRST
-        fused = np.where(real, np.asarray(answer.fused)[:n], -np.inf)
+        seen = self._seen_of(encoded, asked, len(states.cutoff))
+        width = self._width(asked.k)
+        candidates = self._search(np.asarray(states.vectors)[:, 0], width, seen, asked.mask)[:n]
         # without any history the model has nothing to say: popularity keeps its order
-        nothing = ~encoded.known & (encoded.batch.cutoff[:n, 0] == 0)
-        popularity = self._popularity()[candidates].astype(fused.dtype)
-        fused = np.where(nothing[:, None] & real, popularity, fused)
-        order = np.argsort(-fused, axis=1, kind="stable")[:, :k]
+        nothing = asked.popular & ~encoded.known & (encoded.batch.cutoff[:n, 0] == 0)
+        for stranger in np.flatnonzero(nothing):
+            candidates[stranger] = self._popular(seen[stranger], asked.mask, width)
+        answer = self._answer(states, candidates)
+        real = candidates >= FIRST
+        key, score = self._order(answer, asked.order_by, n)
+        key = np.where(nothing[:, None], -np.arange(width, dtype=key.dtype), key)
+        order = np.argsort(-np.where(real, key, -np.inf), axis=1, kind="stable")[:, : asked.k]
         row, rank = np.nonzero(np.take_along_axis(real, order, axis=1))
         place = order[row, rank]
-        chosen = candidates[row, place] - FIRST
+        chosen, told = candidates[row, place] - FIRST, ~nothing[row]
         raw, titles = self.prepared.item_names, self.prepared.titles
         columns: dict[str, Any] = {
             "user": pa.array([users[i] for i in row], pa.string()),  # of a type, even if empty
@@ -261,53 +345,100 @@ class Recommender:
             "rank": rank + 1,
             "item": pa.array([raw[i] for i in chosen], pa.string()),
             "title": pa.array([titles[i] for i in chosen], pa.string()),
-            "score": fused[row, place],
+            "score": pa.array(score[row, place], mask=~told),
         }
-        columns |= self._task_columns(answer, n, (row, place))
+        columns |= self._task_columns(answer, (row, place), told)
         weights = np.asarray(answer.weights)[:n][row, place]
-        columns |= {f"weight {t}": weights[:, i] for i, t in enumerate(self.experiment.tasks)}
+        for i, task in enumerate(self.experiment.tasks):
+            columns[f"weight {task}"] = pa.array(weights[:, i], mask=~told)
         return pa.table(columns)
 
-    def _candidates(
-        self,
-        encoded: Requests,
-        states: UserStates,
-        k: int,
-        subset: np.ndarray,
-        exclude_seen: bool,
-    ) -> np.ndarray:
-        """Item ids [n, K] to put in order, unknown (1) where there are fewer.
+    def _width(self, k: int) -> int:
+        """Candidates that are put in order: `evaluate.candidates`, or the first of 512, 4,096, …
+        that has room for k; few compiled shapes."""
+        width = self.experiment.evaluate.candidates
+        wider = WIDE
+        while width < k:
+            width, wider = max(width, wider), 8 * wider
+        return min(width, len(self._index))
 
-        K is `evaluate.candidates`, doubled until k fit in: few compiled shapes.
-        """
-        n, count = len(encoded.known), self.experiment.evaluate.candidates
-        while count < k:
-            count *= 2
-        count = min(count, len(self._index))
-        allowed = np.zeros(len(self._index), bool)
-        allowed[subset - FIRST] = True
-        width = max(int(np.diff(encoded.seen.offsets).max(initial=0)), 1)
-        width = 1 << (width - 1).bit_length()  # few compiled shapes
-        exclude = np.full((len(encoded.batch.user), width), -1, np.int32)
-        if exclude_seen:
-            for i in range(n):
-                seen = encoded.seen[i]
-                exclude[i, : len(seen)] = np.maximum(seen - FIRST, -1)
-        queries = np.asarray(states.vectors)[:, 0]
-        found = self._index.search(queries, count, exclude, allowed)[1][:n]
-        nothing = np.flatnonzero(~encoded.known & (encoded.batch.cutoff[:n, 0] == 0))
-        for row in nothing:
-            free = np.setdiff1d(subset, encoded.seen[row]) if exclude_seen else subset
-            best = free[np.argsort(-self._popularity()[free], kind="stable")[:count]]
-            found[row] = -1
-            found[row, : len(best)] = best - FIRST
+    def _seen_of(self, encoded: Requests, asked: _Question, size: int) -> list[np.ndarray]:
+        """Catalogue indexes, each once, that each of a batch must not be shown."""
+        seen = [np.zeros(0, np.int64)] * size
+        if asked.exclude_seen:
+            for i in range(len(encoded.known)):
+                items = np.unique(encoded.seen[i])
+                seen[i] = items[items >= FIRST] - FIRST
+        return seen
+
+    def _search(
+        self, queries: np.ndarray, width: int, seen: list[np.ndarray], mask: np.ndarray
+    ) -> np.ndarray:
+        """Item ids [B, width] by falling cosine, unknown (1) where there are fewer."""
+        found = self._nearest(queries, width, seen, mask)[1]
         return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
 
-    def _popularity(self) -> np.ndarray:
+    def _nearest(
+        self, queries: np.ndarray, width: int, seen: list[np.ndarray], mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and catalogue indexes [B, width], -1 where there are fewer.
+
+        A user who has seen more than a list holds is asked for alone, with a mask: the sizes, and
+        so the programs, are always the same.
+        """
+        room = SEEN[0] if self._encoder.most_seen <= SEEN[0] else SEEN[1]
+        room = min(room, 1 << (len(mask) - 1).bit_length())
+        exclude = np.full((len(queries), room), -1, np.int32)
+        for row, items in enumerate(seen):
+            if len(items) <= room:
+                exclude[row, : len(items)] = items
+        self._announce(len(queries), width)
+        scores, found = self._index.search(queries, width, exclude, mask)
+        for row in (row for row, items in enumerate(seen) if len(items) > room):
+            own = mask.copy()
+            own[seen[row]] = False
+            alone = np.repeat(queries[row : row + 1], self._encoder.sizes[0], axis=0)
+            none = np.full((len(alone), room), -1, np.int32)
+            found_alone = self._index.search(alone, width, none, own)
+            scores[row], found[row] = (array[0] for array in found_alone)
+        return scores, found
+
+    def _announce(self, size: int, width: int = 0) -> None:
+        """A word about programs that were not compiled ahead."""
+        if self._compiled is not None and (size, width) not in self._compiled:
+            self._compiled.add((size, width))
+            what = f", {width:,} candidates each" if width else ""
+            _say(f"compiling for batches of {size}{what}; the next ones do without")
+
+    def _order(self, answer: Answer, order_by: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """What candidates are ordered by, and the score that is shown: [n, K] both."""
+        if order_by == "fused":
+            fused = np.asarray(answer.fused)[:n]
+            return fused, fused
+        logits = np.asarray(answer.logits[order_by])[:n]
+        if logits.ndim == 2:
+            return logits, np.asarray(answer.predictions[order_by])[:n]
+        flat = order_score(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape[:2])
+        return flat, flat
+
+    def _popular(self, seen: np.ndarray, mask: np.ndarray, width: int) -> np.ndarray:
+        """Item ids [width] by falling number of training events, unknown where there are fewer."""
+        free = mask.copy()
+        free[seen] = False
+        items = np.flatnonzero(free)
         counts = self.prepared.items.column("count").to_numpy()
-        return np.concatenate([np.zeros(FIRST, counts.dtype), counts])
+        best = items[np.argsort(-counts[items], kind="stable")[:width]]
+        found = np.full(width, UNKNOWN, np.int32)
+        found[: len(best)] = best + FIRST
+        return found
+
+    def _vectors_of(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of item ids, as many as the smallest batch has: [B, D]."""
+        places = pad_rows(ids.astype(np.int32), self._encoder.sizes[0], FIRST)
+        return np.asarray(jnp.take(self._vectors, places, axis=0))
 
     def _states(self, encoded: Requests) -> UserStates:
+        self._announce(len(encoded.batch.user))
         return self._serving.states(*self._shared, encoded.batch)
 
     def _answer(self, states: UserStates, candidates: np.ndarray) -> Answer:
@@ -315,41 +446,37 @@ class Recommender:
         return self._serving.answer(self._params, states, self._vectors, ids)
 
     def _task_columns(
-        self, answer: Answer, n: int, where: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Predictions as columns, in the order of the tasks; a column per class for multiclass."""
-        rows, places = where if where is not None else (np.arange(n), np.zeros(n, int))
+        self, answer: Answer, where: tuple[np.ndarray, np.ndarray], told: np.ndarray
+    ) -> dict[str, pa.Array]:
+        """Predictions at (rows, places) as columns, in the order of the tasks, null where nothing
+        can be told; a column per class for multiclass."""
         columns = {}
         for task in self.experiment.tasks:
-            values = np.asarray(answer.predictions[task])[rows, places]
+            values = np.asarray(answer.predictions[task])[where].astype(np.float32)
             if values.ndim == 1:
-                columns[task] = values.astype(np.float32)
+                columns[task] = pa.array(values, mask=~told)
             else:
                 for c, name in enumerate(self.prepared.manifest.tasks[task].classes):
-                    columns[f"{task} {name}"] = values[:, c].astype(np.float32)
+                    columns[f"{task} {name}"] = pa.array(values[:, c].copy(), mask=~told)
         return columns
 
-    def _admissible(
-        self,
-        k: int,
-        allowed: Iterable[Any] | None,
-        blocked: Iterable[Any] | None,
-        exclude_seen: bool = True,
-    ) -> tuple[int, np.ndarray]:
-        """k, and the item ids that may be recommended, sorted."""
+    def _checked(self, k: int, exclude_seen: bool) -> int:
+        """k, of a run that can recommend."""
         one_of("exclude_seen", exclude_seen, (True, False))
-        if not any(t.kind == "retrieval" for t in self.experiment.tasks.values()):
+        if not self._has_retrieval:
             raise ConfigError("this run has no retrieval task, so it cannot recommend; use predict")
         n = self.prepared.manifest.items
-        k = a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
-        ids = np.arange(FIRST, n + FIRST, dtype=np.int64)
-        if allowed is not None:
-            ids = np.unique(self._encoder.item_ids(allowed, "allowed"))
-        if blocked is not None:
-            ids = np.setdiff1d(ids, self._encoder.item_ids(blocked, "blocked"))
-        if not len(ids):
-            raise DataError("the filters allowed and blocked leave no item")
-        return k, ids
+        return a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
+
+    def _check_order(self, order_by: str) -> None:
+        """Refuse what is no order: a task of classes that are not all numbers has none."""
+        tasks = self.prepared.manifest.tasks
+        orders = [name for name in self.experiment.tasks if has_order(tasks[name].classes)]
+        one_of("order_by", order_by, ("fused", *orders))
+
+    @property
+    def _has_retrieval(self) -> bool:
+        return any(t.kind == "retrieval" for t in self.experiment.tasks.values())
 
     @property
     def _has_pairs(self) -> bool:
@@ -363,6 +490,15 @@ class Recommender:
                     f"user {user!r} is not in the data of {self.run.folder}.{hint} Pass a history, "
                     'or on_unknown="popular" for the most popular items'
                 )
+
+
+def _first(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(row, place) of the only candidate of each of the rows."""
+    return np.arange(len(rows)), np.zeros(len(rows), int)
+
+
+def _say(text: str) -> None:
+    print(f"mtrec: {text}", file=sys.stderr)
 
 
 def moments_of(request: Moments, n: int) -> list[Mapping[str, Any]]:
@@ -383,21 +519,33 @@ def moments_of(request: Moments, n: int) -> list[Mapping[str, Any]]:
 
 
 def load(
-    folder: str | Path, prepared: str | Path | None = None, extensions: Iterable[type] = ()
+    folder: str | Path,
+    prepared: str | Path | None = None,
+    extensions: Iterable[type] = (),
+    warm: bool = True,
 ) -> Recommender:
-    """The recommender of a run folder.
+    """The recommender of a run folder, ready to answer.
 
     Args:
       folder: of a run, or what `fit` was given.
       prepared, extensions: as `open_run` takes them.
+      warm: compile now what requests need (`Recommender.warm_up`), and say on standard error how
+        long it took; False: when they come, which is faster where only one does. Programs are kept
+        for the next process, as those of the commands are.
     """
     folder = a_path("folder", folder)
     if (folder / "run" / "config.toml").is_file():  # of `fit`; it may have been moved as a whole
         folder, prepared = folder / "run", prepared or folder / "prepared"
-    return Recommender(open_run(folder, prepared, extensions))
+    use_compilation_cache()
+    recommender = Recommender(open_run(folder, prepared, extensions))
+    if warm:
+        _say(f"compiled for all requests in {recommender.warm_up():.1f} s")
+    return recommender
 
 
-def predict_file(recommender: Recommender, rows: str | Path) -> Result:
+def predict_file(
+    recommender: Recommender, rows: str | Path, on_unknown: Literal["null", "model"] = "null"
+) -> Result:
     """Predictions for a file: raw rows, or pairs in the columns of user and item.
 
     Raises:
@@ -405,9 +553,9 @@ def predict_file(recommender: Recommender, rows: str | Path) -> Result:
     """
     config, manifest = recommender.experiment.data, recommender.prepared.manifest
     if not (config.user and config.item) or manifest.request_ids or manifest.request_numbers:
-        return recommender.predict_rows(rows)
+        return recommender.predict_rows(rows, on_unknown=on_unknown)
     from mtrec_jax.data.new_rows import read_columns  # loads an engine
 
     table = read_columns(recommender.experiment, rows, [config.user, config.item])
     users, items = (table.column(c).to_pylist() for c in (config.user, config.item))
-    return recommender.predict(users, items)
+    return recommender.predict(users, items, on_unknown=on_unknown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, Task
 from mtrec_jax.data import features
 from mtrec_jax.data.cells import as_text
 from mtrec_jax.data.dataset import Prepared
@@ -26,6 +26,7 @@ from mtrec_jax.types import FIRST, UNKNOWN, Batch, Lists
 
 BATCH = 256  # requests in a batch
 SIZES = (8, BATCH)  # what a batch is filled up to, so that few programs are compiled
+FEW = 512  # as many are answered in small batches, which are compiled ahead; more in large ones
 
 History = Sequence[str] | Mapping[str, Sequence[Any]]
 Moments = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # for all requests, or for each
@@ -40,11 +41,31 @@ class Requests:
     seen: Lists  # item ids
 
 
+def portions(count: int, sizes: tuple[int, ...] = SIZES) -> Iterator[slice]:
+    """Requests that make a batch; one of none where there are none.
+
+    >>> [(part.start, part.stop) for part in portions(10)]
+    [(0, 8), (8, 10)]
+    >>> [(part.start, part.stop) for part in portions(600)]
+    [(0, 256), (256, 512), (512, 600)]
+    """
+    size = sizes[0] if count <= FEW else sizes[-1]
+    for start in range(0, max(count, 1), size):
+        yield slice(start, min(start + size, count))
+
+
 class Encoder:
     """Encodes requests for one prepared folder; lists and vocabularies are read once."""
 
-    def __init__(self, prepared: Prepared, dtype: str, sizes: tuple[int, ...] = SIZES):
-        self.prepared, self._dtype, self._sizes = prepared, dtype, sizes
+    def __init__(
+        self,
+        prepared: Prepared,
+        dtype: str,
+        sizes: tuple[int, ...] = SIZES,
+        behaviours: tuple[str, ...] = (),  # binary tasks of which a 1 makes an item seen; (): any
+    ):
+        self.prepared, self._dtype, self.sizes = prepared, dtype, sizes
+        self._behaviours = behaviours
         self._features: dict[str, Encoding] = {}
         self._experiment = described(prepared)
 
@@ -85,10 +106,11 @@ class Encoder:
             past: dict[str, np.ndarray] = {}
             if histories is not None:
                 past = self._encode_history(histories[i], f"histories[{i}]")
+                seen[i] = past["item"][self._counted(histories[i], len(past["item"]))]
             elif known[i]:
                 past = {name: lists[ids[i] - FIRST] for name, lists in self._events.items()}
-            seen[i] = past.get("item", seen[i])
-            if not length or not len(seen[i]):
+                seen[i] = self._seen[ids[i] - FIRST]
+            if not length or not len(past.get("item", ())):
                 continue
             cutoff[i] = count = min(len(past["item"]), length)
             for name, array in events.items():
@@ -132,7 +154,7 @@ class Encoder:
         cutoff: np.ndarray,
         user: np.ndarray,
     ) -> Batch:
-        size = next(size for size in self._sizes if size >= len(user))
+        size = next(size for size in self.sizes if size >= len(user))
 
         def padded(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             typed = {
@@ -187,6 +209,48 @@ class Encoder:
         fields = self.prepared.manifest.history if self.prepared.manifest.history_length else ()
         found = {field.name: self.prepared.user_lists(f"event_{field.name}") for field in fields}
         return {"item": met_items(self.prepared)[0], **found}
+
+    @functools.cached_property
+    def _seen(self) -> Lists:
+        """Items of each user's events that make them seen."""
+        items, _, counted = met_items(self.prepared, self._behaviours)
+        return Lists(
+            items.values[counted], np.concatenate([[0], np.cumsum(counted)])[items.offsets]
+        )
+
+    @functools.cached_property
+    def most_seen(self) -> int:
+        """Most events of a user that make items seen."""
+        return int(np.diff(self._seen.offsets).max(initial=0))
+
+    def _counted(self, history: History, n: int) -> np.ndarray:
+        """Which of the n events of a given history make their item seen: all but those whose
+        columns say that no behaviour was there."""
+        columns = history if isinstance(history, Mapping) else {}
+        tasks, counted = self._experiment.tasks, np.full(n, not self._behaviours)
+        for name in self._behaviours:
+            column = tasks[name].column or name if name in tasks else name
+            told = [
+                field.name
+                for field in self.prepared.manifest.history
+                if (self._feature(field.name).feature.column or field.name) == column
+                and field.name in columns
+            ]
+            if not told or name not in tasks:
+                return np.ones(n, bool)
+            texts = [raw_text(value) for value in columns[told[0]]]
+            counted |= np.array([_is_one(tasks[name], text) for text in texts], bool)
+        return counted
+
+    def empty(self, size: int) -> Requests:
+        """A batch of strangers of whom nothing is known."""
+        manifest = self.prepared.manifest
+        slots = sum(field.slots for field in manifest.request_ids)
+        width = sum(field.slots for field in manifest.request_numbers)
+        numbers = np.zeros((size, width), np.float32)
+        ids = np.zeros((size, slots), np.int32)
+        user = np.full(size, UNKNOWN, np.int32)
+        return self.rows({"user": user, "request_ids": ids, "request_numbers": numbers})
 
     def _moments(
         self, users: list[str], items: list[str] | None, given: Sequence[Mapping[str, Any]]
@@ -304,6 +368,18 @@ class Encoder:
         if name not in self._features:
             self._features[name] = features.restore(self.prepared, name)
         return self._features[name]
+
+
+def _is_one(task: Task, text: str) -> bool:
+    """Whether a cell makes the label of a binary task 1, as in preparation."""
+    if task.equals is not None:
+        return text == task.equals.strip()
+    try:
+        number = {"true": 1.0, "false": 0.0}.get(text.lower())
+        number = float(text) if number is None else number
+    except ValueError:
+        return False
+    return number == 1 if task.at_least is None else number >= task.at_least
 
 
 def raw_text(value: Any) -> str:

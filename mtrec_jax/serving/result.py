@@ -7,7 +7,7 @@ import html
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 class Result:
-    """Named columns of equal length; `result["item"]` is a list, `result.table` the Arrow table."""
+    """Named columns of equal length; `result["item"]` is a list, `result.table` the Arrow table.
 
-    def __init__(self, table: pa.Table):
-        self.table = table
+    `result.ignored` counts ids of the filters that no item of the catalogue has, {"blocked": 2}.
+    """
+
+    def __init__(self, table: pa.Table, ignored: Mapping[str, int] | None = None):
+        self.table, self.ignored = table, dict(ignored or {})
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -73,8 +76,9 @@ class Result:
             )
         for row in self.table.slice(0, SHOWN).to_pylist():
             shown.add_row(*(Text(_cell(v)) for v in row.values()))
-        if len(self) > SHOWN:
-            shown.caption = f"{len(self) - SHOWN:,} more rows"
+        notes = [f"{len(self) - SHOWN:,} more rows"] if len(self) > SHOWN else []
+        notes += [f"{name}: {n:,} ids are not in the catalogue" for name, n in self.ignored.items()]
+        shown.caption = "; ".join(notes) or None
         return shown
 
     def _widest(self, column: str) -> int:
@@ -155,4 +159,6 @@ def _written(file: Any, suffix: str, tables: Iterable[pa.Table]) -> Iterator[pa.
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.4f}" if isinstance(value, float) else str(value)

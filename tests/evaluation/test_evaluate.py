@@ -18,7 +18,7 @@ from mtrec_jax.config import Published
 from mtrec_jax.data.dataset import Manifest, Prepared, TaskField, fixed_size, to_arrays
 from mtrec_jax.data.examples import past_items
 from mtrec_jax.data.pipeline import BatchSource
-from mtrec_jax.errors import ConfigError
+from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation.collect import Collected, rank_in_list, seen_items
 from mtrec_jax.evaluation.comparison import _reference
 from mtrec_jax.evaluation.evaluate import Evaluation, _intervals, _orders, evaluate
@@ -85,20 +85,24 @@ def cosines(states: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 
 def seen_before(prepared: Prepared, split: int) -> dict[int, set[int]]:
-    """{user id: item ids of the splits before}, from the table of users, one row at a time."""
-    table = prepared.users.to_pylist()
-    return {
-        index + 2: {i for i, s in zip(row["event_item"], row["split"], strict=True) if s < split}
-        for index, row in enumerate(table)
-    }
+    """{user id: item ids that were clicked in the splits before}, from the labels of these."""
+    found: dict[int, set[int]] = {}
+    for name in ("train", "validation", "test")[:split]:
+        part = prepared.interactions(name)
+        clicked = part["label_click"] == 1
+        for user, item in zip(part["user"][clicked], part["candidate"][clicked], strict=True):
+            found.setdefault(int(user), set()).add(int(item))
+    return found
 
 
 def sorted_ranks(scores: np.ndarray, target: Iterable[int], hidden: list[set[int]]) -> np.ndarray:
-    """Rank of each target item id by a full sort of all items that are not hidden."""
+    """Rank of each target item id by a full sort of all items that are not hidden, a million for
+    one that is hidden itself."""
     ranks = []
     for row, item, other in zip(scores, target, hidden, strict=True):
-        shown = [i for i in range(2, len(row)) if i == item or i not in other]
-        ranks.append(sorted(shown, key=lambda i: (-row[i], i)).index(item))
+        shown = [i for i in range(2, len(row)) if i not in other]
+        order = sorted(shown, key=lambda i: (-row[i], i))
+        ranks.append(order.index(item) if item in order else 10**6)
     return np.array(ranks)
 
 
@@ -169,7 +173,7 @@ def test_the_popularity_baseline_has_the_same_targets(
     counts = np.bincount(liked, minlength=prepared.manifest.items + 2).astype(float)
     clicked = test["label_click"] == 1
     seen = seen_before(prepared, 2)
-    hidden = [seen[u] for u in test["user"][clicked].tolist()]
+    hidden = [seen.get(u, set()) for u in test["user"][clicked].tolist()]
     scores = np.broadcast_to(counts, (len(hidden), len(counts)))
     ranks = sorted_ranks(scores, test["candidate"][clicked].tolist(), hidden)
     expected = {f"next_item/{m}": v for m, v in retrieval_metrics(ranks, 10).items()}
@@ -302,6 +306,8 @@ def test_seen_items_are_those_of_earlier_splits(shop_prepared: Prepared, tmp_pat
         {
             "event_item": [[2, 3, 4, 2], [], [5, 3]],
             "split": [[0, 1, 2, 2], [], [0, 0]],
+            "did_buy": [[False, True, True, False], [], [True, False]],
+            "did_like": [[False, False, False, False], [], [False, True]],
         }
     )
     pq.write_table(users, tmp_path / "users.parquet")
@@ -315,6 +321,14 @@ def test_seen_items_are_those_of_earlier_splits(shop_prepared: Prepared, tmp_pat
     ):
         found = seen_items(prepared, split, asked)
         assert [found[i].tolist() for i in range(len(asked))] == expected
+    for behaviours, expected in (
+        (("buy",), [[3], [1], [], [], [], [1]]),
+        (("buy", "like"), [[3, 1], [1], [], [], [], [1]]),
+    ):
+        found = seen_items(prepared, "test", asked, behaviours)
+        assert [found[i].tolist() for i in range(len(asked))] == expected
+    with pytest.raises(DataError, match="does not say which past events have a 1 in 'cart'"):
+        seen_items(prepared, "test", asked, ("cart",))
 
 
 @pytest.mark.parametrize("positions", [0, 3, 1])

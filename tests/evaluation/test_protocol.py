@@ -36,6 +36,8 @@ OTHER: dict[str, Any] = {
     "candidates": "99 sampled items",
     "items": 6,
     "exclude_seen": True,
+    "seen": ("click",),
+    "seen_targets": "missed",
     "ties": "at random",
     "ks": (3,),
 }
@@ -70,6 +72,8 @@ def test_the_protocol_of_an_experiment(
         task="next_item",
         items=60,
         exclude_seen=True,
+        seen=("click",),  # next_item is asked where there was a click
+        seen_targets="missed",
         ks=(10,),
     )
     evaluate = replace(shop_experiment.evaluate, exclude_seen=False)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.kernels import ItemIndex, cosine_topk, dot_topk
+from mtrec_jax.kernels import ItemIndex, cosine_topk, dot_topk, programs
 from mtrec_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -25,6 +25,32 @@ LIMITS: list[dict[str, Any]] = [
     {"allowed": ALLOWED[0]},
     {"exclude": EXCLUDE, "allowed": ALLOWED, "group": GROUPS},
 ]
+
+
+def test_places_beyond_the_items_are_filled_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices are asked for no more than there is, and for large k a few queries at a time."""
+    asked: list[int] = []
+    monkeypatch.setattr(programs, "_MEMORY", 1001 * 16 * 4 * 3)
+    real = programs.program
+
+    def counted(*given: Any) -> Any:
+        run = real(*given)
+
+        def program(rows: Any, items: Any, k: int, may: Any) -> Any:
+            asked.append(len(rows) * k)
+            return run(rows, items, k, may)
+
+        return program
+
+    monkeypatch.setattr(programs, "program", counted)
+    index = ItemIndex(ITEMS.astype(np.float32))
+    scores, ids = index.search(QUERIES.astype(np.float32)[:5], 2_000, exclude=EXCLUDE[:5])
+    assert asked
+    assert max(asked) <= 3 * 1001
+    args = QUERIES.astype(np.float32)[:5], ITEMS.astype(np.float32), 2_000, EXCLUDE[:5]
+    expected = cosine_topk(*args, implementation="reference")
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_array_equal(scores, expected[0])
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "+".join(limits) or "all")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -37,6 +38,13 @@ def stored_history(prepared: Prepared, user: str) -> dict[str, list[Any]]:
         values = [None, None, *prepared.vocabulary(field.name).column("value").to_pylist()]
         history[field.name] = [values[i] for i in prepared.user_lists(f"event_{field.name}")[index]]
     return history
+
+
+def seen_by(prepared: Prepared, user: str) -> set[str]:
+    """Items that a user has clicked: next_item is asked of clicks only."""
+    history = stored_history(prepared, user)
+    pairs = zip(history["item"], history["click"], strict=True)
+    return {item for item, click in pairs if click == "1"}
 
 
 def items_of(result: Result, user: str) -> list[str]:
@@ -75,7 +83,10 @@ def test_the_order_follows_the_score(shop_recommender: Recommender) -> None:
 
 def test_seen_items_are_left_out_unless_asked_for(shop_recommender: Recommender) -> None:
     prepared = shop_recommender.prepared
-    seen = set(stored_history(prepared, "u00003")["item"])
+    seen = seen_by(prepared, "u00003")
+    assert 0 < len(seen) < len(set(stored_history(prepared, "u00003")["item"])), (
+        "views do not count"
+    )
     everything = len(prepared.item_names)
     fresh = items_of(shop_recommender.recommend(["u00003"], everything), "u00003")
     assert set(fresh) == set(prepared.item_names) - seen
@@ -84,7 +95,7 @@ def test_seen_items_are_left_out_unless_asked_for(shop_recommender: Recommender)
 
 
 def test_allowed_and_blocked_items(shop_recommender: Recommender) -> None:
-    seen = stored_history(shop_recommender.prepared, "u00003")["item"]
+    seen = sorted(seen_by(shop_recommender.prepared, "u00003"))
     unseen = [i for i in shop_recommender.prepared.item_names if i not in seen]
     allowed, blocked = unseen[:6] + seen[:2], unseen[4:8]
     result = shop_recommender.recommend(["u00003"], 10, allowed=allowed, blocked=blocked)
@@ -123,7 +134,13 @@ def test_predict_agrees_with_recommend(shop_recommender: Recommender) -> None:
 def test_unknown_pairs_are_marked(shop_recommender: Recommender) -> None:
     pairs = shop_recommender.predict(["u00001", "nobody", "u00001"], ["i0003", "i0003", "nothing"])
     assert pairs["known"] == [True, False, False]
-    assert np.isfinite([pairs[task] for task in TASKS]).all()
+    for task in TASKS:
+        assert pairs[task][0] is not None
+        assert pairs[task][1:] == [None, None], "nothing is known of them"
+    asked = (["u00001", "nobody", "u00001"], ["i0003", "i0003", "nothing"])
+    guessed = shop_recommender.predict(*asked, on_unknown="model")
+    assert np.isfinite([guessed[task] for task in TASKS]).all()
+    assert guessed["click"][0] == pairs["click"][0]
     assert len(shop_recommender.predict([], [])) == 0
 
 
@@ -165,15 +182,17 @@ def test_unknown_users_get_popular_items_in_order(shop_recommender: Recommender)
     filtered = shop_recommender.recommend(["nobody"], 4, blocked=best[1:3], allowed=best[:9])
     assert filtered["item"] == [best[0], *best[3:6]]
     assert shop_recommender.recommend(["nobody"], 4, histories=[[]])["item"] == best[:4]
-    counts = dict(
-        zip(
-            shop_recommender.prepared.item_names,
-            shop_recommender.prepared.items["count"].to_pylist(),
-            strict=True,
-        )
-    )
-    scores = shop_recommender.recommend(["nobody"], 9)["score"]
-    assert scores == [counts[item] for item in best[:9]], "how often each was met in training"
+    for column in ("score", *TASKS, *(f"weight {task}" for task in TASKS)):
+        assert result[column][:4] == [None] * 4, "the model says nothing of a stranger"
+        assert None not in result[column][4:8]
+
+
+def test_the_model_may_be_asked_about_strangers(shop_recommender: Recommender) -> None:
+    asked = shop_recommender.recommend(["nobody"], 60, on_unknown="model")
+    assert asked["known"] == [False] * 60
+    assert asked["score"] == sorted(asked["score"], reverse=True)
+    pairs = shop_recommender.predict(["nobody"] * 60, asked["item"], on_unknown="model")
+    np.testing.assert_allclose(asked["click"], pairs["click"], rtol=1e-4)
 
 
 def test_an_unknown_user_with_a_history_gets_an_answer_of_their_own(
@@ -196,29 +215,34 @@ def test_an_unknown_user_with_a_history_gets_an_answer_of_their_own(
 
 def test_more_users_than_a_batch_are_answered_as_each_alone(shop_recommender: Recommender) -> None:
     known = shop_recommender.prepared.user_names
-    users = [known[i % len(known)] if i % 7 else f"stranger{i}" for i in range(300)]
+    users = [known[i % len(known)] if i % 7 else f"stranger{i}" for i in range(600)]
     result = shop_recommender.recommend(users, 3)
     assert result["user"] == [user for user in users for _ in range(3)]
-    for place in (0, 1, 254, 255, 256, 257, 299):
+    for place in (0, 1, 254, 255, 256, 257, 599):
         alone = shop_recommender.recommend([users[place]], 3)
         part = result.table.slice(3 * place, 3)
         assert part["item"].to_pylist() == alone["item"]
-        np.testing.assert_allclose(part["score"].to_pylist(), alone["score"], rtol=1e-5)
+        if place % 7:
+            np.testing.assert_allclose(part["score"].to_pylist(), alone["score"], rtol=1e-5)
     pairs = shop_recommender.predict(users, result["item"][::3])
     assert pairs["user"] == users
-    np.testing.assert_allclose(pairs["stars"], result["stars"][::3], rtol=1e-4)
+    assert [value is None for value in pairs["stars"]] == [i % 7 == 0 for i in range(600)]
+    found, expected = (np.array(a, float) for a in (pairs["stars"], result["stars"][::3]))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)  # nan where null
 
 
 def test_all_users_are_those_of_the_data(shop_recommender: Recommender) -> None:
     (table,) = shop_recommender.recommend_all(3)
     named = shop_recommender.recommend(shop_recommender.prepared.user_names, 3)
-    assert table == named.table
+    for column in ("user", "rank", "item"):
+        assert table[column].to_pylist() == named[column]
+    np.testing.assert_allclose(table["score"], named["score"], rtol=1e-5)
     allowed = shop_recommender.prepared.item_names[:20]
     filters: dict[str, Any] = {"allowed": allowed, "blocked": allowed[:5]}
     (table,) = shop_recommender.recommend_all(3, **filters)
     assert set(table["item"].to_pylist()) <= set(allowed[5:])
     named = shop_recommender.recommend(shop_recommender.prepared.user_names, 3, **filters)
-    assert table == named.table
+    assert table["item"].to_pylist() == named["item"]
 
 
 def test_raw_ids_are_read_as_preparation_reads_them(tmp_path: Path) -> None:
@@ -278,10 +302,17 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
         (lambda r: list(r.recommend_all(61)), r"k = 61: between 1 and the 60 items"),
         (lambda r: r.similar_items("i0001", 61), r"k = 61: between 1 and the 60 items"),
         (
-            lambda r: r.recommend(["u00001"], allowed=["i0001", "i001"]),
-            r"item 'i001' is not in the catalogue of .*Did you mean 'i00\d1'\?",
+            lambda r: r.recommend(["a"], allowed=["i0001", "i001"], unknown_items="error"),
+            r"allowed: item 'i001' is not in the catalogue of .*Did you mean 'i00\d1'\?",
         ),
-        (lambda r: r.recommend(["u00001"], blocked=["zzz"]), r"item 'zzz' is not in the catal"),
+        (
+            lambda r: r.recommend(["u00001"], blocked=["zzz"], unknown_items="error"),
+            r"blocked: item 'zzz' is not in the catal",
+        ),
+        (
+            lambda r: r.recommend(["u00001"], allowed=["x", "y"]),
+            r"leave no item \(2 of their ids are not in the catalogue\)",
+        ),
         (lambda r: r.similar_items("zzz"), r"item 'zzz' is not in the catalogue"),
         (
             lambda r: r.recommend(["u00001"], allowed=["i0001"], blocked=["i0001"]),
@@ -329,8 +360,12 @@ def test_raw_rows_of_pairs_are_predicted_as_the_pairs(shop_recommender: Recommen
     assert rows.columns == ["row", "known", *TASKS]
     pairs = shop_recommender.predict(*table.to_pydict().values())
     assert rows["known"] == pairs["known"] == [True, False]
+    guessed = shop_recommender.predict(*table.to_pydict().values(), on_unknown="model")
+    rows_guessed = shop_recommender.predict_rows(table, on_unknown="model")
     for task in TASKS:
-        np.testing.assert_allclose(rows[task], pairs[task], rtol=1e-5)
+        assert rows[task][1] is pairs[task][1] is None
+        np.testing.assert_allclose(rows[task][:1], pairs[task][:1], rtol=1e-5)
+        np.testing.assert_allclose(rows_guessed[task], guessed[task], rtol=1e-5)
 
 
 def test_a_history_is_encoded_once_a_request(
@@ -349,16 +384,100 @@ def test_a_history_is_encoded_once_a_request(
     assert len(calls) == 2
 
 
-def test_more_items_than_candidates_do_not_compile_for_each_number(
-    shop_recommender: Recommender,
+def test_nothing_is_compiled_after_warming_up(
+    shop_recommender: Recommender, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """20 candidates are put in order, and twice as many for any k from 21 to 40."""
-    answer = shop_recommender._serving.answer
-    shop_recommender.recommend(USERS, 40)
-    compiled = answer._cache_size()  # type: ignore[attr-defined]
-    for k in (21, 33, 40):
-        assert len(shop_recommender.recommend(USERS, k, exclude_seen=False)) == 3 * k
-    assert answer._cache_size() == compiled  # type: ignore[attr-defined]
+    """Histories of 0 to 500 events, any k, filters and number of users."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    names = shop_recommender.prepared.item_names
+    shop_recommender.warm_up()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda x: x * 3 + len(compiled))(np.arange(5))
+    assert compiled, "compilations are heard of"
+    compiled.clear()
+    for n, length, k in ((1, 0, 1), (2, 1, 21), (9, 17, 60), (66, 500, 20), (130, 3, 33)):
+        histories: list[Any] = [[names[(i * 7) % 60] for i in range(length)]] * n
+        users = [f"stranger{i}" for i in range(n)]
+        shop_recommender.recommend(users, k, histories=histories)
+        filters: dict[str, Any] = {"allowed": names[: 20 + k // 2], "blocked": names[:n]}
+        if n < 20:
+            shop_recommender.recommend(users, k, histories=histories, **filters)
+        known = [shop_recommender.prepared.user_names[i % 48] for i in range(n)]
+        shop_recommender.recommend(known, k, exclude_seen=n % 2 == 0, order_by="buy")
+        shop_recommender.predict(known, [names[i % 60] for i in range(n)])
+    shop_recommender.similar_items(names[0], 7)
+    shop_recommender.predict_rows(pa.table({"user": ["u00001"], "item": ["i0003"]}))
+    assert compiled == []
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        next(shop_recommender.recommend_all(5))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(";")[0] for line in said] == [
+        "mtrec: compiling for batches of 256",
+        "mtrec: compiling for batches of 256, 20 candidates each",
+    ]
+
+
+def test_who_has_seen_more_than_a_list_holds_is_asked_for_alone(
+    shop_recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [*USERS, "nobody"]
+    expected = shop_recommender.recommend(users, 9)
+    monkeypatch.setattr("mtrec_jax.serving.recommender.SEEN", (2, 4))
+    found = shop_recommender.recommend(users, 9)
+    assert found["item"] == expected["item"]
+    np.testing.assert_allclose(found["score"][:27], expected["score"][:27], rtol=1e-5)
+
+
+def test_a_task_may_put_the_items_in_order(shop_recommender: Recommender) -> None:
+    for task in TASKS:
+        found = shop_recommender.recommend(["u00003"], 20, order_by=task)
+        assert found[task] == sorted(found[task], reverse=True)
+        np.testing.assert_array_equal(np.array(found["score"], np.float32), found[task])
+    fused = shop_recommender.recommend(["u00003"], 20)
+    assert sorted(found["item"]) == sorted(fused["item"]), "the same candidates"
+    assert found["item"] != fused["item"]
+    with pytest.raises(ConfigError, match="order_by: 'star' is not one of 'fused', 'next_item'"):
+        shop_recommender.recommend(["u00003"], order_by="star")
+
+
+def test_ids_of_other_systems_are_ignored_and_counted(shop_recommender: Recommender) -> None:
+    plain = shop_recommender.recommend(USERS, 4, allowed=["i0001", "i0002"], blocked=["i0002"])
+    mixed = shop_recommender.recommend(
+        USERS, 4, allowed=["i0001", "i0002", "new"], blocked=["i0002", "gone", "gone", "old"]
+    )
+    assert mixed.table == plain.table
+    assert (plain.ignored, mixed.ignored) == ({}, {"allowed": 1, "blocked": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("out.txt", "i0003\n i0004 \n\ngone\n"),
+        ("out.csv", "stock,item\n0,i0003\n0,i0004\n0,gone\n"),
+        ("out.jsonl", '{"item": "i0003"}\n{"item": "i0004"}\n{"item": "gone"}\n'),
+    ],
+)
+def test_filters_come_from_a_file(
+    shop_recommender: Recommender, tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    listed = shop_recommender.recommend(USERS, 60, blocked=["i0003", "i0004"])
+    read = shop_recommender.recommend(USERS, 60, blocked=tmp_path / name)
+    assert read.table == listed.table
+    assert read.ignored == {"blocked": 1}
+    only = shop_recommender.recommend(USERS, 60, allowed=tmp_path / name, exclude_seen=False)
+    assert set(only["item"]) == {"i0003", "i0004"}
+
+
+def test_a_missing_file_of_filters_is_named(shop_recommender: Recommender, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*absent\.txt"):
+        shop_recommender.recommend(USERS, blocked=tmp_path / "absent.txt")
 
 
 def test_a_moment_without_features_is_refused(shop_recommender: Recommender) -> None:
@@ -386,7 +505,7 @@ def test_a_baseline_recommends(shop_experiment: Experiment, shop_prepared: Prepa
         counts[shop_prepared.item_names[item - 2]] += 1
     ids = {name: place for place, name in enumerate(shop_prepared.item_names)}
     best = sorted(counts, key=lambda name: (-counts[name], ids[name]))
-    seen = stored_history(shop_prepared, "u00003")["item"]
+    seen = seen_by(shop_prepared, "u00003")
     assert items_of(result, "u00003") == [item for item in best if item not in seen][:4]
     assert items_of(result, "nobody") == best[:4]
     assert result["score"][4:] == [counts[item] for item in best[:4]]
@@ -518,4 +637,5 @@ def test_raw_rows_bring_their_moment_and_the_history_of_their_user(
     pairs = moment_recommender.predict(*rows.values(), request=moments)
     assert found["known"] == pairs["known"] == [True, True, False]
     for task in ("next", "click"):
-        np.testing.assert_allclose(found[task], pairs[task], rtol=1e-5)
+        assert found[task][2] is pairs[task][2] is None
+        np.testing.assert_allclose(found[task][:2], pairs[task][:2], rtol=1e-5)

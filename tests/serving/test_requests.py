@@ -20,6 +20,10 @@ from tests.data import small
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     experiment = small.make(
         data={"queries": {"files": ["queries.csv"]}, "history_length": 4},
+        tasks={
+            "next": {"kind": "retrieval"},
+            "like": {"kind": "binary", "column": "rating", "at_least": 4},
+        },
         features={
             "rating": {"on": "history"},
             "query": {"on": "history", "kind": "multi_valued", "max_values": 2},
@@ -52,6 +56,24 @@ def test_a_known_user_brings_the_own_searches(prepared: Prepared) -> None:
     assert searched.tolist() == [False, False, True, False]  # x, (search), y, z, (search), w
     np.testing.assert_array_equal(found.batch.events["ids"][0, :, 1] > 0, searched)
     assert (found.seen[0] == UNKNOWN).sum() == 2  # of the whole history; no item is meant
+
+
+def test_a_history_tells_what_makes_its_items_seen(prepared: Prepared) -> None:
+    """A rating of 4 and more is what counts: without the column nobody knows, and all items do."""
+    rated: dict[str, list[Any]] = {"item": ["x", "y", "z", "w"], "rating": ["5", "3", None, "4.0"]}
+    plain: dict[str, list[str]] = {"item": ["x", "y"]}
+    encoder = Encoder(prepared, "float32", behaviours=("like",))
+    seen = encoder.users(["new", "newer"], [rated, plain], [{}, {}]).seen
+    assert seen[0].tolist() == [prepared.item_ids[item] for item in "xw"]
+    assert seen[1].tolist() == [prepared.item_ids[item] for item in "xy"]
+
+
+def test_stored_events_are_seen_by_their_behaviour(prepared: Prepared) -> None:
+    """Of a's x, y, z, w all but z have 4 stars and more; of b's x, y, z only z."""
+    encoder = Encoder(prepared, "float32", behaviours=("like",))
+    found = encoder.users(["a", "b", "c"], None, [{}] * 3).seen
+    names = [sorted(prepared.item_names[i - 2] for i in found[user]) for user in range(3)]
+    assert names == [["w", "x", "y"], ["z"], ["x"]]
 
 
 def test_histories_of_unequal_columns_are_refused(prepared: Prepared) -> None:
