@@ -293,28 +293,36 @@ def _usable(
         return None
     try:
         found = open_cleaned(out)
-        digests = {
-            name: read.digests(
-                name,
-                files,
-                data or Path(),
-                tables.get(name),
-                found.notes.places[name][0][0],
-                experiment.data.public,
-                all_names(
-                    experiment,
-                    name,
-                    columns_of(experiment, "events" if name in EVENTS else name),
-                ),
-            )
-            for name, files in tables_of(experiment, tables).items()
-        }
+        first = {name: places[0][0] for name, places in found.notes.places.items()}
+        digests = digests_of(experiment, data, tables, first)
         same = found.notes.fingerprint == fingerprint(experiment, digests)
         if experiment.clean.latest == "now" and found.notes.until is not None:
             same &= time.time() < found.notes.until
         return found if same and _digests_of(out) == found.notes.files else None
     except (OSError, KeyError, DataError):
         return None  # whatever is wrong has its message when the files are read
+
+
+def digests_of(
+    experiment: Experiment,
+    data: Path | None,
+    tables: Mapping[str, Any],
+    first: Mapping[str, int] | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """{raw table: SHA-256 of each of its files} as they are now; `first` are its first rows."""
+    found = {}
+    for name, files in tables_of(experiment, tables).items():
+        columns = columns_of(experiment, "events" if name in EVENTS else name)
+        found[name] = read.digests(
+            name,
+            files,
+            data or Path(),
+            tables.get(name),
+            first[name] if first else 0,
+            experiment.data.public,
+            all_names(experiment, name, columns),
+        )
+    return found
 
 
 def _digests_of(folder: Path) -> dict[str, str]:

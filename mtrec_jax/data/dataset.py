@@ -53,6 +53,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydantic
 
+from mtrec_jax import choices
 from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data.features import KINDS, IdField, NumberField, one_array
@@ -163,6 +164,9 @@ class Prepared:
     folder: Path
     manifest: Manifest
     extensions: tuple[type, ...] = ()  # classes of kinds of features beside the package's
+    # tables in the place of a folder's own "users", "items" and "item_vocabulary"
+    replaced: dict[str, pa.Table] = dataclasses.field(default_factory=dict, compare=False)
+    learned: Path | None = None  # the folder with the vocabularies, where it is another one
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -243,16 +247,18 @@ class Prepared:
     @functools.cached_property
     def items(self) -> pa.Table:
         """The catalogue, row r is item id r + 2."""
-        return self._side("items.parquet")
+        return self._side("items")
 
     @functools.cached_property
     def users(self) -> pa.Table:
         """All users, row r is user id r + 2."""
-        return self._side("users.parquet")
+        return self._side("users")
 
     def _side(self, name: str) -> pa.Table:
         """A file of users or items, with the columns of the chosen features alone."""
-        path, features = self.folder / name, self.manifest.config.get("features", {})
+        if name in self.replaced:
+            return self.replaced[name]
+        path, features = self.folder / f"{name}.parquet", self.manifest.config.get("features", {})
         chosen = {"item", *features, *(field.name for field in self.manifest.fields)}
         columns = []
         for column in pq.read_schema(path).names:
@@ -299,15 +305,20 @@ class Prepared:
 
     def has_vocabulary(self, feature: str) -> bool:
         """Whether the feature has values or edges, so that `vocabulary` gives them."""
-        return (self.folder / "vocabularies" / f"{feature}.parquet").is_file()
+        return self._values_of(feature).is_file()
 
     def vocabulary(self, feature: str) -> pa.Table:
         """Values of a feature, row r is local id r + 2."""
-        return pq.read_table(self.folder / "vocabularies" / f"{feature}.parquet")
+        return pq.read_table(self._values_of(feature))
+
+    def _values_of(self, feature: str) -> Path:
+        return (self.learned or self.folder) / "vocabularies" / f"{feature}.parquet"
 
     @functools.cached_property
     def item_vocabulary(self) -> pa.ChunkedArray:
         """Raw id of each row of the items' own table, row r is local id r + 2."""
+        if "item_vocabulary" in self.replaced:
+            return self.replaced["item_vocabulary"]["value"]
         path = self.folder / "item_vocabulary.parquet"
         if path.is_file():
             return pq.read_table(path)["value"]
@@ -398,6 +409,13 @@ def extensions_of(experiment: Experiment) -> tuple[type, ...]:
     """The classes of an experiment's features that are not the package's."""
     kinds = dict.fromkeys(type(feature) for feature in experiment.features.values())
     return tuple(kind for kind in kinds if kind not in KINDS.values())
+
+
+def described(prepared: Prepared) -> Experiment:
+    """What a folder was prepared with, as an experiment without a model."""
+    values = {"name": prepared.manifest.name, **prepared.manifest.config}
+    found: Experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
+    return found
 
 
 def open_prepared(folder: str | Path, extensions: Iterable[type] = ()) -> Prepared:

@@ -27,6 +27,7 @@ from mtrec_jax.data.clean import (
     check_arguments,
     check_own,
     clean_with,
+    digests_of,
     put_in_place,
 )
 from mtrec_jax.data.dataset import (
@@ -52,6 +53,7 @@ from mtrec_jax.data.growth import item_vocabulary, open_base, summary
 from mtrec_jax.data.rules import sample_spaces
 from mtrec_jax.data.social import Tastes, fit_tastes, friend_lists, split_queries, with_queries
 from mtrec_jax.data.split import describe_split, split_events
+from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
 
@@ -115,6 +117,35 @@ def prepare(
         put_in_place(partial, out)
         say(f"fit: {manifest.events:,} events in {time.perf_counter() - started:.1f} s")
     return open_prepared(out, extensions_of(experiment))
+
+
+def up_to_date(
+    experiment: Experiment,
+    data: str | Path | None,
+    out: str | Path,
+    tables: Mapping[str, Any] | None = None,
+) -> Prepared | None:
+    """The folder `out` where it holds what `prepare` would make of the raw data now; else None.
+
+    The bytes of the raw files are compared, and the configuration. A folder that continues another
+    one stays what it is.
+
+    Args:
+      experiment, data, out, tables: as `prepare` takes them.
+    """
+    out = a_path("out", out)
+    if experiment.clean.latest == "now":  # what lay in the future may do so no longer
+        return None
+    try:
+        found = open_prepared(out, extensions_of(experiment))
+        data = None if data is None else a_path("data", data)
+        by_table = digests_of(experiment, data, tables or {})
+    except (OSError, DataError):
+        return None  # whatever is wrong has its message when the data are prepared
+    digests = [digest for of_table in by_table.values() for digest in of_table]
+    continues = found.manifest.continues
+    now = describe.fingerprint(experiment, digests + [continues] * bool(continues))
+    return found if found.manifest.fingerprint == now else None
 
 
 class _Divided(NamedTuple):

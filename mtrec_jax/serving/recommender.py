@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +54,7 @@ class Recommender:
         self._vectors = self._serving.own(vectors) if self.prepared.manifest.items else vectors
         self._index = ItemIndex(self._vectors[FIRST:])
         sizes = SIZES if mesh is None else (BATCH,)  # over devices a batch comes in equal parts
+        self._before: Recommender | None = None  # whose events `with_events` has added to
         self._encoder = Encoder(self.prepared, self.experiment.train.precision, sizes)
 
     def __repr__(self) -> str:
@@ -58,6 +62,46 @@ class Recommender:
         return (
             f"Recommender({self.experiment.name!r}, step {self.step}: {tasks}; {self.prepared!r})"
         )
+
+    def _repr_html_(self) -> str:
+        m = self.prepared.manifest
+        figures = {
+            "run": f"{self.run.folder}, step {self.step}",
+            "tasks": ", ".join(f"{n} ({t.kind})" for n, t in self.experiment.tasks.items()),
+            "data": f"{m.users:,} users, {m.items:,} items, {m.events:,} events",
+            "prepared": f"{self.prepared.folder}, {m.fingerprint}",
+        }
+        pairs = (
+            f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in figures.items()
+        )
+        title = html.escape(f"Recommender {self.experiment.name}")
+        return f"<table><caption>{title}</caption>{''.join(pairs)}</table>"
+
+    def with_events(self, events: Any) -> Recommender:
+        """A recommender of the same model whose users have met more.
+
+        New events follow the stored ones of their user, in the order of time. Pass only what is not
+        stored yet; for a whole newer log prepare it, and `load(run, prepared=…)`. Users who were
+        not in the data become known by their history.
+
+        Args:
+          events: a pandas, Polars or Arrow table, or the path of a file, a row an event, with the
+            log's columns of user, item, time and the features of the history; labels are not
+            needed. Items and values that the model has never seen count as unknown.
+
+        Raises:
+          ConfigError: the data has no users or items, or features that look back on the whole log.
+          DataError: a missing column, or an event without user, item or time.
+        """
+        from mtrec_jax.data.new_rows import with_events  # loads an engine
+
+        found = copy.copy(self)
+        found.prepared = with_events(self.prepared, events)
+        found.run = dataclasses.replace(self.run, prepared=found.prepared)
+        found._encoder = self._encoder.of(found.prepared)
+        found._before = self  # a temporary folder lives as long as the recommender of `fit`
+        return found
 
     def recommend(
         self,

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
-from mtrec_jax.config import Experiment
 from mtrec_jax.data import features
 from mtrec_jax.data.cells import as_text
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import Prepared, described
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.features.clock import Clock
 from mtrec_jax.errors import DataError, nearest
@@ -47,6 +45,10 @@ class Encoder:
         self.prepared, self._dtype, self._sizes = prepared, dtype, sizes
         self._features: dict[str, Encoding] = {}
         self._experiment = described(prepared)
+
+    def of(self, prepared: Prepared) -> Encoder:
+        """The encoder of other data of the same features."""
+        return Encoder(prepared, self._dtype, self._sizes)
 
     def users(
         self,
@@ -363,10 +365,3 @@ def seconds(time: Any, unit: str) -> float | None:
     if isinstance(time, bool) or not isinstance(time, int | float | np.number):
         raise DataError(f"request: time {shown(time)} is neither a number nor a datetime")
     return float(time) / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
-
-
-def described(prepared: Prepared) -> Experiment:
-    """What a folder was prepared with, as an experiment without a model."""
-    values = {"name": prepared.manifest.name, **prepared.manifest.config}
-    found: Experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
-    return found

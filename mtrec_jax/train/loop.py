@@ -267,20 +267,20 @@ def _run_steps(
         state = job.step.update(state, batch, job.catalogue)
         number += 1
         every = config.checkpoint_every
+        due = number % job.every == 0 or number == job.total
         saves = number % job.every == 0 or bool(every and number % every == 0)
         if number % STEPS_IN_FLIGHT == 0 or number == job.total or saves:
             left_out = _check_finite(job, bar, state, number, recent, left_out)
         bar.advance(number, job.records.last_losses)
         if number % config.log_every == 0 or number == job.total:
             state = _log_losses(job.records, state, number, job.mesh)
-        evaluated = None
-        if number % job.every == 0 or number == job.total:
+        if due and job.experiment.split.validates:
             bar.say("evaluating")
             evaluated = _evaluate(job, state, number, task, metric)
             _judge(meta, number, evaluated, larger, config.patience)
             bar.evaluated(f"{task}/{metric}", evaluated, meta["best"])
         on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
-        if evaluated is not None or on_schedule:
+        if due or on_schedule:
             save()
         by = asked_to_stop(stopped, number, STEPS_IN_FLIGHT)
         if by and number < job.total and not meta["done"]:
