@@ -18,7 +18,7 @@ from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metrics_of
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
-RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion")
+RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion", "new")
 
 
 def built_in_names() -> list[str]:
@@ -327,8 +327,8 @@ def _split(e: Experiment) -> Iterator[str]:
         yield "split.validation, split.test: together below 1, so that some train"
     if split.kind in ("leave_one_out", "folds") and not split.validation and split.test:
         yield (
-            f"split.validation: 0 with split.kind = '{split.kind}', which holds back no shares; set "
-            "split.test = 0 as well, so that every event trains, or neither"
+            f"split.validation: 0 with split.kind = '{split.kind}', which holds back no shares; "
+            "set split.test = 0 as well, so that every event trains, or neither"
         )
     if split.kind == "folds" and split.folds < 3:
         yield "split.folds: 3 or more: one tests, one validates, the others train"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtrec_jax.cli.options import MovedFolder, RunFolder, say
+from mtrec_jax.cli.options import MovedFolder, NewEvents, RunFolder, say
 
 
 def recommend(
@@ -28,13 +28,11 @@ def recommend(
         typer.Option("--exclude-seen/--include-seen", help="Leave out the items of the history."),
     ] = True,
     prepared: MovedFolder = None,
+    events: NewEvents = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
     from mtrec_jax import processes
-    from mtrec_jax.compilation import use_compilation_cache
-    from mtrec_jax.serving.recommender import Recommender
     from mtrec_jax.serving.result import print_recommendations, save_tables
-    from mtrec_jax.train.run import open_run
 
     if more_users and (not users or blocked or allowed):
         raise typer.BadParameter(
@@ -48,8 +46,7 @@ def recommend(
         raise typer.BadParameter("several processes share --all-users; name --users to one process")
     if all_users and out is None:
         raise typer.BadParameter("--all-users writes a file: add --out FILE")
-    use_compilation_cache()
-    recommender = Recommender(open_run(run, prepared))
+    recommender = _opened(run, prepared, events)
     filters: dict[str, Any] = {"allowed": allowed, "blocked": blocked or ()}
     filters["exclude_seen"] = exclude_seen
     if all_users:
@@ -83,14 +80,12 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
     prepared: MovedFolder = None,
+    events: NewEvents = None,
 ) -> None:
     """Write every task's prediction for given rows or (user, item) pairs."""
-    from mtrec_jax.compilation import use_compilation_cache
-    from mtrec_jax.serving.recommender import Recommender, predict_file
-    from mtrec_jax.train.run import open_run
+    from mtrec_jax.serving.recommender import predict_file
 
-    use_compilation_cache()
-    result = predict_file(Recommender(open_run(run, prepared)), rows)
+    result = predict_file(_opened(run, prepared, events), rows)
     if "known" in result.columns:
         unknown = result["known"].count(False)
         if unknown:
@@ -100,6 +95,17 @@ def predict(
             )
     result.save(out)
     say(f"{len(result):,} predictions in {out}")
+
+
+def _opened(run: Path, prepared: Path | None, events: Path | None) -> Any:
+    """The recommender of a run, with the events that have come since."""
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.serving.recommender import Recommender
+    from mtrec_jax.train.run import open_run
+
+    use_compilation_cache()
+    recommender = Recommender(open_run(run, prepared))
+    return recommender.with_events(events) if events else recommender
 
 
 def _progress(tables: Any, recommender: Any) -> Any:

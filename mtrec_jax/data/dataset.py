@@ -16,7 +16,8 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     label_<task>  float32[P]      NaN where missing, outside the sample space, or padding
     reference_<task> float32[P]   only where the task declares a reference
     row           int64[P]        source row (0-based, over the event files in order), -1: padding
-items.parquet                     the catalogue, row r is item id r + 2; trained items come first:
+items.parquet                     the catalogue, row r is item id r + 2; trained items come first,
+                                  new ones, which no event has, last:
     id string, title string, count int64 (training events), item_<f> [S], text_<f>
 users.parquet                     row r is user id r + 2, every event in time order:
     id string, context_<f> [S], text_<f>, event_item large_list<int32>, event_<f> likewise (of lists
@@ -122,7 +123,7 @@ class Manifest:
     cleaned: str  # fingerprint of the clean events
     config: dict[str, Any]  # data, clean, split, features, tasks as plain values
     users: int
-    items: int  # size of the catalogue
+    items: int  # that have events: the catalogue of training and evaluation
     trained_items: int  # of them with training events: ids FIRST .. FIRST + trained_items - 1
     events: int  # rows after cleaning, all splits
     quarantined: int  # raw rows that were removed
@@ -144,6 +145,7 @@ class Manifest:
     summary: Summary | None = None
     continues: str = ""  # fingerprint of the folder whose vocabularies have grown to these
     item_values: int = 0  # rows of item_vocabulary.parquet, where there is one
+    new_items: int = 0  # that stand in the table of items alone; their ids follow the others
     event_files: tuple[str, ...] = ()  # SHA-256 of the files of events, in the order of their rows
 
     @property
@@ -218,6 +220,12 @@ class Prepared:
         )
         return Prepared(self.folder, view, extensions_of(experiment))
 
+    def with_new_items(self) -> Prepared:
+        """The folder with the new items in the catalogue, as answers have them."""
+        m = self.manifest
+        whole = dataclasses.replace(m, items=m.items + m.new_items, new_items=0)
+        return dataclasses.replace(self, manifest=whole) if m.new_items else self
+
     def columns(self, references: bool = False) -> list[str]:
         """The columns of an example that this view reads, in their order in the files."""
         m = self.manifest
@@ -246,7 +254,7 @@ class Prepared:
 
     @functools.cached_property
     def items(self) -> pa.Table:
-        """The catalogue, row r is item id r + 2."""
+        """The catalogue and the new items, row r is item id r + 2."""
         return self._side("items")
 
     @functools.cached_property

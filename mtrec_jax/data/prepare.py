@@ -154,7 +154,8 @@ class _Divided(NamedTuple):
     events: Any  # ibis table with its split
     queries: Any  # ibis table of searches, or None
     users: pa.Table  # with their columns and training events
-    items: pa.Table
+    items: pa.Table  # the new ones, without events, behind
+    new_items: int
     friends: Lists | None
     split: SplitInfo
     tasks: dict[str, TaskField]
@@ -188,7 +189,9 @@ def _build(
     divided = _divide(engine, experiment, cleaned, say, base)
     users, items = divided.users, divided.items
     events, fitted = _fit(engine, experiment, divided, folder, base)
-    say(f"index: {len(users):,} users, {len(items):,} items")
+    n = len(items) - divided.new_items
+    new = f", and {divided.new_items:,} new ones" if divided.new_items else ""
+    say(f"index: {len(users):,} users, {n:,} items{new}")
     _write_items(folder, experiment, items, fitted)
     rows = sum(divided.split.sizes.values())
     rows += count(divided.queries) if divided.queries is not None else 0
@@ -213,12 +216,13 @@ def _build(
     return Manifest(
         format=FORMAT,
         name=experiment.name,
-        protocol=describe.protocol(experiment, len(users), len(items), total),
+        protocol=describe.protocol(experiment, len(users), n, total),
         fingerprint=describe.fingerprint(experiment, digests + [continues] * bool(base)),
         cleaned=notes.fingerprint,
         config=configuration(experiment),
         users=len(users),
-        items=len(items),
+        items=n,
+        new_items=divided.new_items,
         trained_items=pc.sum(pc.greater(items["count"], 0)).as_py() or 0,
         events=total,
         quarantined=notes.quarantined,
@@ -266,7 +270,9 @@ def _divide(
         lambda: guards.statistics_of_everything(sides, events, experiment),
     )
     told = report.summarize(events, labels)
-    return _Divided(events, queries, users, items, friends, split, tasks, told, rules)
+    new = _new_items(engine, cleaned.table(engine, "items"), items)
+    items = pa.concat_tables([items, new])
+    return _Divided(events, queries, users, items, len(new), friends, split, tasks, told, rules)
 
 
 def _indexed(engine: Engine, events: Any, key: str, side: Any) -> pa.Table:
@@ -285,6 +291,15 @@ def _indexed(engine: Engine, events: Any, key: str, side: Any) -> pa.Table:
     if side is not None:
         table = index.left_join(side, key).drop(f"{key}_right")
     return table.order_by("id").drop("id").to_pyarrow()
+
+
+def _new_items(engine: Engine, side: Any, items: pa.Table) -> pa.Table:
+    """The items that stand in their table alone, as `_indexed` gives those of the events."""
+    if side is None or not len(items):
+        return items.slice(0, 0)
+    new = side.anti_join(engine.read(engine.folder / "item_index"), "item")
+    table = new.mutate(count=ibis.literal(0, "int64")).order_by("item").to_pyarrow()
+    return table.select(items.column_names).cast(items.schema)
 
 
 def _with_ids(engine: Engine, events: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
@@ -44,7 +46,8 @@ class Recommender:
 
     def __init__(self, run: Run | str | Path):
         self.run = run if isinstance(run, Run) else open_run(a_path("run", run))
-        self.experiment, self.prepared = self.run.experiment, self.run.prepared
+        self.experiment = self.run.experiment
+        self.prepared = self.run.prepared.with_new_items()
         mesh = shared_mesh(self.experiment)
         self._serving = prepared_serving(self.experiment, self.prepared, mesh)
         params, tables, self.step = load_best(self.run, mesh, self._serving.model)
@@ -136,7 +139,8 @@ class Recommender:
 
         Returns:
           A `Result`, a row an item: user, known, rank, item, title, score, every task's
-          prediction, and the fusion's weight of each task. The score is the one of the final
+          prediction, the fusion's weight of each task, and new: whether the item has never
+          trained, and is known by its features alone. The score is the one of the final
           order: the fused one, or for a user without data and history the item's training events.
 
         Raises:
@@ -196,8 +200,9 @@ class Recommender:
 
         Returns:
           A `Result`, a row a pair in the given order: user, item, known (both are in the data),
-          and every task's prediction: probability, value in the label's unit, cosine, or one
-          column per class.
+          every task's prediction: probability, value in the label's unit, cosine, or one column
+          per class; new (the item has never trained); and reason: why the predictions are null,
+          as they are for a new item of which no feature is known.
 
         Raises:
           ConfigError: the data has no users or no items; use `predict_rows`.
@@ -217,7 +222,8 @@ class Recommender:
             columns: dict[str, Any] = {"user": part, "item": pairs}
             columns["known"] = encoded.known & (ids >= FIRST)
             answer = self._answer(self._states(encoded), ids[:, None])
-            tables.append(pa.table(columns | self._task_columns(answer, len(part))))
+            table = pa.table(columns | self._task_columns(answer, len(part)))
+            tables.append(self._marked(table, ids))
         return Result(pa.concat_tables(tables))
 
     def predict_rows(self, rows: Any) -> Result:
@@ -310,7 +316,7 @@ class Recommender:
         columns |= self._task_columns(answer, n, (row, place))
         weights = np.asarray(answer.weights)[:n][row, place]
         columns |= {f"weight {t}": weights[:, i] for i, t in enumerate(self.experiment.tasks)}
-        return pa.table(columns)
+        return pa.table(columns | {"new": self._is_new[chosen + FIRST]})
 
     def _candidates(
         self,
@@ -386,14 +392,41 @@ class Recommender:
             raise ConfigError("this run has no retrieval task, so it cannot recommend; use predict")
         n = self.prepared.manifest.items
         k = a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
-        ids = np.arange(FIRST, n + FIRST, dtype=np.int64)
+        ids = np.flatnonzero(self._scorable)
         if allowed is not None:
-            ids = np.unique(self._encoder.item_ids(allowed, "allowed"))
+            ids = np.intersect1d(ids, self._encoder.item_ids(allowed, "allowed"))
         if blocked is not None:
             ids = np.setdiff1d(ids, self._encoder.item_ids(blocked, "blocked"))
         if not len(ids):
             raise DataError("the filters allowed and blocked leave no item")
         return k, ids
+
+    @functools.cached_property
+    def _is_new(self) -> np.ndarray:
+        """By item id [N + 2]: items that have never trained, and have no row of their own."""
+        rows = self.prepared.item_rows()
+        return (np.arange(len(rows)) >= FIRST) & (rows == UNKNOWN)
+
+    @functools.cached_property
+    def _scorable(self) -> np.ndarray:
+        """By item id [N + 2]: items of which the model knows something, themselves or a feature."""
+        known = self.prepared.catalogue()
+        told = (known["ids"] >= FIRST).any(axis=1) | (known["numbers"] != 0).any(axis=1)
+        return (np.arange(len(told)) >= FIRST) & (~self._is_new | told)
+
+    def _marked(self, table: pa.Table, items: np.ndarray) -> pa.Table:
+        """Predictions for items [n], null where nothing can be said of a new one, and why."""
+        unscored = self._is_new[items] & ~self._scorable[items]
+        for place, name in enumerate(table.column_names):
+            if name not in ("user", "item", "known"):
+                null = pa.scalar(None, table.schema.field(name).type)
+                table = table.set_column(
+                    place, name, pc.if_else(pa.array(~unscored), table[name], null)
+                )
+        reason = "a new item, of which no feature is known"
+        why = [reason if no else None for no in unscored.tolist()]
+        table = table.append_column("new", pa.array(self._is_new[items]))
+        return table.append_column("reason", pa.array(why, pa.string()))
 
     @property
     def _has_pairs(self) -> bool:
