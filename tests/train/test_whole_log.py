@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 import mtrec_jax
+from mtrec_jax.cli.data import prepare_folder
 from mtrec_jax.data.prepare import prepare, up_to_date
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.from_tables import experiment_of
@@ -89,3 +90,14 @@ def test_a_folder_is_up_to_date_until_data_or_configuration_change(tmp_path: Pat
     assert up_to_date(experiment, tmp_path, made.folder) is None
     grown = prepare(experiment, tmp_path, tmp_path / "grown", grow_from=made.folder)
     assert up_to_date(experiment, tmp_path, grown.folder) is not None
+
+
+def test_the_command_run_does_not_prepare_again(tmp_path: Path) -> None:
+    experiment = make()
+    made = run(tmp_path, experiment)
+    written = (made.folder / "manifest.json").stat().st_mtime_ns
+    how = tmp_path, made.folder, None, "", "duckdb", "", "local[*]"
+    assert prepare_folder(experiment, *how, again=False).manifest == made.manifest
+    assert (made.folder / "manifest.json").stat().st_mtime_ns == written
+    prepare_folder(experiment, *how)  # as the command prepare
+    assert (made.folder / "manifest.json").stat().st_mtime_ns > written
