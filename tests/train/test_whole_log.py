@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -96,8 +97,18 @@ def test_the_command_run_does_not_prepare_again(tmp_path: Path) -> None:
     experiment = make()
     made = run(tmp_path, experiment)
     written = (made.folder / "manifest.json").stat().st_mtime_ns
-    how = tmp_path, made.folder, None, "", "duckdb", "", "local[*]"
-    assert prepare_folder(experiment, *how, again=False).manifest == made.manifest
+    prepare_again = functools.partial(
+        prepare_folder,
+        experiment,
+        tmp_path,
+        made.folder,
+        None,
+        remedy="",
+        engine="duckdb",
+        memory="",
+        master="local[*]",
+    )
+    assert prepare_again(again=False).manifest == made.manifest
     assert (made.folder / "manifest.json").stat().st_mtime_ns == written
-    prepare_folder(experiment, *how)  # as the command prepare
+    prepare_again()  # as the command prepare
     assert (made.folder / "manifest.json").stat().st_mtime_ns > written
