@@ -182,7 +182,7 @@ def unknown_codes(prepared: Prepared, field: IdField | NumberField) -> np.ndarra
     return features.encode(feature, pa.nulls(1, pa.string()))
 
 
-def _appended(stored: Lists, codes: np.ndarray, owner: np.ndarray, new: int) -> pa.ListArray:
+def _appended(stored: Lists, codes: np.ndarray, owner: np.ndarray, new: int) -> pa.LargeListArray:
     """Lists of codes, with more at the end of those of each owner; `owner` [n] is sorted.
 
     `new` owners have had none.
@@ -196,7 +196,7 @@ def _appended(stored: Lists, codes: np.ndarray, owner: np.ndarray, new: int) -> 
     found[np.arange(len(old)) + np.repeat(offsets[:-1] - begins[:-1], sizes)] = old
     nth = np.arange(len(owner)) - np.searchsorted(owner, owner)
     found[(offsets[:-1] + sizes)[owner] + nth] = codes
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), as_column(found))
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), as_column(found))
 
 
 def _feature_cells(table: pa.Table) -> dict[str, pa.Array]:

@@ -113,7 +113,7 @@ def _recoded(newer: Prepared, table: pa.Table, column: str, codes: Codes) -> pa.
         return as_column(codes(_wide(to_arrays(table.select([column]))[column])))
     lists = newer.user_lists(column)
     flat = as_column(codes(_wide(lists.values)))
-    return pa.ListArray.from_arrays(pa.array(lists.offsets, pa.int32()), flat)
+    return pa.LargeListArray.from_arrays(pa.array(lists.offsets, pa.int64()), flat)
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
