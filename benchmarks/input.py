@@ -161,7 +161,7 @@ def _training(name: str, folder: Path, rounds: int) -> dict[str, list[float]]:
     from mtrec_jax.models.model import make_model
     from mtrec_jax.models.serve import load_catalogue
     from mtrec_jax.sharding import make_mesh, put_batch, replicate
-    from mtrec_jax.train.loop import STEPS_IN_FLIGHT
+    from mtrec_jax.train.loop import steps_in_flight
     from mtrec_jax.train.step import make_step
 
     experiment = load_experiment(name)
@@ -181,7 +181,7 @@ def _training(name: str, folder: Path, rounds: int) -> dict[str, list[float]]:
         started = time.perf_counter(), time.process_time()
         for number in range(STEPS):
             state = step.update(state, draw(), catalogue)
-            if number % STEPS_IN_FLIGHT == 0:
+            if number % steps_in_flight() == 0:
                 jax.block_until_ready(state.step)
         jax.block_until_ready(state)
         return time.perf_counter() - started[0], time.process_time() - started[1]

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from mtrec_jax.errors import ConfigError, DataError, Error, nearest
+
+_naming: ContextVar[Callable[[str], str]] = ContextVar("naming", default="{}=".format)
+
+
+@contextlib.contextmanager
+def naming(name: Callable[[str], str]) -> Iterator[None]:
+    """Have `argument` name arguments in this way: as options of a command, or as those of `fit`."""
+    before = _naming.set(name)
+    try:
+        yield
+    finally:
+        _naming.reset(before)
+
+
+def argument(name: str) -> str:
+    """How a message names an argument to whoever gave it: `run=` in Python, `--run` of a command.
+
+    >>> argument("init_from")
+    'init_from='
+    >>> with naming("--{}".format):
+    ...     argument("run")
+    '--run'
+    """
+    return _naming.get()(name)
 
 
 def shown(value: Any) -> str:

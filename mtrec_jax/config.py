@@ -8,8 +8,9 @@ from TOML and checked is in `experiments`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import tomli_w
@@ -35,6 +36,7 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Worth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
+Metrics = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +250,8 @@ class Select:
     """The declared validation metric by which the best checkpoint is kept."""
 
     __pydantic_config__ = _STRICT
-    metric: str = ""  # "task/metric" such as "next_item/ndcg@10"; "": the first task's main one
+    metric: str | Metrics = ""  # "task/metric" such as "next_item/ndcg@10", or several: their mean;
+    # "": the first task's main one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,15 +333,41 @@ def table_of(experiment: Experiment, name: str) -> Table:
     )
 
 
-def select_metric(experiment: Experiment) -> tuple[str, str, bool]:
-    """(task, metric, larger is better) of the metric that chooses the best checkpoint."""
-    if experiment.select.metric:
-        task, _, metric = experiment.select.metric.partition("/")
+class Selection(NamedTuple):
+    """What chooses the best checkpoint: the mean of some metrics."""
+
+    metrics: tuple[tuple[str, str], ...]  # (task, metric)
+    larger: bool  # is better
+
+    @property
+    def name(self) -> str:
+        """For people: "click/auc", or "mean of click/auc, like/auc"."""
+        names = ", ".join("/".join(pair) for pair in self.metrics)
+        return names if len(self.metrics) == 1 else f"mean of {names}"
+
+    def value(self, tasks: Mapping[str, Mapping[str, float]]) -> float:
+        """The mean of the metrics {task: {metric: value}}; nan where one of them is undefined.
+
+        >>> both = Selection((("click", "auc"), ("like", "auc")), larger=True)
+        >>> both.value({"click": {"auc": 0.5}, "like": {"auc": 0.75}})
+        0.625
+        """
+        return sum(tasks[task][metric] for task, metric in self.metrics) / len(self.metrics)
+
+
+def selection(experiment: Experiment) -> Selection:
+    """The metrics that choose the best checkpoint; all are better when larger, or all when lower,
+    as `experiments.check` sees to."""
+    declared = experiment.select.metric
+    if declared:
+        names = (declared,) if isinstance(declared, str) else declared
+        pairs = [name.partition("/")[::2] for name in names]
     else:
         task = next(iter(experiment.tasks))
         known = METRICS.get(experiment.tasks[task].kind)
         metric = next(iter(known)) if known else f"ndcg@{experiment.evaluate.ks[0]}"
-    return task, metric, metric_named(metric).larger_is_better
+        pairs = [(task, metric)]
+    return Selection(tuple(pairs), metric_named(pairs[0][1]).larger_is_better)
 
 
 def fusion_objective(experiment: Experiment) -> dict[str, float]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mtrec_jax import choices
-from mtrec_jax.arguments import a_list, shown
-from mtrec_jax.config import Experiment, Values, select_metric, table_of
+from mtrec_jax.arguments import a_list, argument, shown
+from mtrec_jax.config import Experiment, Select, Values, selection, table_of
 from mtrec_jax.errors import ConfigError, nearest
-from mtrec_jax.evaluation.metrics import metrics_of
+from mtrec_jax.evaluation.metrics import metric_named, metrics_of
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
 RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion", "new")
@@ -128,7 +128,9 @@ def cut(override: str) -> tuple[str, Any]:
     """
     key, equals, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     if not equals:
-        raise ConfigError(f"--set {override}: write it as key=value, e.g. model.towers=ple")
+        raise ConfigError(
+            f"{argument('overrides')} {override}: write it as key=value, e.g. model.towers=ple"
+        )
     try:
         return key.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -148,14 +150,16 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """
     parts = key.split(".") if isinstance(key, str) else [""]
     if not all(parts):
-        raise ConfigError(f"--set {key}: write it as key=value, e.g. model.towers=ple")
+        raise ConfigError(
+            f"{argument('overrides')} {key}: write it as key=value, e.g. model.towers=ple"
+        )
     node: Any = values
     for depth, part in enumerate(parts[:-1]):
         if depth and isinstance(node, dict) and isinstance(node.get(part), str):
             node[part] = {"kind": node[part]}
         node = node.setdefault(part, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {key}: '{'.'.join(parts[:-1])}' is not a table")
+        raise ConfigError(f"{argument('overrides')} {key}: '{'.'.join(parts[:-1])}' is not a table")
     node[parts[-1]] = value
 
 
@@ -192,7 +196,10 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
         return name if name in kept["tasks"] else ""
 
     worths = {n: worth for n, worth in e.model.fusion_objective.items() if known(n)}
-    select = e.select if known(e.select.metric.partition("/")[0]) else type(e.select)()
+    named = e.select.metric
+    listed = (named,) if isinstance(named, str) else named
+    left = tuple(name for name in listed if known(name.partition("/")[0]))
+    select = Select(metric=left if left and not isinstance(named, str) else "".join(left))
     found = dataclasses.replace(
         e,
         left_out=(*e.left_out, *(n for n in e.tasks if not known(n))),
@@ -429,8 +436,26 @@ def _model(e: Experiment) -> Iterator[str]:
             yield f"{key}: a retrieval or binary task is needed"
     if worths and not any(worths.values()):
         yield "model.fusion_objective: at least one worth must be above 0"
-    if (e.train.epochs > 0) == (e.train.steps > 0):
+    yield from _train(e)
+
+
+def _train(e: Experiment) -> Iterator[str]:
+    """Lengths, and decays that their optimizer does not know."""
+    train = e.train
+    if (train.epochs > 0) == (train.steps > 0):
         yield "train.epochs, train.steps: exactly one must be above 0"
+    if train.weight_decay and train.optimizer != "adamw":
+        yield (
+            f"train.weight_decay: '{train.optimizer}' does not decay; set train.optimizer = "
+            "'adamw', or remove it"
+        )
+    names = ["item"] * bool(e.data.item) + list(e.features)
+    tables = [table for table in (table_of(e, n) for n in names) if table.update == "sparse"]
+    if train.row_weight_decay and any(table.rule == "ftrl" for table in tables):
+        yield (
+            "train.row_weight_decay: 'ftrl' computes rows from all their gradients anew, so that "
+            "nothing decays; take another row_optimizer or rule, or remove it"
+        )
     if not e.split.validates:
         yield from _unjudged(e)
 
@@ -448,8 +473,15 @@ def _unjudged(e: Experiment) -> Iterator[str]:
 
 
 def _selection(e: Experiment) -> Iterator[str]:
-    name, metric, _ = select_metric(e)
-    if name not in e.tasks:
-        yield f"select.metric: there is no task '{name}'.{nearest(name, e.tasks)}"
-    elif metric not in (known := metrics_of(e.tasks[name].kind, e.evaluate.ks)):
-        yield f"select.metric: task '{name}' has {', '.join(known)}, not '{metric}'"
+    chosen_by = selection(e)
+    for name, metric in chosen_by.metrics:
+        if name not in e.tasks:
+            yield f"select.metric: there is no task '{name}'.{nearest(name, e.tasks)}"
+        elif metric not in (known := metrics_of(e.tasks[name].kind, e.evaluate.ks)):
+            yield f"select.metric: task '{name}' has {', '.join(known)}, not '{metric}'"
+        elif metric_named(metric).larger_is_better != chosen_by.larger:
+            yield (
+                f"select.metric: {name}/{metric} is better when "
+                f"{'lower' if chosen_by.larger else 'larger'}, unlike the first of the list, so "
+                "that their mean means nothing; name metrics of one direction"
+            )

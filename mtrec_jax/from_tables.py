@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtrec_jax.arguments import a_mapping, a_path, shown
+from mtrec_jax.arguments import a_mapping, a_path, naming, shown
 from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.prepare import prepare, up_to_date
+from mtrec_jax.data.report import print_report
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment, set_key
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.loop import check_start, train
+from mtrec_jax.train.progress import never_silent
 from mtrec_jax.train.run import check_replacement
 from mtrec_jax.train.stopping import Stopped
 
@@ -52,14 +55,29 @@ def fit(
         e.g. `{"train": {"epochs": 5, "patience": 2}}`.
       folder: where prepared data and the run are kept; by default a temporary folder that lives as
         long as the recommender.
-      show_progress: print progress to standard error.
+      show_progress: print to standard error what is prepared and cleaned away, sizes, and how
+        training goes, a line a minute where that is no terminal.
 
     Raises:
       ConfigError, DataError: as `load_experiment`, `prepare` and `train`.
       Stopped: a signal asked to stop; with `folder` the state is saved, otherwise nothing is.
     """
+    with naming(_of_fit):
+        return _fit(
+            *(events, items, users, folder, show_progress),
+            experiment_of(user, item, time, tasks, title, features, settings),
+        )
+
+
+def _fit(
+    events: Any,
+    items: Any,
+    users: Any,
+    folder: str | Path | None,
+    show_progress: bool,
+    experiment: Experiment,
+) -> Recommender:
     use_compilation_cache()
-    experiment = experiment_of(user, item, time, tasks, title, features, settings)
     if events is None:
         raise DataError("events: None; pass a pandas, Polars or Arrow table")
     if folder is not None:
@@ -72,13 +90,18 @@ def fit(
     remedy = f"Pass another folder= than {place}"
     try:
         check_start(experiment, run)
-        prepared = up_to_date(experiment, None, kept, tables) or prepare(
-            experiment,
-            None,
-            kept,
-            tables=tables,
-            accept=lambda new: check_replacement(kept, new, run, remedy=remedy),
-        )
+        with never_silent(_print if show_progress else lambda _: None, "preparing") as say:
+            prepared = up_to_date(experiment, None, kept, tables) or prepare(
+                experiment,
+                None,
+                kept,
+                tables=tables,
+                progress=say,
+                accept=lambda new: check_replacement(kept, new, run, remedy=remedy),
+            )
+            if show_progress:
+                print_report(prepared.manifest)
+            say(repr(prepared))
         recommender = Recommender(train(experiment, prepared, run, show_progress=show_progress))
     except BaseException as error:
         if temporary:
@@ -94,6 +117,15 @@ def fit(
     if temporary:
         weakref.finalize(recommender, temporary.cleanup)
     return recommender
+
+
+def _of_fit(name: str) -> str:
+    """What an argument of other functions is called in `fit`."""
+    return {"run": "folder=", "overrides": "settings"}.get(name, f"{name}=")
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def experiment_of(

@@ -34,7 +34,7 @@ from mtrec_jax.models.serve import load_catalogue
 from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, check_mesh, make_mesh
 from mtrec_jax.tables.exchange import Buffers, BuffersOf
 from mtrec_jax.tables.layout import DENSE, Layout
-from mtrec_jax.train.loop import STEPS_IN_FLIGHT, exchange_buffers
+from mtrec_jax.train.loop import exchange_buffers, steps_in_flight
 from mtrec_jax.train.step import make_step
 from mtrec_jax.types import FIRST, Catalogue, PyTree, TrainState
 
@@ -185,7 +185,7 @@ def stored_bytes(
         "dense parameters": _on_device(state.params),
         "their optimizer": _on_device(rest),
         "catalogue": _on_device(catalogue_shapes(experiment, manifest)),
-        "batches": STEPS_IN_FLIGHT * _on_device(batch) // devices,
+        "batches": steps_in_flight() * _on_device(batch) // devices,
     }
 
 

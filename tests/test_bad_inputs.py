@@ -3,20 +3,27 @@ exit status 2, and nothing half-written left behind."""
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.clean import open_cleaned
-from mtrec_jax.errors import DataError
+from mtrec_jax.data.prepare import prepare
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.experiments import load_experiment
+from mtrec_jax.from_tables import fit
 from mtrec_jax.serving.recommender import Recommender
-from mtrec_jax.train.run import Run
+from mtrec_jax.train import run as runs
+from mtrec_jax.train.loop import train as train_run
+from mtrec_jax.train.run import Run, open_run
 
 Mtrec = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
@@ -213,3 +220,74 @@ def test_an_unknown_user(
     assert status == 0
     assert "mtrec: 1 unknown user ('u1'): not in the prepared data" in err
     assert out.read_text(encoding="utf-8").count('"known": false') == 2
+
+
+def test_a_folder_of_raw_data_that_is_not_there(
+    refused: Refused, config: Path, shop_experiment: Experiment, tmp_path: Path
+) -> None:
+    """Each way of asking hears the name of its own argument."""
+    own = shop_experiment.data
+    own = replace(own, public="", events=replace(own.events, files=("*.csv",)))
+    experiment = replace(shop_experiment, data=own)
+    config.write_text(to_toml(experiment), encoding="utf-8")
+    message = refused("prepare", config, "--data", "nowhere", "--out", tmp_path / "out")
+    assert "there is no folder nowhere, in which '*.csv' would be. Name another: --data" in message
+    with pytest.raises(DataError, match=r"there is no folder nowhere, .* Name another: data="):
+        prepare(experiment, "nowhere", tmp_path / "out")
+
+
+def test_an_output_folder_that_engines_misread(
+    refused: Refused, config: Path, data: Path, tmp_path: Path
+) -> None:
+    message = refused("prepare", config, "--data", data.parent, "--out", tmp_path / "back\\slash")
+    assert "back\\slash: a backslash in the path; name another folder" in message
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "mine.toml"}
+
+
+def test_prepared_data_that_has_moved(refused: Refused, shop_run: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(shop_run.folder, run)
+    (run / "prepared.json").write_text('{"folder": "/gone", "fingerprint": "0"}', encoding="utf-8")
+    was = f"{run} was trained on /gone, where no prepared folder is any more"
+    assert f"{was}; say where it is now: --prepared" in refused("evaluate", run)
+    with pytest.raises(DataError, match=r"say where it is now: prepared="):
+        open_run(run)
+
+
+def test_errors_of_python_calls_name_its_arguments(
+    shop_run: Run, shop_experiment: Experiment, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"no run folder; pass another run=$"):
+        train_run(shop_experiment, shop_run.prepared, tmp_path, show_progress=False)
+    with pytest.raises(ConfigError, match=r"^init_from= names .* itself; pass another run=$"):
+        train_run(
+            shop_experiment,
+            shop_run.prepared,
+            shop_run.folder,
+            init_from=shop_run,
+            show_progress=False,
+        )
+    with pytest.raises(ConfigError, match=r"^overrides= model\.width: write it as key=value"):
+        load_experiment("shop", ["model.width"])
+    wide = {"train.steps": 3, "model.width..": 8}
+    table = {"user": [1], "item": [2]}
+    with pytest.raises(ConfigError, match=r"^settings model\.width\.\.: write it as key=value"):
+        fit(table, user="user", item="item", tasks={"next": "retrieval"}, settings=wide)
+
+
+def test_metrics_of_a_run_that_cannot_be_written(
+    mtrec: Mtrec, shop_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    before = {p.name for p in shop_run.folder.iterdir()}
+    monkeypatch.setattr(runs, "write_json", refuse)
+    status, out, err = mtrec("evaluate", shop_run.folder, "--split", "test")
+    assert status == 0
+    assert "click" in out
+    why = "this look at the test set among it: Read-only file system"
+    assert f"mtrec: nothing was stored in {shop_run.folder}, {why}" in err
+    assert "Traceback" not in err
+    assert {p.name for p in shop_run.folder.iterdir()} == before

@@ -16,7 +16,7 @@ from mtrec_jax.config import (
     Experiment,
     Task,
     fusion_objective,
-    select_metric,
+    selection,
     table_of,
     to_dict,
     to_toml,
@@ -56,7 +56,7 @@ def test_the_least_experiment_gets_the_defaults() -> None:
     experiment = parse_experiment(LEAST)
     assert experiment.train.batch_size == 128
     assert experiment.tasks["like"] == Task(kind="binary", column="rating")
-    assert select_metric(experiment) == ("next", "ndcg@10", True)
+    assert selection(experiment) == ((("next", "ndcg@10"),), True)
     assert fusion_objective(experiment) == {"next": 1.0, "like": 1.0}
 
 
@@ -404,13 +404,40 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_experiment(broken)
 
 
+def test_selection_is_a_mean_of_metrics_of_one_direction() -> None:
+    tasks = {"like": {"kind": "binary"}, "stars": {"kind": "regression"}}
+    both = {"metric": ["like/log_loss", "stars/rmse"]}
+    found = selection(parse_experiment(with_keys(tasks=tasks, select=both)))
+    assert (found.metrics, found.larger) == ((("like", "log_loss"), ("stars", "rmse")), False)
+    assert found.value({"like": {"log_loss": 0.5}, "stars": {"rmse": 1.5}}) == 1.0
+    message = refusal(tasks=tasks, select={"metric": ["like/auc", "stars/rmse"]})
+    assert "stars/rmse is better when lower, unlike the first" in message
+    assert "has auc, log_loss" in refusal(tasks=tasks, select={"metric": ["like/auc", "like/x"]})
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+def test_a_weight_decay_that_would_do_nothing_is_refused(optimizer: str) -> None:
+    train = {"weight_decay": 0.1, "optimizer": optimizer}
+    assert "train.weight_decay: " in refusal(train=train)
+    assert parse_experiment(with_keys(train=train | {"optimizer": "adamw"}))
+
+
+def test_a_decay_of_rows_that_ftrl_would_undo_is_refused() -> None:
+    train = {"row_weight_decay": 0.1, "row_optimizer": "ftrl"}
+    message = "train.row_weight_decay: 'ftrl'"
+    assert message in refusal(train=train)
+    assert message in refusal(train={"row_weight_decay": 0.1}, tables={"item": {"rule": "ftrl"}})
+    dense = {"item": {"update": "dense"}}
+    assert parse_experiment(with_keys(train=train, tables=dense))
+
+
 def test_selection_knows_which_way_is_better() -> None:
     lower = parse_experiment(with_keys(select={"metric": "like/log_loss"}))
-    assert select_metric(lower) == ("like", "log_loss", False)
+    assert selection(lower) == ((("like", "log_loss"),), False)
     tasks = {"stars": {"kind": "regression"}}
-    assert select_metric(parse_experiment(with_keys(tasks=tasks))) == ("stars", "rmse", False)
+    assert selection(parse_experiment(with_keys(tasks=tasks))) == ((("stars", "rmse"),), False)
     first_k = with_keys(evaluate={"ks": [5, 10]})
-    assert select_metric(parse_experiment(first_k)) == ("next", "ndcg@5", True)
+    assert selection(parse_experiment(first_k)) == ((("next", "ndcg@5"),), True)
 
 
 def test_every_experiment_that_can_be_written_can_be_read_again() -> None:

@@ -29,7 +29,7 @@ from mtrec_jax.planner import Collective, DevicePlan, plan
 from mtrec_jax.sharding import make_mesh, put_batch, replicate
 from mtrec_jax.tables.exchange import default_buffers
 from mtrec_jax.tables.layout import DENSE, computed_dtype, stacks
-from mtrec_jax.train.loop import STEPS_IN_FLIGHT
+from mtrec_jax.train.loop import steps_in_flight
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import FIRST, Batch
 from tests import tiny
@@ -195,7 +195,7 @@ def test_memory_is_that_of_a_state_and_of_its_compiled_step(name: str) -> None:
         assert found.memory[part] == _held(held), part
     rest = state._replace(tables={}, slots={}, scratch={}, params={}, key=())  # type: ignore[arg-type]
     assert found.memory["their optimizer"] == _held(rest) + 16  # the key
-    assert found.memory["batches"] == STEPS_IN_FLIGHT * _held(batch)
+    assert found.memory["batches"] == steps_in_flight() * _held(batch)
     lowered = step.update.lower(state, batch, catalogue)  # type: ignore[attr-defined]
     working = lowered.compile().memory_analysis().temp_size_in_bytes
     assert found.memory["working memory"] == pytest.approx(working, rel=0.1)
@@ -368,9 +368,9 @@ def test_what_a_step_works_with_is_part_of_a_refusal(pod: Path) -> None:
 
 def test_sizes_are_asked_for_and_checked(pod: Path, mtrec: Any) -> None:
     experiment = mtrec_jax.load_experiment(pod, ["train.mesh=[1,1]"])
-    with pytest.raises(ConfigError, match=r"page, query, advert, device are .*--rows page"):
+    with pytest.raises(ConfigError, match=r"page, query, advert, device are .*rows= page"):
         plan(experiment, 8, rows={"user": 5})
-    with pytest.raises(ConfigError, match=r"--rows usr: no such table.*Did you mean 'user'"):
+    with pytest.raises(ConfigError, match=r"rows= usr: no such table.*Did you mean 'user'"):
         plan(experiment, 8, rows={"usr": 5})
     with pytest.raises(ConfigError, match=r"user: a table of 10,000,000,002 rows .*hash_rows"):
         plan(experiment, 8, rows=dict.fromkeys(FEATURES, 9) | {"user": 10**10})

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from mtrec_jax import __version__
+from mtrec_jax.arguments import naming
 from mtrec_jax.cli import data, doctor, plan, train, use
 from mtrec_jax.cli.options import say
 from mtrec_jax.errors import Error, Stalled
@@ -40,6 +41,11 @@ def _print_version(asked: bool) -> bool:
         typer.echo(f"mtrec_jax {__version__}")
         raise typer.Exit
     return asked
+
+
+def as_option(name: str) -> str:
+    """What an argument of the Python functions is called here."""
+    return "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
 
 
 @app.callback()
@@ -73,7 +79,7 @@ def main(begin: Callable[[], None] | None = None) -> None:
     `begin` is called first, and its errors are treated alike.
     """
     _quieten()
-    with unwinding() as received:
+    with unwinding() as received, naming(as_option):
         try:
             if begin:
                 begin()

@@ -50,11 +50,13 @@ def clean(
     """
     from mtrec_jax.data.clean import clean as clean_data
     from mtrec_jax.experiments import load_experiment
+    from mtrec_jax.train.progress import never_silent
 
     experiment = load_experiment(config, overrides or [], choose=False)
     out = out or Path("prepared") / "cleaned" / experiment.name
     raw = _raw_folder(experiment, data)
-    notes = clean_data(experiment, raw, out, None, say, engine, memory, master).notes
+    with never_silent(say, "cleaning") as tell:
+        notes = clean_data(experiment, raw, out, None, tell, engine, memory, master).notes
     say(f"{notes.events:,} events in {out}; {notes.quarantined:,} rows in its quarantine.parquet")
 
 
@@ -104,6 +106,7 @@ def prepare_folder(
     from mtrec_jax.data.prepare import prepare as prepare_data
     from mtrec_jax.data.prepare import up_to_date
     from mtrec_jax.data.report import print_report
+    from mtrec_jax.train.progress import never_silent
     from mtrec_jax.train.run import check_replacement
 
     def accept(new: Any) -> None:
@@ -114,7 +117,8 @@ def prepare_folder(
     if not again and (found := up_to_date(experiment, raw, out)):
         say(f"{out} is up to date with {raw} ({found.manifest.fingerprint}): not prepared again")
         return found
-    opened = prepare_data(experiment, raw, out, None, say, *how, accept, grow_from, cleaned)
+    with never_silent(say, "preparing") as tell:
+        opened = prepare_data(experiment, raw, out, None, tell, *how, accept, grow_from, cleaned)
     print_report(opened.manifest)
     say(f"{opened!r} in {out}; report: {out / 'report.html'}")
     return opened

@@ -115,6 +115,10 @@ def _evaluate(opened: Any, split: str) -> None:
     from mtrec_jax.evaluation.tables import print_evaluation
     from mtrec_jax.train.run import evaluate_run
 
-    evaluation, looks = evaluate_run(opened, split)
+    not_stored: list[str] = []
+    evaluation, looks = evaluate_run(opened, split, not_stored.append)
     print_evaluation(opened.experiment, evaluation)
-    say(f"looks at the test set so far: {looks} · {opened.folder / 'evaluation.json'}")
+    where = "" if not_stored else f" · {opened.folder / 'evaluation.json'}"
+    say(f"looks at the test set so far: {looks}{where}")
+    for line in not_stored:
+        say(f"mtrec: {line}")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, table_of
 from mtrec_jax.data.dataset import (
     FIELDS,
@@ -49,7 +50,8 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     if missing := [name for name, size in rooms.items() if not size]:
         raise ConfigError(
             f"the sizes of {', '.join(missing)} are not known without prepared data: give them, "
-            f"as in --rows {missing[0]}=1e6, or name a prepared folder with --prepared"
+            f"as in {argument('rows')} {missing[0]}=1e6, or name a prepared folder: "
+            f"{argument('prepared')}"
         )
     fields: dict[str, list[IdField | NumberField]] = {}
     for name, feature in chosen.items():
@@ -102,10 +104,11 @@ def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
     for name, size in rows.items():
         if name not in known:
             raise ConfigError(
-                f"--rows {name}: no such table; there are {', '.join(known)}.{nearest(name, known)}"
+                f"{argument('rows')} {name}: no such table; there are {', '.join(known)}."
+                f"{nearest(name, known)}"
             )
         if size < 1:
-            raise ConfigError(f"--rows {name}={size}: at least one row")
+            raise ConfigError(f"{argument('rows')} {name}={size}: at least one row")
 
 
 def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:

@@ -219,7 +219,10 @@ def clean_with(
 
 
 def check_own(out: Path, mark: str, what: str) -> None:
-    """Raise `DataError` where `out` exists and is not what a new one would replace."""
+    """Raise `DataError` where `out` exists and is not what a new one would replace, or has a
+    backslash, which engines take for their own."""
+    if os.sep != "\\" and "\\" in str(out.absolute()):
+        raise DataError(f"{out.absolute()}: a backslash in the path; name another folder")
     foreign = out.is_dir() and any(out.iterdir()) and not (out / mark).is_file()
     if out.is_file() or foreign:
         raise DataError(

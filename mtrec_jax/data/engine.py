@@ -21,6 +21,7 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mtrec_jax.arguments import argument
 from mtrec_jax.errors import ConfigError, DataError, Error
 
 Name = Literal["duckdb", "spark"]
@@ -221,8 +222,8 @@ def _engine_errors(folder: Path) -> Iterator[None]:
             ) from error
         if "Out of Memory" in text or "OutOfMemory" in text:
             raise DataError(
-                "the preparation ran out of memory: give it more (--memory 8GB), or run fewer "
-                f"threads. The engine said: {text.strip()[:200]}"
+                f"the preparation ran out of memory: give it more ({argument('memory')} 8GB), or "
+                f"run fewer threads. The engine said: {text.strip()[:200]}"
             ) from error
         raise
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
+from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, to_dict
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared, TaskField, extensions_of, open_prepared
@@ -46,7 +47,8 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
         shown = "\n".join(f"  {problem}" for problem in problems[:8])
         raise ConfigError(
             f"{folder} cannot grow to experiment '{experiment.name}', which means something else:\n"
-            f"{shown}\nName the folder of the same features, or prepare without --grow-from"
+            f"{shown}\nName the folder of the same features, or prepare without "
+            f"{argument('grow_from')}"
         )
     return base
 
@@ -141,6 +143,6 @@ def summary(base: Prepared, items: pa.Table, encodings: list[Encoding]) -> str:
     if found and not any(known for known, _ in found.values()):
         raise DataError(
             f"none of the values that {base.folder} knows trains here ({shown}). Name the folder "
-            "that these data continue, or prepare without --grow-from"
+            f"that these data continue, or prepare without {argument('grow_from')}"
         )
     return f"continues {base.folder}: {shown}"

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mtrec_jax.arguments import argument
 from mtrec_jax.config import Files
 from mtrec_jax.errors import DataError
 
@@ -54,6 +55,9 @@ def _match(pattern: str, base: Path, public: str) -> list[tuple[str, Any]]:
     if path.is_file():
         return [(str(path), None)]
     hint = f" Fetch the data with: mtrec data {public}" if public else ""
+    if not base.exists() and not Path(pattern).is_absolute():
+        hint = hint or f" Name another: {argument('data')}"
+        raise DataError(f"there is no folder {base}, in which '{pattern}' would be.{hint}")
     if not any(letter in pattern for letter in "*?["):
         raise DataError(f"{path}: there is no such file.{hint}")
     paths = sorted(base / file for file in glob.glob(pattern, root_dir=base, recursive=True))

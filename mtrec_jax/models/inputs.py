@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, table_of
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField
 from mtrec_jax.errors import ConfigError
@@ -132,7 +133,7 @@ def _size(experiment: Experiment, name: str, ids: int) -> TableSize:
         raise ConfigError(
             f"tables.{name}.capacity: {ids - FIRST:,} values have a row of their own, more than "
             f"{table.capacity:,}. Raise it; rows of an earlier run are then carried over by "
-            "mtrec train --init-from"
+            f"training with {argument('init_from')}"
         )
     rule = table.rule if table.update == "sparse" else DENSE
     if table.hash_rows:

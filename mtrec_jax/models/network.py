@@ -155,12 +155,28 @@ class Network(nnx.Module):
         ), fusing
 
     def fuse(self, fusing: Fusing) -> tuple[jax.Array, jax.Array]:
-        """Fused score [n] and task weights [n, T]; without fusion the tasks weigh the same."""
+        """Fused score [n] and task weights [n, T]; without fusion it is the mean of `in_unit`."""
         if self.config.fusion == "none":
-            stacked = jnp.stack(list(fusing.scores.values()), axis=-1)
+            scores = [self.in_unit(task, score) for task, score in fusing.scores.items()]
+            stacked = jnp.stack(scores, axis=-1)
             weights = jnp.full(stacked.shape, 1 / stacked.shape[1], stacked.dtype)
             return jnp.sum(weights * stacked, axis=-1), weights
         return self.fusion(fusing)
+
+    def in_unit(self, name: str, score: jax.Array) -> jax.Array:
+        """A task's score [n] between 0 and 1, so that a mean over tasks means something.
+
+        The probability of a binary task; (1 + cosine) / 2; the share of the training labels of a
+        regression that lie lower, were they normal; the expected class number over the largest.
+        """
+        if name == self.inputs.retrieval:
+            return (1 + self.config.temperature * score) / 2
+        task = self.inputs.tasks[name]
+        if task.kind == "binary":
+            return jax.nn.sigmoid(score)
+        if task.kind == "regression":
+            return jax.scipy.stats.norm.cdf(score)
+        return score / max(1, task.outputs - 1)
 
 
 def tower_sizes(config: ModelConfig, inputs: Inputs) -> TowerSizes:

@@ -86,7 +86,9 @@ def ftrl(l1: float = 0.0, l2: float = 0.0, beta: float = 1.0) -> RowOptimizer:
     """FTRL-Proximal (McMahan et al., KDD 2013), algorithm 1; with `l1`, weights become exactly 0.
 
     A row that has not been touched yet starts from its own values. The learning rate has to stay
-    the same over a run, as the sums in `z` are in its units: see `at_rate`.
+    the same over a run, as the sums in `z` are in its units: see `at_rate`. Its regularization is
+    that of `l1` and `l2`, of all steps together: rows come from `z` anew in each step, so that a
+    decay of the rows beside it (`bounded`) would be undone by the next one.
     """
 
     def update(

@@ -6,9 +6,11 @@ one of their text. What is restored has to have the same.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -133,6 +135,7 @@ def restore_latest(
 
     Raises:
       CheckpointError: no step can be restored; nothing was moved.
+      Error: storage fails, or memory does not suffice; nothing was moved.
     """
     first: CheckpointError | None = None
     damaged: list[int] = []
@@ -152,7 +155,7 @@ def restore_latest(
     if first is not None:
         raise CheckpointError(
             f"none of the {len(damaged)} checkpoints in {manager.directory} can be restored; "
-            f"nothing was moved. Train into a new --run folder. The latest: {first}"
+            f"nothing was moved. Train into a new run folder. The latest: {first}"
         ) from first
     return None
 
@@ -201,22 +204,44 @@ def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -
         found = manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and tensorstore raise many kinds for damaged files
         failed = error
-    if processes.largest(failed is not None):
-        what = _first_line(failed) if failed else "another process could not read its part"
-        if isinstance(failed, MemoryError) or "RESOURCE_EXHAUSTED" in what:
-            raise Error(
-                f"checkpoint {manager.directory / str(step)} does not fit in the memory of the "
-                f"devices ({what}). It needs as many as in training: see train.mesh, mtrec plan"
-            ) from failed
-        raise _damaged(manager, step, what) from failed
-    return found
+    worst = processes.largest(0 if failed is None else 2 if _storage_failed(failed) else 1)
+    if not worst:
+        return found
+    what = _first_line(failed) if failed else "another process could not read its part"
+    if isinstance(failed, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+        raise Error(
+            f"checkpoint {manager.directory / str(step)} does not fit in the memory of the "
+            f"devices ({what}). It needs as many as in training: see train.mesh, mtrec plan"
+        ) from failed
+    if worst == 2:
+        raise Error(
+            f"checkpoint {manager.directory / str(step)} could not be read: {what}. That says "
+            "nothing about what it holds, and nothing was moved. Run the same command again when "
+            "the storage answers"
+        ) from failed
+    raise _damaged(manager, step, what) from failed
+
+
+def _storage_failed(error: BaseException | None) -> bool:
+    """Whether the system could not read, as shared storage that is away for a moment cannot; a
+    file that is missing or short is damage."""
+    missing = (errno.ENOENT, errno.ENOTDIR)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno and error.errno not in missing:
+            return True
+        # of tensorstore, which raises errors of its own: "[OS error 5: EIO Input/output error]"
+        numbers = [int(n) for n in re.findall(r"\[OS error (\d+)", str(error))]
+        if any(number not in missing for number in numbers):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _damaged(manager: ocp.CheckpointManager, step: int, what: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {manager.directory / str(step)} cannot be restored. It is damaged (then move "
         "it away to continue from the step before it) or was written by another version of the "
-        f"model (then train into a new --run folder). What went wrong: {what}"
+        f"model (then train into a new run folder). What went wrong: {what}"
     )
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from mtrec_jax import processes
-from mtrec_jax.arguments import a_path, instance
-from mtrec_jax.config import Experiment, select_metric, to_toml
+from mtrec_jax.arguments import a_path, argument, instance
+from mtrec_jax.config import Experiment, Selection, selection, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
@@ -34,13 +34,18 @@ from mtrec_jax.train import checkpoint
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim
-from mtrec_jax.train.step import Step, make_step
+from mtrec_jax.train.step import Step, learning_rate, make_step
 from mtrec_jax.train.stopping import asked_to_stop, full_disk_named, stopped_at
 from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.types import Batch, Catalogue, TrainState
 
 _MOST_LEFT_OUT = 100  # steps, with train.not_finite = "skip"
-STEPS_IN_FLIGHT = 4  # more un-awaited collectives than a few can starve virtual CPU devices
+
+
+def steps_in_flight() -> int:
+    """Steps that are begun before the host waits for the device: few on CPUs, whose virtual devices
+    more un-awaited collectives can starve; elsewhere enough that waiting costs nothing."""
+    return 4 if jax.default_backend() == "cpu" else 32
 
 
 def train(
@@ -56,7 +61,8 @@ def train(
     Args:
       experiment: what to train; stored as `config.toml`.
       prepared: data of which the experiment chooses tasks and features.
-      run: the run folder, created if missing.
+      run: the run folder, created if missing. One of the same experiment but for a larger
+        `train.epochs` or `train.steps` is lengthened.
       optimizer: optax chain for the dense parameters instead of the configured one. It is not
         stored: pass the same one to continue.
       show_progress: draw a progress bar on a terminal.
@@ -102,7 +108,8 @@ def _sole_trainer(folder: Path) -> Iterator[None]:
         is_taken = True
     if processes.largest(is_taken):
         raise ConfigError(
-            f"another process is training in {folder}; wait for it, stop it, or pass another --run"
+            f"another process is training in {folder}; wait for it, stop it, or pass "
+            f"another {argument('run')}"
         )
     try:
         yield
@@ -150,9 +157,13 @@ def _train(
         for line in notes:
             bar.note(line)
         if number >= job.total or meta["done"]:
-            bar.note(f"{folder} is trained already, up to step {number}: nothing to do")
+            early = ", where early stopping ended it" if meta["done"] else ""
+            bar.note(f"{folder} is trained already, up to step {number}{early}: nothing to do")
             return
-        claim(folder, experiment, prepared)
+        if undefined := _undefined(job):
+            bar.note(undefined)
+        if longer := claim(folder, experiment, prepared):
+            bar.note(f"{folder}: {longer}{_schedule_goes_on(experiment, number, job.total)}")
         for what, now in _topology(job.mesh).items():
             if meta.get(what) != now:
                 bar.note(
@@ -180,6 +191,32 @@ def _topology(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     return {"threads": os.cpu_count(), "mesh": shape, "processes": processes.count()}
 
 
+def _undefined(job: _Job) -> str:
+    """What to say where the labels of validation leave the selecting metric undefined."""
+    summary = job.prepared.manifest.summary
+    if summary is None:
+        return ""
+    for task, metric in job.selection.metrics:
+        count, mean = summary.labels.get(task, {}).get("validation", (0, None))
+        one_class = mean == 0 or (mean == 1 and count < 10**6)  # means have six digits
+        if task in summary.labels and (not count or (metric == "auc" and one_class)):
+            why = "all its labels there are equal" if count else "it has no labels there"
+            return (
+                f"{task}/{metric} is undefined on the validation set: {why}. No evaluation will "
+                "choose a checkpoint or stop training early: the latest is kept. Choose another "
+                "select.metric"
+            )
+    return ""
+
+
+def _schedule_goes_on(experiment: Experiment, number: int, total: int) -> str:
+    """What a longer run does to a learning rate whose schedule depends on the length."""
+    if experiment.train.schedule == "constant":
+        return ""
+    rate = float(learning_rate(experiment.train, 0.0, total)(number))
+    return f"; the schedule '{experiment.train.schedule}' goes on at {rate:.3g} and ends there"
+
+
 class _Job(NamedTuple):
     """What a run is made of; built once, before its first step."""
 
@@ -195,6 +232,7 @@ class _Job(NamedTuple):
     catalogue: Catalogue
     serving: Serving
     records: Records
+    selection: Selection
 
 
 def _make_job(
@@ -222,6 +260,7 @@ def _make_job(
         catalogue=catalogue,
         serving=make_serving(experiment, prepared.manifest, model, catalogue, mesh),
         records=Records(folder / "metrics.jsonl", processes.is_first()),
+        selection=selection(experiment),
     )
 
 
@@ -250,8 +289,7 @@ def _run_steps(
     stopped: list[int],
 ) -> int:
     """Step, record, evaluate and save until the end, early stopping or a signal."""
-    config, number = job.experiment.train, int(state.step)
-    task, metric, larger = select_metric(job.experiment)
+    config, number, in_flight = job.experiment.train, int(state.step), steps_in_flight()
 
     def save() -> None:
         meta["bytes"] = job.records.size()
@@ -259,30 +297,31 @@ def _run_steps(
         if config.checkpoint_wait:
             manager.wait_until_finished()
 
-    recent: deque[Batch] = deque(maxlen=STEPS_IN_FLIGHT)
+    recent: deque[Batch] = deque(maxlen=in_flight)
     left_out = int(state.bad[0])
     while number < job.total and not meta["done"]:
-        batch = put_batch(next(job.batches), job.mesh)
-        recent.append(batch)
-        state = job.step.update(state, batch, job.catalogue)
+        recent.append(next(job.batches))
+        state = job.step.update(state, put_batch(recent[-1], job.mesh), job.catalogue)
         number += 1
         every = config.checkpoint_every
         due = number % job.every == 0 or number == job.total
         saves = number % job.every == 0 or bool(every and number % every == 0)
-        if number % STEPS_IN_FLIGHT == 0 or number == job.total or saves:
+        if number % in_flight == 0 or number == job.total or saves:
             left_out = _check_finite(job, bar, state, number, recent, left_out)
         bar.advance(number, job.records.last_losses)
         if number % config.log_every == 0 or number == job.total:
-            state = _log_losses(job.records, state, number, job.mesh)
+            after = _log_losses(job.records, state, number, job.mesh)
+            if number % config.log_every == 0:  # a longer run goes on with the sums of its end
+                state = after
         if due and job.experiment.split.validates:
             bar.say("evaluating")
-            evaluated = _evaluate(job, state, number, task, metric)
-            _judge(meta, number, evaluated, larger, config.patience)
-            bar.evaluated(f"{task}/{metric}", evaluated, meta["best"])
+            evaluated = _evaluate(job, state, number)
+            _judge(meta, number, evaluated, job.selection.larger, config.patience)
+            bar.evaluated(job.selection.name, evaluated, meta)
         on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
         if due or on_schedule:
             save()
-        by = asked_to_stop(stopped, number, STEPS_IN_FLIGHT)
+        by = asked_to_stop(stopped, number, in_flight)
         if by and number < job.total and not meta["done"]:
             if manager.latest_step() != number:
                 save()
@@ -307,7 +346,7 @@ def _check_finite(
     age = number - last + 1
     if age <= len(recent):
         before = state._replace(step=jax.numpy.full_like(state.step, last - 1))
-        finite = job.step.inspect(before, recent[-age], job.catalogue)
+        finite = job.step.inspect(before, put_batch(recent[-age], job.mesh), job.catalogue)
         bad = [name for name, is_finite in finite.items() if not is_finite]
         epoch, batch = divmod(last - 1, job.epoch)
         what = f"first {bad[0]}" if bad else "first the new parameters"
@@ -319,8 +358,8 @@ def _check_finite(
         raise Error(
             f"{message}. {'That step and the ones after it' if stops else f'{found} steps'} "
             "changed nothing; checkpoints hold only what was finite. Lower train.learning_rate or "
-            f"set train.clip_norm{skip}, in a new --run; --init-from {job.folder} begins it with "
-            "the best checkpoint of this one"
+            f"set train.clip_norm{skip}, in a new {argument('run')}; "
+            f"{argument('init_from')} {job.folder} begins it with the best checkpoint of this one"
         )
     bar.note(f"{message}; left out, {found} so far")
     return found
@@ -358,8 +397,8 @@ def _log_losses(
     return state._replace(sums=placed, rounds=none)
 
 
-def _evaluate(job: _Job, state: TrainState, number: int, task: str, metric: str) -> float:
-    """Record all validation metrics; return the one that selects."""
+def _evaluate(job: _Job, state: TrainState, number: int) -> float:
+    """Record all validation metrics; return what selects."""
     started = time.perf_counter()
     parts = job.experiment, job.prepared, job.serving, state.params, state.tables
     found = evaluate(*parts, "validation", full=False)
@@ -367,7 +406,7 @@ def _evaluate(job: _Job, state: TrainState, number: int, task: str, metric: str)
         for which, value in metrics.items():
             job.records.add(number, "validation", name, which, value)
     job.records.add_timing(number, "evaluation seconds", time.perf_counter() - started)
-    return found.tasks[task][metric]
+    return job.selection.value(found.tasks)
 
 
 def is_better(value: float, best: float | None, larger: bool) -> bool:
@@ -382,9 +421,12 @@ def is_better(value: float, best: float | None, larger: bool) -> bool:
 
 
 def _judge(meta: dict[str, Any], number: int, value: float, larger: bool, patience: int) -> None:
-    """Note the best step, by which checkpoints are kept, and stop early if none has come lately."""
+    """Note the best step, by which checkpoints are kept, and stop early if none has come lately.
+
+    A value that is not finite, such as the AUC of one class, judges nothing and counts as nothing.
+    """
     if is_better(value, meta["best"], larger):
         meta |= {"best": value, "best_step": number, "stale": 0}
-    else:
+    elif math.isfinite(value):
         meta["stale"] += 1
     meta["done"] = bool(patience and meta["stale"] >= patience)

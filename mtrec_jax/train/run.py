@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 
 from mtrec_jax import processes
-from mtrec_jax.arguments import a_path, one_of
+from mtrec_jax.arguments import a_path, argument, one_of
 from mtrec_jax.config import Experiment, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.data.newer import in_terms_of
@@ -25,7 +26,6 @@ from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.step import model_shapes
-from mtrec_jax.train.stopping import full_disk_named
 from mtrec_jax.types import PyTree
 
 # what a start that failed before its first checkpoint leaves behind
@@ -73,7 +73,13 @@ def open_run(
         )
     experiment = load_experiment(folder / "config.toml", extensions=extensions)
     notes = read_json(folder / "prepared.json")
-    opened = open_prepared(a_path("prepared", prepared or notes["folder"]), extensions)
+    there = a_path("prepared", prepared or notes["folder"])
+    if prepared is None and not (there / "manifest.json").is_file():
+        raise DataError(
+            f"{folder} was trained on {there}, where no prepared folder is any more; say where it "
+            f"is now: {argument('prepared')}"
+        )
+    opened = open_prepared(there, extensions)
     if opened.manifest.fingerprint == notes["fingerprint"]:
         return Run(folder, experiment, opened.chosen(experiment))
     own = _what_it_learned(folder, opened, notes)
@@ -91,11 +97,11 @@ def _what_it_learned(folder: Path, newer: Prepared, notes: dict[str, Any]) -> Pr
     except DataError as error:
         raise ConfigError(
             f"{what}. To read newer data its own vocabularies are needed, and {notes['folder']} is "
-            "gone: bring it back; or pass the right folder with --prepared"
+            f"gone: bring it back; or pass the right folder: {argument('prepared')}"
         ) from error
     if own.manifest.fingerprint != notes["fingerprint"]:
         raise ConfigError(
-            f"{what}, and so does {own.folder}; pass the right folder with --prepared"
+            f"{what}, and so does {own.folder}; pass the right folder: {argument('prepared')}"
         )
     return own
 
@@ -123,12 +129,15 @@ def load_best(
                     raise  # otherwise training goes on, and has found a better one
 
 
-def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Evaluation, int]:
+def evaluate_run(
+    run: Run | str | Path, split: str = "validation", note: Callable[[str], Any] = warnings.warn
+) -> tuple[Evaluation, int]:
     """Evaluate a run's best checkpoint, write `evaluation.json`, and count looks at the test set.
 
     Args:
       run: from `train` or `open_run`, or the path of a run folder.
       split: "validation" or "test".
+      note: is told where the folder cannot be written, so that nothing was stored.
 
     Returns:
       The evaluation, and how often the test set has been looked at, this time included.
@@ -137,6 +146,8 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
       CheckpointError: the run has no usable checkpoint, or the disk is full.
       ConfigError: there is no such split, or it has no targets, or the data are newer ones, which
         answers are given for.
+      CheckpointError: the run has no usable checkpoint.
+      ConfigError: there is no such split.
     """
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
@@ -150,8 +161,11 @@ def evaluate_run(run: Run | str | Path, split: str = "validation") -> tuple[Eval
     looks += split == "test"
     processes.wait("the looks are read")
     if processes.is_first():
-        with full_disk_named(run.folder):
+        try:
             write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+        except OSError as error:
+            uncounted = ", this look at the test set among it" if split == "test" else ""
+            note(f"nothing was stored in {run.folder}{uncounted}: {error.strerror or error}")
     return evaluation, looks
 
 
@@ -160,7 +174,7 @@ def _check_targets(run: Run, split: str) -> None:
     if run.prepared.learned:
         raise ConfigError(
             f"{run.folder} was not trained on {run.prepared.folder}: newer data serve for "
-            "recommendations and predictions, not for an evaluation; leave out --prepared"
+            "recommendations and predictions, not for an evaluation; leave it out"
         )
     if not run.prepared.manifest.targets[split]:
         raise ConfigError(
@@ -189,22 +203,24 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     if has_checkpoint(folder) and not path.exists():
         raise ConfigError(
             f"{folder} has checkpoints but no config.toml, which says what they are of; bring it "
-            "back, or pass another --run folder"
+            f"back, or pass another {argument('run')} folder"
         )
     if has_checkpoint(folder):
         with path.open("rb") as file:
             keys = _differences(tomllib.load(file), to_dict(experiment))
-        keys = [key for key in keys if key[0] not in _MAY_CHANGE]
+        keys = [key for key in keys if key[0] not in _MAY_CHANGE and not _is_longer(*key)]
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
             raise ConfigError(
                 f"{folder} is a run of another configuration:\n{shown}\n"
-                "Pass another --run folder, or the configuration it was started with"
+                f"Pass another {argument('run')} folder, or the configuration it was started with"
             )
     elif folder.exists() and any(
         p.name.removesuffix(".partial") not in _OWN_FILES for p in folder.iterdir()
     ):
-        raise ConfigError(f"{folder} is not empty and no run folder; pass another --run")
+        raise ConfigError(
+            f"{folder} is not empty and no run folder; pass another {argument('run')}"
+        )
 
 
 def check_data(folder: Path, prepared: Prepared) -> None:
@@ -213,7 +229,8 @@ def check_data(folder: Path, prepared: Prepared) -> None:
     if trained_on and trained_on["fingerprint"] != prepared.manifest.fingerprint:
         raise ConfigError(
             f"{folder} was trained on other data ({trained_on['fingerprint']}) than "
-            f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another --run"
+            f"{prepared.folder} holds ({prepared.manifest.fingerprint}); pass another "
+            f"{argument('run')}"
         )
 
 
@@ -261,19 +278,37 @@ def _trained_on(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / "prepared.json")
 
 
-def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> None:
-    """Write configuration and origin of the data into a new run folder, each file whole."""
-    if has_checkpoint(folder) or not processes.is_first():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    notes = {
-        "folder": str(prepared.folder.resolve()),
-        "fingerprint": prepared.manifest.fingerprint,
-    }
-    write_json(folder / "prepared.json", notes)
+def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> str:
+    """Write configuration and origin of the data into a new run folder, each file whole.
+
+    Of a run that has begun, and is to become longer than it was, the configuration is written
+    anew; returns what to say of it.
+    """
+    longer = ""
+    if not processes.is_first():
+        return longer
+    if has_checkpoint(folder):
+        there = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        keys = [key for key in _differences(there, to_dict(experiment)) if _is_longer(*key)]
+        longer = ", ".join(f"{key} grows from {old} to {new}" for key, old, new in keys)
+        if not longer:
+            return longer
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = {
+            "folder": str(prepared.folder.resolve()),
+            "fingerprint": prepared.manifest.fingerprint,
+        }
+        write_json(folder / "prepared.json", notes)
     partial = folder / "config.toml.partial"
     partial.write_text(to_toml(experiment), encoding="utf-8")
     partial.replace(folder / "config.toml")
+    return longer
+
+
+def _is_longer(key: str, old: Any, new: Any) -> bool:
+    """Whether a difference lengthens a run."""
+    return key in ("train.epochs", "train.steps") and 0 < old < new
 
 
 def has_checkpoint(folder: Path) -> bool:

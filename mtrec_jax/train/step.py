@@ -90,7 +90,9 @@ def make_step(
             is_good &= state.bad[0] == 0
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)  # of bfloat16 rows
         stacks = Updated(state.tables, state.slots, state.scratch, state.rounds)
-        taken = found.ticket, found.to_rows, row_rate(state.step), key, is_good, devices
+        # Steps that were left out move no schedule: optax has not seen them either.
+        rate = row_rate(state.step - state.bad[0])
+        taken = found.ticket, found.to_rows, rate, key, is_good, devices
         stacks = update(model.layout, rules, stacks, *taken)
         after, before = (
             (params, optimizer_state, found.balance, _added(state.sums, found.sums)),
@@ -220,13 +222,11 @@ def _placed(shape: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.Sh
 
 
 def row_rules(config: Train) -> dict[str, RowOptimizer]:
-    """{name: rule} with the configured weight decay and clipping."""
+    """{name: rule} with the configured weight decay and clipping; FTRL knows no such decay."""
     rules = {name: rule() for name, rule in RULES.items()}
     rules["ftrl"] = at_rate(rules["ftrl"], config.row_learning_rate or config.learning_rate)
-    return {
-        name: bounded(rule, config.row_weight_decay, config.row_clip_norm)
-        for name, rule in rules.items()
-    }
+    decay = dict.fromkeys(rules, config.row_weight_decay) | {"ftrl": 0.0}
+    return {name: bounded(rule, decay[name], config.row_clip_norm) for name, rule in rules.items()}
 
 
 def _inspect(finite: Callable[..., dict[str, jax.Array]], *arguments: Any) -> dict[str, bool]:

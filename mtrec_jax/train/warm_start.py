@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec_jax import processes
-from mtrec_jax.arguments import a_path
+from mtrec_jax.arguments import a_path, argument
 from mtrec_jax.data.dataset import SPLITS, Manifest, NumberField, Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
@@ -58,14 +58,16 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
     wanted = None if wanted is None else a_path("init_from", wanted).resolve()
     path = run.folder / NOTES
     if wanted == run.folder.resolve():
-        raise ConfigError(f"--init-from names {run.folder} itself; pass another --run")
+        raise ConfigError(
+            f"{argument('init_from')} names {run.folder} itself; pass another {argument('run')}"
+        )
     if has_checkpoint(run.folder):
         begun = Path(read_json(path)["run"]) if path.exists() else None
         if wanted is not None and wanted != begun:
             what = f"was initialised from {begun}" if begun else "was initialised at random"
             raise ConfigError(
                 f"{run.folder} {what}, not from {wanted}, and has begun already. Continue it "
-                "without --init-from, or pass another --run"
+                f"without {argument('init_from')}, or pass another {argument('run')}"
             )
         return None
     if processes.is_first():
@@ -87,13 +89,13 @@ def _split_alike(source: Run, run: Run) -> Run:
     there, here = (m.config.get("split") for m in (old, new))
     if there != here:
         raise ConfigError(
-            f"--init-from: {source.folder} was split by {there}, the new run by {here}: it may "
-            "have trained on what is now held back. Prepare with the same [split]"
+            f"{argument('init_from')} {source.folder} was split by {there}, the new run by {here}: "
+            "it may have trained on what is now held back. Prepare with the same [split]"
         )
     if why := "" if old.fingerprint == new.fingerprint else _leak(old, new):
         raise ConfigError(
-            f"--init-from: {source.folder} may have trained on what is held back here: {why}, or "
-            "train without --init-from"
+            f"{argument('init_from')} {source.folder} may have trained on what is held back "
+            f"here: {why}, or train without {argument('init_from')}"
         )
     return source
 
@@ -203,7 +205,8 @@ def _same_shapes(new: PyTree, old: PyTree, source: Run) -> PyTree:
                 f"parameter network{name} is {shapes[0]} in {source.folder} and {shapes[1]} here: "
                 "[model], the tasks, their classes and what the features are have to be those of "
                 f"{source.folder / 'config.toml'}. Set them alike (prepare new data with "
-                f"--grow-from {source.prepared.folder}), or train without --init-from"
+                f"{argument('grow_from')} {source.prepared.folder}), or train without "
+                f"{argument('init_from')}"
             )
     return jax.tree.map(_placed, old, new)
 
@@ -225,7 +228,7 @@ def _same_meaning(plans: Sequence[Inputs], source: Run, run: Run) -> None:
             raise ConfigError(
                 f"the {what} are {', '.join(there[what])} in {source.folder} and "
                 f"{', '.join(here[what])} here: name them alike, in the same order, or train "
-                "without --init-from"
+                f"without {argument('init_from')}"
             )
 
 

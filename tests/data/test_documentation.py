@@ -16,8 +16,9 @@ import typer.main
 from typer.testing import CliRunner
 
 from mtrec_jax import config
+from mtrec_jax.arguments import naming
 from mtrec_jax.balance import BALANCERS
-from mtrec_jax.cli import app
+from mtrec_jax.cli import app, as_option
 from mtrec_jax.data.features import KINDS, Feature
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.encoders import ENCODERS
@@ -75,7 +76,8 @@ def test_preparing_gives_the_output_of_the_page(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    with naming(as_option):
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert words(output) in words(f"{result.output}\nmtrec: {result.exception}")
     failed = output.startswith("mtrec:")
     assert bool(result.exit_code) == failed

@@ -10,7 +10,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_jax.config import select_metric
+from mtrec_jax.config import selection
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation import metrics
 from mtrec_jax.evaluation.metrics import metrics_of
@@ -150,7 +150,7 @@ def test_a_metric_of_ones_own_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None
     found = metrics.task_metrics("regression", np.array([1.0, 5.0]), np.array([2.0, 8.0]))
     assert found["worst"] == 3
     experiment = load_experiment("shop", ["select.metric=stars/worst"])
-    assert select_metric(experiment) == ("stars", "worst", False)
+    assert selection(experiment) == ((("stars", "worst"),), False)
 
 
 def test_errors_say_what_is_wrong() -> None:

@@ -247,6 +247,6 @@ def test_tables_stay_where_they_are_while_vocabularies_grow() -> None:
     assert small == large
     assert small.places["tags"].size == small.places["item"].size == 42
     assert layout({"tags": 7, "items": 10}, 0) != layout({"tags": 8, "items": 10}, 0)
-    message = r"tables\.item\.capacity: 41 values have a row .* 40.* --init-from"
+    message = r"tables\.item\.capacity: 41 values have a row .* 40.* init_from="
     with pytest.raises(ConfigError, match=message):
         layout({"tags": 7, "items": 41}, 40)

@@ -211,6 +211,16 @@ def test_the_work_space_does_not_grow_with_the_table(dtype: jnp.dtype) -> None:
     assert large.output_size_in_bytes - large.alias_size_in_bytes < 1_000
 
 
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad", "lazy_adam"])
+def test_rows_decay_by_the_rate_in_each_step_that_touches_them(name: str) -> None:
+    """200 touches without a gradient, (1 - 0.1 * 0.1) ** 200 = 0.13398."""
+    rule = row_rules(Train(row_weight_decay=0.1))[name]
+    rows, grads = jnp.ones((2, D)), jnp.zeros((2, D))
+    state = rows, rule.init(rows)
+    state = jax.lax.fori_loop(0, 200, lambda _, s: rule.update(s[0], s[1], grads, RATE), state)
+    np.testing.assert_allclose(state[0], 0.13398, rtol=1e-4)
+
+
 def test_ftrl_keeps_to_its_learning_rate_whatever_the_schedule() -> None:
     """A warm-up begins at 0, by which it would divide."""
     rule = row_rules(Train(row_optimizer="ftrl", learning_rate=RATE, warmup_steps=5))["ftrl"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
-from mtrec_jax.errors import CheckpointError
+from mtrec_jax.errors import CheckpointError, Error
 from mtrec_jax.train import checkpoint
 from mtrec_jax.types import TrainState
 
@@ -210,6 +211,56 @@ def test_a_truncated_file_and_another_model_are_found_out(
         assert message.startswith(f"checkpoint {tmp_path / folder / '1'} cannot be restored")
         assert "It is damaged" in message
         assert "to continue from the step before it" in message
+
+
+EIO = OSError(errno.EIO, "Input/output error")
+OF_TENSORSTORE = "Error reading local file [OS error {}]"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damage"),
+    [
+        (EIO, False),
+        (OSError(errno.ESTALE, "Stale file handle"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (ValueError(OF_TENSORSTORE.format("116: ESTALE Stale file handle")), False),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), True),
+        (ValueError("NOT_FOUND: " + OF_TENSORSTORE.format("2: ENOENT No such file")), True),
+        (ValueError("DATA_LOSS: checksum does not match"), True),
+    ],
+)
+def test_storage_that_fails_is_no_damage(
+    shop_prepared: Prepared, tmp_path: Path, error: Exception, is_damage: bool
+) -> None:
+    """A passing error of reading moves no step aside, and no other step stands in for it."""
+    folder, notes = tmp_path / "checkpoints", list[str]()
+    save_all(folder, shop_prepared, [1, 1])
+    with checkpoint.open_manager(folder) as manager:
+        restore = manager.restore
+
+        def fail(step: int, **rest: Any) -> Any:
+            if step == 2:
+                raise error
+            return restore(step, **rest)
+
+        manager.restore = fail
+        given = manager, make_state(), batches_of(shop_prepared), notes.append
+        if is_damage:
+            found = checkpoint.restore_latest(*given)
+            assert found is not None
+            assert int(found[0].step) == 1
+            assert (tmp_path / "damaged" / "2").is_dir()
+            return
+        for read in (
+            lambda: checkpoint.restore_latest(*given),
+            lambda: checkpoint.best_or_latest(manager, folder),
+        ):
+            with pytest.raises(Error, match=r"2 could not be read: .*nothing was moved") as raised:
+                read()
+            assert not isinstance(raised.value, CheckpointError)
+    assert (folder / "2").is_dir()
+    assert not (tmp_path / "damaged").exists()
+    assert notes == []
 
 
 def test_an_unfinished_step_is_no_step(shop_prepared: Prepared, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pyarrow as pa
 import pytest
 
 from mtrec_jax.config import Experiment, Select, to_toml
@@ -23,9 +25,10 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.evaluation.protocol import protocol_of
-from mtrec_jax.train import loop
+from mtrec_jax.from_tables import fit
+from mtrec_jax.train import loop, progress
 from mtrec_jax.train.loop import train
-from mtrec_jax.train.progress import Progress
+from mtrec_jax.train.progress import Progress, never_silent
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import Run, load_best, open_run
 from mtrec_jax.train.stopping import Stopped
@@ -220,6 +223,92 @@ def test_patience_counts_since_the_best_step_which_is_the_first_of_equal_ones(
     assert load_best(run)[2] == 6
 
 
+def test_the_mean_of_several_tasks_chooses_and_what_is_undefined_judges_nothing(
+    plain: Experiment,
+    shop_prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Means nan, 0.5, 0.6, nan, 0.55, 0.6: the third is the best, and two follow that are no
+    better. Each task alone would choose another step."""
+    pairs = [(np.nan, 0.9), (0.7, 0.3), (0.6, 0.6), (0.9, np.nan), (0.2, 0.9), (0.5, 0.7), (1, 1)]
+    values = iter({"click": {"auc": float(a)}, "buy": {"auc": float(b)}} for a, b in pairs)
+    protocol = protocol_of(plain, shop_prepared.manifest)
+
+    def scripted(*_: Any, **__: Any) -> Evaluation:
+        tasks = next(values)
+        return Evaluation(split="validation", protocol=protocol, fingerprint="", tasks=tasks)
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    experiment = replace(plain, select=Select(metric=("click/auc", "buy/auc")))
+    experiment = changed(experiment, evaluate_every=2, patience=2)
+    run = train(experiment, shop_prepared, tmp_path / "run", show_progress=False)
+    assert len(list(values)) == 1
+    assert load_best(run)[2] == 6
+    assert open_run(run.folder).experiment == experiment
+
+
+def test_labels_of_one_class_leave_the_metric_undefined_and_train_to_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last two events of each of 10 users, of which the first validates, are all bought."""
+    k = np.arange(120)
+    buy = np.where(k < 100, k % 3 % 2, 1)
+    fit(
+        pa.table({"user": k % 10, "item": k % 7, "time": k, "buy": buy}),
+        user="user",
+        item="item",
+        time="time",
+        tasks={"buy": "binary"},
+        settings={
+            "train": {"epochs": 6, "patience": 2, "batch_size": 10, "mesh": [1, 1]},
+            "model": {"width": 4, "towers": {"kind": "shared_bottom"}, "fusion": "none"},
+        },
+        folder=tmp_path,
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert "buy/auc is undefined on the validation set: all its labels there are equal" in said
+    assert (
+        said.index("rows read") < said.index("Prepared('fit': 10 users") < said.index("undefined")
+    )
+    assert said.index("undefined") < said.index("validation buy/auc nan")
+    records = without_timings(tmp_path / "run")
+    aucs = [r["value"] for r in records if r["metric"] == "auc"]
+    assert aucs == [None] * 6
+
+
+def test_a_run_is_lengthened_to_what_it_had_been_from_the_start(
+    plain: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    """To the bit, but for the record of losses at the old end, which cuts one of 4 steps."""
+    ends = {}
+    for name, lengths in {"straight": (2,), "lengthened": (1, 2)}.items():
+        for epochs in lengths:
+            one = changed(plain, steps=0, epochs=epochs, evaluate_every=0, schedule="constant")
+            run = train(one, shop_prepared, tmp_path / name, show_progress=False)
+        ends[name] = run
+    assert_same_model(*ends.values())
+    assert open_run(ends["lengthened"].folder).experiment == one
+    straight, lengthened = (without_timings(run.folder) for run in ends.values())
+    end = max(r["step"] for r in straight) // 2
+    assert end % 4
+    assert straight == [r for r in lengthened if (r["step"], r["split"]) != (end, "train")]
+    shorter = changed(one, epochs=1)
+    with pytest.raises(ConfigError, match=r"train\.epochs: 2 there, 1 here"):
+        train(shorter, shop_prepared, ends["lengthened"].folder, show_progress=False)
+
+
+def test_a_schedule_that_ends_later_says_where_it_goes_on(plain: Experiment) -> None:
+    """Linear over 16 steps from 0.01: half of that in the middle."""
+    keys = {"warmup_steps": 0, "learning_rate": 0.01}
+    said = {
+        name: loop._schedule_goes_on(changed(plain, schedule=name, **keys), 8, 16)
+        for name in ("constant", "linear")
+    }
+    assert said["constant"] == ""
+    assert "'linear' goes on at 0.005 and ends there" in said["linear"]
+
+
 def test_a_run_folder_says_what_it_is(
     shop_run: Run, shop_experiment: Experiment, shop_prepared: Prepared
 ) -> None:
@@ -242,7 +331,7 @@ def test_other_data_are_taken_for_newer_ones_while_the_own_are_there(
     shutil.copy(shop_run.folder / "config.toml", folder)
     notes = {"folder": str(tmp_path / "gone"), "fingerprint": shop_prepared.manifest.fingerprint}
     (folder / "prepared.json").write_text(json.dumps(notes), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"holds other data \(0123456789abcdef\).*--prepared"):
+    with pytest.raises(ConfigError, match=r"holds other data \(0123456789abcdef\).*prepared="):
         open_run(folder, copy)
 
 
@@ -314,9 +403,51 @@ def test_a_terminated_process_continues_to_the_same_bits(
     assert_same_model(open_run(tmp_path / "straight"), open_run(tmp_path / "stopped"))
 
 
+def test_where_nobody_watches_lines_tell_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is begun at second 0; ten steps in 5 seconds, 89 are left."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    with Progress(100, 0, True, "shop") as bar:
+        assert bar._line() == "train shop: step 0 of 100, compiling …"
+        bar.advance(1, {})
+        for step, clock[0] in ((11, 5.0), (21, 10.0)):
+            bar.advance(step, {"click": 0.5})
+        bar.say("evaluating")
+    said = capsys.readouterr().err
+    assert said.count("steps/s") == 1
+    assert "train shop: step 11 of 100, 2 steps/s, about 44 s left  click 0.5000" in said
+
+
+def test_work_that_takes_long_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SILENCE", 0.001)
+    lines, heard = list[str](), threading.Event()
+
+    def say(text: str) -> None:
+        lines.append(text)
+        if text.endswith("so far; last: split: 3 events"):
+            heard.set()
+
+    with never_silent(say, "preparing") as tell:
+        tell("split: 3 events")
+        assert heard.wait(60)
+    assert not [t for t in threading.enumerate() if t.name == "mtrec-progress"]
+
+
+def test_only_the_first_of_equal_values_is_called_the_best(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress(10, 0, True, "shop") as bar:
+        for step in (2, 4):
+            bar.advance(step, {})
+            bar.evaluated("click/auc", 0.5, {"best": 0.5, "best_step": 2})
+    assert capsys.readouterr().err.count("best so far") == 1
+
+
 def test_a_first_validation_that_is_not_a_number_is_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Progress(10, 0, True, "shop") as bar:
-        bar.evaluated("click/auc", float("nan"), None)
+        bar.evaluated("click/auc", float("nan"), {"best": None, "best_step": None})
     assert "validation click/auc nan\n" in capsys.readouterr().err

@@ -27,16 +27,22 @@ def _experiment(plain: Experiment, **keys: Any) -> Experiment:
     return replace(plain, train=replace(plain.train, **settings | keys))
 
 
+@pytest.mark.parametrize(("backend", "steps"), [("cpu", 4), ("gpu", 32), ("tpu", 32)])
+def test_only_cpus_wait_often(monkeypatch: pytest.MonkeyPatch, backend: str, steps: int) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert loop.steps_in_flight() == steps
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Give the batch of a step a label that is not a number."""
 
     def arrange(step: int) -> None:
-        put, calls = loop.put_batch, []
+        put, batches = loop.put_batch, list[Any]()
 
         def poison(batch: Any, mesh: Any) -> Any:
-            calls.append(0)
-            if len(calls) == step:
+            batches.append(batch)  # it comes once more, to find out what was wrong
+            if len(batches) >= step and batch is batches[step - 1]:
                 stars = np.full_like(batch.labels["stars"], np.nan)
                 batch = batch._replace(
                     labels={**batch.labels, "stars": stars},
@@ -49,12 +55,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arrange
 
 
+@pytest.mark.parametrize("in_flight", [4, 32])
 def test_training_stops_names_the_loss_and_batch_and_keeps_what_was_right(
     plain: Experiment,
     shop_prepared: Prepared,
     poisoned: Callable[[int], None],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_flight: int,
 ) -> None:
+    """Also where the host waits for the device only when a checkpoint is due."""
+    monkeypatch.setattr(loop, "steps_in_flight", lambda: in_flight)
     poisoned(11)
     with pytest.raises(Error, match=r"at step 11 \(epoch 2, batch 2\): first the loss of stars"):
         train(_experiment(plain), shop_prepared, tmp_path, show_progress=False)
@@ -96,7 +107,7 @@ def test_the_step_itself_moves_nothing_but_its_count(
             leaves = jax.tree.leaves([getattr(state, part) for part in parts])
             return [np.asarray(leaf).tobytes() for leaf in leaves]
 
-        before = bits(state)
+        before, start = bits(state), bits(state, ("params", "tables"))
         state = job.step.update(state, loop.put_batch(bad, job.mesh), job.catalogue)
         assert bits(state) == before
         assert (int(state.step), state.bad.tolist()) == (1, [1, 1])
@@ -105,6 +116,11 @@ def test_the_step_itself_moves_nothing_but_its_count(
         state = job.step.update(state, loop.put_batch(good, job.mesh), job.catalogue)
         assert (bits(state) != before) == again
         assert state.bad.tolist() == ([1, 1] if again else [2, 1])
+        # a step that is left out moves neither schedule: both warm-ups are at their first rate, 0
+        assert bits(state, ("params", "tables")) == start
+        state = job.step.update(state, loop.put_batch(good, job.mesh), job.catalogue)
+        for part in ("params", "tables"):
+            assert (bits(state, (part,)) != bits(job.step.init(0), (part,))) == again, part
 
 
 def test_a_gradient_whose_square_is_not_finite_changes_nothing(

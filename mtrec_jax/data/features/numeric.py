@@ -79,17 +79,18 @@ def learned(
     """
     numbers = as_numbers(cells)
     known = ~np.isnan(numbers)
-    if not known.any():
-        hint = "Use kind = 'categorical', or " if feature.reads_numbers else ""
-        raise DataError(
-            f"feature '{name}': no training value of column '{feature.column or name}' is a "
-            f"number. {hint}{'remove' if hint else 'Remove'} the feature"
-        )
-    values, inverse = np.unique(numbers[known], return_inverse=True)
-    sizes = np.bincount(inverse, counts[known]).astype(np.int64)
     is_text = ~known & np.asarray(cells.is_valid())
     texts = sorted({str(text)[:40] for text in cells.filter(pa.array(is_text)).to_pylist()})
     unreadable, unread = int(counts[is_text].sum()), tuple(map(repr, texts[:3]))
+    if not known.any():
+        hint = "Use kind = 'categorical', or " if feature.reads_numbers else ""
+        shown = f", e.g. {', '.join(unread)}; it has a decimal point and no unit" if unread else ""
+        raise DataError(
+            f"feature '{name}': no training value of column '{feature.column or name}' is a "
+            f"number{shown}. {hint}{'remove' if hint else 'Remove'} the feature"
+        )
+    values, inverse = np.unique(numbers[known], return_inverse=True)
+    sizes = np.bincount(inverse, counts[known]).astype(np.int64)
     if unreadable > (readable := int(sizes.sum())):
         raise DataError(
             f"feature '{name}': {unreadable:,} of {unreadable + readable:,} training values of "
