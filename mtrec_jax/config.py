@@ -137,7 +137,7 @@ class Split:
         "cold_item",  # all events of held-out items judge
         "files",  # given files
     ] = "leave_one_out"
-    validation: Part = 0.1  # of the events, users or items (files: of the training files)
+    validation: Fraction = 0.1  # of the events, users or items (files: of the training files)
     test: Fraction = 0.1
     folds: Count = 5
     fold: Natural = 0  # 0 .. folds - 1
@@ -145,6 +145,16 @@ class Split:
     validation_files: tuple[str, ...] = ()  # kind "files": (): `validation` of the training rows
     test_files: tuple[str, ...] = ()  # kind "files": these are the test set
     seed: Natural = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every event trains, whatever the kind: validation = 0 and test = 0."""
+        return not self.validation and not self.test
+
+    @property
+    def validates(self) -> bool:
+        """Whether events are held back to choose by."""
+        return bool(self.validation or (self.validation_files and not self.whole))
 
 
 @dataclass(frozen=True, kw_only=True)

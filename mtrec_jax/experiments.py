@@ -18,7 +18,7 @@ from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
-RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion")
+RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion", "new")
 
 
 def built_in_names() -> list[str]:
@@ -332,6 +332,11 @@ def _split(e: Experiment) -> Iterator[str]:
     by_number = ("leave_one_out", "folds", "files")
     if split.validation + split.test >= 1 and split.kind not in by_number:
         yield "split.validation, split.test: together below 1, so that some train"
+    if split.kind in ("leave_one_out", "folds") and not split.validation and split.test:
+        yield (
+            f"split.validation: 0 with split.kind = '{split.kind}', which holds back no shares; "
+            "set split.test = 0 as well, so that every event trains, or neither"
+        )
     if split.kind == "folds" and split.folds < 3:
         yield "split.folds: 3 or more: one tests, one validates, the others train"
     elif split.kind == "folds" and split.fold >= split.folds:
@@ -451,6 +456,20 @@ def _train(e: Experiment) -> Iterator[str]:
             "train.row_weight_decay: 'ftrl' computes rows from all their gradients anew, so that "
             "nothing decays; take another row_optimizer or rule, or remove it"
         )
+    if not e.split.validates:
+        yield from _unjudged(e)
+
+
+def _unjudged(e: Experiment) -> Iterator[str]:
+    """What a training without validation events has no use for."""
+    why = "there are no validation events (split.validation = 0) to judge by, and the last step is "
+    why += "kept as the best one"
+    if e.train.patience:
+        yield f"train.patience: {why}; set it to 0"
+    if e.train.evaluate_every:
+        yield f"train.evaluate_every: {why}; set it to 0, and train.checkpoint_every instead"
+    if e.select.metric:
+        yield f"select.metric: {why}; remove it"
 
 
 def _selection(e: Experiment) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from mtrec_jax.arguments import a_mapping, a_path, naming, shown
 from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import Experiment
-from mtrec_jax.data.prepare import prepare
+from mtrec_jax.data.prepare import prepare, up_to_date
 from mtrec_jax.data.report import print_report
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment, set_key
@@ -91,7 +91,7 @@ def _fit(
     try:
         check_start(experiment, run)
         with never_silent(_print if show_progress else lambda _: None, "preparing") as say:
-            prepared = prepare(
+            prepared = up_to_date(experiment, None, kept, tables) or prepare(
                 experiment,
                 None,
                 kept,
@@ -158,7 +158,7 @@ def experiment_of(
         "data": {"user": user, "item": item, "time": time, "title": title},
         "features": {name: dict(feature) for name, feature in features.items()},
         "tasks": declared,
-        "train": {"patience": 4},
+        "train": {},
     }
     example = "settings={'train.steps': 300}"
     for key, value in a_mapping("settings", settings or {}, example).items():
@@ -166,9 +166,18 @@ def experiment_of(
             values[key] |= value
         else:
             set_key(values, key, dict(value) if isinstance(value, Mapping) else value)
-    if isinstance(values["train"], dict) and "steps" not in values["train"]:
-        values["train"].setdefault("epochs", 30)
+    _set_length(values)
     return parse_experiment(values, where="fit")
+
+
+def _set_length(values: dict[str, Any]) -> None:
+    """By default 30 epochs at most, and patience; the whole log trains as long as it is told to."""
+    train, split = values["train"], values.get("split")
+    held = not isinstance(split, dict) or any(split.get(k, 1) for k in ("validation", "test"))
+    if isinstance(train, dict) and held:
+        train.setdefault("patience", 4)
+        if "steps" not in train:
+            train.setdefault("epochs", 30)
 
 
 def _past_labels(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:

@@ -97,9 +97,14 @@ def prepare_folder(
     master: str,
     grow_from: Path | None = None,
     cleaned: Path | None = None,
+    again: bool = True,
 ) -> Any:
-    """Prepare raw data into `out`, unless that takes from a run what it was trained on."""
+    """Prepare raw data into `out`, unless that takes from a run what it was trained on.
+
+    Without `again`, a folder that holds what would be made of them now is used as it is.
+    """
     from mtrec_jax.data.prepare import prepare as prepare_data
+    from mtrec_jax.data.prepare import up_to_date
     from mtrec_jax.data.report import print_report
     from mtrec_jax.train.progress import never_silent
     from mtrec_jax.train.run import check_replacement
@@ -109,6 +114,9 @@ def prepare_folder(
         check_replacement(out, new, run, (*Path("runs").glob("*"), *beside), remedy)
 
     raw, how = _raw_folder(experiment, data), (engine, memory, master)
+    if not again and (found := up_to_date(experiment, raw, out)):
+        say(f"{out} is up to date with {raw} ({found.manifest.fingerprint}): not prepared again")
+        return found
     with never_silent(say, "preparing") as tell:
         opened = prepare_data(experiment, raw, out, None, tell, *how, accept, grow_from, cleaned)
     print_report(opened.manifest)

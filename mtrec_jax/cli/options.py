@@ -19,7 +19,13 @@ PreparedFolder = Annotated[
 ]
 MovedFolder = Annotated[
     Path | None,
-    typer.Option("--prepared", help="Prepared folder, if it is not where the run was trained."),
+    typer.Option(
+        "--prepared", help="Prepared folder, if it has moved; or newer data of the same features."
+    ),
+]
+NewEvents = Annotated[
+    Path | None,
+    typer.Option("--events", help="File of new events, which follow the stored ones of each user."),
 ]
 EngineOption = Annotated[
     Literal["duckdb", "spark"],

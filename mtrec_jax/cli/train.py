@@ -69,7 +69,10 @@ def run(
     memory: Memory = "",
     master: Master = "local[*]",
 ) -> None:
-    """All at once: data, prepare, train, evaluate on validation."""
+    """All at once: data, prepare, train, evaluate on validation.
+
+    A prepared folder that is up to date with the raw files is not prepared again.
+    """
     from mtrec_jax.compilation import use_compilation_cache
     from mtrec_jax.experiments import load_experiment
     from mtrec_jax.train.loop import check_start
@@ -91,8 +94,11 @@ def run(
         fetch(public, data)
     remedy = "Name other folders for the new data with --run and --prepared"
     whole = load_experiment(config, overrides or [], choose=False)  # of which training chooses
-    opened = prepare_folder(whole, data, out, folder, remedy, engine, memory, master)
-    _evaluate(_train(experiment, opened, folder), "validation")
+    how = remedy, engine, memory, master
+    opened = prepare_folder(whole, data, out, folder, *how, again=False)
+    finished = _train(experiment, opened, folder)
+    if experiment.split.validates:
+        _evaluate(finished, "validation")
 
 
 def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None = None) -> Any:

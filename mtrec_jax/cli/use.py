@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mtrec_jax.cli.options import MovedFolder, RunFolder, say
+from mtrec_jax.cli.options import MovedFolder, NewEvents, RunFolder, say
 
 
 def recommend(
@@ -42,13 +42,11 @@ def recommend(
         typer.Option(help="Ids of the filters that are not in the catalogue: count them, or stop."),
     ] = "ignore",
     prepared: MovedFolder = None,
+    events: NewEvents = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
     from mtrec_jax import processes
-    from mtrec_jax.compilation import use_compilation_cache
-    from mtrec_jax.serving.recommender import Recommender
     from mtrec_jax.serving.result import print_recommendations, save_tables
-    from mtrec_jax.train.run import open_run
 
     if more_users and (not users or blocked or allowed):
         raise typer.BadParameter(
@@ -62,8 +60,7 @@ def recommend(
         raise typer.BadParameter("several processes share --all-users; name --users to one process")
     if all_users and out is None:
         raise typer.BadParameter("--all-users writes a file: add --out FILE")
-    use_compilation_cache()
-    recommender = Recommender(open_run(run, prepared))
+    recommender = _opened(run, prepared, events)
     filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
     filters |= {"exclude_seen": exclude_seen, "order_by": order_by}
     if all_users:
@@ -124,14 +121,12 @@ def predict(
         typer.Option(help="Where user or item is not in the data: nothing, or the model's guess."),
     ] = "null",
     prepared: MovedFolder = None,
+    events: NewEvents = None,
 ) -> None:
     """Write every task's prediction for given rows or (user, item) pairs."""
-    from mtrec_jax.compilation import use_compilation_cache
-    from mtrec_jax.serving.recommender import Recommender, predict_file
-    from mtrec_jax.train.run import open_run
+    from mtrec_jax.serving.recommender import predict_file
 
-    use_compilation_cache()
-    result = predict_file(Recommender(open_run(run, prepared)), rows, on_unknown)
+    result = predict_file(_opened(run, prepared, events), rows, on_unknown)
     if "known" in result.columns:
         unknown = result["known"].count(False)
         if unknown:
@@ -142,6 +137,17 @@ def predict(
             )
     result.save(out)
     say(f"{len(result):,} predictions in {out}")
+
+
+def _opened(run: Path, prepared: Path | None, events: Path | None) -> Any:
+    """The recommender of a run, with the events that have come since."""
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.serving.recommender import Recommender
+    from mtrec_jax.train.run import open_run
+
+    use_compilation_cache()
+    recommender = Recommender(open_run(run, prepared))
+    return recommender.with_events(events) if events else recommender
 
 
 def _progress(tables: Any, recommender: Any) -> Any:

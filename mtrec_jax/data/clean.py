@@ -10,7 +10,8 @@ events/*.parquet      in the order (user, time, row): row int64, part int8 (0 ev
                       2 validation files), user, item string, time float64, label_<task>,
                       reference_<task>, feature_<feature>: raw cells (or lists) of what stands in
                       the events; bounds, duplicates, bots and the core have been seen to
-users/ items/         one row an id that has events: user or item, column_<column>
+users/                one row a user who has events: user, column_<column>
+items/                one row an item that has events, or is new: its table alone has it
 queries/              row, user, time, text
 ties/                 row, user, friend
 equal/                row, first: rows that are equal to another one in every raw column, and the
@@ -45,7 +46,7 @@ from mtrec_jax.arguments import a_path, instance, one_of
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import read
 from mtrec_jax.data.dataset import Rule, configuration
-from mtrec_jax.data.engine import Engine, Name, open_engine
+from mtrec_jax.data.engine import Engine, Name, count, open_engine
 from mtrec_jax.data.engine import rows as rows_of
 from mtrec_jax.data.features.clock import Clock
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged
@@ -65,7 +66,7 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import check
 
 Say = Callable[[str], None]
-FORMAT = 1
+FORMAT = 2
 _LATER = ("public", "history_length", "positions", "hide_ties", "past", "seed", "reference")
 _REMOVED = ["row", "reason", "evidence"]
 QUARANTINE = pa.schema(
@@ -296,28 +297,36 @@ def _usable(
         return None
     try:
         found = open_cleaned(out)
-        digests = {
-            name: read.digests(
-                name,
-                files,
-                data or Path(),
-                tables.get(name),
-                found.notes.places[name][0][0],
-                experiment.data.public,
-                all_names(
-                    experiment,
-                    name,
-                    columns_of(experiment, "events" if name in EVENTS else name),
-                ),
-            )
-            for name, files in tables_of(experiment, tables).items()
-        }
+        first = {name: places[0][0] for name, places in found.notes.places.items()}
+        digests = digests_of(experiment, data, tables, first)
         same = found.notes.fingerprint == fingerprint(experiment, digests)
         if experiment.clean.latest == "now" and found.notes.until is not None:
             same &= time.time() < found.notes.until
         return found if same and _digests_of(out) == found.notes.files else None
     except (OSError, KeyError, DataError):
         return None  # whatever is wrong has its message when the files are read
+
+
+def digests_of(
+    experiment: Experiment,
+    data: Path | None,
+    tables: Mapping[str, Any],
+    first: Mapping[str, int] | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """{raw table: SHA-256 of each of its files} as they are now; `first` are its first rows."""
+    found = {}
+    for name, files in tables_of(experiment, tables).items():
+        columns = columns_of(experiment, "events" if name in EVENTS else name)
+        found[name] = read.digests(
+            name,
+            files,
+            data or Path(),
+            tables.get(name),
+            first[name] if first else 0,
+            experiment.data.public,
+            all_names(experiment, name, columns),
+        )
+    return found
 
 
 def _digests_of(folder: Path) -> dict[str, str]:
@@ -400,8 +409,8 @@ def _first_late(engine: Engine, names: list[str]) -> float | None:
 def _clean_side(
     engine: Engine, experiment: Experiment, key: str, source: Source | None
 ) -> list[Rule]:
-    """Keep the first row of every user or item that has events as the table "users" or "items";
-    what the report says of the others.
+    """Keep the first row of every user or item that has events as the table "users" or "items",
+    and of every item that has never had any; what the report says of the others.
 
     Raises:
       DataError: too many lines are malformed, or no id of the events is in the table.
@@ -434,7 +443,32 @@ def _clean_side(
                 "as text, with case and leading zeros; write them alike"
             )
         rules.append(Rule(rule=f"{key}s without a row in {key}s", rows=n, examples=shown))
-    engine.keep(f"{key}s", first.semi_join(ids, key).order_by(key))
+    return rules + _keep_side(engine, key, first, ids)
+
+
+def _keep_side(engine: Engine, key: str, first: Any, ids: Any) -> list[Rule]:
+    """Keep the rows of the ids that have events as the table "users" or "items", and of new items.
+
+    An item whose events cleaning has removed is not new: a rule has put it out.
+    """
+    kept, without = first.semi_join(ids, key), first.anti_join(ids, key)
+    unused = {f"{key}s without events (left out)": without}
+    if key == "item":
+        raw = [engine.folder / f"typed_{name}" for name in EVENTS]
+        met = [engine.read(folder).select(key) for folder in raw if folder.is_dir()]
+        seen = (ibis.union(*met) if len(met) > 1 else met[0]).distinct()
+        new, gone = without.anti_join(seen, key), without.semi_join(seen, key)
+        kept = first.anti_join(gone, key)
+        unused = {
+            "new items, without events (kept, they never train)": new,
+            "items whose events were all removed (left out)": gone,
+        }
+    rules = []
+    for rule, found in unused.items():
+        if n := count(found):
+            shown = tuple(repr(r[key]) for r in rows_of(found.order_by(key).limit(EXAMPLES)))
+            rules.append(Rule(rule=rule, rows=n, examples=shown))
+    engine.keep(f"{key}s", kept.order_by(key))
     return rules
 
 

@@ -16,7 +16,8 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     label_<task>  float32[P]      NaN where missing, outside the sample space, or padding
     reference_<task> float32[P]   only where the task declares a reference
     row           int64[P]        source row (0-based, over the event files in order), -1: padding
-items.parquet                     the catalogue, row r is item id r + 2; trained items come first:
+items.parquet                     the catalogue, row r is item id r + 2; trained items come first,
+                                  new ones, which no event has, last:
     id string, title string, count int64 (training events), item_<f> [S], text_<f>
 users.parquet                     row r is user id r + 2, every event in time order:
     id string, context_<f> [S], text_<f>, event_item large_list<int32>, event_<f> likewise (of lists
@@ -54,8 +55,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydantic
 
+from mtrec_jax import choices
 from mtrec_jax.arguments import a_path
-from mtrec_jax.config import Experiment, to_dict
+from mtrec_jax.config import Experiment, Task, to_dict
 from mtrec_jax.data.features import KINDS, IdField, NumberField, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
@@ -122,7 +124,7 @@ class Manifest:
     cleaned: str  # fingerprint of the clean events
     config: dict[str, Any]  # data, clean, split, features, tasks as plain values
     users: int
-    items: int  # size of the catalogue
+    items: int  # that have events: the catalogue of training and evaluation
     trained_items: int  # of them with training events: ids FIRST .. FIRST + trained_items - 1
     events: int  # rows after cleaning, all splits
     quarantined: int  # raw rows that were removed
@@ -144,6 +146,7 @@ class Manifest:
     summary: Summary | None = None
     continues: str = ""  # fingerprint of the folder whose vocabularies have grown to these
     item_values: int = 0  # rows of item_vocabulary.parquet, where there is one
+    new_items: int = 0  # that stand in the table of items alone; their ids follow the others
     event_files: tuple[str, ...] = ()  # SHA-256 of the files of events, in the order of their rows
 
     @property
@@ -164,6 +167,9 @@ class Prepared:
     folder: Path
     manifest: Manifest
     extensions: tuple[type, ...] = ()  # classes of kinds of features beside the package's
+    # tables in the place of a folder's own "users", "items" and "item_vocabulary"
+    replaced: dict[str, pa.Table] = dataclasses.field(default_factory=dict, compare=False)
+    learned: Path | None = None  # the folder with the vocabularies, where it is another one
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -215,6 +221,12 @@ class Prepared:
         )
         return Prepared(self.folder, view, extensions_of(experiment))
 
+    def with_new_items(self) -> Prepared:
+        """The folder with the new items in the catalogue, as answers have them."""
+        m = self.manifest
+        whole = dataclasses.replace(m, items=m.items + m.new_items, new_items=0)
+        return dataclasses.replace(self, manifest=whole) if m.new_items else self
+
     def columns(self, references: bool = False) -> list[str]:
         """The columns of an example that this view reads, in their order in the files."""
         m = self.manifest
@@ -243,17 +255,19 @@ class Prepared:
 
     @functools.cached_property
     def items(self) -> pa.Table:
-        """The catalogue, row r is item id r + 2."""
-        return self._side("items.parquet")
+        """The catalogue and the new items, row r is item id r + 2."""
+        return self._side("items")
 
     @functools.cached_property
     def users(self) -> pa.Table:
         """All users, row r is user id r + 2."""
-        return self._side("users.parquet")
+        return self._side("users")
 
     def _side(self, name: str) -> pa.Table:
         """A file of users or items, with the columns of the chosen features alone."""
-        path, features = self.folder / name, self.manifest.config.get("features", {})
+        if name in self.replaced:
+            return self.replaced[name]
+        path, features = self.folder / f"{name}.parquet", self.manifest.config.get("features", {})
         chosen = {"item", *features, *(field.name for field in self.manifest.fields)}
         columns = []
         for column in pq.read_schema(path).names:
@@ -280,6 +294,8 @@ class Prepared:
           DataError: the folder does not know the task, or was prepared before this was kept.
         """
         path, name = self.folder / "users.parquet", f"did_{task}"
+        if name in self.replaced.get("users", pa.table({})).column_names:
+            return self.user_lists(name).values
         if name not in pq.read_schema(path).names:
             raise DataError(
                 f"{self.folder} does not say which past events have a 1 in '{task}'. Prepare it "
@@ -317,15 +333,20 @@ class Prepared:
 
     def has_vocabulary(self, feature: str) -> bool:
         """Whether the feature has values or edges, so that `vocabulary` gives them."""
-        return (self.folder / "vocabularies" / f"{feature}.parquet").is_file()
+        return self._values_of(feature).is_file()
 
     def vocabulary(self, feature: str) -> pa.Table:
         """Values of a feature, row r is local id r + 2."""
-        return pq.read_table(self.folder / "vocabularies" / f"{feature}.parquet")
+        return pq.read_table(self._values_of(feature))
+
+    def _values_of(self, feature: str) -> Path:
+        return (self.learned or self.folder) / "vocabularies" / f"{feature}.parquet"
 
     @functools.cached_property
     def item_vocabulary(self) -> pa.ChunkedArray:
         """Raw id of each row of the items' own table, row r is local id r + 2."""
+        if "item_vocabulary" in self.replaced:
+            return self.replaced["item_vocabulary"]["value"]
         path = self.folder / "item_vocabulary.parquet"
         if path.is_file():
             return pq.read_table(path)["value"]
@@ -416,6 +437,25 @@ def extensions_of(experiment: Experiment) -> tuple[type, ...]:
     """The classes of an experiment's features that are not the package's."""
     kinds = dict.fromkeys(type(feature) for feature in experiment.features.values())
     return tuple(kind for kind in kinds if kind not in KINDS.values())
+
+
+def is_one(task: Task, text: str) -> bool:
+    """Whether a cell makes the label of a binary task 1, as in preparation."""
+    if task.equals is not None:
+        return text == task.equals.strip()
+    try:
+        number = {"true": 1.0, "false": 0.0}.get(text.lower())
+        number = float(text) if number is None else number
+    except ValueError:
+        return False
+    return number == 1 if task.at_least is None else number >= task.at_least
+
+
+def described(prepared: Prepared) -> Experiment:
+    """What a folder was prepared with, as an experiment without a model."""
+    values = {"name": prepared.manifest.name, **prepared.manifest.config}
+    found: Experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
+    return found
 
 
 def open_prepared(folder: str | Path, extensions: Iterable[type] = ()) -> Prepared:

@@ -49,6 +49,8 @@ def protocol(experiment: Experiment, users: int, items: int, events: int) -> str
 def _split_in_words(split: Split, order: str) -> str:
     shares = f"{split.validation:.3g} validation, {split.test:.3g} test"
     chance = f"{shares}, seed {split.seed}"
+    if split.whole:
+        return f"every event trains, by {order}"
     match split.kind:
         case "leave_one_out":
             return f"leave-one-out by {order}"
@@ -74,7 +76,7 @@ def _split_in_words(split: Split, order: str) -> str:
 
 
 def check_splits(experiment: Experiment, sizes: dict[str, int]) -> None:
-    """Raise `DataError` for a split without events, except a test split that nobody asked for."""
+    """Raise `DataError` for a split without events, except one that nobody asked for."""
     split = experiment.split
     more = "raise split.validation and split.test, or bring more"
     remedy = {
@@ -86,9 +88,10 @@ def check_splits(experiment: Experiment, sizes: dict[str, int]) -> None:
         "files": "raise split.validation, or check split.validation_files and split.test_files",
         "cold_item": f"{more} items",
     }.get(split.kind, f"{more} users")
-    always = ("leave_one_out", "folds", "files")
+    always = split.kind in ("leave_one_out", "folds", "files") and not split.whole
+    wanted = {"train": True, "validation": split.validates, "test": split.test > 0 or always}
     for name, size in sizes.items():
-        asked = name != "test" or split.test > 0 or split.kind in always
+        asked = wanted.get(name, True)
         if not size and asked:
             raise DataError(f"split '{name}' has no event ({split.kind}): {remedy}")
 

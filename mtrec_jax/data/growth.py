@@ -7,7 +7,9 @@ ones follow, and what turns numbers into inputs (bins, scales, classes) stays as
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,12 +38,7 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
     config, problems = base.manifest.config, []
     for name, feature in experiment.features.items():
         if name in config["features"]:
-            old = config["features"][name]
-            problems += [
-                f"features.{name}.{key}: {old.get(key)!r} there, {value!r} here"
-                for key, value in to_dict(feature).items()
-                if key not in _MAY_CHANGE and old.get(key) != value
-            ]
+            problems += otherwise(f"features.{name}", config["features"][name], to_dict(feature))
     for name, task in experiment.tasks.items():
         kind = config["tasks"].get(name, {}).get("kind", task.kind)
         if kind != task.kind:
@@ -54,6 +51,16 @@ def open_base(folder: str | Path, experiment: Experiment) -> Prepared:
             f"{argument('grow_from')}"
         )
     return base
+
+
+def otherwise(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """How a feature of another folder differs from the same one here, where ids would mean
+    something else."""
+    return [
+        f"{key}.{name}: {there.get(name)!r} there, {value!r} here"
+        for name, value in here.items()
+        if name not in _MAY_CHANGE and there.get(name) != value
+    ]
 
 
 def grown(

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mtrec_jax import choices
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import SHOWN, Prepared, described, is_one
 from mtrec_jax.data.engine import Engine, open_engine
-from mtrec_jax.data.features import one_array
+from mtrec_jax.data.features import IdField, NumberField, one_array
+from mtrec_jax.data.newer import as_column
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged, check_columns
 from mtrec_jax.data.rules import with_bounds
-from mtrec_jax.data.schema import columns_of, typed
+from mtrec_jax.data.schema import columns_of, query_features, typed
 from mtrec_jax.data.sources import Source, check_single, open_source
-from mtrec_jax.errors import DataError
-from mtrec_jax.types import FIRST, UNKNOWN
+from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.types import FIRST, UNKNOWN, Lists
 
 
 def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
@@ -47,8 +47,7 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
         is needed.
     """
     manifest = prepared.manifest
-    values = {"name": manifest.name, **manifest.config}
-    experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
+    experiment = described(prepared)
     needed = columns_of(experiment, "events", outcomes=False)
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, needed)
@@ -65,6 +64,162 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
         "candidate": _stored_ids(rows, "item", prepared.items)[:, None],
         "user": _stored_ids(rows, "user", prepared.users),
     }
+
+
+def with_events(prepared: Prepared, table: Any) -> Prepared:
+    """A folder whose users have met more: new events, after the stored ones of each user.
+
+    Args:
+      prepared: the folder, or the view of one.
+      table: a file, or an in-memory table, a row an event, with the columns of user, item, time and
+        the features of the history. Events of a user are taken in the order of time, then of rows.
+
+    Returns:
+      The view with these histories. Users who were not there have them alone, and the unknown value
+      of each context feature; items that were not there, and such values, are unknown.
+
+    Raises:
+      ConfigError: the data has no users or no items, or features that look back on the whole log.
+      DataError: as `encode_requests`; or an event without user, item or time.
+    """
+    experiment = _of_histories(prepared)
+    have: dict[str, str] = columns_of(experiment, "events")
+    with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
+        source = _read_new(opened, experiment, table, have)
+        known = set(source.table.columns)
+        values = {n: r for n, r in experiment.clean.values.items() if r.column in known}
+        clean = dataclasses.replace(experiment.clean, values=values)
+        experiment = dataclasses.replace(experiment, clean=clean)
+        rows = typed(experiment, source.table).order_by("row").to_pyarrow()
+        did = _behaviours(prepared, source)
+    _check_cells(experiment, source.staged, rows)
+    _check_keys(source.staged, rows)
+    users = one_array(rows["user"])
+    names = pa.array(prepared.user_names, pa.string())
+    new = users.filter(pc.invert(pc.is_in(users, value_set=names))).unique()
+    owner = pc.index_in(users, value_set=pa.concat_arrays([names, new])).to_numpy()
+    time = rows["time"].to_numpy() if "time" in rows.column_names else np.zeros(len(rows))
+    order = np.lexsort((np.arange(len(rows)), time, owner))
+    events = {"event_item": _stored_ids(rows, "item", prepared.items)[:, None]}
+    searched = query_features(experiment)
+    for field in prepared.manifest.history:
+        if field.name in searched:  # nobody searched in these events
+            events[f"event_{field.name}"] = np.zeros((len(rows), field.slots), np.int32)
+        else:
+            cells = one_array(rows[f"feature_{field.name}"])
+            codes = features.encode(features.restore(prepared, field.name), cells)
+            events[f"event_{field.name}"] = codes
+    events["split"] = np.full((len(rows), 1), SHOWN, np.int8)
+    columns = _with_users(prepared, new)
+    stored = {name: prepared.user_lists(name) for name in events}
+    for task, codes in did.items():
+        events[f"did_{task}"] = codes
+        offsets = stored["event_item"].offsets
+        stored[f"did_{task}"] = Lists(prepared.behaviour(task), offsets)
+    for name, codes in events.items():
+        columns[name] = _appended(stored[name], codes[order], owner[order], len(new))
+    manifest = dataclasses.replace(
+        prepared.manifest,
+        users=prepared.manifest.users + len(new),
+        events=prepared.manifest.events + len(rows),
+    )
+    replaced = prepared.replaced | {"users": pa.table(columns)}
+    return dataclasses.replace(prepared, manifest=manifest, replaced=replaced)
+
+
+def _behaviours(prepared: Prepared, source: Source) -> dict[str, np.ndarray]:
+    """{binary task that may make an item seen: whether each new event did [n, 1]}; True where its
+    column is not there."""
+    declared = {n: t for n, t in described(prepared).tasks.items() if t.kind == "binary"}
+    columns = {name: task.column or name for name, task in declared.items()}
+    there = sorted({column for column in columns.values() if column in source.table.columns})
+    texts = source.table.order_by(ROW).select(ROW, *there).to_pyarrow()
+    found = {}
+    for name, task in declared.items():
+        ones = np.ones((len(texts), 1), bool)
+        if columns[name] in there:
+            cells = texts[columns[name]].to_pylist()
+            ones = np.array([[is_one(task, cell or "")] for cell in cells], bool).reshape(-1, 1)
+        found[name] = ones
+    return found
+
+
+def _of_histories(prepared: Prepared) -> Experiment:
+    """What the folder was prepared with, as far as it concerns histories."""
+    experiment = described(prepared)
+    if not (experiment.data.user and experiment.data.item):
+        raise ConfigError("events: these data have no users, or no items, so no histories")
+    if back := [name for name, f in experiment.features.items() if f.looks_back]:
+        raise ConfigError(
+            f"events: {', '.join(back)} look back on the whole log. Prepare the newer log with "
+            f"--grow-from {prepared.folder}, and pass that folder as prepared"
+        )
+    values = {
+        name: rule
+        for name, rule in experiment.clean.values.items()
+        if rule.action == "missing" and not rule.valid
+    }
+    clean = dataclasses.replace(experiment.clean, values=values, earliest="", latest="")
+    experiment = dataclasses.replace(
+        experiment,
+        tasks={},
+        clean=dataclasses.replace(clean, duplicate_columns=()),
+        features={n: f for n, f in experiment.features.items() if f.on == "history"},
+    )
+    return with_bounds(experiment, prepared.manifest.bounds)
+
+
+def _check_keys(staged: Staged, rows: pa.Table) -> None:
+    wrong = rows.filter(rows["problem"].is_valid()).slice(0, 1).to_pylist()
+    if wrong:
+        raise DataError(f"events: {staged.place(wrong[0]['row'])}: {wrong[0]['problem']}")
+
+
+def _with_users(prepared: Prepared, new: pa.Array) -> dict[str, pa.Array]:
+    """The columns of users that are no lists of events, with new users who are known by id only."""
+    fields = {f"context_{f.name}": f for f in prepared.manifest.fields}
+    columns = {}
+    for name in prepared.users.column_names:
+        stored = one_array(prepared.users[name])
+        if name == "id":
+            more = new.cast(stored.type)
+        elif name in fields:
+            codes = np.repeat(unknown_codes(prepared, fields[name]), len(new), axis=0)
+            more = as_column(codes).cast(stored.type)
+        elif name.startswith("text_"):
+            more = pa.nulls(len(new), stored.type)
+        else:
+            continue
+        columns[name] = pa.concat_arrays([stored, more])
+    return columns
+
+
+def unknown_codes(prepared: Prepared, field: IdField | NumberField) -> np.ndarray:
+    """The code [1, S] of a context feature of somebody unknown: an id that training knows, as it
+    stood for its rare values; of a number what a missing one is taken for."""
+    if isinstance(field, IdField):
+        return (np.arange(field.slots)[None] == 0).astype(np.int32) * UNKNOWN
+    feature = features.restore(prepared, field.name)
+    if not feature.feature.fitted:  # of friends, of whom there are none
+        return np.zeros((1, field.slots), np.float32)
+    return features.encode(feature, pa.nulls(1, pa.string()))
+
+
+def _appended(stored: Lists, codes: np.ndarray, owner: np.ndarray, new: int) -> pa.LargeListArray:
+    """Lists of codes, with more at the end of those of each owner; `owner` [n] is sorted.
+
+    `new` owners have had none.
+    """
+    sizes = np.concatenate([np.diff(stored.offsets), np.zeros(new, np.int64)])
+    more = np.bincount(owner, minlength=len(sizes))
+    offsets = np.concatenate([[0], np.cumsum(sizes + more)])
+    old = stored.values.reshape(len(stored.values), codes.shape[1])
+    found = np.empty((offsets[-1], codes.shape[1]), old.dtype)
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    found[np.arange(len(old)) + np.repeat(offsets[:-1] - begins[:-1], sizes)] = old
+    nth = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    found[(offsets[:-1] + sizes)[owner] + nth] = codes
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), as_column(found))
 
 
 def _feature_cells(table: pa.Table) -> dict[str, pa.Array]:

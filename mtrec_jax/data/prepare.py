@@ -27,6 +27,7 @@ from mtrec_jax.data.clean import (
     check_arguments,
     check_own,
     clean_with,
+    digests_of,
     put_in_place,
 )
 from mtrec_jax.data.dataset import (
@@ -52,6 +53,7 @@ from mtrec_jax.data.growth import item_vocabulary, open_base, summary
 from mtrec_jax.data.rules import sample_spaces
 from mtrec_jax.data.social import Tastes, fit_tastes, friend_lists, split_queries, with_queries
 from mtrec_jax.data.split import describe_split, split_events
+from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST
 
 
@@ -117,13 +119,43 @@ def prepare(
     return open_prepared(out, extensions_of(experiment))
 
 
+def up_to_date(
+    experiment: Experiment,
+    data: str | Path | None,
+    out: str | Path,
+    tables: Mapping[str, Any] | None = None,
+) -> Prepared | None:
+    """The folder `out` where it holds what `prepare` would make of the raw data now; else None.
+
+    The bytes of the raw files are compared, and the configuration. A folder that continues another
+    one stays what it is.
+
+    Args:
+      experiment, data, out, tables: as `prepare` takes them.
+    """
+    out = a_path("out", out)
+    if experiment.clean.latest == "now":  # what lay in the future may do so no longer
+        return None
+    try:
+        found = open_prepared(out, extensions_of(experiment))
+        data = None if data is None else a_path("data", data)
+        by_table = digests_of(experiment, data, tables or {})
+    except (OSError, DataError):
+        return None  # whatever is wrong has its message when the data are prepared
+    digests = [digest for of_table in by_table.values() for digest in of_table]
+    continues = found.manifest.continues
+    now = describe.fingerprint(experiment, digests + [continues] * bool(continues))
+    return found if found.manifest.fingerprint == now else None
+
+
 class _Divided(NamedTuple):
     """Clean events with their split, and who is in them, in the order of their ids."""
 
     events: Any  # ibis table with its split
     queries: Any  # ibis table of searches, or None
     users: pa.Table  # with their columns and training events
-    items: pa.Table
+    items: pa.Table  # the new ones, without events, behind
+    new_items: int
     friends: Lists | None
     split: SplitInfo
     tasks: dict[str, TaskField]
@@ -157,7 +189,9 @@ def _build(
     divided = _divide(engine, experiment, cleaned, say, base)
     users, items = divided.users, divided.items
     events, fitted = _fit(engine, experiment, divided, folder, base)
-    say(f"index: {len(users):,} users, {len(items):,} items")
+    n = len(items) - divided.new_items
+    new = f", and {divided.new_items:,} new ones" if divided.new_items else ""
+    say(f"index: {len(users):,} users, {n:,} items{new}")
     _write_items(folder, experiment, items, fitted)
     rows = sum(divided.split.sizes.values())
     rows += count(divided.queries) if divided.queries is not None else 0
@@ -182,12 +216,13 @@ def _build(
     return Manifest(
         format=FORMAT,
         name=experiment.name,
-        protocol=describe.protocol(experiment, len(users), len(items), total),
+        protocol=describe.protocol(experiment, len(users), n, total),
         fingerprint=describe.fingerprint(experiment, digests + [continues] * bool(base)),
         cleaned=notes.fingerprint,
         config=configuration(experiment),
         users=len(users),
-        items=len(items),
+        items=n,
+        new_items=divided.new_items,
         trained_items=pc.sum(pc.greater(items["count"], 0)).as_py() or 0,
         events=total,
         quarantined=notes.quarantined,
@@ -235,7 +270,9 @@ def _divide(
         lambda: guards.statistics_of_everything(sides, events, experiment),
     )
     told = report.summarize(events, labels)
-    return _Divided(events, queries, users, items, friends, split, tasks, told, rules)
+    new = _new_items(engine, cleaned.table(engine, "items"), items)
+    items = pa.concat_tables([items, new])
+    return _Divided(events, queries, users, items, len(new), friends, split, tasks, told, rules)
 
 
 def _indexed(engine: Engine, events: Any, key: str, side: Any) -> pa.Table:
@@ -254,6 +291,15 @@ def _indexed(engine: Engine, events: Any, key: str, side: Any) -> pa.Table:
     if side is not None:
         table = index.left_join(side, key).drop(f"{key}_right")
     return table.order_by("id").drop("id").to_pyarrow()
+
+
+def _new_items(engine: Engine, side: Any, items: pa.Table) -> pa.Table:
+    """The items that stand in their table alone, as `_indexed` gives those of the events."""
+    if side is None or not len(items):
+        return items.slice(0, 0)
+    new = side.anti_join(engine.read(engine.folder / "item_index"), "item")
+    table = new.mutate(count=ibis.literal(0, "int64")).order_by("item").to_pyarrow()
+    return table.select(items.column_names).cast(items.schema)
 
 
 def _with_ids(engine: Engine, events: Any) -> Any:

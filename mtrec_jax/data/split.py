@@ -28,10 +28,12 @@ def split_events(events: Any, experiment: Experiment) -> Any:
 
     Returns:
       0 train, 1 validation, 2 test, or 3: an event of a held-out user that is shown in histories,
-      and neither trains nor judges.
+      and neither trains nor judges. With validation = 0 and test = 0 every event trains.
     """
     split = experiment.split
     shown = ibis.literal(False)
+    if split.whole:
+        return events.mutate(split=ibis.literal(0, "int8")).drop("part")
     if split.kind in ("leave_one_out", "user_ratio", "user_holdout"):
         by_user = ibis.window(group_by="user", order_by=in_order(events))
         whole = ibis.window(group_by="user")

@@ -26,7 +26,7 @@ from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.tables.layout import DENSE
 from mtrec_jax.tables.lookup import fetch
-from mtrec_jax.types import Array, Batch, Catalogue, PyTree, UserStates
+from mtrec_jax.types import FIRST, Array, Batch, Catalogue, PyTree, UserStates
 
 ITEM_CHUNK = 65_536  # items whose vectors are computed at once
 Tables = dict[str, jax.Array]
@@ -158,15 +158,16 @@ def repeated(states: UserStates, count: int) -> UserStates:
 
 
 def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
-    """The catalogue of a prepared folder as arrays by item id."""
-    counts = prepared.items.column("count").to_numpy()
+    """The catalogue of a prepared folder as arrays by item id; new items are not in it."""
+    n = prepared.manifest.items
+    counts = prepared.items.column("count").to_numpy()[:n]
     return make_catalogue(
-        prepared.catalogue(),
+        {part: table[: n + FIRST] for part, table in prepared.catalogue().items()},
         counts,
         prepared.manifest.trained_items,
         experiment.train.negative_power,
         experiment.train.precision,
-        prepared.item_rows(),
+        prepared.item_rows()[: n + FIRST],
     )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import html
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,7 +72,8 @@ class Recommender:
 
     def __init__(self, run: Run | str | Path):
         self.run = run if isinstance(run, Run) else open_run(a_path("run", run))
-        self.experiment, self.prepared = self.run.experiment, self.run.prepared
+        self.experiment = self.run.experiment
+        self.prepared = self.run.prepared.with_new_items()
         mesh = shared_mesh(self.experiment)
         self._serving = prepared_serving(self.experiment, self.prepared, mesh)
         params, tables, self.step = load_best(self.run, mesh, self._serving.model)
@@ -82,6 +87,7 @@ class Recommender:
         precision = self.experiment.train.precision
         self._encoder = Encoder(self.prepared, precision, sizes, behaviours)
         self._compiled: set[tuple[int, int]] | None = None  # (users, candidates), once warm
+        self._before: Recommender | None = None  # whose events `with_events` has added to
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.experiment.tasks)
@@ -110,6 +116,46 @@ class Recommender:
             self._vectors_of(np.full(1, FIRST))
         self._compiled = compiled
         return time.perf_counter() - start
+
+    def _repr_html_(self) -> str:
+        m = self.prepared.manifest
+        figures = {
+            "run": f"{self.run.folder}, step {self.step}",
+            "tasks": ", ".join(f"{n} ({t.kind})" for n, t in self.experiment.tasks.items()),
+            "data": f"{m.users:,} users, {m.items:,} items, {m.events:,} events",
+            "prepared": f"{self.prepared.folder}, {m.fingerprint}",
+        }
+        pairs = (
+            f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in figures.items()
+        )
+        title = html.escape(f"Recommender {self.experiment.name}")
+        return f"<table><caption>{title}</caption>{''.join(pairs)}</table>"
+
+    def with_events(self, events: Any) -> Recommender:
+        """A recommender of the same model whose users have met more.
+
+        New events follow the stored ones of their user, in the order of time. Pass only what is not
+        stored yet; for a whole newer log prepare it, and `load(run, prepared=…)`. Users who were
+        not in the data become known by their history.
+
+        Args:
+          events: a pandas, Polars or Arrow table, or the path of a file, a row an event, with the
+            log's columns of user, item, time and the features of the history; labels are not
+            needed. Items and values that the model has never seen count as unknown.
+
+        Raises:
+          ConfigError: the data has no users or items, or features that look back on the whole log.
+          DataError: a missing column, or an event without user, item or time.
+        """
+        from mtrec_jax.data.new_rows import with_events  # loads an engine
+
+        found = copy.copy(self)
+        found.prepared = with_events(self.prepared, events)
+        found.run = dataclasses.replace(self.run, prepared=found.prepared)
+        found._encoder = self._encoder.of(found.prepared)
+        found._before = self  # a temporary folder lives as long as the recommender of `fit`
+        return found
 
     def recommend(
         self,
@@ -153,8 +199,9 @@ class Recommender:
 
         Returns:
           A `Result`, a row an item: user, known, rank, item, title, score, every task's
-          prediction, and the fusion's weight of each task. The score is the one of the final
-          order: the fused one, or the prediction of the task `order_by`.
+          prediction, the fusion's weight of each task, and new: whether the item has never
+          trained, and is known by its features alone. The score is the one of the final order: the
+          fused one, or the prediction of the task `order_by`.
 
         Raises:
           ConfigError: the run has no retrieval task, no such task to order by, or an option is none
@@ -168,7 +215,9 @@ class Recommender:
         self._check_order(order_by)
         k = self._checked(k, exclude_seen)
         filters = read_filters(self.prepared, allowed, blocked, unknown_items)
-        asked = _Question(k, filters.mask, exclude_seen, order_by, on_unknown == "popular")
+        asked = _Question(
+            k, self._admitted(filters.mask), exclude_seen, order_by, on_unknown == "popular"
+        )
         if histories is not None:
             histories = a_list("histories", histories)
             if len(histories) != len(users):
@@ -200,7 +249,8 @@ class Recommender:
         users = self.prepared.user_names
         self._check_order(order_by)
         k = self._checked(k, exclude_seen)
-        mask = read_filters(self.prepared, allowed, blocked, unknown_items).mask
+        filters = read_filters(self.prepared, allowed, blocked, unknown_items)
+        mask = self._admitted(filters.mask)
         asked = _Question(k, mask, exclude_seen, order_by, popular=True)
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
@@ -229,8 +279,9 @@ class Recommender:
 
         Returns:
           A `Result`, a row a pair in the given order: user, item, known (both are in the data),
-          and every task's prediction: probability, value in the label's unit, cosine, or one
-          column per class.
+          every task's prediction: probability, value in the label's unit, cosine, or one column
+          per class; new (the item has never trained); and reason: why the predictions are null,
+          as they are for a new item of which no feature is known.
 
         Raises:
           ConfigError: the data has no users or no items, use `predict_rows`; or `on_unknown` is
@@ -252,7 +303,8 @@ class Recommender:
             columns: dict[str, Any] = {"user": users[part], "item": pairs, "known": known}
             answer = self._answer(self._states(encoded), ids[:, None])
             told = known | (on_unknown == "model")
-            tables.append(pa.table(columns | self._task_columns(answer, _first(pairs), told)))
+            predicted = self._task_columns(answer, _first(pairs), told & ~self._unscored[ids])
+            tables.append(pa.table(columns | predicted | self._marks(ids, told)))
         return Result(pa.concat_tables(tables))
 
     def predict_rows(self, rows: Any, *, on_unknown: Literal["null", "model"] = "null") -> Result:
@@ -303,7 +355,7 @@ class Recommender:
         k = self._checked(k, True)
         check_id("item", item)
         own = self._encoder.item_ids([item], "item")
-        mask = np.ones(len(self._index), bool)
+        mask = ~self._unscored[FIRST:]
         mask[own - FIRST] = False
         queries = self._vectors_of(own)
         width = self._width(k)
@@ -351,7 +403,7 @@ class Recommender:
         weights = np.asarray(answer.weights)[:n][row, place]
         for i, task in enumerate(self.experiment.tasks):
             columns[f"weight {task}"] = pa.array(weights[:, i], mask=~told)
-        return pa.table(columns)
+        return pa.table(columns | {"new": self._is_new[chosen + FIRST]})
 
     def _width(self, k: int) -> int:
         """Candidates that are put in order: `evaluate.candidates`, or the first of 512, 4,096, …
@@ -477,6 +529,36 @@ class Recommender:
     @property
     def _has_retrieval(self) -> bool:
         return any(t.kind == "retrieval" for t in self.experiment.tasks.values())
+
+    @functools.cached_property
+    def _is_new(self) -> np.ndarray:
+        """By item id [N + 2]: items that have never trained, and have no row of their own."""
+        rows = self.prepared.item_rows()
+        return (np.arange(len(rows)) >= FIRST) & (rows == UNKNOWN)
+
+    @functools.cached_property
+    def _unscored(self) -> np.ndarray:
+        """By item id [N + 2]: new items of which the model knows no feature either."""
+        known = self.prepared.catalogue()
+        told = (known["ids"] >= FIRST).any(axis=1) | (known["numbers"] != 0).any(axis=1)
+        return self._is_new & ~told
+
+    def _admitted(self, mask: np.ndarray) -> np.ndarray:
+        """Of the items that filters leave, those that can be scored: [N] bool."""
+        mask = mask & ~self._unscored[FIRST:]
+        if not mask.any():
+            raise DataError("the filters allowed and blocked leave no item that can be scored")
+        return mask
+
+    def _marks(self, items: np.ndarray, told: np.ndarray) -> dict[str, pa.Array]:
+        """Columns of predictions for items [n]: which are new, and why nothing is said of some."""
+        reasons = np.where(told, "", "the user or the item is not in the data")
+        why = "a new item, of which no feature is known"
+        reasons = np.where(self._unscored[items], why, reasons)
+        return {
+            "new": pa.array(self._is_new[items]),
+            "reason": pa.array([text or None for text in reasons.tolist()], pa.string()),
+        }
 
     @property
     def _has_pairs(self) -> bool:

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, shown
-from mtrec_jax.config import Experiment, Task
 from mtrec_jax.data import features
 from mtrec_jax.data.cells import as_text
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import Prepared, described, is_one
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.features.clock import Clock
 from mtrec_jax.errors import DataError, nearest
@@ -68,6 +66,10 @@ class Encoder:
         self._behaviours = behaviours
         self._features: dict[str, Encoding] = {}
         self._experiment = described(prepared)
+
+    def of(self, prepared: Prepared) -> Encoder:
+        """The encoder of other data of the same features."""
+        return Encoder(prepared, self._dtype, self.sizes, self._behaviours)
 
     def users(
         self,
@@ -239,7 +241,7 @@ class Encoder:
             if not told or name not in tasks:
                 return np.ones(n, bool)
             texts = [raw_text(value) for value in columns[told[0]]]
-            counted |= np.array([_is_one(tasks[name], text) for text in texts], bool)
+            counted |= np.array([is_one(tasks[name], text) for text in texts], bool)
         return counted
 
     def empty(self, size: int) -> Requests:
@@ -370,18 +372,6 @@ class Encoder:
         return self._features[name]
 
 
-def _is_one(task: Task, text: str) -> bool:
-    """Whether a cell makes the label of a binary task 1, as in preparation."""
-    if task.equals is not None:
-        return text == task.equals.strip()
-    try:
-        number = {"true": 1.0, "false": 0.0}.get(text.lower())
-        number = float(text) if number is None else number
-    except ValueError:
-        return False
-    return number == 1 if task.at_least is None else number >= task.at_least
-
-
 def raw_text(value: Any) -> str:
     """A value as preparation reads it from a table: trimmed, whole floats have no ".0"; a missing
     value is the empty text, which is no id.
@@ -439,10 +429,3 @@ def seconds(time: Any, unit: str) -> float | None:
     if isinstance(time, bool) or not isinstance(time, int | float | np.number):
         raise DataError(f"request: time {shown(time)} is neither a number nor a datetime")
     return float(time) / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
-
-
-def described(prepared: Prepared) -> Experiment:
-    """What a folder was prepared with, as an experiment without a model."""
-    values = {"name": prepared.manifest.name, **prepared.manifest.config}
-    found: Experiment = choices.read(Experiment, values, str(prepared.folder), prepared.extensions)
-    return found

@@ -107,6 +107,8 @@ def print_recommendations(result: Result) -> None:
     for user in dict.fromkeys(result["user"]):
         places = [i for i, u in enumerate(result["user"]) if u == user]
         table = result.table.take(places).drop_columns(["user", "known"])
+        if not any(result["new"][i] for i in places):
+            table = table.drop_columns(["new"])
         if max(map(len, result["item"])) > 16:  # long ids crowd out the titles; files have them
             table = table.drop_columns(["item"])
         table = table.rename_columns([n.replace("weight ", "w. ") for n in table.column_names])

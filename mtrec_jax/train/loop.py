@@ -304,6 +304,7 @@ def _run_steps(
         state = job.step.update(state, put_batch(recent[-1], job.mesh), job.catalogue)
         number += 1
         every = config.checkpoint_every
+        due = number % job.every == 0 or number == job.total
         saves = number % job.every == 0 or bool(every and number % every == 0)
         if number % in_flight == 0 or number == job.total or saves:
             left_out = _check_finite(job, bar, state, number, recent, left_out)
@@ -312,14 +313,13 @@ def _run_steps(
             after = _log_losses(job.records, state, number, job.mesh)
             if number % config.log_every == 0:  # a longer run goes on with the sums of its end
                 state = after
-        evaluated = None
-        if number % job.every == 0 or number == job.total:
+        if due and job.experiment.split.validates:
             bar.say("evaluating")
             evaluated = _evaluate(job, state, number)
             _judge(meta, number, evaluated, job.selection.larger, config.patience)
             bar.evaluated(job.selection.name, evaluated, meta)
         on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
-        if evaluated is not None or on_schedule:
+        if due or on_schedule:
             save()
         by = asked_to_stop(stopped, number, in_flight)
         if by and number < job.total and not meta["done"]:

@@ -16,6 +16,7 @@ from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, argument, one_of
 from mtrec_jax.config import Experiment, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
+from mtrec_jax.data.newer import in_terms_of
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
 from mtrec_jax.experiments import load_experiment
@@ -56,12 +57,14 @@ def open_run(
 
     Args:
       folder: a folder that `train` has written.
-      prepared: where its prepared data is now; by default where it was.
+      prepared: where its prepared data is now, by default where it was; or newer data of the same
+        features, prepared: answers are then given for its users, histories and catalogue.
       extensions: the classes of kinds of your own that its configuration names.
 
     Raises:
       CheckpointError: no run there.
-      ConfigError: the prepared data is not what the run was trained on.
+      ConfigError: the prepared data is neither what the run was trained on nor newer data of the
+        same features, or what it was trained on is gone.
     """
     folder = a_path("folder", folder)
     if not (folder / "config.toml").is_file():
@@ -76,13 +79,31 @@ def open_run(
             f"{folder} was trained on {there}, where no prepared folder is any more; say where it "
             f"is now: {argument('prepared')}"
         )
-    opened = open_prepared(there)
-    if opened.manifest.fingerprint != notes["fingerprint"]:
+    opened = open_prepared(there, extensions)
+    if opened.manifest.fingerprint == notes["fingerprint"]:
+        return Run(folder, experiment, opened.chosen(experiment))
+    own = _what_it_learned(folder, opened, notes)
+    return Run(folder, experiment, in_terms_of(opened, own.chosen(experiment)))
+
+
+def _what_it_learned(folder: Path, newer: Prepared, notes: dict[str, Any]) -> Prepared:
+    """The data that a run was trained on, without which newer data say nothing to it."""
+    what = (
+        f"{newer.folder} holds other data ({newer.manifest.fingerprint}) than {folder} was trained "
+        f"on ({notes['fingerprint']})"
+    )
+    try:
+        own = open_prepared(notes["folder"])
+    except DataError as error:
         raise ConfigError(
-            f"{opened.folder} holds other data ({opened.manifest.fingerprint}) than {folder} was "
-            f"trained on ({notes['fingerprint']}); pass the right folder: {argument('prepared')}"
+            f"{what}. To read newer data its own vocabularies are needed, and {notes['folder']} is "
+            f"gone: bring it back; or pass the right folder: {argument('prepared')}"
+        ) from error
+    if own.manifest.fingerprint != notes["fingerprint"]:
+        raise ConfigError(
+            f"{what}, and so does {own.folder}; pass the right folder: {argument('prepared')}"
         )
-    return Run(folder, experiment, opened.chosen(experiment))
+    return own
 
 
 def load_best(
@@ -122,11 +143,15 @@ def evaluate_run(
       The evaluation, and how often the test set has been looked at, this time included.
 
     Raises:
+      CheckpointError: the run has no usable checkpoint, or the disk is full.
+      ConfigError: there is no such split, or it has no targets, or the data are newer ones, which
+        answers are given for.
       CheckpointError: the run has no usable checkpoint.
       ConfigError: there is no such split.
     """
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
+    _check_targets(run, split)
     mesh = shared_mesh(run.experiment)
     serving = prepared_serving(run.experiment, run.prepared, mesh)
     params, tables, _ = load_best(run, mesh, serving.model)
@@ -142,6 +167,21 @@ def evaluate_run(
             uncounted = ", this look at the test set among it" if split == "test" else ""
             note(f"nothing was stored in {run.folder}{uncounted}: {error.strerror or error}")
     return evaluation, looks
+
+
+def _check_targets(run: Run, split: str) -> None:
+    """Raise `ConfigError` where a run cannot be evaluated."""
+    if run.prepared.learned:
+        raise ConfigError(
+            f"{run.folder} was not trained on {run.prepared.folder}: newer data serve for "
+            "recommendations and predictions, not for an evaluation; leave it out"
+        )
+    if not run.prepared.manifest.targets[split]:
+        raise ConfigError(
+            f"there is nothing to evaluate {run.folder} on: '{split}' has no events "
+            f"(split.validation = {run.experiment.split.validation:g}, "
+            f"split.test = {run.experiment.split.test:g})"
+        )
 
 
 def shared_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:

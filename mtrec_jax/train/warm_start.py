@@ -84,6 +84,8 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
 def _split_alike(source: Run, run: Run) -> Run:
     """The source, unless it may have trained on what the new run holds back."""
     old, new = source.prepared.manifest, run.prepared.manifest
+    if run.experiment.split.whole:
+        return source  # nothing is held back
     there, here = (m.config.get("split") for m in (old, new))
     if there != here:
         raise ConfigError(

@@ -63,7 +63,17 @@ def popular(prepared: Prepared) -> list[str]:
 def test_the_answer_is_a_table_in_the_order_of_the_question(shop_recommender: Recommender) -> None:
     result = shop_recommender.recommend(USERS, 5)
     weights = [f"weight {task}" for task in TASKS]
-    assert result.columns == ["user", "known", "rank", "item", "title", "score", *TASKS, *weights]
+    assert result.columns == [
+        "user",
+        "known",
+        "rank",
+        "item",
+        "title",
+        "score",
+        *TASKS,
+        *weights,
+        "new",
+    ]
     assert result["user"] == [user for user in USERS for _ in range(5)]
     assert result["rank"] == [1, 2, 3, 4, 5] * 3
     assert all(result["known"])
@@ -124,7 +134,7 @@ def test_predictions_are_in_their_units(shop_recommender: Recommender) -> None:
 def test_predict_agrees_with_recommend(shop_recommender: Recommender) -> None:
     found = shop_recommender.recommend(USERS, 7)
     pairs = shop_recommender.predict(found["user"], found["item"])
-    assert pairs.columns == ["user", "item", "known", *TASKS]
+    assert pairs.columns == ["user", "item", "known", *TASKS, "new", "reason"]
     assert (pairs["user"], pairs["item"]) == (found["user"], found["item"])
     assert all(pairs["known"])
     for task in TASKS:

@@ -318,16 +318,21 @@ def test_a_run_folder_says_what_it_is(
     assert "shop" in repr(opened)
 
 
-def test_a_run_of_other_data_is_refused(
+def test_other_data_are_taken_for_newer_ones_while_the_own_are_there(
     shop_run: Run, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "other"
+    copy, folder = tmp_path / "other", tmp_path / "run"
     shutil.copytree(shop_prepared.folder, copy)
     manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
     manifest["fingerprint"] = "0123456789abcdef"
     (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert open_run(shop_run.folder, copy).prepared.learned == shop_prepared.folder.resolve()
+    folder.mkdir()
+    shutil.copy(shop_run.folder / "config.toml", folder)
+    notes = {"folder": str(tmp_path / "gone"), "fingerprint": shop_prepared.manifest.fingerprint}
+    (folder / "prepared.json").write_text(json.dumps(notes), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"holds other data \(0123456789abcdef\).*prepared="):
-        open_run(shop_run.folder, copy)
+        open_run(folder, copy)
 
 
 def test_a_batch_must_divide_over_the_devices(
