@@ -26,7 +26,7 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkR
 SECONDS = 300  # that the tests of a mutant may take; a mutant that takes longer is noticed
 TESTS = {  # folder of the package: tests that have to notice its mutants, the quick ones first
     "balance": "tests/balance/test_balance.py tests/train/test_wiring.py",
-    "losses": "tests/losses tests/train/test_wiring.py",
+    "losses": "tests/models/test_answers.py tests/losses",
     "models": "tests/models tests/train/test_step.py tests/serving/test_requests.py",
     "evaluation": "tests/evaluation mtrec_jax/evaluation",
     "serving": "tests/serving",
@@ -53,14 +53,12 @@ def tree_of(work: Path) -> Path:
 
 
 def annotations(module: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where types stand."""
-    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
-    types = [
-        getattr(node, name)
-        for node in nodes
-        for name in ("annotation", "returns")
-        if getattr(node, name, None) is not None
-    ]
+    """Where types stand, and the flags of dataclasses."""
+    types = []
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        types += [getattr(node, name, None) for name in ("annotation", "returns")]
+        types += node.decorator_list if isinstance(node, ast.ClassDef) else []
+    types = [found for found in types if found is not None]
     return [((t.lineno, t.col_offset), (t.end_lineno, t.end_col_offset)) for t in types]
 
 

@@ -118,9 +118,7 @@ def shop_experiment() -> "Experiment":
 
 
 @pytest.fixture(scope="session")
-def shop_prepared(
-    shop_data: Path, shop_experiment: "Experiment", kept_folder: Path
-) -> "Prepared":
+def shop_prepared(shop_data: Path, shop_experiment: "Experiment", kept_folder: Path) -> "Prepared":
     """The small shop, prepared; only to be read."""
     folder = kept_folder / "prepared" / "shop"
     with filelock.FileLock(kept_folder / "prepared.lock"):
