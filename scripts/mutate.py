@@ -23,7 +23,7 @@ from cosmic_ray.mutating import mutate_and_test
 from cosmic_ray.work_db import WorkDB
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
 
-SECONDS = 300  # that the tests of a mutant may take; a mutant that takes longer is noticed
+SECONDS = 1200  # that the tests of a mutant may take; of one that takes longer nothing is known
 TESTS = {  # folder of the package: tests that have to notice its mutants, the quick ones first
     "balance": "tests/balance/test_balance.py tests/train/test_wiring.py",
     "losses": "tests/models/test_answers.py tests/losses",
@@ -113,21 +113,25 @@ def session_of(folder: str, work: Path, tree: Path, count: int, seed: int) -> Pa
 
 def run(folder: str, session: Path, tree: Path, python: str, again: bool) -> None:
     """Test what is left to be tested."""
-    database, command = WorkDB(session, WorkDB.Mode.open), [python, "-m", "pytest", "-x", "-q"]
-    command += ["-p", "no:cacheprovider", "-p", "no:randomly", *TESTS[folder].split()]
+    database = WorkDB(session, WorkDB.Mode.open)
+    pytest = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     if again:
-        left = [i for i, r in database.completed_work_items if r.test_outcome == SURVIVED]
+        done = database.completed_work_items
+        left = [i for i, r in done if r.test_outcome == SURVIVED or r.output == "timeout"]
     else:
         left = list(database.pending_work_items)
     left.sort(key=lambda item: (str(item.mutations[0].module_path), item.mutations[0].start_pos))
+    command = pytest + TESTS[folder].split()
     if left and subprocess.run(command, cwd=tree, stdout=subprocess.DEVNULL).returncode:
         sys.exit(f"{folder}: its tests fail without any mutant: {shlex.join(command)}")
     os.chdir(tree)
     for number, item in enumerate(left, start=1):
         start = time.monotonic()
+        mutation = item.mutations[0]
+        own = f"test_{mutation.module_path.stem}.py"  # first the tests of the file itself
+        command = pytest + sorted(TESTS[folder].split(), key=lambda name: own not in name)
         result = mutate_and_test(item.mutations, shlex.join(command), SECONDS)
         database.set_result(item.job_id, result)
-        mutation = item.mutations[0]
         outcome = result.test_outcome.value if result.test_outcome else result.worker_outcome.value
         print(
             f"{folder} {number}/{len(left)} {outcome} {mutation.module_path}:"
@@ -146,7 +150,11 @@ def report(sessions: dict[str, Path]) -> str:
     survivors, all_of, all_left = [], 0, 0
     for folder, session in sessions.items():
         database = WorkDB(session, WorkDB.Mode.open)
-        done = [(i, r) for i, r in database.completed_work_items if r.test_outcome is not None]
+        done = [
+            (item, result)
+            for item, result in database.completed_work_items
+            if result.test_outcome is not None and result.output != "timeout"
+        ]
         left = [(i.mutations[0], r) for i, r in done if r.test_outcome == SURVIVED]
         database.close()
         all_of, all_left = all_of + len(done), all_left + len(left)
@@ -171,7 +179,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=25, help="mutants of a folder")
     parser.add_argument("--all", action="store_true", help="every mutant")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--again", action="store_true", help="survivors, with the tests of now")
+    parser.add_argument("--again", action="store_true", help="survivors and what took too long")
     parser.add_argument("--report", action="store_true", help="only print what is known")
     parser.add_argument("--write", action="store_true", help="into docs/testing.md")
     given = parser.parse_args()
@@ -188,8 +196,8 @@ def main() -> None:
     if given.write:
         page = root / "docs" / "testing.md"
         text = page.read_text(encoding="utf-8")
-        pattern = re.compile("(<!-- mutants -->\n).*(\n<!-- end -->)", re.DOTALL)
-        page.write_text(pattern.sub(lambda m: m[1] + found + m[2], text), encoding="utf-8")
+        pattern = re.compile("(<!-- mutants -->\n).*(<!-- end -->)", re.DOTALL)
+        page.write_text(pattern.sub(lambda m: m[1] + found + "\n" + m[2], text), encoding="utf-8")
 
 
 if __name__ == "__main__":
