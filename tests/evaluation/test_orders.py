@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,16 +49,16 @@ def test_the_fused_order_puts_the_largest_first(
     task's logit the opposite."""
 
     def answer(params: PyTree, states: UserStates, vectors: Array, ids: Array) -> Answer:
-        score = np.asarray(ids, float)
-        return Answer({}, score, score, {"click": -score})  # type: ignore[arg-type]
+        score: Any = np.asarray(ids, float)
+        return Answer({}, score, score, {"click": -score})
 
     monkeypatch.setattr(collecting, "QUERIES", 3)
     part = replace(empty(4), candidate=np.array([9, 4, 5, 8]))
     part.order_ranks = {name: np.full(4, ABSENT) for name in ("fused", "click")}
     states = UserStates(*[np.zeros((3, 1))] * 6)
     found = np.tile(np.array([[0, 3, 1, 2]]), (3, 1))
-    given = {}, part, np.array([1, 2, 3]), states, np.zeros((1, 1))
-    _rerank(replace(serving, answer=answer), *given, found)
+    own: Any = replace(serving, answer=answer)
+    _rerank(own, {}, part, np.array([1, 2, 3]), states, np.zeros((1, 1)), found)
     assert part.order_ranks["fused"].tolist() == [ABSENT, 1, 0, ABSENT]
     assert part.order_ranks["click"].tolist() == [ABSENT, 2, 3, ABSENT]
 

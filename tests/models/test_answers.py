@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def test_predictions_of_every_kind_from_given_logits(xp: object) -> None:
         "next": np.array([[4.0, -2.5]]),
     }
     found = predictions(tiny.experiment(), tiny.manifest(), logits, xp)
-    expected = {
+    expected: dict[str, Any] = {
         "click": [[0.75, 0.25]],
         "stars": [[3.0, 1.5]],
         "genre": [[[1 / 8, 2 / 8, 5 / 8], [1 / 4, 1 / 4, 1 / 2]]],
@@ -54,7 +55,7 @@ def test_the_fusion_learns_from_the_hardest_negatives(monkeypatch: pytest.Monkey
     lottery = np.random.default_rng(1).random((size, tiny.POSITIONS)).astype(np.float32)
     rng = np.random.default_rng(0)
 
-    def draw(like: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(like: Any) -> jax.Array:
         return jnp.asarray(0.5 * rng.normal(size=like.shape), jnp.float32)
 
     params: PyTree = jax.tree.map(draw, model.abstract)
@@ -94,7 +95,7 @@ def test_the_fusion_learns_from_the_hardest_negatives(monkeypatch: pytest.Monkey
         clicked = batch.labels["click"][b] * batch.mask["click"][b]
         worth = (liked + clicked) / 2 * batch.mask["next"][b] * batch.weight[b]
         p = int(np.argmax(lottery[b] * (worth > 0)))
-        weight += worth[p]
+        weight += float(worth[p])
         user, target = unit(shared.users[b, p]), batch.candidate[b, p]
         cosines = unit(shared.negatives) @ user
         cosines = np.where(negatives == target, -np.inf, cosines)
@@ -104,7 +105,7 @@ def test_the_fusion_learns_from_the_hardest_negatives(monkeypatch: pytest.Monkey
             left_out += 1
             continue
         scores = [own[b, p], *(others[b, p, n] for n in hardest if negatives[n] != target)]
-        total += worth[p] * (np.log(np.exp(scores).sum()) - own[b, p])
+        total += float(worth[p] * (np.log(np.exp(scores).sum()) - own[b, p]))
     assert easy
     assert 0 < left_out < size
     assert np.abs(others.std(axis=-1)).min() > 1e-3

@@ -87,7 +87,7 @@ def test_the_nearest_items_are_sorted_by_the_fused_score_alone(
     """Twenty candidates by cosine, put into an order that no cosine knows."""
     serving, prepared = shop_recommender._serving, shop_recommender.prepared
 
-    def fused(ids: Any) -> np.ndarray:
+    def fused(ids: Any) -> Any:
         return (np.asarray(ids, np.int64) * 37 % 61).astype(np.float32)
 
     def answer(params: Any, states: Any, vectors: Any, ids: Any) -> Any:

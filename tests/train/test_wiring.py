@@ -139,7 +139,10 @@ def case(weights: tuple[float, float] = (1.0, 1.0), lucky: bool = False, **train
     tasks = {n: t | {"weight": w} for (n, t), w in zip(TASKS.items(), weights, strict=True)}
     experiment = tiny.experiment(tasks=tasks, train=plain | {"precision": "float64"} | train)
     mesh, model = make_mesh((1, 1)), toy(lucky)
-    none = {"ids": np.zeros((ITEMS, 0), np.int32), "numbers": np.zeros((ITEMS, 0))}
+    none: dict[str, np.ndarray] = {
+        "ids": np.zeros((ITEMS, 0), np.int32),
+        "numbers": np.zeros((ITEMS, 0)),
+    }
     catalogue = make_catalogue(none, np.arange(1, ITEMS - 1), ITEMS - 2, 1.0, "float64")
     return Case(model, make_step(experiment, model, mesh, 8), mesh, replicate(catalogue, mesh))
 
@@ -368,7 +371,7 @@ def test_chance_draws_anew_at_each_step_and_by_the_seed() -> None:
 )
 def test_negatives_follow_a_power_of_the_counts(power: float, expected: list[float]) -> None:
     """Counts of 4, 9 and 1; a fourth item was never met in training."""
-    none = {"ids": np.zeros((6, 0), np.int32), "numbers": np.zeros((6, 0))}
+    none: dict[str, np.ndarray] = {"ids": np.zeros((6, 0), np.int32), "numbers": np.zeros((6, 0))}
     found = make_catalogue(none, np.array([4, 9, 1, 7]), 3, power, "float64")
     np.testing.assert_allclose(np.exp(found.log_probability), [0, 0, *expected, 0], atol=1e-12)
     many = 20_000
