@@ -77,13 +77,14 @@ def says_something(mutation: MutationSpec, types: list) -> bool:
     return True
 
 
-def session_of(folder: str, work: Path, tree: Path, count: int, seed: int) -> Path:
-    """The mutants of a folder as it is now, of which all but a sample are left out."""
+def session_of(folder: str, work: Path, tree: Path, count: int, seed: int) -> Path | None:
+    """The mutants of a folder as it is now, of which all but a sample are left out; of the working
+    tree, where no mutant may be made, those that are known."""
     sources = sorted((tree / "mtrec_jax" / folder).rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     session = work / f"{folder}-{digest}-{count or 'all'}-{seed}.sqlite"
-    if session.exists():
-        return session
+    if session.exists() or tree == Path.cwd():
+        return session if session.exists() else None
     config, new = work / f"{folder}.toml", work / f"{folder}.partial"
     new.unlink(missing_ok=True)
     config.write_text(
@@ -184,13 +185,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/testing.md")
     given = parser.parse_args()
     root, work = Path.cwd(), given.work.resolve()
-    tree, count = tree_of(work), 0 if given.all else given.count
+    tree = root if given.report else tree_of(work)
+    count = 0 if given.all else given.count
     os.environ |= {"PYTHONPATH": str(tree), "MTREC_TESTS_KEEP": str(work / "kept")}
     sessions = {}
     for folder in given.folders or TESTS:
-        sessions[folder] = session_of(folder, work, tree, count, given.seed)
+        session = session_of(folder, work, tree, count, given.seed)
+        if session is None:
+            continue
+        sessions[folder] = session
         if not given.report:
-            run(folder, sessions[folder], tree, given.python, given.again)
+            run(folder, session, tree, given.python, given.again)
     found = report(sessions)
     print(found)
     if given.write:
