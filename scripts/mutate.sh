@@ -4,6 +4,7 @@
 #   scripts/mutate.sh train balance      of these folders
 #   scripts/mutate.sh --count 50         a larger sample; --all: every mutant
 #   scripts/mutate.sh --again            those that survived once more, with the tests of now
+#   scripts/mutate.sh --trusted          without a run of the tests on the package as it is before
 #   scripts/mutate.sh --write            the table goes into docs/testing.md
 # The tool has an environment of its own, and all work is done in $MUTATE, by default build/mutate.
 set -euo pipefail
