@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import os
 import random
@@ -129,20 +130,22 @@ def run(folder: str, session: Path, tree: Path, python: str, again: bool, truste
         and subprocess.run(command, cwd=tree, stdout=subprocess.DEVNULL).returncode
     ):
         sys.exit(f"{folder}: its tests fail without any mutant: {shlex.join(command)}")
-    os.chdir(tree)
-    for number, item in enumerate(left, start=1):
-        start = time.monotonic()
-        mutation = item.mutations[0]
-        own = f"test_{mutation.module_path.stem}.py"  # first the tests of the file itself
-        command = pytest + sorted(TESTS[folder].split(), key=lambda name: own not in name)
-        result = mutate_and_test(item.mutations, shlex.join(command), SECONDS)
-        database.set_result(item.job_id, result)
-        outcome = result.test_outcome.value if result.test_outcome else result.worker_outcome.value
-        print(
-            f"{folder} {number}/{len(left)} {outcome} {mutation.module_path}:"
-            f"{mutation.start_pos[0]} {mutation.operator_name} {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
+    with contextlib.chdir(tree):  # mutants are named from there
+        for number, item in enumerate(left, start=1):
+            start = time.monotonic()
+            mutation = item.mutations[0]
+            own = f"test_{mutation.module_path.stem}.py"  # first the tests of the file itself
+            command = pytest + sorted(TESTS[folder].split(), key=lambda name: own not in name)
+            result = mutate_and_test(item.mutations, shlex.join(command), SECONDS)
+            database.set_result(item.job_id, result)
+            outcome = (
+                result.test_outcome.value if result.test_outcome else result.worker_outcome.value
+            )
+            print(
+                f"{folder} {number}/{len(left)} {outcome} {mutation.module_path}:"
+                f"{mutation.start_pos[0]} {mutation.operator_name} {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
     database.close()
 
 
