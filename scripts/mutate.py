@@ -143,7 +143,8 @@ def run(folder: str, session: Path, tree: Path, python: str, again: bool, truste
             )
             print(
                 f"{folder} {number}/{len(left)} {outcome} {mutation.module_path}:"
-                f"{mutation.start_pos[0]} {mutation.operator_name} {time.monotonic() - start:.0f} s",
+                f"{mutation.start_pos[0]} {mutation.operator_name}, "
+                f"{time.monotonic() - start:.0f} s",
                 flush=True,
             )
     database.close()
