@@ -98,7 +98,9 @@ def test_the_nearest_items_are_sorted_by_the_fused_score_alone(
     cosines = dict(
         zip(names, shop_recommender.predict(["u00003"] * 60, names)["next_item"], strict=True)
     )
-    seen = set(stored_history(prepared, "u00003")["item"])
+    past = stored_history(prepared, "u00003")
+    pairs = zip(past["item"], past["click"], strict=True)
+    seen = {item for item, click in pairs if str(click) == "1"}  # as the targets are
     nearest = sorted(set(names) - seen, key=lambda name: -cosines[name])[:20]
     score = {name: float(fused(prepared.item_ids[name])) for name in nearest}
     result = shop_recommender.recommend(["u00003"], 7)
