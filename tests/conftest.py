@@ -70,10 +70,19 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compiled_programs(session_folder: Path) -> dict[str, str]:
+def kept_folder(session_folder: Path) -> Path:
+    """Prepared data and compiled programs, for many sessions if `MTREC_TESTS_KEEP` names a folder:
+    `scripts/mutate.sh` changes nothing that they depend on."""
+    kept = Path(os.environ.get("MTREC_TESTS_KEEP") or session_folder)
+    kept.mkdir(exist_ok=True)
+    return kept
+
+
+@pytest.fixture(scope="session")
+def compiled_programs(kept_folder: Path) -> dict[str, str]:
     """Keep compiled programs for the whole session: the settings, for other processes as well."""
     settings = {
-        "jax_compilation_cache_dir": str(session_folder / "compiled"),
+        "jax_compilation_cache_dir": str(kept_folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
         "jax_compilation_cache_max_size": 2**32,  # with a limit, processes wait for each other
@@ -91,12 +100,12 @@ def one_device(compiled_programs: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def shop_data(session_folder: Path) -> Path:
+def shop_data(kept_folder: Path) -> Path:
     """Raw files of a shop with 48 users, 60 items and some 900 impressions; only to be read."""
     from mtrec_jax.data import shop
 
-    folder = session_folder / "raw" / "shop"
-    with filelock.FileLock(session_folder / "raw.lock"):
+    folder = kept_folder / "raw" / "shop"
+    with filelock.FileLock(kept_folder / "raw.lock"):
         if not folder.exists():
             shop.generate(folder, seed=3, users=48, items=60, impressions=20)
     return folder
@@ -109,12 +118,10 @@ def shop_experiment() -> "Experiment":
 
 
 @pytest.fixture(scope="session")
-def shop_prepared(
-    shop_data: Path, shop_experiment: "Experiment", session_folder: Path
-) -> "Prepared":
+def shop_prepared(shop_data: Path, shop_experiment: "Experiment", kept_folder: Path) -> "Prepared":
     """The small shop, prepared; only to be read."""
-    folder = session_folder / "prepared" / "shop"
-    with filelock.FileLock(session_folder / "prepared.lock"):
+    folder = kept_folder / "prepared" / "shop"
+    with filelock.FileLock(kept_folder / "prepared.lock"):
         if folder.exists():
             return mtrec_jax.open_prepared(folder)
         return mtrec_jax.prepare(shop_experiment, shop_data, folder)

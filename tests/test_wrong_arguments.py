@@ -259,13 +259,13 @@ def answers(shop_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("call", CASES)
-def test_wrong_arguments_are_explained(answers: dict[str, list[str]], call: str) -> None:
-    kind, message = CASES[call]
-    found, said = answers[call]
-    assert (found, message) == (kind, message if message in str(said) else said)
+def test_wrong_arguments_are_explained(answers: dict[str, list[str]]) -> None:
+    found = {call: answers[call] for call in CASES}
+    for call, (_, message) in CASES.items():  # of a message, what is asked for is enough
+        if message in str(found[call][1]):
+            found[call] = [found[call][0], message]
+    assert found == {call: [*expected] for call, expected in CASES.items()}
 
 
-@pytest.mark.parametrize("call", RIGHT)
-def test_what_can_be_understood_is_understood(answers: dict[str, list[object]], call: str) -> None:
-    assert answers[call] == ["", RIGHT[call]]
+def test_what_can_be_understood_is_understood(answers: dict[str, list[object]]) -> None:
+    assert {call: answers[call] for call in RIGHT} == {c: ["", v] for c, v in RIGHT.items()}

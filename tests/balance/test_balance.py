@@ -218,6 +218,9 @@ def test_gradnorm_targets_differ_by_task() -> None:
     # alpha = 0 asks for equal norms: targets 4, 4, 4
     found = weight_gradient(weights, norms, losses, first, SEEN, 0.0)
     np.testing.assert_allclose(found, [-3.0, 0.0, 5.0], atol=1e-6)
+    # one that is observed alone is its own mean: it stands at its target
+    found = weight_gradient(weights, norms, losses, first, jnp.array([False, True, False]), 2.0)
+    np.testing.assert_array_equal(found, np.zeros(3))
 
 
 def test_gradnorm_moves_the_weights_and_scales_them_to_the_declared_sum() -> None:

@@ -171,6 +171,7 @@ def test_a_static_step_takes_off_the_gradient_of_the_weighted_loss(items: str) -
         assert np.abs(expected[1]["sgd"]).max() > 0
 
 
+@pytest.mark.slow  # a model of a few numbers does so in tests/train/test_wiring.py
 def test_pcgrad_projects_the_gradients_of_the_tasks_at_the_shared_representation() -> None:
     with jax.enable_x64(True):
         case = _case("pcgrad")
@@ -210,6 +211,7 @@ def _distance(one: PyTree, other: PyTree) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.slow  # and this
 def test_gradnorm_weighs_by_the_norms_at_the_shared_representation() -> None:
     """Two steps: r is 1 in the first, and the loss beside the first one in the second."""
     with jax.enable_x64(True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -236,13 +235,3 @@ def test_knn_takes_only_what_is_liked_and_checks_ids() -> None:
     assert fitted.similarity.toarray()[0, 1] == pytest.approx(1 / np.sqrt(2))
     with pytest.raises(DataError, match=r"item_knn: item ids 4 \.\. 4 go beyond 0 \.\. 3"):
         ItemKnn().fit(log([2], [4], 1, 2))
-
-
-def test_knn_of_a_catalogue_of_thousands_takes_seconds() -> None:
-    generator = np.random.default_rng(0)
-    users = np.repeat(np.arange(3000), 80) + FIRST
-    items = (generator.random(len(users)) ** 3 * 3416).astype(np.int64) + FIRST
-    start = time.perf_counter()
-    model = ItemKnn().fit(log(users, items, 3000, 3416))
-    assert time.perf_counter() - start < 8  # about 0.7 s
-    assert model.similarity.nnz <= 3416 * 100

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtrec_jax.data.dataset import BLOCK
+from mtrec_jax.data import examples
+from mtrec_jax.data.dataset import BLOCK, to_arrays
 from mtrec_jax.data.examples import (
     MODULUS,
     QUERY,
@@ -20,6 +21,7 @@ from mtrec_jax.data.examples import (
     sequence_examples,
     write_examples,
 )
+from tests.data import small
 
 
 def test_row_groups_and_random_order(tmp_path: Path) -> None:
@@ -28,6 +30,30 @@ def test_row_groups_and_random_order(tmp_path: Path) -> None:
     file = pq.ParquetFile(tmp_path / "x.parquet")
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     assert sizes == [BLOCK, BLOCK, 12_000 - 2 * BLOCK]
+
+
+def test_blocks_of_any_size_hold_the_same_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70 users' examples, as one block and as five of at most 16."""
+    log = "user,item,rating,time\n" + "".join(
+        f"u{user},{'vwxyz'[(user + time) % 5]},{user % 5 + 1},{time}\n"
+        for user in range(70)
+        for time in range(user % 3, 6)
+    )
+    for name in ("one", "several"):
+        (tmp_path / name).mkdir()
+    one = small.run(tmp_path / "one", small.make(), log)
+    monkeypatch.setattr(examples, "BLOCK", 16)
+    several = small.run(tmp_path / "several", small.make(), log)
+    for split in ("train", "validation", "test"):
+        whole, cut = one.parquet(split), several.parquet(split)
+        assert whole.num_row_groups == 1
+        assert cut.num_row_groups == -(-whole.metadata.num_rows // 16) > 1
+        expected, found = to_arrays(whole.read()), to_arrays(cut.read())
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values, name)
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**31 - 1))

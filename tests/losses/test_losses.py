@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mtrec_jax.data.dataset import TaskField
+from mtrec_jax.kernels.softmax import softmax_loss
+from mtrec_jax.losses import retrieval
 from mtrec_jax.losses.fusion import chosen_position, hardest, listwise, utility
 from mtrec_jax.losses.retrieval import sample_negatives, sampled_softmax
 from mtrec_jax.losses.tasks import TASK_LOSSES
@@ -62,6 +64,29 @@ def test_every_item_once_is_the_full_softmax() -> None:
     positive = np.take_along_axis(scores, np.asarray(POSITIVES)[..., None], axis=-1)[..., 0]
     found = _loss(jnp.arange(FIRST, N + FIRST), UNIFORM)
     np.testing.assert_allclose(found, partition - positive, rtol=1e-5)
+
+
+def test_positions_come_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position at a time, as where logits would not fit: the losses stay with their places."""
+    negatives = jnp.arange(FIRST, N + FIRST)
+    given = VECTORS[POSITIVES], POSITIVES, VECTORS[negatives], negatives, UNIFORM, TEMPERATURE
+    scores = _scores()
+    positive = np.take_along_axis(scores, np.asarray(POSITIVES)[..., None], axis=-1)[..., 0]
+    expected = np.log(np.exp(scores[..., FIRST:]).sum(axis=-1)) - positive
+    weights = jnp.asarray(_RNG.random((B, P)), jnp.float32)
+    tiles: list[tuple[int, ...]] = []
+
+    def noting(queries: Any, *more: Any) -> Any:
+        tiles.append(queries.shape[:2])
+        return softmax_loss(queries, *more)
+
+    monkeypatch.setattr(retrieval, "softmax_loss", noting)
+    for most, shape in ((retrieval.LOGITS, (1, P)), (1, (P, 1))):
+        monkeypatch.setattr(retrieval, "LOGITS", most)
+        np.testing.assert_allclose(_losses(USERS, *given), expected, rtol=1e-5)
+        total = sampled_softmax(USERS, *given, weights)
+        np.testing.assert_allclose(total, (expected * np.asarray(weights)).sum(), rtol=1e-5)
+        assert tiles.pop() == tiles.pop() == shape
 
 
 @pytest.mark.parametrize("catalogue", [UNIFORM, POPULAR], ids=["uniform", "popularity"])

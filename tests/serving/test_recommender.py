@@ -91,6 +91,34 @@ def test_the_order_follows_the_score(shop_recommender: Recommender) -> None:
     assert (scores[:, 0] > scores[:, -1]).all()
 
 
+def test_the_nearest_items_are_sorted_by_the_fused_score_alone(
+    shop_recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty candidates by cosine, put into an order that no cosine knows."""
+    serving, prepared = shop_recommender._serving, shop_recommender.prepared
+
+    def fused(ids: Any) -> Any:
+        return (np.asarray(ids, np.int64) * 37 % 61).astype(np.float32)
+
+    def answer(params: Any, states: Any, vectors: Any, ids: Any) -> Any:
+        return serving.answer(params, states, vectors, ids)._replace(fused=fused(ids))
+
+    monkeypatch.setattr(shop_recommender, "_serving", replace(serving, answer=answer))
+    names = prepared.item_names
+    cosines = dict(
+        zip(names, shop_recommender.predict(["u00003"] * 60, names)["next_item"], strict=True)
+    )
+    past = stored_history(prepared, "u00003")
+    pairs = zip(past["item"], past["click"], strict=True)
+    seen = {item for item, click in pairs if str(click) == "1"}  # as the targets are
+    nearest = sorted(set(names) - seen, key=lambda name: -cosines[name])[:20]
+    score = {name: float(fused(prepared.item_ids[name])) for name in nearest}
+    result = shop_recommender.recommend(["u00003"], 7)
+    assert result["item"] == sorted(nearest, key=lambda name: -score[name])[:7]
+    assert result["score"] == sorted(score.values(), reverse=True)[:7]
+    assert result["next_item"] != sorted(result["next_item"], reverse=True)
+
+
 def test_seen_items_are_left_out_unless_asked_for(shop_recommender: Recommender) -> None:
     prepared = shop_recommender.prepared
     seen = seen_by(prepared, "u00003")

@@ -64,7 +64,12 @@ CHOICES: dict[str, Callable[[Experiment], Experiment]] = {
 }
 
 
-@pytest.mark.parametrize("which", CHOICES)
+SLOW = "one task", "items updated as a whole"  # the others choose as much
+
+
+@pytest.mark.parametrize(
+    "which", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CHOICES]
+)
 def test_a_run_stores_its_choice_and_reads_nothing_else(
     which: str,
     plain: Experiment,

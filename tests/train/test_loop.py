@@ -22,6 +22,7 @@ import pytest
 
 from mtrec_jax.config import Experiment, Select, to_toml
 from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.evaluation.protocol import protocol_of
@@ -31,6 +32,7 @@ from mtrec_jax.train.loop import train
 from mtrec_jax.train.progress import Progress, never_silent
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import Run, load_best, open_run
+from mtrec_jax.train.step import make_step
 from mtrec_jax.train.stopping import Stopped
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -105,9 +107,32 @@ def test_a_seed_decides_the_run(
 
 
 def test_another_seed_is_another_run_of_as_many_epochs(
-    shop_run: Run, shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+    shop_run: Run,
+    shop_experiment: Experiment,
+    shop_prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three epochs are the 27 steps of the other run; evaluation is due after each epoch."""
+    """Three epochs are the 27 steps of the other run; evaluation is due after each epoch. The seed
+    is that of the layers, the negatives and the dropout, and that of the order."""
+    seeds: dict[str, list[int]] = {"step": [], "order": []}
+
+    def noting_step(*arguments: Any) -> Any:
+        step = make_step(*arguments)
+
+        def init(seed: int) -> Any:
+            seeds["step"].append(seed)
+            return step.init(seed)
+
+        return step._replace(init=init)
+
+    class NotingSource(BatchSource):
+        def __init__(self, prepared: Prepared, split: str, size: int, *more: Any):
+            super().__init__(prepared, split, size, *more)
+            seeds["order"] += [more[0]] if more else []
+
+    monkeypatch.setattr(loop, "make_step", noting_step)
+    monkeypatch.setattr(loop, "BatchSource", NotingSource)
     epoch = -(-shop_prepared.manifest.examples["train"] // 8)
     assert 3 * epoch == 27
     experiment = changed(shop_experiment, seed=1, steps=0, epochs=3, evaluate_every=0)
@@ -116,6 +141,7 @@ def test_another_seed_is_another_run_of_as_many_epochs(
     assert records[0] != without_timings(shop_run.folder)[0]
     measured = {r["step"] for r in records if r["split"] == "validation"}
     assert measured == {epoch, 2 * epoch, 3 * epoch}
+    assert seeds == {"step": [1], "order": [1]}
 
 
 def test_every_step_is_logged_and_evaluated_when_due(shop_run: Run) -> None:
