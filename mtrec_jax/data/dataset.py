@@ -284,7 +284,7 @@ class Prepared:
         if pa.types.is_fixed_size_list(values.type):
             values = values.flatten().to_numpy().reshape(-1, values.type.list_size)
         else:
-            values = values.to_numpy()
+            values = values.to_numpy(zero_copy_only=False)  # truth values are bits
         return Lists(values, array.offsets.to_numpy() - array.offsets[0].as_py())
 
     def behaviour(self, task: str) -> np.ndarray:
