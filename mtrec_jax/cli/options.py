@@ -27,6 +27,10 @@ NewEvents = Annotated[
     Path | None,
     typer.Option("--events", help="File of new events, which follow the stored ones of each user."),
 ]
+NewUsers = Annotated[
+    Path | None,
+    typer.Option("--profiles", help="File of users and their features; new users as well."),
+]
 EngineOption = Annotated[
     Literal["duckdb", "spark"],
     typer.Option("--engine", help="Both give the same folder; spark needs mtrec_jax[spark]."),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mtrec_jax.cli.options import MovedFolder, NewEvents, RunFolder, say
+from mtrec_jax.cli.options import MovedFolder, NewEvents, NewUsers, RunFolder, say
 
 
 def recommend(
@@ -43,6 +43,7 @@ def recommend(
     ] = "ignore",
     prepared: MovedFolder = None,
     events: NewEvents = None,
+    profiles: NewUsers = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
     from mtrec_jax import processes
@@ -60,7 +61,7 @@ def recommend(
         raise typer.BadParameter("several processes share --all-users; name --users to one process")
     if all_users and out is None:
         raise typer.BadParameter("--all-users writes a file: add --out FILE")
-    recommender = _opened(run, prepared, events)
+    recommender = _opened(run, prepared, events, profiles)
     filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
     filters |= {"exclude_seen": exclude_seen, "order_by": order_by}
     if all_users:
@@ -122,11 +123,12 @@ def predict(
     ] = "null",
     prepared: MovedFolder = None,
     events: NewEvents = None,
+    profiles: NewUsers = None,
 ) -> None:
     """Write every task's prediction for given rows or (user, item) pairs."""
     from mtrec_jax.serving.recommender import predict_file
 
-    result = predict_file(_opened(run, prepared, events), rows, on_unknown)
+    result = predict_file(_opened(run, prepared, events, profiles), rows, on_unknown)
     if "known" in result.columns:
         unknown = result["known"].count(False)
         if unknown:
@@ -139,15 +141,16 @@ def predict(
     say(f"{len(result):,} predictions in {out}")
 
 
-def _opened(run: Path, prepared: Path | None, events: Path | None) -> Any:
-    """The recommender of a run, with the events that have come since."""
+def _opened(run: Path, prepared: Path | None, events: Path | None, profiles: Path | None) -> Any:
+    """The recommender of a run, with the events and users that have come since."""
     from mtrec_jax.compilation import use_compilation_cache
     from mtrec_jax.serving.recommender import Recommender
     from mtrec_jax.train.run import open_run
 
     use_compilation_cache()
     recommender = Recommender(open_run(run, prepared))
-    return recommender.with_events(events) if events else recommender
+    recommender = recommender.with_events(events) if events else recommender
+    return recommender.with_users(profiles) if profiles else recommender
 
 
 def _progress(tables: Any, recommender: Any) -> Any:

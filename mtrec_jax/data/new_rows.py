@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
-from mtrec_jax.data.dataset import SHOWN, Prepared, described, is_one
+from mtrec_jax.data.dataset import SHOWN, Prepared, described, is_one, to_arrays
 from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.features import IdField, NumberField, one_array
 from mtrec_jax.data.newer import as_column
@@ -123,6 +123,59 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
         users=prepared.manifest.users + len(new),
         events=prepared.manifest.events + len(rows),
     )
+    replaced = prepared.replaced | {"users": pa.table(columns)}
+    return dataclasses.replace(prepared, manifest=manifest, replaced=replaced)
+
+
+def with_users(prepared: Prepared, table: Any) -> Prepared:
+    """A folder with other features of its users, and with new users, who have met nothing yet.
+
+    Args:
+      prepared: the folder, or the view of one.
+      table: a file, or an in-memory table, a row a user, with the columns of the user and of the
+        context features. Values that the model has never seen are unknown.
+
+    Raises:
+      ConfigError: the data has no users.
+      DataError: a missing column, a row without a user, a user twice, or a cell that is no number
+        where one is needed.
+    """
+    experiment, fields = described(prepared), {f.name for f in prepared.manifest.fields}
+    user = experiment.data.user
+    if not user:
+        raise ConfigError("users: these data have none")
+    asked = {
+        name: feature.column or name
+        for name, feature in experiment.features.items()
+        if feature.on == "context" and feature.fitted and name in fields
+    }
+    rows = read_columns(experiment, table, list(dict.fromkeys([user, *asked.values()])))
+    given = one_array(rows[user])
+    if given.null_count or len(given.unique()) < len(given):
+        twice = [c for c in given.value_counts().to_pylist() if c["counts"] > 1]
+        what = f"{twice[0]['values']!r} has several" if twice else "one names no user"
+        raise DataError(f"users: a row for each user is needed, and {what}")
+    names = pa.array(prepared.user_names, pa.string())
+    new = given.filter(pc.invert(pc.is_in(given, value_set=names)))
+    place = pc.index_in(given, value_set=pa.concat_arrays([names, new])).to_numpy()
+    columns: dict[str, Any] = _with_users(prepared, new)
+    for name, column in asked.items():
+        encoding, cells = features.restore(prepared, name), one_array(rows[column])
+        if (bad := np.flatnonzero(features.unreadable(encoding.feature, cells))).size:
+            raise DataError(f"users: {column} = {cells[int(bad[0])].as_py()!r} is no number")
+        codes = to_arrays(pa.table({name: columns[f"context_{name}"]}))[name]
+        codes = codes.reshape(len(codes), -1).copy()
+        codes[place] = features.encode(encoding, cells)
+        columns[f"context_{name}"] = as_column(codes)
+    nobody = np.zeros(0, np.int64)
+    for name in prepared.users.column_names:
+        if name == "split" or name.startswith(("event_", "did_")):
+            stored = prepared.user_lists(name)
+            slots = stored.values.shape[1] if stored.values.ndim > 1 else 1
+            none = np.zeros((0, slots), stored.values.dtype)
+            columns[name] = _appended(stored, none, nobody, len(new))
+    more = prepared.manifest.users + len(new)
+    manifest = dataclasses.replace(prepared.manifest, users=more)
     replaced = prepared.replaced | {"users": pa.table(columns)}
     return dataclasses.replace(prepared, manifest=manifest, replaced=replaced)
 

@@ -21,6 +21,7 @@ from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
 from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import seen_behaviours
+from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.collect import has_order, order_score
 from mtrec_jax.kernels import ItemIndex
@@ -150,8 +151,30 @@ class Recommender:
         """
         from mtrec_jax.data.new_rows import with_events  # loads an engine
 
+        return self._with(with_events(self.prepared, events))
+
+    def with_users(self, users: Any) -> Recommender:
+        """A recommender of the same model that knows users by these features.
+
+        Those who are in the data keep their history; new ones have none, and are answered by their
+        features, `known` being true.
+
+        Args:
+          users: a pandas, Polars or Arrow table, or the path of a file, a row a user, with the
+            columns of the user and of all features `on = "context"`.
+
+        Raises:
+          ConfigError: the data has no users.
+          DataError: a missing column, a user twice, or a cell that is no number, where one is
+            needed.
+        """
+        from mtrec_jax.data.new_rows import with_users  # loads an engine
+
+        return self._with(with_users(self.prepared, users))
+
+    def _with(self, prepared: Prepared) -> Recommender:
         found = copy.copy(self)
-        found.prepared = with_events(self.prepared, events)
+        found.prepared = prepared
         found.run = dataclasses.replace(self.run, prepared=found.prepared)
         found._encoder = self._encoder.of(found.prepared)
         found._before = self  # a temporary folder lives as long as the recommender of `fit`

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -172,6 +173,29 @@ def test_a_recommender_answers_with_new_events(
     assert answers["item"][:5] == asked["item"]
     np.testing.assert_allclose(answers["score"][:5], asked["score"], rtol=1e-5)
     assert answers["item"][5:] == shop_recommender.recommend(["u00001"], 5)["item"]
+
+
+def test_new_users_are_answered_by_their_features(
+    shop_recommender: Recommender, shop_data: Path
+) -> None:
+    table = pa.csv.read_csv(shop_data / "users.csv")
+    one, *rest = table.to_pylist()
+    other = next(user for user in rest if user["segment"] != one["segment"])
+    asked = [one | {"user": "zoe"}, one | {"user": "max"}, other | {"user": "kim"}]
+    newer = shop_recommender.with_users(pa.Table.from_pylist(asked))
+    items = shop_recommender.prepared.item_names[:1] * 3
+    found = newer.predict(["zoe", "max", "kim"], items)
+    assert found["known"] == [True] * 3
+    assert found["click"][0] == found["click"][1] != found["click"][2]
+    # the codes of somebody in the data with the same features
+    context = newer.prepared.user_context()["ids"]
+    ids = newer.prepared.user_ids
+    np.testing.assert_array_equal(context[ids["zoe"] - 2], context[ids[one["user"]] - 2])
+    assert newer.recommend(["zoe"], 3)["score"][0] is not None
+    stored = shop_recommender.recommend(["u00001"], 3)["item"]
+    assert newer.recommend(["u00001"], 3)["item"] == stored
+    with pytest.raises(DataError, match="'zoe' has several"):
+        shop_recommender.with_users(pa.Table.from_pylist(asked[:1] * 2))
 
 
 def test_a_run_opens_newer_data(
