@@ -410,7 +410,8 @@ def test_pairs_are_predicted(
         ("martian", "i0005", False),
     ]
     expected = shop_recommender.predict(["u00001", "martian"], ["i0002", "i0005"])
-    assert [r["click"] for r in found] == pytest.approx(expected["click"], rel=1e-5)
+    assert found[0]["click"] == pytest.approx(expected["click"][0], rel=1e-5)
+    assert found[1]["click"] in (None, "")
 
 
 def test_the_prepared_folder_may_have_moved(
@@ -422,7 +423,8 @@ def test_the_prepared_folder_may_have_moved(
     base = ("recommend", own_run, "--users", "u00001", "--k", 1)
     status, _, err = mtrec(*base)
     assert status == 2
-    assert f"{tmp_path / 'gone'} is no prepared folder" in err
+    assert str(tmp_path / "gone") in err
+    assert "--prepared" in err
     assert mtrec(*base, "--prepared", shop_prepared.folder)[0] == 0
 
 

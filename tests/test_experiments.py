@@ -334,7 +334,7 @@ def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
         ("model.towers", {"levels": 3}, "model.towers.levels: unknown key. Known here: kind,"),
         ("train.balance", "pcgard", "train.balance: 'pcgard' is not one of 'static', 'uncertaint"),
         ("model.fusion_objective", {"like": -1.0}, "fusion_objective.like: must be 0 or more, not"),
-        ("split.validation", 0.0, "split.validation: must be above 0, not 0.0"),
+        ("split.validation", 1.0, "split.validation: must be below 1, not 1.0"),
         ("split.test", 1.0, "split.test: must be below 1, not 1.0"),
         ("split.fold_in", 1.0, "split.fold_in: must be below 1, not 1.0"),
         ("evaluate.ks", [], "evaluate.ks: at least 1 needed, not []"),

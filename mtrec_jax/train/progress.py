@@ -63,8 +63,9 @@ def never_silent(say: Callable[[str], None], what: str) -> Iterator[Callable[[st
 
 
 def _duration(seconds: float) -> str:
-    """
-    >>> _duration(42), _duration(150), _duration(9000)
+    """A time for people.
+
+    >>> _duration(42.0), _duration(150.0), _duration(9000.0)
     ('42 s', '2.5 min', '2.5 h')
     """
     if seconds < 100:

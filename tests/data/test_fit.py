@@ -166,10 +166,12 @@ def test_item_user_and_history_features_of_sequences(tmp_path: Path) -> None:
     assert prepared.vocabulary("genre")["value"].to_pylist() == ["drama"]
     assert m.item_numbers[0].mean == 2005
     assert m.item_numbers[0].std == 5
-    catalogue = prepared.catalogue()  # ids: x 2, y 3, w 4 (no row), z 5 (cold: unknown genre)
-    assert catalogue["ids"][:, 0].tolist() == [0, 0, 2, 2, 0, 1]
-    assert catalogue["numbers"][:, 0].tolist() == [0, 0, -1, 1, 0, -21]
-    assert prepared.titles == ["The X", "The Y", "w", "z"]
+    catalogue = (
+        prepared.catalogue()
+    )  # ids: x 2, y 3, w 4 (no row), z 5 (cold: unknown genre), q 6 (new)
+    assert catalogue["ids"][:, 0].tolist() == [0, 0, 2, 2, 0, 1, 1]
+    assert catalogue["numbers"][:, 0].tolist() == [0, 0, -1, 1, 0, -21, -400]
+    assert prepared.titles == ["The X", "The Y", "w", "z", "Q"]
     assert prepared.vocabulary("country")["value"].to_pylist() == ["de", "nl"]
     # the user id as a feature: a and then b, c by training events
     assert prepared.vocabulary("user")["value"].to_pylist() == ["a", "b", "c"]

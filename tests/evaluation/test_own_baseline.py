@@ -82,16 +82,18 @@ def test_it_is_named_in_a_configuration(
     assert one["click/log_loss"] == pytest.approx(loss)
     assert one["click/auc"] == 0.5
     assert not any(metric.startswith(("buy", "stars")) for metric in one)
-    # a target's rank: how many items with a larger number the user had not seen before
+    # a target's rank: how many items with a larger number the user had not clicked before
     log = shop_prepared.users.to_pylist()
+    did = Lists(shop_prepared.behaviour("click"), shop_prepared.user_lists("event_item").offsets)
     ranks = []
     for user, item in zip(
         collected.user[clicks == 1], collected.candidate[clicks == 1], strict=True
     ):
-        events = zip(log[user - FIRST]["event_item"], log[user - FIRST]["split"], strict=True)
-        seen = {i for i, split in events if split < 2}
+        mine = log[user - FIRST]
+        events = zip(mine["event_item"], mine["split"], did[user - FIRST], strict=True)
+        seen = {i for i, split, clicked in events if split < 2 and clicked}
         after = set(range(item + 1, shop_prepared.manifest.items + FIRST))
-        ranks.append(len(after - seen))
+        ranks.append(np.inf if item in seen else len(after - seen))
     assert one["next_item/hr@10"] == pytest.approx(np.mean(np.array(ranks) < 10))
 
 
