@@ -6,15 +6,11 @@ The public names load on first use, so that `import mtrec_jax.kernels` stays lig
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError, Error
 
 __version__ = "0.1.0"
-
-# XLA calls a compilation of two minutes a bug to be filed; this is read when JAX is first imported.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 _HOME = {
     "load_experiment": "mtrec_jax.experiments",

@@ -173,9 +173,11 @@ def experiment_of(
 def _set_length(values: dict[str, Any]) -> None:
     """By default 30 epochs at most, and patience; the whole log trains as long as it is told to."""
     train, split = values["train"], values.get("split")
-    held = not isinstance(split, dict) or any(split.get(k, 1) for k in ("validation", "test"))
-    if isinstance(train, dict) and held:
-        train.setdefault("patience", 4)
+    split = split if isinstance(split, dict) else {}
+    validates = bool(split.get("validation", 1))
+    if isinstance(train, dict) and (validates or split.get("test", 1)):
+        if validates:
+            train.setdefault("patience", 4)
         if "steps" not in train:
             train.setdefault("epochs", 30)
 

@@ -198,6 +198,16 @@ def test_a_given_folder_is_kept_and_can_be_opened(tmp_path: Path, recommender: A
     assert mtrec_jax.Recommender(tmp_path / "kept" / "run").recommend([100], 2).table == answer
 
 
+def test_the_defaults_follow_the_split() -> None:
+    def train(**split: Any) -> Any:
+        given = ("person", "film", "when", {"next": "retrieval"}, "", None, {"split": split})
+        return from_tables.experiment_of(*given).train
+
+    assert (train().patience, train().epochs) == (4, 30)
+    tests_only = train(kind="user_ratio", validation=0)
+    assert (tests_only.patience, tests_only.epochs) == (0, 30), "nothing judges before the end"
+
+
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     columns: dict[str, Any] = {"user": "person", "item": "film", "time": "when"}
     with pytest.raises(ConfigError, match=r"tasks\.next\.kind: 'retreival' is not one of"):

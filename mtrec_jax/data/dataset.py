@@ -62,7 +62,7 @@ from mtrec_jax.data.features import KINDS, IdField, NumberField, one_array
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
 
-FORMAT = 3
+FORMAT = 4
 FIELDS = (  # the groups of fields of a manifest
     *("context_ids", "context_numbers", "request_ids", "request_numbers"),
     *("item_ids", "item_numbers", "history"),
@@ -286,6 +286,14 @@ class Prepared:
         else:
             values = values.to_numpy(zero_copy_only=False)  # truth values are bits
         return Lists(values, array.offsets.to_numpy() - array.offsets[0].as_py())
+
+    @property
+    def behaviours(self) -> list[str]:
+        """The binary tasks of which `behaviour` knows the labels."""
+        stored = pq.read_schema(self.folder / "users.parquet").names
+        columns = self.replaced["users"].column_names if "users" in self.replaced else []
+        names = [c.removeprefix("did_") for c in (*stored, *columns) if c.startswith("did_")]
+        return list(dict.fromkeys(names))
 
     def behaviour(self, task: str) -> np.ndarray:
         """Whether a binary task's label is 1, of each event in `users.parquet`: [n] bool.

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
 from mtrec_jax.data.dataset import SHOWN, Prepared, described, is_one, to_arrays
@@ -149,6 +150,9 @@ def with_users(prepared: Prepared, table: Any) -> Prepared:
         for name, feature in experiment.features.items()
         if feature.on == "context" and feature.fitted and name in fields
     }
+    if experiment.data.users:  # its format and names, and not those of the events
+        data = dataclasses.replace(experiment.data, events=experiment.data.users, derive={})
+        experiment = dataclasses.replace(experiment, data=data)
     rows = read_columns(experiment, table, list(dict.fromkeys([user, *asked.values()])))
     given = one_array(rows[user])
     if given.null_count or len(given.unique()) < len(given):
@@ -183,14 +187,14 @@ def with_users(prepared: Prepared, table: Any) -> Prepared:
 def _behaviours(prepared: Prepared, source: Source) -> dict[str, np.ndarray]:
     """{binary task that may make an item seen: whether each new event did [n, 1]}; True where its
     column is not there."""
-    declared = {n: t for n, t in described(prepared).tasks.items() if t.kind == "binary"}
+    declared = described(prepared).tasks
     columns = {name: task.column or name for name, task in declared.items()}
     there = sorted({column for column in columns.values() if column in source.table.columns})
     texts = source.table.order_by(ROW).select(ROW, *there).to_pyarrow()
     found = {}
-    for name, task in declared.items():
-        ones = np.ones((len(texts), 1), bool)
-        if columns[name] in there:
+    for name in prepared.behaviours:
+        ones, task = np.ones((len(texts), 1), bool), declared.get(name)
+        if task and columns[name] in there:
             cells = texts[columns[name]].to_pylist()
             ones = np.array([[is_one(task, cell or "")] for cell in cells], bool).reshape(-1, 1)
         found[name] = ones
@@ -205,7 +209,7 @@ def _of_histories(prepared: Prepared) -> Experiment:
     if back := [name for name, f in experiment.features.items() if f.looks_back]:
         raise ConfigError(
             f"events: {', '.join(back)} look back on the whole log. Prepare the newer log with "
-            f"--grow-from {prepared.folder}, and pass that folder as prepared"
+            f"{argument('grow_from')} {prepared.folder}, and pass that folder as prepared"
         )
     values = {
         name: rule

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mtrec_jax.arguments import argument
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import FIELDS, Prepared, fixed_size, to_arrays
 from mtrec_jax.data.features import Binned, Encoding, IdField, NumberField
@@ -38,7 +39,7 @@ def in_terms_of(newer: Prepared, own: Prepared) -> Prepared:
         shown = "\n".join(f"  {problem}" for problem in problems[:8])
         raise ConfigError(
             f"{newer.folder} cannot answer for a model that was trained on {own.folder}:\n{shown}\n"
-            "Prepare the newer data with the same features, and with --grow-from "
+            f"Prepare the newer data with the same features, and with {argument('grow_from')} "
             f"{own.folder}, which keeps bins and scales"
         )
     m, old = newer.manifest, own.manifest

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from mtrec_jax.arguments import a_path, one_of
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import Prepared, described
 from mtrec_jax.errors import DataError, nearest
-from mtrec_jax.serving.requests import described, raw_texts
+from mtrec_jax.serving.requests import raw_texts
 from mtrec_jax.types import FIRST
 
 Ids = Iterable[Any] | os.PathLike | None
@@ -60,8 +60,9 @@ def _known(
     prepared: Prepared, name: str, ids: Ids, unknown_items: UnknownItems
 ) -> tuple[list[int], int]:
     """Catalogue indexes of ids, and how many different ones are in no catalogue."""
+    assert ids is not None
     given = read_ids(prepared, ids) if isinstance(ids, os.PathLike) else ids
-    different = dict.fromkeys(raw_texts(name, given or ()))
+    different = dict.fromkeys(raw_texts(name, given))
     unknown = [raw for raw in different if raw not in prepared.item_ids]
     if unknown and unknown_items == "error":
         hint = nearest(unknown[0], list(prepared.item_ids)[:20_000])

@@ -342,7 +342,8 @@ class Recommender:
 
         Returns:
           A `Result`, a row each in the given order: row, where the data has users or items known
-          (they are in the data), and every task's prediction as in `predict`.
+          (they are in the data), and every task's prediction as in `predict`; with items also new
+            and reason.
 
         Raises:
           ConfigError: `on_unknown` is neither of the two.
@@ -363,10 +364,13 @@ class Recommender:
             columns: dict[str, Any] = {"row": np.arange(place.start, place.stop)}
             if data.user or data.item:
                 columns["known"] = known[place]
-            told = known[place] | (on_unknown == "model")
-            tables.append(
-                pa.table(columns | self._task_columns(answer, _first(part["user"]), told))
-            )
+            told, marks = known[place] | (on_unknown == "model"), {}
+            if data.item:
+                items = part["candidate"][:, 0]
+                marks = self._marks(items, told)
+                told = told & ~self._unscored[items]
+            predicted = self._task_columns(answer, _first(part["user"]), told)
+            tables.append(pa.table(columns | predicted | marks))
         return Result(pa.concat_tables(tables))
 
     def similar_items(self, item: Any, k: int = 10) -> Result:
@@ -570,7 +574,9 @@ class Recommender:
         """Of the items that filters leave, those that can be scored: [N] bool."""
         mask = mask & ~self._unscored[FIRST:]
         if not mask.any():
-            raise DataError("the filters allowed and blocked leave no item that can be scored")
+            raise DataError(
+                "the filters allowed and blocked leave no item that the model can score"
+            )
         return mask
 
     def _marks(self, items: np.ndarray, told: np.ndarray) -> dict[str, pa.Array]:

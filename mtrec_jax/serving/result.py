@@ -104,10 +104,11 @@ class Result:
 def print_recommendations(result: Result) -> None:
     """Print the answer of `recommend` to standard output, a table a user."""
     console = Console() if sys.stdout.isatty() else Console(width=140)
+    is_new = result["new"]
     for user in dict.fromkeys(result["user"]):
         places = [i for i, u in enumerate(result["user"]) if u == user]
         table = result.table.take(places).drop_columns(["user", "known"])
-        if not any(result["new"][i] for i in places):
+        if not any(is_new[i] for i in places):
             table = table.drop_columns(["new"])
         if max(map(len, result["item"])) > 16:  # long ids crowd out the titles; files have them
             table = table.drop_columns(["item"])

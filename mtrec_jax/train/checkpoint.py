@@ -204,22 +204,33 @@ def _restore(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -
         found = manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and tensorstore raise many kinds for damaged files
         failed = error
-    worst = processes.largest(0 if failed is None else 2 if _storage_failed(failed) else 1)
+    worst = processes.largest(_kind(failed))  # all of them go the same way
     if not worst:
         return found
     what = _first_line(failed) if failed else "another process could not read its part"
-    if isinstance(failed, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+    if worst == _NO_MEMORY:
         raise Error(
             f"checkpoint {manager.directory / str(step)} does not fit in the memory of the "
             f"devices ({what}). It needs as many as in training: see train.mesh, mtrec plan"
         ) from failed
-    if worst == 2:
+    if worst == _NO_STORAGE:
         raise Error(
             f"checkpoint {manager.directory / str(step)} could not be read: {what}. That says "
             "nothing about what it holds, and nothing was moved. Run the same command again when "
             "the storage answers"
         ) from failed
     raise _damaged(manager, step, what) from failed
+
+
+_DAMAGE, _NO_STORAGE, _NO_MEMORY = 1, 2, 3
+
+
+def _kind(error: Exception | None) -> int:
+    if error is None:
+        return 0
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in _first_line(error):
+        return _NO_MEMORY
+    return _NO_STORAGE if _storage_failed(error) else _DAMAGE
 
 
 def _storage_failed(error: BaseException | None) -> bool:

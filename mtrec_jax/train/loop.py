@@ -160,10 +160,11 @@ def _train(
             early = ", where early stopping ended it" if meta["done"] else ""
             bar.note(f"{folder} is trained already, up to step {number}{early}: nothing to do")
             return
-        if undefined := _undefined(job):
+        if experiment.split.validates and (undefined := _undefined(job)):
             bar.note(undefined)
         if longer := claim(folder, experiment, prepared):
-            bar.note(f"{folder}: {longer}{_schedule_goes_on(experiment, number, job.total)}")
+            counted = number - int(state.bad[0])  # steps left out move no schedule
+            bar.note(f"{folder}: {longer}{_schedule_goes_on(experiment, counted, job.total)}")
         for what, now in _topology(job.mesh).items():
             if meta.get(what) != now:
                 bar.note(

@@ -93,7 +93,10 @@ def _what_it_learned(folder: Path, newer: Prepared, notes: dict[str, Any]) -> Pr
         f"on ({notes['fingerprint']})"
     )
     try:
-        own = open_prepared(notes["folder"])
+        there = Path(notes["folder"])
+        if not (there / "manifest.json").is_file():  # `fit` keeps it beside the run, moved or not
+            there = folder.parent / "prepared"
+        own = open_prepared(there)
     except DataError as error:
         raise ConfigError(
             f"{what}. To read newer data its own vocabularies are needed, and {notes['folder']} is "
@@ -143,11 +146,9 @@ def evaluate_run(
       The evaluation, and how often the test set has been looked at, this time included.
 
     Raises:
-      CheckpointError: the run has no usable checkpoint, or the disk is full.
+      CheckpointError: the run has no usable checkpoint.
       ConfigError: there is no such split, or it has no targets, or the data are newer ones, which
         answers are given for.
-      CheckpointError: the run has no usable checkpoint.
-      ConfigError: there is no such split.
     """
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
@@ -308,7 +309,7 @@ def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> str:
 
 def _is_longer(key: str, old: Any, new: Any) -> bool:
     """Whether a difference lengthens a run."""
-    return key in ("train.epochs", "train.steps") and 0 < old < new
+    return key in ("train.epochs", "train.steps") and 0 < (old or 0) < (new or 0)
 
 
 def has_checkpoint(folder: Path) -> bool:

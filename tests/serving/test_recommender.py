@@ -493,6 +493,15 @@ def test_ids_of_other_systems_are_ignored_and_counted(shop_recommender: Recommen
     assert (plain.ignored, mixed.ignored) == ({}, {"allowed": 1, "blocked": 2})
 
 
+def test_filters_may_be_arrays(shop_recommender: Recommender) -> None:
+    first = shop_recommender.recommend(["u00001"], 3)["item"]
+    left = shop_recommender.recommend(["u00001"], 2, allowed=np.array(first[:2]))["item"]
+    assert sorted(left) == sorted(first[:2])
+    assert (
+        shop_recommender.recommend(["u00001"], 1, blocked=np.array(first[:1]))["item"] != first[:1]
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
