@@ -108,7 +108,7 @@ def test_other_features_and_bins_are_refused_by_name(own: Prepared, tmp_path: Pa
     assert "features.shade.kind: 'hashed' there, 'categorical' here" in str(error.value)
     assert "features.bin.bins: 4 there, 3 here" in str(error.value)
     alone = prepared(tmp_path / "alone", NEWER)  # other quantiles
-    with pytest.raises(ConfigError, match=r"features\.bin: its . bins.*\n.*--grow-from"):
+    with pytest.raises(ConfigError, match=r"features\.bin: its . bins.*\n.*grow_from"):
         in_terms_of(alone, own)
 
 

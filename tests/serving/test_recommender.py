@@ -395,7 +395,7 @@ def test_wrong_questions_are_explained(
 def test_raw_rows_of_pairs_are_predicted_as_the_pairs(shop_recommender: Recommender) -> None:
     table = pa.table({"user": ["u00001", "nobody"], "item": ["i0003", "i0003"]})
     rows = shop_recommender.predict_rows(table)
-    assert rows.columns == ["row", "known", *TASKS]
+    assert rows.columns == ["row", "known", *TASKS, "new", "reason"]
     pairs = shop_recommender.predict(*table.to_pydict().values())
     assert rows["known"] == pairs["known"] == [True, False]
     guessed = shop_recommender.predict(*table.to_pydict().values(), on_unknown="model")
