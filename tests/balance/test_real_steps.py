@@ -151,7 +151,8 @@ def _assert_close(found: PyTree, expected: PyTree) -> None:
         assert np.abs(one - other).max() <= 1e-9 * scale, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("items", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/train/test_wiring.py has the same of a small model
+@pytest.mark.parametrize("items", ["sparse", "dense"])
 def test_a_static_step_takes_off_the_gradient_of_the_weighted_loss(items: str) -> None:
     """Of layers, dense tables and sparse rows, the fusion's own parameters among them."""
     with jax.enable_x64(True):
