@@ -20,7 +20,7 @@ from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
 from mtrec_jax.data.dataset import SHOWN, Prepared, described, is_one, to_arrays
 from mtrec_jax.data.engine import Engine, open_engine
-from mtrec_jax.data.features import IdField, NumberField, one_array
+from mtrec_jax.data.features import one_array
 from mtrec_jax.data.newer import as_column
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged, check_columns
 from mtrec_jax.data.rules import with_bounds
@@ -241,7 +241,7 @@ def _with_users(prepared: Prepared, new: pa.Array) -> dict[str, pa.Array]:
         if name == "id":
             more = new.cast(stored.type)
         elif name in fields:
-            codes = np.repeat(unknown_codes(prepared, fields[name]), len(new), axis=0)
+            codes = np.repeat(features.unknown_codes(prepared, fields[name]), len(new), axis=0)
             more = as_column(codes).cast(stored.type)
         elif name.startswith("text_"):
             more = pa.nulls(len(new), stored.type)
@@ -249,17 +249,6 @@ def _with_users(prepared: Prepared, new: pa.Array) -> dict[str, pa.Array]:
             continue
         columns[name] = pa.concat_arrays([stored, more])
     return columns
-
-
-def unknown_codes(prepared: Prepared, field: IdField | NumberField) -> np.ndarray:
-    """The code [1, S] of a context feature of somebody unknown: an id that training knows, as it
-    stood for its rare values; of a number what a missing one is taken for."""
-    if isinstance(field, IdField):
-        return (np.arange(field.slots)[None] == 0).astype(np.int32) * UNKNOWN
-    feature = features.restore(prepared, field.name)
-    if not feature.feature.fitted:  # of friends, of whom there are none
-        return np.zeros((1, field.slots), np.float32)
-    return features.encode(feature, pa.nulls(1, pa.string()))
 
 
 def _appended(stored: Lists, codes: np.ndarray, owner: np.ndarray, new: int) -> pa.LargeListArray:

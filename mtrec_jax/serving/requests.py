@@ -188,22 +188,14 @@ class Encoder:
 
     @functools.cached_property
     def _contexts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """{part: context features of all users [U, M], and of one who is not among them [1, M]}.
-
-        An unknown id is one that training knows: it stood for its rare values. A number is taken
-        for what a missing one is.
-        """
-        manifest = self.prepared.manifest
-        unknown: dict[str, list[np.ndarray]] = {"ids": [], "numbers": []}
-        for field in manifest.context_ids:
-            unknown["ids"].append(np.arange(field.slots)[None] == 0)  # UNKNOWN is 1, padding 0
-        for number in manifest.context_numbers:
-            none = pa.nulls(1, pa.string())
-            unknown["numbers"].append(features.encode(self._feature(number.name), none))
-        return {
-            part: (stored, np.concatenate(unknown[part], axis=1).astype(stored.dtype))
-            for part, stored in self.prepared.user_context().items()
-        }
+        """{part: context features of all users [U, M], and of one who is not among them [1, M]}."""
+        manifest, found = self.prepared.manifest, {}
+        fields: dict[str, Sequence[Any]]
+        fields = {"ids": manifest.context_ids, "numbers": manifest.context_numbers}
+        for part, stored in self.prepared.user_context().items():
+            codes = [features.unknown_codes(self.prepared, field) for field in fields[part]]
+            found[part] = stored, np.concatenate(codes, axis=1).astype(stored.dtype)
+        return found
 
     @functools.cached_property
     def _events(self) -> dict[str, Lists]:

@@ -31,6 +31,7 @@ from mtrec_jax.data.features.past import PastCount, PastRate
 from mtrec_jax.data.features.piecewise import Piecewise
 from mtrec_jax.data.features.social import FriendsTaste, Ties
 from mtrec_jax.data.features.text import Text
+from mtrec_jax.types import UNKNOWN
 
 KINDS: dict[str, type[Feature]] = {
     "categorical": Categorical,
@@ -123,3 +124,14 @@ def unreadable(feature: Feature, cells: pa.Array) -> Bool[np.ndarray, " n"]:
     if not feature.reads_numbers:
         return np.zeros(len(cells), bool)
     return np.isnan(as_numbers(cells)) & cells.is_valid().to_numpy(zero_copy_only=False)
+
+
+def unknown_codes(prepared: Any, field: IdField | NumberField) -> np.ndarray:
+    """The code [1, S] of a context feature of somebody unknown: an id that training knows, as it
+    stood for its rare values; of a number what a missing one is taken for."""
+    if isinstance(field, IdField):
+        return (np.arange(field.slots)[None] == 0).astype(np.int32) * UNKNOWN
+    encoding = restore(prepared, field.name)
+    if not encoding.feature.fitted:  # of friends, of whom there are none
+        return np.zeros((1, field.slots), np.float32)
+    return encode(encoding, pa.nulls(1, pa.string()))
