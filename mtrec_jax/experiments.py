@@ -13,7 +13,15 @@ from typing import Any
 
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, argument, shown
-from mtrec_jax.config import ANY, Experiment, Select, Values, selection, table_of
+from mtrec_jax.config import (
+    ANY,
+    Experiment,
+    Select,
+    Values,
+    seen_behaviours,
+    selection,
+    table_of,
+)
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
 
@@ -195,6 +203,7 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
     def known(name: str) -> str:
         return name if name in kept["tasks"] else ""
 
+    seen = seen_behaviours(e) if any(e.tasks[n].kind == "retrieval" for n in kept["tasks"]) else ()
     worths = {n: worth for n, worth in e.model.fusion_objective.items() if known(n)}
     named = e.select.metric
     listed = (named,) if isinstance(named, str) else named
@@ -208,6 +217,8 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
         },
         features={name: e.features[name] for name in kept["features"]},
         tables={n: table for n, table in e.tables.items() if n in ("item", *kept["features"])},
+        # what makes items seen is not to change with the tasks that are trained
+        evaluate=dataclasses.replace(e.evaluate, seen=seen) if seen else e.evaluate,
         guard=dataclasses.replace(
             e.guard,
             allow=tuple(p for p in e.guard.allow if p.partition("/")[0] in kept["features"]),
@@ -423,6 +434,16 @@ def _model(e: Experiment) -> Iterator[str]:
         yield (
             "model.encoder: with 'none' and no feature on = 'context' or 'request' every user "
             "would be the same; add such a feature, or use 'transformer'"
+        )
+    elif (
+        any(task.kind == "retrieval" for task in e.tasks.values())
+        and not (is_read and e.data.length)
+        and "context" not in inputs
+    ):
+        yield (
+            "tasks: retrieval asks by what is known of a user, and nothing is: there is no history "
+            "(data.user, data.history_length) and no feature on = 'context'; add one, or leave the "
+            "task out (tasks = [...])"
         )
     heads = getattr(e.model.encoder, "heads", 1)
     if e.model.width % heads:

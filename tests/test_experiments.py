@@ -210,6 +210,15 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             "model.encoder: with 'none' nothing would read the history (seen)",
         ),
         (
+            {"data": {"user": ""}, "split": {"kind": "time"}, "features": {"a": {"on": "request"}}},
+            "tasks: retrieval asks by what is known of a user, and nothing is",
+        ),
+        (
+            {"model": {"encoder": "none"}, "features": {"hour": {"on": "request", "kind": "hour"}}},
+            "tasks: retrieval asks by what is known of a user, and nothing is",
+        ),
+        ({"data": {"history_length": 0}, "features": {"a": {"on": "request"}}}, "nothing is"),
+        (
             {"tasks": {"next": {**RETRIEVAL, "reference": "theirs"}}},
             "tasks.next.reference: for binary and regression tasks",
         ),
@@ -567,6 +576,7 @@ FUNNEL: dict[str, Any] = with_keys(
     guard={"allow": ["city/click", "age/buy"]},
 )
 FUNNEL["features"]["rate"]["label"] = "click"
+CLICKED = FUNNEL["tasks"] | {"next": {**RETRIEVAL, "where": "click"}}
 
 
 def test_a_list_chooses_from_what_is_declared(tmp_path: Path) -> None:
@@ -585,6 +595,9 @@ def test_a_list_chooses_from_what_is_declared(tmp_path: Path) -> None:
     assert found.features["rate"] == whole.features["rate"]  # means what it meant
     # and a run can be opened again, and chosen from again
     assert parse_experiment(tomllib.loads(to_toml(found))) == found
+    assert found.evaluate.seen == ()  # what makes items seen stays what it was
+    funnel = chosen(parse_experiment(FUNNEL | {"tasks": CLICKED}), tasks=["next"])
+    assert funnel.evaluate.seen == ("click",)
     again = chosen(found, tasks=["buy"])
     assert (list(again.tasks), again.left_out) == (["buy"], ("click", "next"))
 

@@ -46,13 +46,13 @@ class GradNorm:
         def combine(
             pullback: Pullback, observed: jax.Array, state: State, key: jax.Array
         ) -> tuple[Gradients, PyTree]:
+            observed &= initial > 0  # a task that is switched off has no part in the means
             alone = each_alone(pullback, state.weights)
             losses = alone[0].losses
             norms = jnp.stack([jnp.sqrt(dot(part.shared, part.shared)) for part in alone])
             first = jnp.where((state.first == 0) & observed, losses, state.first)
             slope = weight_gradient(state.weights, norms, losses, first, observed, self.alpha)
             moved = jnp.maximum(state.weights - self.learning_rate * slope, 1e-3)
-            moved = jnp.where(initial > 0, moved, 0)  # a task that is switched off stays so
             rest = jnp.sum(jnp.where(observed, 0, state.weights))  # of tasks that keep theirs
             scale = (jnp.sum(initial) - rest) / jnp.sum(jnp.where(observed, moved, 1e-30))
             weights = jnp.where(observed, moved * scale, state.weights)

@@ -215,7 +215,8 @@ class Prepared:
             groups[group] = tuple(sorted(kept, key=lambda field: features.index(field.name)))
         view = dataclasses.replace(
             m,
-            config=here | {s: {n: here[s][n] for n in wanted[s]} for s in ("tasks", "features")},
+            # tasks that are left out stay declared: what they count makes items seen
+            config=here | {"features": {n: here["features"][n] for n in features}},
             tasks={name: m.tasks[name] for name in wanted["tasks"]},
             **groups,
         )

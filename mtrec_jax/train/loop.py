@@ -304,10 +304,9 @@ def _run_steps(
         recent.append(next(job.batches))
         state = job.step.update(state, put_batch(recent[-1], job.mesh), job.catalogue)
         number += 1
-        every = config.checkpoint_every
         due = number % job.every == 0 or number == job.total
-        saves = number % job.every == 0 or bool(every and number % every == 0)
-        if number % in_flight == 0 or number == job.total or saves:
+        saves = due or (config.checkpoint_every and number % config.checkpoint_every == 0)
+        if number % in_flight == 0 or saves:
             left_out = _check_finite(job, bar, state, number, recent, left_out)
         bar.advance(number, job.records.last_losses)
         if number % config.log_every == 0 or number == job.total:
@@ -319,8 +318,7 @@ def _run_steps(
             evaluated = _evaluate(job, state, number)
             _judge(meta, number, evaluated, job.selection.larger, config.patience)
             bar.evaluated(job.selection.name, evaluated, meta)
-        on_schedule = config.checkpoint_every and number % config.checkpoint_every == 0
-        if due or on_schedule:
+        if saves:
             save()
         by = asked_to_stop(stopped, number, in_flight)
         if by and number < job.total and not meta["done"]:

@@ -277,6 +277,19 @@ def test_gradnorm_lets_tasks_rest_that_are_not_observed() -> None:
     np.testing.assert_allclose(state.weights, [0.625, 1.0, 1.375], rtol=1e-6)
 
 
+def test_gradnorm_leaves_out_a_task_that_is_switched_off() -> None:
+    """The others move as if it were not there: w = (0.5, 1.1) as above, scaled to their sum, 2."""
+    gradients = np.array([[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]])
+
+    def pullback(weights: jax.Array) -> Gradients:
+        losses = jnp.array([2.0, 5.0, 8.0])
+        return Gradients(losses, (), weights @ jnp.asarray(gradients, jnp.float32))
+
+    balancer = GradNorm(learning_rate=0.1).make(jnp.array([1.0, 0.0, 1.0]))
+    _, state = balancer.combine(pullback, jnp.array([True] * 3), balancer.init(), KEY)
+    np.testing.assert_allclose(state.weights, [0.625, 0.0, 1.375], rtol=1e-6)
+
+
 def test_gradnorm_keeps_weights_above_zero() -> None:
     def pullback(weights: jax.Array) -> Gradients:
         return Gradients(jnp.ones(2), (), weights * jnp.array([1e6, 1.0]))

@@ -11,26 +11,29 @@ import pytest
 
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import DataError
+from mtrec_jax.experiments import chosen
 from mtrec_jax.serving.requests import Encoder
 from mtrec_jax.types import UNKNOWN
 from tests.data import small
 
 
+DECLARED = small.make(
+    data={"queries": {"files": ["queries.csv"]}, "history_length": 4},
+    tasks={
+        "next": {"kind": "retrieval"},
+        "like": {"kind": "binary", "column": "rating", "at_least": 4},
+    },
+    features={
+        "rating": {"on": "history"},
+        "query": {"on": "history", "kind": "multi_valued", "max_values": 2},
+    },
+)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    experiment = small.make(
-        data={"queries": {"files": ["queries.csv"]}, "history_length": 4},
-        tasks={
-            "next": {"kind": "retrieval"},
-            "like": {"kind": "binary", "column": "rating", "at_least": 4},
-        },
-        features={
-            "rating": {"on": "history"},
-            "query": {"on": "history", "kind": "multi_valued", "max_values": 2},
-        },
-    )
     folder: Path = tmp_path_factory.mktemp("requests")
-    return small.run(folder, experiment, queries_csv="user,time,query\na,1,red shoes\na,8,red\n")
+    return small.run(folder, DECLARED, queries_csv="user,time,query\na,1,red shoes\na,8,red\n")
 
 
 def test_a_given_history_may_hold_searches(prepared: Prepared) -> None:
@@ -58,8 +61,12 @@ def test_a_known_user_brings_the_own_searches(prepared: Prepared) -> None:
     assert (found.seen[0] == UNKNOWN).sum() == 2  # of the whole history; no item is meant
 
 
-def test_a_history_tells_what_makes_its_items_seen(prepared: Prepared) -> None:
-    """A rating of 4 and more is what counts: without the column nobody knows, and all items do."""
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_history_tells_what_makes_its_items_seen(prepared: Prepared, left_out: bool) -> None:
+    """A rating of 4 and more is what counts, also where the model does not train on it: without
+    the column nobody knows, and all items do."""
+    if left_out:
+        prepared = prepared.chosen(chosen(DECLARED, ["next"]))
     rated: dict[str, list[Any]] = {"item": ["x", "y", "z", "w"], "rating": ["5", "3", None, "4.0"]}
     plain: dict[str, list[str]] = {"item": ["x", "y"]}
     encoder = Encoder(prepared, "float32", behaviours=("like",))
