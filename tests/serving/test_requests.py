@@ -16,7 +16,6 @@ from mtrec_jax.serving.requests import Encoder
 from mtrec_jax.types import UNKNOWN
 from tests.data import small
 
-
 DECLARED = small.make(
     data={"queries": {"files": ["queries.csv"]}, "history_length": 4},
     tasks={
