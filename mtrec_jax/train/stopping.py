@@ -65,7 +65,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         # Checkpoints are written by threads: the error may come at a later step.
         begun = (folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")
         steps = sorted(int(p.name.split(".")[0]) for p in begun if p.name[0].isdigit())
-        doing = f"saving step {steps[-1]}" if steps else "writing"
+        doing = f"saving step {steps[0]}" if steps else "writing"
         raise CheckpointError(
             f"no space left in {folder} while {doing} ({reason}). Earlier steps are kept: free "
             "space and run the same command to continue from the last of them"

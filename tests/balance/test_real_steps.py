@@ -241,7 +241,8 @@ def test_gradnorm_weighs_by_the_norms_at_the_shared_representation() -> None:
         assert np.abs(ratio - 1).max() > 1e-3
 
 
-@pytest.mark.parametrize("items", [pytest.param("sparse", marks=pytest.mark.slow), "dense"])
+@pytest.mark.slow
+@pytest.mark.parametrize("items", ["sparse", "dense"])
 def test_two_parts_learn_what_the_whole_batch_learns(items: str) -> None:
     """Dense items are listed for all parts together, sparse ones are split like the batch."""
     with jax.enable_x64(True):

@@ -64,7 +64,7 @@ CHOICES: dict[str, Callable[[Experiment], Experiment]] = {
 }
 
 
-SLOW = "one task", "items updated as a whole"  # the others choose as much
+SLOW = "one task", "two tasks, one feature", "items updated as a whole"  # the others choose as much
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def _by_path(tree: Any) -> dict[str, np.ndarray]:
     [
         ("rows", "static", 4, (1, 1)),
         pytest.param("rows", "uncertainty", 2, (2, 4), marks=pytest.mark.slow),
-        ("history", "uncertainty", 4, (2, 4)),
+        pytest.param("history", "uncertainty", 4, (2, 4), marks=pytest.mark.slow),
         pytest.param("history, dense items", "static", 2, (4, 2), marks=pytest.mark.slow),
     ],
 )
