@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
@@ -177,14 +177,6 @@ def training_batches(source: BatchSource) -> grain.DatasetIterator:
 
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the source reads ahead
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
-
-
-def evaluation_batches(
-    prepared: Prepared, split: str, batch_size: int, dtype: str = "float32"
-) -> Iterator[Batch]:
-    """Every example of a split once, in file order; the last batch is filled with weight 0."""
-    source = BatchSource(prepared, split, batch_size, dtype=dtype)
-    return (source[s] for s in range(len(source)))
 
 
 def to_batch(arrays: dict[str, np.ndarray], manifest: Manifest, dtype: str = "float32") -> Batch:

@@ -19,7 +19,7 @@ import pytest
 
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, fixed_size
-from mtrec_jax.data.pipeline import BatchSource, evaluation_batches, training_batches
+from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import Stalled
 from mtrec_jax.types import Batch
 from tests import tiny
@@ -135,12 +135,14 @@ def test_floats_have_the_declared_precision(prepared: Prepared) -> None:
 
 
 def test_evaluation_keeps_the_order_of_the_file(prepared: Prepared) -> None:
-    assert _users(list(evaluation_batches(prepared, "train", SIZE))) == list(range(EXAMPLES))
-    assert _users(list(evaluation_batches(prepared, "validation", SIZE))) == list(range(2 * SIZE))
+    for split, examples in (("train", EXAMPLES), ("validation", 2 * SIZE)):
+        source = BatchSource(prepared, split, SIZE)
+        assert _users([source[s] for s in range(len(source))]) == list(range(examples))
 
 
 def test_an_empty_split_is_one_batch_of_padding(prepared: Prepared) -> None:
-    (only,) = evaluation_batches(prepared, "test", SIZE)
+    source = BatchSource(prepared, "test", SIZE)
+    (only,) = (source[s] for s in range(len(source)))
     assert only.candidate.shape == (SIZE, 2)
     np.testing.assert_array_equal(only.weight, 0)
 
