@@ -67,7 +67,7 @@ FIELDS = (  # the groups of fields of a manifest
     *("context_ids", "context_numbers", "request_ids", "request_numbers"),
     *("item_ids", "item_numbers", "history"),
 )
-_FREE = ("public", "reference")  # keys of [data] that change nothing in a folder
+FREE = ("public", "reference")  # keys of [data] that change nothing in a folder
 BLOCK = 4096  # examples a Parquet row group holds
 SPLITS = ("train", "validation", "test")
 SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
@@ -189,7 +189,7 @@ class Prepared:
         here, wanted = self.manifest.config, configuration(experiment)
         problems = []
         for section in ("data", "clean", "split"):
-            keys = {*wanted[section], *here[section]} - set(_FREE)
+            keys = {*wanted[section], *here[section]} - set(FREE)
             problems += [
                 f"{section}.{key}: {here[section].get(key)!r} there, {wanted[section].get(key)!r} "
                 "here"

@@ -7,13 +7,16 @@ import json
 from typing import Any
 
 from mtrec_jax.config import Experiment, Split
-from mtrec_jax.data.dataset import FORMAT, configuration
+from mtrec_jax.data.dataset import FORMAT, FREE, configuration
 from mtrec_jax.errors import DataError
 
 
 def fingerprint(experiment: Experiment, digests: list[str]) -> str:
-    """16 hex digits that change with the format, the configuration or any byte of the raw data."""
-    known = {"format": FORMAT, "config": configuration(experiment), "files": digests}
+    """16 hex digits that change with the format, with what of the configuration a folder depends
+    on, and with any byte of the raw data."""
+    config = configuration(experiment)
+    config["data"] = {key: value for key, value in config["data"].items() if key not in FREE}
+    known = {"format": FORMAT, "config": config, "files": digests}
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -14,7 +14,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.clean import Cleaned, clean, open_cleaned
 from mtrec_jax.data.dataset import open_prepared
 from mtrec_jax.data.pipeline import BatchSource
-from mtrec_jax.data.prepare import prepare
+from mtrec_jax.data.prepare import prepare, up_to_date
 from mtrec_jax.errors import ConfigError, DataError
 from tests.data.small import LOG, make
 
@@ -166,6 +166,13 @@ def test_tables_in_memory_leave_a_cleaned_stage_only_where_asked(raw: Path) -> N
         assert used == same
     _, used = cleaned(raw, tables={"events": events.assign(rating=1)})
     assert not used
+
+
+def test_keys_that_change_nothing_in_a_folder_leave_it_up_to_date(raw: Path) -> None:
+    first = prepare(make(), raw, raw / "out")
+    other = make(data={"public": "ml-1m", "reference": "the old system"})
+    assert up_to_date(other, raw, raw / "out") == first
+    assert prepare(other, raw, raw / "again").manifest.fingerprint == first.manifest.fingerprint
 
 
 # --- Views of a prepared folder
