@@ -267,8 +267,11 @@ def put_in_place(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def fingerprint(experiment: Experiment, digests: Mapping[str, Iterable[str]]) -> str:
-    """16 hex digits over all that the clean events of raw files depend on."""
+def fingerprint(
+    experiment: Experiment, digests: Mapping[str, Iterable[str]], until: float | None
+) -> str:
+    """16 hex digits over all that the clean events of raw files depend on; `until` is that of
+    their `Notes`."""
     e, config = experiment, configuration(experiment)
     given = ("kind", "test_files", "validation_files") if e.split.kind == "files" else ()
     known = {
@@ -284,6 +287,7 @@ def fingerprint(experiment: Experiment, digests: Mapping[str, Iterable[str]]) ->
             for n, f in e.features.items()
         },
         "files": {name: list(found) for name, found in digests.items()},
+        **({"until": until} if e.clean.latest == "now" and until is not None else {}),
     }  # fmt: skip
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -299,7 +303,7 @@ def _usable(
         found = open_cleaned(out)
         first = {name: places[0][0] for name, places in found.notes.places.items()}
         digests = digests_of(experiment, data, tables, first)
-        same = found.notes.fingerprint == fingerprint(experiment, digests)
+        same = found.notes.fingerprint == fingerprint(experiment, digests, found.notes.until)
         if experiment.clean.latest == "now" and found.notes.until is not None:
             same &= time.time() < found.notes.until
         return found if same and _digests_of(out) == found.notes.files else None
@@ -378,7 +382,7 @@ def _clean(
     digests = {name: source.staged.digests for name, source in sources.items()}
     notes = Notes(
         format=FORMAT,
-        fingerprint=fingerprint(experiment, digests),
+        fingerprint=fingerprint(experiment, digests, until),
         digests=digests,
         places={name: source.staged.places for name, source in sources.items()},
         events=kept,

@@ -211,6 +211,8 @@ def _build(
     if base:
         say(summary(base, items, encodings))
     digests = [digest for found in notes.digests.values() for digest in found]
+    if experiment.clean.latest == "now":  # equal bytes give other events at another time
+        digests.append(notes.fingerprint)
     continues = base.manifest.fingerprint if base else ""
     total = sum(divided.split.sizes.values())
     return Manifest(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import time
 from typing import Any, NamedTuple
 
 import ibis
@@ -76,10 +77,9 @@ def bound(text: str, key: str) -> float | None:
     """
     if not text:
         return None
-    now = datetime.datetime.now(datetime.UTC)
+    if text == "now":
+        return time.time()
     try:
-        if text == "now":
-            return now.timestamp()
         moment = datetime.datetime.fromisoformat(text)
     except ValueError:
         try:

@@ -131,6 +131,23 @@ def test_now_is_another_one_where_rows_lay_in_the_future(
     assert not cleaned(raw, now)[1]
 
 
+def test_equal_bytes_with_other_events_are_other_data(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, said = make(clean={"latest": "now"}), []
+    with (raw / "log.csv").open("a") as file:
+        file.write("a,late,1,4e9,1\nb,later,1,5e9,1\n")  # in 2096 and 2128
+    for seconds in (1e9, 2e9, 4.1e9, 6e9):
+        monkeypatch.setattr("time.time", lambda seconds=seconds: seconds)
+        m = prepare(now, raw, raw / "out").manifest
+        said.append((m.events, m.fingerprint, m.cleaned))
+    events, *fingerprints = zip(*said, strict=True)
+    assert events == (8, 8, 9, 10)
+    for of in fingerprints:
+        assert of[0] == of[1]
+        assert len(set(of)) == 3
+
+
 def test_the_split_belongs_to_it_where_cleaning_depends_on_it(raw: Path) -> None:
     bounds = {"values": {"odd": {"column": "rating", "bounds": "quantiles", "high": 0.9}}}
     for seed, same in ((0, False), (0, True), (1, False)):
