@@ -146,16 +146,19 @@ def _codes(newer: Prepared, own: Prepared, field: IdField | NumberField) -> Code
 
 
 def _numbers(new: Encoding, old: Encoding) -> Codes:
-    """The same numbers on the other scale; the mark of a missing one is none."""
+    """The same numbers on the other scale; a missing one, which has none, stays missing."""
     if (new.mean, new.std) == (old.mean, old.std):
         return lambda numbers: numbers
-    marks = int(old.feature.impute == "own")
+    impute = old.feature.impute
 
     def translate(numbers: np.ndarray) -> np.ndarray:
         found = (numbers.astype(np.float64) * new.std + new.mean - old.mean) / old.std
         found = found.astype(np.float32)
-        if marks:
-            found[:, -1] = numbers[:, -1]
+        if impute == "own":
+            found[:, -1] = numbers[:, -1]  # the mark
+            found[numbers[:, -1] == 1, :-1] = 0
+        elif impute == "none":  # 0, as is, seldom, a number that is the mean there to all digits
+            found[numbers == 0] = 0
         return found
 
     return translate

@@ -77,7 +77,7 @@ def test_the_same_folder_stays_what_it_is(own: Prepared) -> None:
 
 
 def test_numbers_come_to_the_own_scale(tmp_path: Path) -> None:
-    own, newer = (_with_ages(tmp_path / n, ages) for n, ages in (("own", "1 3"), ("new", "5 13")))
+    own, newer = (_with_ages(tmp_path / n, ages) for n, ages in (("own", "1,3"), ("new", "5,13")))
     # own: mean 2, deviation 1; there: mean 9, deviation 4
     assert own.user_context()["numbers"].tolist() == [[-1, 0], [1, 0]]
     assert newer.user_context()["numbers"].tolist() == [[-1, 0], [1, 0]]
@@ -85,18 +85,34 @@ def test_numbers_come_to_the_own_scale(tmp_path: Path) -> None:
     assert view.user_context()["numbers"].tolist() == [[3, 0], [11, 0]]
 
 
-def _with_ages(folder: Path, ages: str) -> Prepared:
+@pytest.mark.parametrize(
+    ("impute", "wanted"),
+    [
+        ("own", [[3, 0], [11, 0], [0, 1]]),
+        ("none", [[3], [11], [0]]),
+        ("constant", [[3], [11], [5]]),  # is 7 in both
+    ],
+)
+def test_what_is_missing_stays_missing_on_another_scale(
+    tmp_path: Path, impute: str, wanted: list[list[float]]
+) -> None:
+    # own: mean 2, deviation 1; there: mean 9, deviation 4
+    own = _with_ages(tmp_path / "own", "1,3,", impute)
+    newer = _with_ages(tmp_path / "new", "5,13,", impute)
+    assert in_terms_of(newer, own).user_context()["numbers"].tolist() == wanted
+
+
+def _with_ages(folder: Path, ages: str, impute: str = "own") -> Prepared:
     from tests.data.small import make
 
     folder.mkdir()
-    (folder / "log.csv").write_text(
-        "user,item,time\n" + "".join(f"{u},{i},{t}\n" for u in "ab" for t, i in enumerate("xyzx")),
-        encoding="utf-8",
-    )
-    rows = zip("ab", ages.split(), strict=True)
+    rows = list(zip("abc", ages.split(","), strict=False))
+    events = [f"{u},{i},{t}\n" for u, _ in rows for t, i in enumerate("xyzx")]
+    (folder / "log.csv").write_text("user,item,time\n" + "".join(events), encoding="utf-8")
     text = "user,age\n" + "".join(f"{user},{age}\n" for user, age in rows)
     (folder / "users.csv").write_text(text, encoding="utf-8")
-    age = {"on": "context", "kind": "numeric", "impute": "own"}
+    age = {"on": "context", "kind": "numeric", "impute": impute}
+    age |= {"constant": "7"} if impute == "constant" else {}
     experiment = make(data={"users": {"files": ["users.csv"]}}, features={"age": age})
     return mtrec_jax.prepare(experiment, folder, folder / "out")
 
