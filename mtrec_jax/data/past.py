@@ -31,9 +31,10 @@ def add(engine: Engine, events: Any, experiment: Experiment) -> Any:
 
     Counts and rates are about the events with the same `feature_<name>`, which is the value of the
     feature's column before. With a split in time, what is strictly earlier counts: for training
-    events other training events, for validation and test what `VISIBLE` says of `data.past`; so
-    does the gap of a frozen past. With other splits training events count whenever they happened,
-    and for a training event only those outside its own one of five folds.
+    events other training events, for validation and test what `VISIBLE` says of `data.past`. With
+    other splits training events count whenever they happened, and for a training event only those
+    outside its own one of five folds. Gaps are to earlier events of these splits, whatever the
+    split.
 
     Args:
       engine: where the events are.
@@ -50,17 +51,15 @@ def add(engine: Engine, events: Any, experiment: Experiment) -> Any:
 
 
 def _last(events: Any, experiment: Experiment) -> Any:
-    """The time of the user's event before; with a frozen past, of the last one before the split."""
+    """The time of the user's last event before, among those that an event may know of."""
     order = [events.time, events.row]
-    if experiment.data.past == "rolling":
-        return events.time.lag().over(group_by=events.user, order_by=order)
     before = ibis.rows_window(preceding=(None, 1), group_by=events.user, order_by=order)
 
     def known(splits: tuple[int, ...]) -> Any:
         there = events.split.isin(splits)
         return ibis.ifelse(there, events.time, ibis.null("float64")).max().over(before)
 
-    return _by_split(events.split, "frozen", known)
+    return _by_split(events.split, experiment.data.past, known)
 
 
 def _by_split(split: Any, past: str, known: Callable[[tuple[int, ...]], Any]) -> Any:

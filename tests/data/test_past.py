@@ -102,7 +102,7 @@ def by_hand(
         mean = (sum(labels) + smoothing * prior) / weight if weight else None
         counts.append(None if key is None else float(len(known)))
         rates.append(None if key is None else mean)
-        may = SEEN[past_is][split] if past_is == "frozen" else (0, 1, 2, 3)
+        may = SEEN[past_is][split]
         own = [(t, r) for r, (_, t, _, s) in enumerate(events) if r % 3 == row % 3 and s in may]
         before = [t for t, r in own if (t, r) < (time, row)]
         gaps.append(time - max(before) if before else None)
@@ -137,7 +137,7 @@ def test_strictly_earlier(duckdb: Engine) -> None:
     sums = [(0, 0), (1, 1), (1, 1), (0, 0), None, (2, 3), (2, 3), (3, 4), (2, 3)]
     wanted = [None if s is None else (s[0] + 2 * prior) / (s[1] + 2) for s in sums]
     same(told, {"feature_rate": wanted})
-    assert told["feature_gap"] == [None, None, None, 2, 1, 2, 2, 3, 3]  # users u0, u1, u2 in turn
+    assert told["feature_gap"] == [None, None, None, 2, 1, 2, 2, 3, 5]  # users u0, u1, u2 in turn
     without = found(duckdb, EXAMPLE, declared("leave_one_out", smoothing=0.0))
     assert without["feature_rate"][0] is None  # the mean of nothing
     assert without["feature_rate"][1:3] == [1, 1]
@@ -284,6 +284,29 @@ def test_rows_and_what_new_rows_are_told(tmp_path: Path) -> None:
     wanted = np.array([scaled(1, (1 + prior) / 2), scaled(0, prior), [0, 0]])
     np.testing.assert_allclose(encoded["request_numbers"], wanted, rtol=1e-5)
     assert encoded["request_ids"].tolist() == [[3, 2], [2, 2], [0, 2]]  # 34 s, 11 s, never
+
+
+@pytest.mark.parametrize(
+    ("past_is", "gaps"),
+    [("rolling", [None, 20, 30, 30, 10, 60, 10]), ("frozen", [None, 20, 30, 30, 40, 60, 10])],
+)
+def test_gaps_of_training_do_not_tell_of_held_out_events(
+    duckdb: Engine, past_is: str, gaps: list[float | None]
+) -> None:
+    """A split by items: one that trains follows one that is held out."""
+    events = pa.table(
+        {
+            "row": range(7),
+            "user": ["a"] * 7,
+            "time": [10.0, 30.0, 40.0, 70.0, 80.0, 100.0, 110.0],
+            "split": pa.array([0, 1, 0, 1, 1, 0, 2], pa.int8()),
+        }
+    )
+    split = {"kind": "cold_item", "validation": 0.3, "test": 0.2}
+    gap = {"kind": "gap", "on": "request"}
+    only = make(data={"past": past_is}, features={"gap": gap}, split=split)
+    told = past.add(duckdb, duckdb.load("split", events), only).order_by("row").to_pyarrow()
+    assert told["feature_gap"].to_pylist() == gaps
 
 
 PASSING = """user,item,like,time
