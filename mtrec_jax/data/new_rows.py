@@ -24,7 +24,7 @@ from mtrec_jax.data.features import one_array
 from mtrec_jax.data.newer import as_column
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged, check_columns
 from mtrec_jax.data.rules import with_bounds
-from mtrec_jax.data.schema import columns_of, query_features, typed
+from mtrec_jax.data.schema import columns_of, query_features, typed, value_rules
 from mtrec_jax.data.sources import Source, check_single, open_source
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, UNKNOWN, Lists
@@ -77,22 +77,21 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
 
     Returns:
       The view with these histories. Users who were not there have them alone, and the unknown value
-      of each context feature; items that were not there, and such values, are unknown.
+      of each context feature; items that were not there, and such values, are unknown. Where the
+      data have searches, which stand in histories as the unknown item, events of items that were
+      not there are left out.
 
     Raises:
       ConfigError: the data has no users or no items, or features that look back on the whole log.
       DataError: as `encode_requests`; or an event without user, item or time.
     """
     experiment = _of_histories(prepared)
-    have: dict[str, str] = columns_of(experiment, "events")
+    have = columns_of(_without_rules(experiment), "events")
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, have)
-        known = set(source.table.columns)
-        values = {n: r for n, r in experiment.clean.values.items() if r.column in known}
-        clean = dataclasses.replace(experiment.clean, values=values)
-        experiment = dataclasses.replace(experiment, clean=clean)
-        rows = typed(experiment, source.table).order_by("row").to_pyarrow()
-        did = _behaviours(prepared, source)
+        cleaned, _ = value_rules(experiment, source.table, removes=False)
+        rows = typed(_without_rules(experiment), cleaned).order_by("row").to_pyarrow()
+        did = _behaviours(prepared, cleaned)
     _check_cells(experiment, source.staged, rows)
     _check_keys(source.staged, rows)
     users = one_array(rows["user"])
@@ -102,6 +101,8 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
     time = rows["time"].to_numpy() if "time" in rows.column_names else np.zeros(len(rows))
     order = np.lexsort((np.arange(len(rows)), time, owner))
     events = {"event_item": _stored_ids(rows, "item", prepared.items)[:, None]}
+    if experiment.data.queries:
+        order = order[events["event_item"][order, 0] != UNKNOWN]
     searched = query_features(experiment)
     for field in prepared.manifest.history:
         if field.name in searched:  # nobody searched in these events
@@ -122,7 +123,7 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
     manifest = dataclasses.replace(
         prepared.manifest,
         users=prepared.manifest.users + len(new),
-        events=prepared.manifest.events + len(rows),
+        events=prepared.manifest.events + len(order),
     )
     replaced = prepared.replaced | {"users": pa.table(columns)}
     return dataclasses.replace(prepared, manifest=manifest, replaced=replaced)
@@ -184,13 +185,13 @@ def with_users(prepared: Prepared, table: Any) -> Prepared:
     return dataclasses.replace(prepared, manifest=manifest, replaced=replaced)
 
 
-def _behaviours(prepared: Prepared, source: Source) -> dict[str, np.ndarray]:
+def _behaviours(prepared: Prepared, events: Any) -> dict[str, np.ndarray]:
     """{binary task that may make an item seen: whether each new event did [n, 1]}; True where its
     column is not there."""
     declared = described(prepared).tasks
     columns = {name: task.column or name for name, task in declared.items()}
-    there = sorted({column for column in columns.values() if column in source.table.columns})
-    texts = source.table.order_by(ROW).select(ROW, *there).to_pyarrow()
+    there = sorted({column for column in columns.values() if column in events.columns})
+    texts = events.order_by(ROW).select(ROW, *there).to_pyarrow()
     found = {}
     for name in prepared.behaviours:
         ones, task = np.ones((len(texts), 1), bool), declared.get(name)
@@ -211,12 +212,7 @@ def _of_histories(prepared: Prepared) -> Experiment:
             f"events: {', '.join(back)} look back on the whole log. Prepare the newer log with "
             f"{argument('grow_from')} {prepared.folder}, and pass that folder as prepared"
         )
-    values = {
-        name: rule
-        for name, rule in experiment.clean.values.items()
-        if rule.action == "missing" and not rule.valid
-    }
-    clean = dataclasses.replace(experiment.clean, values=values, earliest="", latest="")
+    clean = dataclasses.replace(experiment.clean, earliest="", latest="")
     experiment = dataclasses.replace(
         experiment,
         tasks={},
@@ -224,6 +220,13 @@ def _of_histories(prepared: Prepared) -> Experiment:
         features={n: f for n, f in experiment.features.items() if f.on == "history"},
     )
     return with_bounds(experiment, prepared.manifest.bounds)
+
+
+def _without_rules(experiment: Experiment) -> Experiment:
+    """Without rules about values, and without what derives columns, which are there by now."""
+    clean = dataclasses.replace(experiment.clean, values={})
+    data = dataclasses.replace(experiment.data, derive={})
+    return dataclasses.replace(experiment, clean=clean, data=data)
 
 
 def _check_keys(staged: Staged, rows: pa.Table) -> None:

@@ -101,7 +101,7 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
     that counts as missing (`odd_values`). Bounds that are not "given" are left out here.
     """
     data = experiment.data
-    table, problems = _value_rules(experiment, table, labels)
+    table, problems = value_rules(experiment, table, labels)
     taken = {name: table[name] for name in table.columns if name.startswith("broken_")}
     columns: dict[str, Any] = {"row": table[ROW]}
     keyed: list[tuple[Any, str, Any]] = []
@@ -203,7 +203,7 @@ def check_times(events: Any, unit: str) -> list[Rule]:
     return [Rule(rule=rule, rows=late)] if late else []
 
 
-def _value_rules(
+def value_rules(
     experiment: Experiment, table: Any, removes: bool
 ) -> tuple[Any, list[tuple[Any, str, Any]]]:
     """The table with `broken_<rule>` columns and values taken away, and what removes rows.

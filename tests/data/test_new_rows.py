@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.data.new_rows import encode_requests, read_columns
+from mtrec_jax.data.new_rows import encode_requests, read_columns, with_events
 from mtrec_jax.errors import DataError
-from tests.data.small import make, rows, run
+from tests.data.small import LOG, make, rows, run
 
 TEXT = "colour,size,age,at,sold\n" + "".join(
     f"{('red', 'blue')[n % 2]},{n % 5 + 0.5},{n},{n},{n % 2}\n" for n in range(40)
@@ -151,3 +151,53 @@ def test_new_rows_may_lack_what_only_derived_labels_are_made_of(tmp_path: Path) 
     assert local[:, 1].tolist() == [large["1"], large["0"]]
     with pytest.raises(DataError, match="no column 'large'"):
         encode_requests(prepared, new.drop_columns("size"))
+
+
+def test_events_lose_what_rules_take_away(tmp_path: Path) -> None:
+    """Also of labels, and where the columns of other rules and of derived labels are not there."""
+    experiment = make(
+        data={"derive": {"dear": "if_else(price > 12, '1', '0')"}},
+        clean={
+            "values": {
+                "most": {"valid": "rating <= 5", "column": "rating", "action": "missing"},
+                "sold": {"valid": "price > 0", "column": "rating", "action": "missing"},
+                "price": {"column": "price", "low": 1, "action": "missing"},
+            }
+        },
+        tasks={
+            "next": {"kind": "retrieval"},
+            "like": {"kind": "binary", "column": "rating", "at_least": 4},
+            "dear": {"kind": "binary"},
+        },
+        features={"rating": {"on": "history"}},
+    )
+    first, *lines = LOG.splitlines()
+    text = "\n".join([f"{first},price", *(f"{line},{10 + n}" for n, line in enumerate(lines))])
+    prepared = run(tmp_path, experiment, text + "\n")
+    assert prepared.vocabulary("rating")["value"].to_pylist() == ["4", "1", "5"]
+    table = pa.table({"user": ["c"] * 2, "item": ["x"] * 2, "rating": [9, 5], "time": [20, 21]})
+    view, c = with_events(prepared, table), prepared.user_ids["c"] - 2
+    assert view.user_lists("event_rating")[c].tolist() == [2, 0, 4]
+    assert view.user_lists("did_like")[c].tolist() == [True, False, True]
+
+
+def test_unknown_items_are_no_searches(tmp_path: Path) -> None:
+    experiment = make(
+        data={"queries": {"files": ["queries.csv"]}, "history_length": 4},
+        features={
+            "rating": {"on": "history"},
+            "query": {"on": "history", "kind": "multi_valued", "max_values": 2},
+        },
+    )
+    searches = "user,time,query\na,1,red shoes\na,8,red\n"
+    prepared = run(tmp_path, experiment, queries_csv=searches)
+    users, items = ["a", "a", "a", "zoe"], ["brand new", "x", "newer", "newest"]
+    table = pa.table({"user": users, "item": items, "rating": [5, 4, 1, 5], "time": range(9, 13)})
+    view = with_events(prepared, table)
+    before, x = prepared.user_lists("event_item")[0].tolist(), prepared.item_ids["x"]
+    assert before.count(1) == 2, "the searches"
+    assert view.user_lists("event_item")[0].tolist() == [*before, x]
+    assert view.user_lists("event_rating")[0].tolist()[-1:] == [2]
+    assert view.user_names[-1] == "zoe"
+    assert view.user_lists("event_item")[view.user_ids["zoe"] - 2].tolist() == []
+    assert view.manifest.events == prepared.manifest.events + 1
