@@ -184,8 +184,14 @@ class Prepared:
 
         Raises:
           ConfigError: a task or feature is not here, or means something else here, or the data was
-            cleaned or split otherwise.
+            cleaned or split otherwise; or this is a view for answers, whose examples say something
+            else than its users and items.
         """
+        if self.replaced or self.learned:
+            raise ConfigError(
+                f"the data of {self.folder} are seen here as a trained model answers with them, "
+                f"and train none: open_prepared({str(self.folder)!r})"
+            )
         here, wanted = self.manifest.config, configuration(experiment)
         problems = []
         for section in ("data", "clean", "split"):

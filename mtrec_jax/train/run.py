@@ -147,8 +147,8 @@ def evaluate_run(
 
     Raises:
       CheckpointError: the run has no usable checkpoint.
-      ConfigError: there is no such split, or it has no targets, or the data are newer ones, which
-        answers are given for.
+      ConfigError: there is no such split, or it has no targets, or the data are newer ones (also
+        by `with_events` and `with_users`), which answers are given for.
     """
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
@@ -172,10 +172,11 @@ def evaluate_run(
 
 def _check_targets(run: Run, split: str) -> None:
     """Raise `ConfigError` where a run cannot be evaluated."""
-    if run.prepared.learned:
+    if run.prepared.learned or run.prepared.replaced:
         raise ConfigError(
-            f"{run.folder} was not trained on {run.prepared.folder}: newer data serve for "
-            "recommendations and predictions, not for an evaluation; leave it out"
+            f"{run.folder} was not trained on these data ({run.prepared.folder}, seen with what "
+            "came later): newer data serve for recommendations and predictions, not for an "
+            "evaluation; open the run without them"
         )
     if not run.prepared.manifest.targets[split]:
         raise ConfigError(

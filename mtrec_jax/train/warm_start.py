@@ -75,6 +75,9 @@ def find_source(init_from: str | Path | Run | None, run: Run) -> Run | None:
     if wanted is None:
         return None
     if isinstance(init_from, Run):
+        own, learned = init_from.prepared, init_from.prepared.learned
+        if learned:  # opened on newer data: what it was trained on counts
+            init_from = open_run(init_from.folder, learned, own.extensions)
         return _split_alike(init_from, run)
     notes = read_json(wanted / "prepared.json") if (wanted / "prepared.json").exists() else {}
     same = notes.get("fingerprint") == run.prepared.manifest.fingerprint

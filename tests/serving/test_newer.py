@@ -17,7 +17,9 @@ from mtrec_jax.data.new_rows import with_events
 from mtrec_jax.data.newer import in_terms_of
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.serving.recommender import Recommender
-from tests.data.test_growth import FIRST_LOG, HEADER, prepared
+from mtrec_jax.train.run import Run
+from mtrec_jax.train.warm_start import find_source
+from tests.data.test_growth import FIRST_LOG, HEADER, experiment, prepared
 
 # what `b` does after FIRST_LOG; `new` and `grey` have never trained, the bins are those of 1 .. 9
 NEWER = f"""{HEADER}
@@ -153,6 +155,14 @@ def test_events_follow_the_stored_ones_in_the_order_of_time(own: Prepared) -> No
     assert with_events(view, table).manifest.users == 3, "and more events after these"
 
 
+def test_what_answers_are_given_for_trains_no_model(own: Prepared, grown: Prepared) -> None:
+    """Its examples hold codes of another folder, or know less than its histories."""
+    later = pa.table({"user": ["b"], "item": ["x"], "shade": ["dark"], "price": [1], "time": [30]})
+    for view in (in_terms_of(grown, own), with_events(own, later)):
+        with pytest.raises(ConfigError, match="train none: open_prepared"):
+            view.chosen(experiment())
+
+
 def test_events_without_a_key_are_refused(own: Prepared) -> None:
     columns = {"user": ["b", None], "item": ["x", "x"], "time": [1, 2]}
     table = pa.table(columns | {"shade": ["dark", "dark"], "price": [1, 1]})
@@ -189,6 +199,8 @@ def test_a_recommender_answers_with_new_events(
     assert answers["item"][:5] == asked["item"]
     np.testing.assert_allclose(answers["score"][:5], asked["score"], rtol=1e-5)
     assert answers["item"][5:] == shop_recommender.recommend(["u00001"], 5)["item"]
+    with pytest.raises(ConfigError, match="newer data serve for"):  # they would count as seen
+        mtrec_jax.evaluate_run(newer.run)
 
 
 def test_new_users_are_answered_by_their_features(
@@ -233,6 +245,11 @@ def test_a_run_opens_newer_data(
     assert known["item"] == shop_recommender.recommend(["u00001"], 3)["item"]
     with pytest.raises(ConfigError, match="newer data serve for"):
         mtrec_jax.evaluate_run(model.run)
+    # a run that begins with this one is told what this one was trained on, not what it answers for
+    own = shop_run.prepared.manifest.fingerprint
+    source = find_source(model.run, Run(tmp_path / "next", shop_run.experiment, newer))
+    assert source is not None
+    assert source.prepared.manifest.fingerprint == own != newer.manifest.fingerprint
     arguments = ("--users", "zoe", "--k", 2, "--out", tmp_path / "top.parquet")
     status, _, _ = mtrec("recommend", shop_run.folder, "--prepared", newer.folder, *arguments)
     assert status == 0
