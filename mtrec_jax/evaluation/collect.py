@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -11,9 +10,10 @@ import numpy as np
 
 from mtrec_jax import processes
 from mtrec_jax.config import Experiment, seen_behaviours
-from mtrec_jax.data.dataset import SHOWN, SPLITS, Prepared
+from mtrec_jax.data.dataset import SHOWN, SPLITS, Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
+from mtrec_jax.models.inputs import class_numbers
 from mtrec_jax.models.serve import Answer, Serving, pad_rows
 from mtrec_jax.types import FIRST, Batch, Lists, PyTree, UserStates
 
@@ -50,6 +50,7 @@ def collect(
     own_params = serving.own(params)
     index = ItemIndex(own_vectors[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
+    classes = ordering(experiment, prepared.manifest)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
     behaviours = seen_behaviours(experiment)
     everyone = np.arange(prepared.manifest.users) + FIRST
@@ -64,7 +65,7 @@ def collect(
             observed = np.asarray(batch.mask[retrieval])[r, p] > 0
             part.retrieved = observed & (part.candidate >= FIRST)
             if orders:
-                names = ["fused", *experiment.tasks]
+                names = ["fused", *classes]
                 part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in names}
             rows = np.flatnonzero(part.retrieved)
             for start in range(0, len(rows), QUERIES):
@@ -78,7 +79,7 @@ def collect(
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
                     found = index.search(queries.vectors[:, 0], k, exclude)[1]
-                    _rerank(serving, own_params, part, chosen, queries, own_vectors, found)
+                    _rerank(serving, own_params, part, chosen, queries, own_vectors, found, classes)
         parts.append(part)
     return _in_file_order(parts)
 
@@ -217,41 +218,38 @@ def _rerank(
     queries: UserStates,
     vectors: jax.Array | np.ndarray,
     found: np.ndarray,
+    classes: dict[str, tuple[str, ...]],
 ) -> None:
     """Fill in the rank of each chosen target among its retrieved candidates, in each order."""
-    k = found.shape[1]
     ids = (found + FIRST).astype(np.int32)  # the filling -1 becomes unknown
-    shape = (QUERIES, k)
     answer = serving.answer(params, queries, vectors, ids)
     scores = {"fused": np.asarray(answer.fused)}
-    for name, logits in answer.logits.items():
-        flat = np.asarray(logits).reshape(QUERIES * k, *logits.shape[2:])
-        scores[name] = order_score(flat).reshape(shape)
+    for name, of in classes.items():
+        scores[name] = order_score(np.asarray(answer.logits[name]), of)
     n = len(chosen)
     hit, real = ids[:n] == part.candidate[chosen][:, None], ids[:n] >= FIRST
     for name, score in scores.items():
         part.order_ranks[name][chosen] = rank_in_list(score[:n], hit, real)
 
 
-def has_order(classes: Iterable[str]) -> bool:
-    """Whether classes are all numbers, so that a task can put items in order; () of other kinds.
+def ordering(experiment: Experiment, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """The tasks that can put items in order, and their classes; () of other kinds. Classes that are
+    not all numbers have no order."""
+    found = {name: manifest.tasks[name].classes for name in experiment.tasks}
+    return {name: of for name, of in found.items() if not of or class_numbers(of)}
 
-    >>> has_order(("1", "2.5")), has_order(("red", "2")), has_order(())
-    (True, False, True)
+
+def order_score(logits: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """One number to sort by of logits [...], or [..., C] of classes: the expected number.
+
+    >>> round(float(order_score(np.log([0.2, 0.5, 0.3]), ("1", "5", "3"))), 6)
+    3.6
     """
-    try:
-        return all(math.isfinite(float(name)) for name in classes)
-    except ValueError:
-        return False
-
-
-def order_score(logits: np.ndarray) -> np.ndarray:
-    """One number an example to sort by; of classes the expected one."""
-    if logits.ndim == 1:
+    if not classes:
         return logits
     exponential = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights = exponential / exponential.sum(axis=-1, keepdims=True)
-    return weights @ np.arange(logits.shape[-1])
+    return weights @ np.array(class_numbers(classes))
 
 
 def rank_in_list(scores: np.ndarray, hit: np.ndarray, real: np.ndarray) -> np.ndarray:

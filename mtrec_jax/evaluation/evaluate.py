@@ -12,7 +12,7 @@ import numpy as np
 from mtrec_jax.config import Experiment, fusion_objective
 from mtrec_jax.data.dataset import SPLITS, Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import Collected, collect, has_order, order_score
+from mtrec_jax.evaluation.collect import Collected, collect, order_score, ordering
 from mtrec_jax.evaluation.comparison import Metrics, compare
 from mtrec_jax.evaluation.metrics import (
     Statistic,
@@ -123,9 +123,8 @@ def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) ->
     objective = fusion_objective(experiment)
     binary = [n for n in objective if experiment.tasks[n].kind == "binary"]
     scores = {"fused": collected.fused}
-    for name in experiment.tasks:
-        if has_order(prepared.manifest.tasks[name].classes):
-            scores[name] = order_score(collected.logits[name])
+    for name, classes in ordering(experiment, prepared.manifest).items():
+        scores[name] = order_score(collected.logits[name], classes)
     found: dict[str, Metrics] = {name: {} for name in scores}
     chosen = collected.retrieved
     if collected.order_ranks and chosen.any():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,6 @@ from mtrec_jax.tables.layout import DENSE, Layout, TableSize, make_layout, pool
 from mtrec_jax.types import FIRST, UNKNOWN, Array, Batch, Catalogue, Wanted
 
 ITEM = "item"  # the items' own table, and the group that looks it up
-SIDES = ("context", "request", "item", "history")
 
 
 class Inputs(NamedTuple):
@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
     numbers: dict[str, int]  # {side: numbers side by side}
     order: tuple[str, ...]  # all tasks
     tasks: dict[str, TowerTask]  # tasks with a tower: all but retrieval
+    levels: dict[str, tuple[float, ...]]  # {multiclass task: what each class counts as}
     retrieval: str | None
     id_dropout: dict[str, float]  # {table: share of ids that training takes for unknown}
     has_items: bool
@@ -53,6 +54,31 @@ class Inputs(NamedTuple):
         batch has its own, so that no device needs another's.
         """
         return self.has_items and self.layout.places[ITEM].stack == DENSE
+
+
+def class_numbers(classes: Sequence[str]) -> list[float]:
+    """The numbers that classes are; [] where not all are numbers, so that they have no order.
+
+    >>> class_numbers(("1", "5", "2.5")), class_numbers(("red", "2"))
+    ([1.0, 5.0, 2.5], [])
+    """
+    try:
+        found = [float(name) for name in classes]
+    except ValueError:
+        return []
+    return found if all(map(math.isfinite, found)) else []
+
+
+def class_levels(classes: Sequence[str]) -> tuple[float, ...]:
+    """What each of C classes counts as in a fusion, between 0 and C - 1: in proportion to their
+    numbers, or their places where not all are numbers.
+
+    >>> class_levels(("1", "5", "3")), class_levels(("red", "2"))
+    ((0.0, 2.0, 1.0), (0.0, 1.0))
+    """
+    numbers = class_numbers(classes) or list(range(len(classes)))
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return tuple((x - low) * (len(classes) - 1) / ((high - low) or 1) for x in numbers)
 
 
 def side_group(side: str) -> str:
@@ -101,6 +127,11 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
             )
             for name, task in experiment.tasks.items()
             if task.kind != "retrieval"
+        },
+        levels={
+            name: class_levels(manifest.tasks[name].classes)
+            for name, kind in kinds.items()
+            if kind == "multiclass"
         },
         retrieval=next((name for name, kind in kinds.items() if kind == "retrieval"), None),
         id_dropout={

@@ -78,7 +78,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
       manifest: of the chosen view, `Prepared.chosen(experiment).manifest`.
     """
     inputs = make_inputs(experiment, manifest)
-    abstract, network, init = _layers(experiment, manifest, inputs)
+    abstract, network, init = _layers(experiment, inputs)
 
     def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Wanted:
         return find_ids(inputs, batch, catalogue, experiment.train.negatives, key)
@@ -130,7 +130,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
 
 
 def _layers(
-    experiment: Experiment, manifest: Manifest, inputs: Inputs
+    experiment: Experiment, inputs: Inputs
 ) -> tuple[Network, Callable[[PyTree], Network], Callable[[int], PyTree]]:
     """The layers without values, with those of parameters, and initial parameters of a seed."""
     dtype = jnp.dtype(experiment.train.precision)

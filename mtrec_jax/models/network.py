@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,7 +143,7 @@ class Network(nnx.Module):
         fusing = Fusing(
             jnp.concatenate([context, request, user], axis=-1),
             {t: found.hidden[t] for t in names if t in found.hidden},
-            {t: expected(logits[t]) for t in names},
+            {t: expected(logits[t], self.inputs.levels.get(t, ())) for t in names},
         )
         fused, weights = self.fuse(fusing)
         looks = {n: v.reshape(b, p, *v.shape[1:]) for n, v in found.diagnostics.items()}
@@ -167,7 +167,8 @@ class Network(nnx.Module):
         """A task's score [n] between 0 and 1, so that a mean over tasks means something.
 
         The probability of a binary task; (1 + cosine) / 2; the share of the training labels of a
-        regression that lie lower, were they normal; the expected class number over the largest.
+        regression that lie lower, were they normal; the expected level of the classes over the
+        largest.
         """
         if name == self.inputs.retrieval:
             return (1 + self.config.temperature * score) / 2
@@ -202,8 +203,8 @@ def _hidden_size(towers: nnx.Module, sizes: TowerSizes, dtype: jnp.dtype) -> int
     return next((hidden.shape[-1] for hidden in found.hidden.values()), 1)
 
 
-def expected(logits: jax.Array) -> jax.Array:
-    """One number an example [n]; of classes [n, C] the expected one."""
+def expected(logits: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """One number an example [n]; of classes [n, C] the expected level."""
     if logits.ndim == 1:
         return logits
-    return jax.nn.softmax(logits) @ jnp.arange(logits.shape[-1], dtype=logits.dtype)
+    return jax.nn.softmax(logits) @ jnp.array(levels, logits.dtype)

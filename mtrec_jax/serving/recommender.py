@@ -23,7 +23,7 @@ from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import seen_behaviours
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError, DataError, nearest
-from mtrec_jax.evaluation.collect import has_order, order_score
+from mtrec_jax.evaluation.collect import order_score, ordering
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
 from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
@@ -224,7 +224,7 @@ class Recommender:
           A `Result`, a row an item: user, known, rank, item, title, score, every task's
           prediction, the fusion's weight of each task, and new: whether the item has never
           trained, and is known by its features alone. The score is the one of the final order: the
-          fused one, or the prediction of the task `order_by`.
+          fused one, or the prediction of the task `order_by` (of classes, the expected number).
 
         Raises:
           ConfigError: the run has no retrieval task, no such task to order by, or an option is none
@@ -497,8 +497,8 @@ class Recommender:
         logits = np.asarray(answer.logits[order_by])[:n]
         if logits.ndim == 2:
             return logits, np.asarray(answer.predictions[order_by])[:n]
-        flat = order_score(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape[:2])
-        return flat, flat
+        expected = order_score(logits, self.prepared.manifest.tasks[order_by].classes)
+        return expected, expected
 
     def _popular(self, seen: np.ndarray, mask: np.ndarray, width: int) -> np.ndarray:
         """Item ids [width] by falling number of training events, unknown where there are fewer."""
@@ -549,8 +549,7 @@ class Recommender:
 
     def _check_order(self, order_by: str) -> None:
         """Refuse what is no order: a task of classes that are not all numbers has none."""
-        tasks = self.prepared.manifest.tasks
-        orders = [name for name in self.experiment.tasks if has_order(tasks[name].classes)]
+        orders = ordering(self.experiment, self.prepared.manifest)
         one_of("order_by", order_by, ("fused", *orders))
 
     @property

@@ -219,6 +219,9 @@ def _same_meaning(plans: Sequence[Inputs], source: Run, run: Run) -> None:
     there, here = (
         {
             "tasks": list(plan.order),
+            "classes": [
+                f"{t} {c}" for t, of in r.prepared.manifest.tasks.items() for c in of.classes
+            ],
             "inputs of a user": _inputs(plan, "context", r.prepared.manifest.context_numbers),
             "inputs of a moment": _inputs(plan, "request", r.prepared.manifest.request_numbers),
             "inputs of an item": _inputs(plan, "item", r.prepared.manifest.item_numbers),

@@ -46,21 +46,27 @@ def test_the_fused_order_puts_the_largest_first(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Candidates 2, 5, 3, 4 of a cosine order, where the fused score of an item is its id, and a
-    task's logit the opposite."""
+    task's logit the opposite. Of classes 1, 5 and 3, in this order as a grown folder has them, item
+    2 gets class 5, item 4 class 3 and the others class 1: the third class is not the best."""
+    stars = np.log(np.full((6, 3), 0.01))
+    stars[[2, 3, 4, 5], [1, 0, 2, 0]] = np.log(0.98)
+    classes = {"click": (), "stars": ("1", "5", "3")}
 
     def answer(params: PyTree, states: UserStates, vectors: Array, ids: Array) -> Answer:
         score: Any = np.asarray(ids, float)
-        return Answer({}, score, score, {"click": -score})
+        return Answer({}, score, score, {"click": -score, "stars": stars[ids]})
 
     monkeypatch.setattr(collecting, "QUERIES", 3)
     part = replace(empty(4), candidate=np.array([9, 4, 5, 8]))
-    part.order_ranks = {name: np.full(4, ABSENT) for name in ("fused", "click")}
+    part.order_ranks = {name: np.full(4, ABSENT) for name in ("fused", *classes)}
     states = UserStates(*[np.zeros((3, 1))] * 6)
     found = np.tile(np.array([[0, 3, 1, 2]]), (3, 1))
     own: Any = replace(serving, answer=answer)
-    _rerank(own, {}, part, np.array([1, 2, 3]), states, np.zeros((1, 1)), found)
+    chosen = np.array([1, 2, 3])
+    _rerank(own, {}, part, chosen, states, np.zeros((1, 1)), found, classes)
     assert part.order_ranks["fused"].tolist() == [ABSENT, 1, 0, ABSENT]
     assert part.order_ranks["click"].tolist() == [ABSENT, 2, 3, ABSENT]
+    assert part.order_ranks["stars"].tolist() == [ABSENT, 1, 2, ABSENT]
 
 
 def test_orders_worked_out(shop_run: Run) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from mtrec_jax.config import Model
+from mtrec_jax.models.inputs import class_levels
 from mtrec_jax.models.network import Network
-from mtrec_jax.models.towers import TowerTask
-from mtrec_jax.types import Fusing
+from mtrec_jax.models.towers import TowerOutput, TowerTask
+from mtrec_jax.types import Fusing, UserStates
 
 
 class _Inputs:
@@ -25,12 +26,27 @@ class _Inputs:
     }
 
 
+class _Classes:
+    """A run on rows with one task, of the classes 1, 5 and 3 in this order."""
+
+    has_items = has_events = False
+    retrieval, order = None, ("stars",)
+    tasks: ClassVar = {"stars": TowerTask("multiclass", 3)}
+    levels: ClassVar = {"stars": class_levels(("1", "5", "3"))}
+
+
+def made(inputs: Any, **parts: Any) -> Network:
+    layers = object.__new__(Network)
+    parts |= {"config": Model(fusion="none", temperature=0.05), "inputs": inputs}
+    for name, part in parts.items():
+        object.__setattr__(layers, name, part)
+    return layers
+
+
 def test_without_a_fusion_tasks_are_averaged_on_one_scale() -> None:
     """By hand, of two pairs: cosines 0.5 and -1 are 0.75 and 0; probabilities of log-odds log 3 and
     0; the normal distribution below 1 and 0; class numbers 1.5 and 3 of 0 to 3."""
-    layers = object.__new__(Network)
-    object.__setattr__(layers, "config", Model(fusion="none", temperature=0.05))
-    object.__setattr__(layers, "inputs", _Inputs())
+    layers = made(_Inputs())
     scores = {
         "next": jnp.array([10.0, -20.0]),
         "click": jnp.array([math.log(3), 0.0]),
@@ -41,3 +57,19 @@ def test_without_a_fusion_tasks_are_averaged_on_one_scale() -> None:
     expected = [(0.75 + 0.75 + 0.841345 + 0.5) / 4, (0.0 + 0.5 + 0.5 + 1.0) / 4]
     np.testing.assert_allclose(fused, expected, rtol=1e-5)
     np.testing.assert_allclose(weights, np.full((2, 4), 0.25))
+
+
+def test_classes_count_by_their_numbers_in_any_order() -> None:
+    """By hand: 5 is the highest level, 3 half of it: 0.5 + 0.3 / 2, and 0.1 + 0.8 / 2."""
+    logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]))
+    layers = made(
+        _Classes(), dtype=jnp.float32, towers=lambda given: TowerOutput({"stars": logits}, {}, {})
+    )
+    none = jnp.zeros((2, 0, 8))
+    states = UserStates(
+        jnp.zeros((2, 1, 8)), jnp.zeros((2, 0)), none, none, none, jnp.zeros((2, 1), int)
+    )
+    outputs, _ = layers.outputs(states, None, None)
+    np.testing.assert_allclose(outputs.fused[:, 0], [0.65, 0.5], rtol=1e-5)
+    assert class_levels(("1", "2", "5")) == (0, 0.5, 2), "in proportion"
+    assert class_levels(("b", "a", "7")) == (0, 1, 2), "the places, without an order"

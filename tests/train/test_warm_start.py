@@ -253,9 +253,9 @@ def test_another_shape_is_named(
     assert not (tmp_path / "new" / "init_from.json").exists()
 
 
-@pytest.mark.parametrize("what", ["tasks", "inputs of a user"])
+@pytest.mark.parametrize("what", ["tasks", "classes", "inputs of a user"])
 def test_places_that_have_changed_are_named(world: World, tmp_path: Path, what: str) -> None:
-    """Two tasks, or two features, that have changed places: every shape is as it was."""
+    """Two tasks, classes or features that have changed places: every shape is as it was."""
     experiment, manifest = world.experiment, world.grown.manifest
     if what == "tasks":
         names = list(experiment.tasks)
@@ -265,6 +265,10 @@ def test_places_that_have_changed_are_named(world: World, tmp_path: Path, what: 
         experiment = replace(experiment, tasks=tasks)
         fields = {swapped.get(n, n): manifest.tasks[swapped.get(n, n)] for n in manifest.tasks}
         manifest = replace(manifest, tasks=fields)
+    elif what == "classes":
+        name = next(iter(manifest.tasks))
+        field = replace(manifest.tasks[name], classes=("1", "5", "3"))
+        manifest = replace(manifest, tasks=manifest.tasks | {name: field})
     else:
         manifest = replace(manifest, context_ids=manifest.context_ids[::-1])
     prepared = replace(world.grown, manifest=manifest)
