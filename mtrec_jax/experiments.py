@@ -26,7 +26,10 @@ from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
-RESERVED = ("user", "item", "title", "known", "rank", "row", "score", "fused", "fusion", "new")
+RESERVED = (
+    *("user", "item", "title", "known", "rank", "row", "score", "new", "reason"),
+    *("fused", "fusion"),
+)
 
 
 def built_in_names() -> list[str]:

@@ -24,6 +24,7 @@ class Protocol:
     test: float
     order: Literal["time", "place"]  # of events: by time, or by place in the source
     past: Literal["rolling", "frozen"]  # what judged events know
+    targets: tuple[str, ...] = ()  # what the label of each task is
     task: str = ""  # the retrieval task; "": nothing is ranked
     candidates: str = "all items"
     items: int = 0  # size of the catalogue
@@ -32,17 +33,19 @@ class Protocol:
     seen_targets: str = ""  # a target that was seen: "missed", as nobody could recommend it
     ties: str = "lower item first"
     ks: tuple[int, ...] = ()
+    reranked: int = 0  # nearest items that the orders of several tasks are compared on
 
     def __str__(self) -> str:
         """One sentence."""
+        data = "; ".join([self.data, *self.targets])
         if not self.task:
-            return self.data
+            return data
         seen = "seen ones as well"
         if self.exclude_seen:
             of = "" if self.seen == (ANY,) else f" with {' or '.join(self.seen)}"
             seen = f"those of earlier splits{of} left out (targets too: {self.seen_targets})"
         return (
-            f"{self.data}; {self.task} ranked among {self.candidates} ({self.items:,}), {seen}, of "
+            f"{data}; {self.task} ranked among {self.candidates} ({self.items:,}), {seen}, of "
             f"equals the {self.ties}, at {', '.join(map(str, self.ks))}"
         )
 
@@ -64,6 +67,8 @@ def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
     ranked: dict[str, Any] = {}
     if retrieval:
         ranked = {"task": retrieval[0], "items": manifest.items, "ks": evaluate.ks}
+        if len(experiment.tasks) > 1:
+            ranked["reranked"] = min(evaluate.candidates, manifest.items)
     if retrieval and evaluate.exclude_seen:
         seen = seen_behaviours(experiment) or (ANY,)
         ranked |= {"exclude_seen": True, "seen": seen, "seen_targets": "missed"}
@@ -74,8 +79,28 @@ def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
         test=split.test,
         order="time" if data.time else "place",
         past=data.past,
+        targets=tuple(_target(name, manifest.config) for name in experiment.tasks),
         **ranked,
     )
+
+
+def _target(name: str, config: Mapping[str, Any]) -> str:
+    """What the label of a task is, as it was prepared.
+
+    >>> like = {"kind": "binary", "column": "rating", "at_least": 4, "where": "buy"}
+    >>> _target("like", {"data": {}, "tasks": {"like": like}})
+    'like: binary, rating >= 4, where buy'
+    """
+    task = config["tasks"][name]
+    column = task.get("column") or name
+    label = config["data"].get("derive", {}).get(column, column)
+    if "at_least" in task:
+        label = f"{label} >= {task['at_least']:g}"
+    if "equals" in task:
+        label = f"{label} = {task['equals']!r}"
+    where = task.get("where")
+    parts = [task["kind"]] if task["kind"] == "retrieval" else [task["kind"], label]
+    return f"{name}: {', '.join([*parts, *([f'where {where}'] if where else [])])}"
 
 
 def check_same(protocols: Mapping[str, Protocol]) -> None:

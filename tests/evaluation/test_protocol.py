@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "test": 0.2,
     "order": "time",
     "past": "frozen",
+    "targets": ("next: retrieval, where click",),
     "task": "",
     "candidates": "99 sampled items",
     "items": 6,
@@ -40,6 +41,7 @@ OTHER: dict[str, Any] = {
     "seen_targets": "missed",
     "ties": "at random",
     "ks": (3,),
+    "reranked": 20,
 }
 
 
@@ -49,6 +51,8 @@ def test_a_protocol_is_a_sentence() -> None:
         "item first, at 3, 10"
     )
     assert str(replace(RULES, task="")) == RULES.data
+    told = replace(RULES, task="", targets=("like: binary, rating >= 4",))
+    assert str(told) == f"{RULES.data}; like: binary, rating >= 4"
 
 
 def test_every_rule_changes_the_hash() -> None:
@@ -69,8 +73,15 @@ def test_the_protocol_of_an_experiment(
         test=0.1,
         order="time",
         past="rolling",
+        targets=(
+            "next_item: retrieval, where click",
+            "click: binary, click",
+            "buy: binary, buy, where click",
+            "stars: regression, stars, where buy",
+        ),
         task="next_item",
         items=60,
+        reranked=20,
         exclude_seen=True,
         seen=("click",),  # next_item is asked where there was a click
         seen_targets="missed",
@@ -81,6 +92,35 @@ def test_the_protocol_of_an_experiment(
     check_same({"a": found, "b": replace(found)})
     with pytest.raises(ConfigError, match=r"'a' and 'c' were measured by .*exclude_seen: True"):
         check_same({"a": found, "b": found, "c": seen})
+
+
+def test_other_labels_are_another_protocol(
+    shop_experiment: Experiment, shop_prepared: Prepared
+) -> None:
+    """What is asked for is part of the rules, also where nothing that was seen is left out."""
+    evaluate = replace(shop_experiment.evaluate, exclude_seen=False)
+    experiment, m = replace(shop_experiment, evaluate=evaluate), shop_prepared.manifest
+    tasks, hashes = m.config["tasks"], {protocol_of(experiment, m).hash}
+    for name, key, value in (
+        ("next_item", "where", ""),
+        ("next_item", "where", "buy"),
+        ("stars", "where", "click"),
+        ("click", "column", "buy"),
+        ("click", "at_least", 3),
+        ("click", "at_least", 4),
+        ("click", "equals", "yes"),
+    ):
+        changed = {**tasks, name: {**tasks[name], key: value}}
+        config = m.config | {"tasks": changed}
+        hashes.add(protocol_of(experiment, replace(m, config=config)).hash)
+    derived = m.config["data"] | {"derive": {"click": "clicks > 2"}}
+    hashes.add(protocol_of(experiment, replace(m, config=m.config | {"data": derived})).hash)
+    fewer = replace(experiment, evaluate=replace(evaluate, candidates=7))
+    hashes.add(protocol_of(fewer, m).hash)
+    assert len(hashes) == 10
+    # a task alone keeps its sample space, which its labels have
+    alone = replace(experiment, tasks={"stars": experiment.tasks["stars"]})
+    assert protocol_of(alone, m).targets == ("stars: regression, stars, where buy",)
 
 
 def test_a_published_figure_of_another_protocol_says_so(

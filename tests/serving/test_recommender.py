@@ -169,6 +169,19 @@ def test_predict_agrees_with_recommend(shop_recommender: Recommender) -> None:
         np.testing.assert_allclose(pairs[task], found[task], rtol=2e-5, atol=1e-6)
 
 
+def test_no_task_has_the_name_of_another_column(shop_recommender: Recommender) -> None:
+    answers = [
+        shop_recommender.predict(USERS[:1], ["i0001"]),
+        shop_recommender.predict_rows(pa.table({"user": USERS[:1], "item": ["i0001"]})),
+        shop_recommender.recommend(USERS[:1], 1),
+    ]
+    own = {name for found in answers for name in found.columns} - set(TASKS)
+    assert {"reason", "new", "known", "rank", "row"} <= own
+    for name in own - {f"weight {task}" for task in TASKS}:  # no name of a task has a space
+        with pytest.raises(ConfigError, match=f"tasks.{name}: the results use this name"):
+            small.make(tasks={name: {"kind": "binary"}})
+
+
 def test_unknown_pairs_are_marked(shop_recommender: Recommender) -> None:
     pairs = shop_recommender.predict(["u00001", "nobody", "u00001"], ["i0003", "i0003", "nothing"])
     assert pairs["known"] == [True, False, False]
