@@ -21,6 +21,7 @@ from mtrec_jax import processes
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
 from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import seen_behaviours
+from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.collect import order_score, ordering
@@ -43,6 +44,7 @@ from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
 from mtrec_jax.types import FIRST, UNKNOWN, UserStates
 
 WIDE = 512  # candidates of a wider answer than `evaluate.candidates`; then 8 times as many, …
+_UNSCORED = "a new item, of which no feature is known"
 SEEN = (1024, 4096)  # bounds of the seen items of a user that are taken out by a list
 
 
@@ -377,11 +379,14 @@ class Recommender:
         """The k items whose vectors are nearest to an item's, itself left out.
 
         Raises:
-          DataError: an unknown item, or k is below 1 or above the catalogue.
+          DataError: an unknown item, or a new one of which no feature is known; or k is below 1 or
+            above the catalogue.
         """
         k = self._checked(k, True)
         check_id("item", item)
         own = self._encoder.item_ids([item], "item")
+        if self._unscored[own].any():
+            raise DataError(f"item {item!r} is {_UNSCORED}: nothing is known to be near it")
         mask = ~self._unscored[FIRST:]
         mask[own - FIRST] = False
         queries = self._vectors_of(own)
@@ -465,8 +470,7 @@ class Recommender:
         A user who has seen more than a list holds is asked for alone, with a mask: the sizes, and
         so the programs, are always the same.
         """
-        room = SEEN[0] if self._encoder.most_seen <= SEEN[0] else SEEN[1]
-        room = min(room, 1 << (len(mask) - 1).bit_length())
+        room = self._room
         exclude = np.full((len(queries), room), -1, np.int32)
         for row, items in enumerate(seen):
             if len(items) <= room:
@@ -481,6 +485,12 @@ class Recommender:
             found_alone = self._index.search(alone, width, none, own)
             scores[row], found[row] = (array[0] for array in found_alone)
         return scores, found
+
+    @functools.cached_property
+    def _room(self) -> int:
+        """How many seen items a list holds; it stays when users have met more, as do programs."""
+        room = SEEN[0] if self._encoder.most_seen <= SEEN[0] else SEEN[1]
+        return min(room, 1 << (len(self._index) - 1).bit_length())
 
     def _announce(self, size: int, width: int = 0) -> None:
         """A word about programs that were not compiled ahead."""
@@ -564,10 +574,15 @@ class Recommender:
 
     @functools.cached_property
     def _unscored(self) -> np.ndarray:
-        """By item id [N + 2]: new items of which the model knows no feature either."""
-        known = self.prepared.catalogue()
-        told = (known["ids"] >= FIRST).any(axis=1) | (known["numbers"] != 0).any(axis=1)
-        return self._is_new & ~told
+        """By item id [N + 2]: new items of which the model knows no feature either, but unknown
+        values, and what it takes missing ones for."""
+        known, m = self.prepared.catalogue(), self.prepared.manifest
+        names = [field.name for field in (*m.item_ids, *m.item_numbers)]
+        empty = dict.fromkeys(names, pa.nulls(1, pa.string()))
+        encodings = [features.restore(self.prepared, name) for name in names]
+        ids, numbers = features.encode_all(encodings, empty, 1)
+        told = (known["ids"] >= FIRST) & (known["ids"] != ids)
+        return self._is_new & ~told.any(axis=1) & (known["numbers"] == numbers).all(axis=1)
 
     def _admitted(self, mask: np.ndarray) -> np.ndarray:
         """Of the items that filters leave, those that can be scored: [N] bool."""
@@ -581,8 +596,7 @@ class Recommender:
     def _marks(self, items: np.ndarray, told: np.ndarray) -> dict[str, pa.Array]:
         """Columns of predictions for items [n]: which are new, and why nothing is said of some."""
         reasons = np.where(told, "", "the user or the item is not in the data")
-        why = "a new item, of which no feature is known"
-        reasons = np.where(self._unscored[items], why, reasons)
+        reasons = np.where(self._unscored[items], _UNSCORED, reasons)
         return {
             "new": pa.array(self._is_new[items]),
             "reason": pa.array([text or None for text in reasons.tolist()], pa.string()),

@@ -10,6 +10,7 @@ import pytest
 
 import mtrec_jax
 from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.errors import DataError
 from mtrec_jax.models.serve import load_catalogue
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.tables.lookup import fetch
@@ -20,12 +21,26 @@ LOG = "user,item,time\n" + "".join(
     for user in "abcde"
     for time, item in enumerate("xyzxy" if user in "ab" else "yzxyz")
 )
-# `new` shares its brand with x; of `odd` no feature is known; `rare` loses its one event
-ITEMS = "item,brand\nx,oak\ny,elm\nz,elm\nrare,oak\nodd,fir\nnew,oak\n"
+# `new` shares its features with x; of `odd` no feature is known: no other item is of fir, a missing
+# price is taken for 2, a missing colour for red, and size and shape are marked as missing
+ITEMS = """item,brand,price,colour,size,shape
+x,oak,1,red,1,round
+y,elm,2,red,2,
+z,elm,9,blue,,flat
+rare,oak,1,red,1,flat
+odd,fir,,,,
+new,oak,1,red,1,round
+"""  # `rare` loses its one event
 EXPERIMENT = {
     "data": {"items": {"files": ["items.csv"]}},
     "clean": {"min_item_events": 2},
-    "features": {"brand": {"on": "item"}},
+    "features": {
+        "brand": {"on": "item"},
+        "price": {"on": "item", "kind": "numeric", "impute": "median"},
+        "colour": {"on": "item", "impute": "mode"},
+        "size": {"on": "item", "kind": "numeric", "impute": "own"},
+        "shape": {"on": "item", "impute": "own"},
+    },
     "train": {"steps": 3, "batch_size": 2, "mesh": [1, 1], "negatives": 4},
     "model": {"width": 8},
 }
@@ -86,6 +101,9 @@ def test_it_is_recommended_and_what_cannot_be_scored_is_not(model: Recommender) 
     assert marks == {"new": True, "x": False, "y": False, "z": False}
     chosen = model.recommend(["a"], 1, allowed=["new"])
     assert chosen["item"] == ["new"]
+    assert sorted(model.similar_items("new", 5)["item"]) == ["x", "y", "z"]
+    with pytest.raises(DataError, match="item 'odd' is a new item, of which no feature is known"):
+        model.similar_items("odd", 2)
 
 
 def test_users_without_events_are_counted(tmp_path: Path) -> None:

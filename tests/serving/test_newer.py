@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -201,6 +202,30 @@ def test_a_recommender_answers_with_new_events(
     assert answers["item"][5:] == shop_recommender.recommend(["u00001"], 5)["item"]
     with pytest.raises(ConfigError, match="newer data serve for"):  # they would count as seen
         mtrec_jax.evaluate_run(newer.run)
+
+
+def test_who_has_met_more_needs_no_other_program(
+    shop_run: Run, shop_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists hold 4 or 32 seen items, and nobody has seen more than 4 before; then one sees 20."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        compiled.extend([event] * ("backend_compile" in event))
+
+    monkeypatch.setattr("mtrec_jax.serving.recommender.SEEN", (4, 32))
+    monkeypatch.setattr("mtrec_jax.serving.requests.Encoder.most_seen", 4)
+    model = Recommender(shop_run)
+    expected = model.recommend(["u00003"], 5)
+    monkeypatch.undo()
+    one = raw_events(shop_data).slice(0, 1).to_pylist()[0] | {"user": "zoe", "click": 1}
+    items = model.prepared.item_names[:20]
+    newer = model.with_events(pa.Table.from_pylist([one | {"item": item} for item in items]))
+    assert newer._encoder.most_seen >= 20
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    assert newer.recommend(["u00003"], 5).table == expected.table
+    assert not set(newer.recommend(["zoe"], 20)["item"]) & set(items)
+    assert compiled == []
 
 
 def test_new_users_are_answered_by_their_features(

@@ -479,7 +479,7 @@ def test_who_has_seen_more_than_a_list_holds_is_asked_for_alone(
 ) -> None:
     users = [*USERS, "nobody"]
     expected = shop_recommender.recommend(users, 9)
-    monkeypatch.setattr("mtrec_jax.serving.recommender.SEEN", (2, 4))
+    monkeypatch.setattr(shop_recommender, "_room", 4)
     found = shop_recommender.recommend(users, 9)
     assert found["item"] == expected["item"]
     np.testing.assert_allclose(found["score"][:27], expected["score"][:27], rtol=1e-5)
