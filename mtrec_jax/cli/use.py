@@ -46,42 +46,50 @@ def recommend(
     profiles: NewUsers = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
-    from mtrec_jax import processes
-    from mtrec_jax.serving.result import print_recommendations, save_tables
-
     if more_users and (not users or blocked or allowed):
         raise typer.BadParameter(
             f"unexpected {' '.join(more_users)}: repeat the option for each id, as in "
             "--users u1 --users u2 --blocked i1 --blocked i2"
         )
     chosen = list(dict.fromkeys([*(users or []), *(more_users or [])]))
+    _check_who(chosen, all_users, out)
+    recommender = _opened(run, prepared, events, profiles)
+    filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
+    filters |= {"k": k, "exclude_seen": exclude_seen, "order_by": order_by}
+    rows = _written(recommender, chosen, out, filters)
+    if out is not None:
+        say(f"{rows:,} recommendations in {out}")
+    if rows < k * (len(chosen) or recommender.prepared.manifest.users):
+        _say_fewer(k, exclude_seen)
+
+
+def _check_who(chosen: list[str], all_users: bool, out: Path | None) -> None:
+    from mtrec_jax import processes
+
     if bool(chosen) == all_users:
         raise typer.BadParameter("name --users, or ask for --all-users (with --out FILE)")
     if processes.count() > 1 and not all_users:
         raise typer.BadParameter("several processes share --all-users; name --users to one process")
     if all_users and out is None:
         raise typer.BadParameter("--all-users writes a file: add --out FILE")
-    recommender = _opened(run, prepared, events, profiles)
-    filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
-    filters |= {"exclude_seen": exclude_seen, "order_by": order_by}
-    if all_users:
-        assert out is not None
-        tables = recommender.recommend_all(k, **filters)
-        rows = save_tables(_progress(tables, recommender), processes.own_file(out))
-        rows, wanted = processes.total(rows), k * recommender.prepared.manifest.users
-    else:
-        result = recommender.recommend(chosen, k, **filters)
-        rows, wanted = len(result), k * len(chosen)
-        known = recommender.prepared.user_ids
-        _warn_unknown([u for u in chosen if u not in known])
-        if out is not None:
-            result.save(out)
-        else:
-            print_recommendations(result)
+
+
+def _written(recommender: Any, chosen: list[str], out: Path | None, asked: dict[str, Any]) -> int:
+    """Write the answers for users, or for everybody where none is named; the number of rows."""
+    from mtrec_jax import processes
+    from mtrec_jax.serving.result import print_recommendations, save_tables
+
+    if out is not None and not chosen:
+        tables = _progress(recommender.recommend_all(**asked), recommender)
+        return processes.total(save_tables(tables, processes.own_file(out)))
+    result = recommender.recommend(chosen, **asked)
+    known = recommender.prepared.user_ids
+    _warn_unknown([u for u in chosen if u not in known])
     if out is not None:
-        say(f"{rows:,} recommendations in {out}")
-    if rows < wanted:
-        _say_fewer(k, exclude_seen)
+        result.save(out)
+    else:
+        print_recommendations(result)
+    return len(result)
 
 
 def _filters(

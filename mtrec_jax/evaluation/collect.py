@@ -134,14 +134,21 @@ def seen_items(
     Seen is the item of an event with a 1 in one of the binary tasks `behaviours`; (): of any event.
     Events that are only shown come before validation and test.
     """
-    items, splits, counted = met_items(prepared, behaviours)
-    code = SPLITS.index(split)
-    before = ((splits < code) | ((splits == SHOWN) & (code > 0))) & counted
-    values = items.values[before].astype(np.int64) - FIRST
-    count = np.concatenate([[0], np.cumsum(before)])[items.offsets]  # of kept events up to a user
-    known = users >= FIRST
+    seen, known = counted_items(prepared, behaviours, split), users >= FIRST
     index = np.where(known, users - FIRST, 0)
-    return _stretches(values, count[index], np.where(known, count[index + 1] - count[index], 0))
+    start, end = seen.offsets[index], seen.offsets[index + 1]
+    values = seen.values.astype(np.int64) - FIRST
+    return _stretches(values, start, np.where(known, end - start, 0))
+
+
+def counted_items(prepared: Prepared, behaviours: tuple[str, ...] = (), before: str = "") -> Lists:
+    """Item ids that each user has seen, a list a user: of the events that count, see `seen_items`;
+    in the splits before one, or in all."""
+    items, splits, counted = met_items(prepared, behaviours)
+    if before:
+        code = SPLITS.index(before)
+        counted = counted & ((splits < code) | ((splits == SHOWN) & (code > 0)))
+    return Lists(items.values[counted], np.concatenate([[0], np.cumsum(counted)])[items.offsets])
 
 
 def met_items(

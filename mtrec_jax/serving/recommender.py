@@ -57,6 +57,7 @@ class _Question:
     exclude_seen: bool
     order_by: str  # a task, or "fused"
     popular: bool  # strangers without a history get the most popular items
+    ignored: dict[str, int]  # ids of the filters that are not in the catalogue
 
 
 class Recommender:
@@ -237,12 +238,8 @@ class Recommender:
         """
         users = raw_texts("users", users)
         one_of("on_unknown", on_unknown, ("popular", "model", "error"))
-        self._check_order(order_by)
-        k = self._checked(k, exclude_seen)
-        filters = read_filters(self.prepared, allowed, blocked, unknown_items)
-        asked = _Question(
-            k, self._admitted(filters.mask), exclude_seen, order_by, on_unknown == "popular"
-        )
+        filters = allowed, blocked, unknown_items
+        asked = self._question(k, filters, exclude_seen, order_by, on_unknown == "popular")
         if histories is not None:
             histories = a_list("histories", histories)
             if len(histories) != len(users):
@@ -255,7 +252,7 @@ class Recommender:
             fresh = None if histories is None else histories[part]
             encoded = self._encoder.users(users[part], fresh, moments[part])
             tables.append(self._recommend_batch(users[part], encoded, asked))
-        return Result(pa.concat_tables(tables), filters.ignored)
+        return Result(pa.concat_tables(tables), asked.ignored)
 
     def recommend_all(
         self,
@@ -272,11 +269,8 @@ class Recommender:
         Several processes share the users: each gets tables of its own part, equally many.
         """
         users = self.prepared.user_names
-        self._check_order(order_by)
-        k = self._checked(k, exclude_seen)
-        filters = read_filters(self.prepared, allowed, blocked, unknown_items)
-        mask = self._admitted(filters.mask)
-        asked = _Question(k, mask, exclude_seen, order_by, popular=True)
+        filters = allowed, blocked, unknown_items
+        asked = self._question(k, filters, exclude_seen, order_by)
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
@@ -557,10 +551,29 @@ class Recommender:
         n = self.prepared.manifest.items
         return a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
 
-    def _check_order(self, order_by: str) -> None:
-        """Refuse what is no order: a task of classes that are not all numbers has none."""
+    def _question(
+        self,
+        k: int,
+        filters: tuple[Ids, Ids, UnknownItems],
+        exclude_seen: bool,
+        order_by: str,
+        popular: bool = True,
+    ) -> _Question:
+        """What is asked of the items that `filters` (allowed, blocked, unknown_items) leave.
+
+        Raises:
+          ConfigError, DataError: what `recommend` refuses.
+        """
         orders = ordering(self.experiment, self.prepared.manifest)
         one_of("order_by", order_by, ("fused", *orders))
+        k = self._checked(k, exclude_seen)
+        found = read_filters(self.prepared, *filters)
+        mask = found.mask & ~self._unscored[FIRST:]
+        if not mask.any():
+            raise DataError(
+                "the filters allowed and blocked leave no item that the model can score"
+            )
+        return _Question(k, mask, exclude_seen, order_by, popular, found.ignored)
 
     @property
     def _has_retrieval(self) -> bool:
@@ -577,21 +590,12 @@ class Recommender:
         """By item id [N + 2]: new items of which the model knows no feature either, but unknown
         values, and what it takes missing ones for."""
         known, m = self.prepared.catalogue(), self.prepared.manifest
-        names = [field.name for field in (*m.item_ids, *m.item_numbers)]
+        names = [field.name for group in (m.item_ids, m.item_numbers) for field in group]
         empty = dict.fromkeys(names, pa.nulls(1, pa.string()))
         encodings = [features.restore(self.prepared, name) for name in names]
         ids, numbers = features.encode_all(encodings, empty, 1)
         told = (known["ids"] >= FIRST) & (known["ids"] != ids)
         return self._is_new & ~told.any(axis=1) & (known["numbers"] == numbers).all(axis=1)
-
-    def _admitted(self, mask: np.ndarray) -> np.ndarray:
-        """Of the items that filters leave, those that can be scored: [N] bool."""
-        mask = mask & ~self._unscored[FIRST:]
-        if not mask.any():
-            raise DataError(
-                "the filters allowed and blocked leave no item that the model can score"
-            )
-        return mask
 
     def _marks(self, items: np.ndarray, told: np.ndarray) -> dict[str, pa.Array]:
         """Columns of predictions for items [n]: which are new, and why nothing is said of some."""
@@ -611,8 +615,8 @@ class Recommender:
             if user not in self.prepared.user_ids:
                 hint = nearest(user, list(self.prepared.user_ids)[:20_000])
                 raise DataError(
-                    f"user {user!r} is not in the data of {self.run.folder}.{hint} Pass a history, "
-                    'or on_unknown="popular" for the most popular items'
+                    f"user {user!r} is not in the data of {self.run.folder}.{hint} Pass "
+                    'on_unknown="popular" for the most popular items, or to answer by a history'
                 )
 
 

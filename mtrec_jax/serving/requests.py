@@ -18,7 +18,7 @@ from mtrec_jax.data.dataset import Prepared, described, is_one
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.features.clock import Clock
 from mtrec_jax.errors import DataError, nearest
-from mtrec_jax.evaluation.collect import met_items
+from mtrec_jax.evaluation.collect import counted_items
 from mtrec_jax.models.serve import pad_rows
 from mtrec_jax.types import FIRST, UNKNOWN, Batch, Lists
 
@@ -202,15 +202,12 @@ class Encoder:
         """What each user has met: items, and the history features where there are histories."""
         fields = self.prepared.manifest.history if self.prepared.manifest.history_length else ()
         found = {field.name: self.prepared.user_lists(f"event_{field.name}") for field in fields}
-        return {"item": met_items(self.prepared)[0], **found}
+        return {"item": counted_items(self.prepared), **found}
 
     @functools.cached_property
     def _seen(self) -> Lists:
         """Items of each user's events that make them seen."""
-        items, _, counted = met_items(self.prepared, self._behaviours)
-        return Lists(
-            items.values[counted], np.concatenate([[0], np.cumsum(counted)])[items.offsets]
-        )
+        return counted_items(self.prepared, self._behaviours)
 
     @functools.cached_property
     def most_seen(self) -> int:

@@ -104,16 +104,20 @@ class Result:
 def print_recommendations(result: Result) -> None:
     """Print the answer of `recommend` to standard output, a table a user."""
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    is_new = result["new"]
-    for user in dict.fromkeys(result["user"]):
-        places = [i for i, u in enumerate(result["user"]) if u == user]
-        table = result.table.take(places).drop_columns(["user", "known"])
-        if not any(is_new[i] for i in places):
+    is_new, known = result["new"], result["known"]
+    places: dict[str, list[int]] = {}
+    for place, user in enumerate(result["user"]):
+        places.setdefault(user, []).append(place)
+    left_out = ["user", "known"]
+    if max(map(len, result["item"]), default=0) > 16:  # long ids crowd out the titles
+        left_out += ["item"]  # files have them
+    short = result.table.drop_columns(left_out)
+    short = short.rename_columns([n.replace("weight ", "w. ") for n in short.column_names])
+    for user, own in places.items():
+        table = short.take(own)
+        if not any(is_new[place] for place in own):
             table = table.drop_columns(["new"])
-        if max(map(len, result["item"])) > 16:  # long ids crowd out the titles; files have them
-            table = table.drop_columns(["item"])
-        table = table.rename_columns([n.replace("weight ", "w. ") for n in table.column_names])
-        note = "" if result["known"][places[0]] else "  (unknown user: the most popular items)"
+        note = "" if known[own[0]] else "  (unknown user: the most popular items)"
         console.print(Text.assemble((user, "bold"), note))
         console.print(Result(table).rich())
 

@@ -385,7 +385,7 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
         ),
         (
             lambda r: r.recommend(["u00001", "u0001"], on_unknown="error"),
-            r"user 'u0001' is not in the data of .*Did you mean 'u0\d+'\? Pass a history, or",
+            r"user 'u0001' is not in the data of .*Did you mean 'u0\d+'\? Pass on_unknown=",
         ),
         (lambda r: r.recommend("u12"), r"users: 'u12' is one text; pass a list of ids"),
         (lambda r: r.predict("u12", ["i0001"]), r"users: 'u12' is one text; pass a list of ids"),

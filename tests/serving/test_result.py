@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.errors import DataError
-from mtrec_jax.serving.result import Result, save_tables
+from mtrec_jax.serving.result import Result, print_recommendations, save_tables
 
 TABLE = pa.table(
     {
@@ -126,6 +126,40 @@ def test_a_terminal_shows_names_and_short_numbers() -> None:
     assert lines[0].split() == ["user", "known", "rank", "title", "score"]
     assert lines[1].split() == ["u1", "True", "1", "Alien,", "the", "0.5000"]
     assert not Result(TABLE.slice(0, 0))["user"]
+
+
+def test_answers_are_printed_by_user_and_read_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    column = Result.__getitem__
+
+    def counted(result: Result, name: str) -> list[Any]:
+        read.append(name)
+        return column(result, name)
+
+    monkeypatch.setattr(Result, "__getitem__", counted)
+    table = pa.table(
+        {
+            "user": ["u2", "u1", "u2", "u3"],
+            "known": [True, False, True, True],
+            "item": ["a", "b", "c", "d"],
+            "weight like": [0.1, 0.2, 0.3, 0.4],
+            "new": [False, False, False, True],
+        }
+    )
+    print_recommendations(Result(table))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = ["item", "w.", "like"]
+    note = ["(unknown", "user:", "the", "most", "popular", "items)"]
+    assert lines == [
+        *(["u2"], head, ["a", "0.1000"], ["c", "0.3000"]),
+        *(["u1", *note], head, ["b", "0.2000"]),
+        *(["u3"], [*head, "new"], ["d", "0.4000", "True"]),
+    ]
+    assert sorted(read) == ["item", "known", "new", "user"]
+    print_recommendations(Result(table.slice(0, 0)))
+    assert not capsys.readouterr().out
 
 
 def test_brackets_are_no_markup() -> None:
