@@ -6,6 +6,7 @@ The public names load on first use, so that `import mtrec_jax.kernels` stays lig
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError, Error
@@ -38,6 +39,8 @@ __all__ = ["CheckpointError", "ConfigError", "DataError", "Error", *sorted(_HOME
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mtrec_jax' has no attribute {name!r}")
+    # XLA calls a compilation of two minutes a bug to be filed; read when JAX is imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     module, _, attribute = _HOME[name].partition(":")
     return getattr(importlib.import_module(module), attribute or name)
 

@@ -86,9 +86,8 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
     if not any(type(value) is type(known) and value == known for known in allowed):
         texts = [known for known in allowed if isinstance(known, str)]
         hint = nearest(value, texts) if isinstance(value, str) else ""
-        raise ConfigError(
-            f"{name}: {shown(value)} is not one of {', '.join(map(repr, allowed))}.{hint}"
-        )
+        named, known = argument(name).rstrip("="), ", ".join(map(repr, allowed))
+        raise ConfigError(f"{named}: {shown(value)} is not one of {known}.{hint}")
 
 
 def a_list(name: str, values: Any, error: type[Error] = DataError) -> list[Any]:

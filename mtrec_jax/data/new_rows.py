@@ -88,7 +88,7 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
     experiment = _of_histories(prepared)
     have = columns_of(_without_rules(experiment), "events")
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
-        source = _read_new(opened, experiment, table, have)
+        source = _read_new(opened, experiment, table, have, "events")
         cleaned, _ = value_rules(experiment, source.table, removes=False)
         rows = typed(_without_rules(experiment), cleaned).order_by("row").to_pyarrow()
         did = _behaviours(prepared, cleaned)
@@ -151,10 +151,12 @@ def with_users(prepared: Prepared, table: Any) -> Prepared:
         for name, feature in experiment.features.items()
         if feature.on == "context" and feature.fitted and name in fields
     }
+    if not asked:
+        raise ConfigError("users: the model has no features of users (on = 'context') to know by")
     if experiment.data.users:  # its format and names, and not those of the events
         data = dataclasses.replace(experiment.data, events=experiment.data.users, derive={})
         experiment = dataclasses.replace(experiment, data=data)
-    rows = read_columns(experiment, table, list(dict.fromkeys([user, *asked.values()])))
+    rows = read_columns(experiment, table, list(dict.fromkeys([user, *asked.values()])), "users")
     given = one_array(rows[user])
     if given.null_count or len(given.unique()) < len(given):
         twice = [c for c in given.value_counts().to_pylist() if c["counts"] > 1]
@@ -277,13 +279,16 @@ def _feature_cells(table: pa.Table) -> dict[str, pa.Array]:
     return {name.removeprefix("feature_"): one_array(table[name]) for name in names}
 
 
-def read_columns(experiment: Experiment, table: Any, columns: Sequence[str]) -> pa.Table:
+def read_columns(
+    experiment: Experiment, table: Any, columns: Sequence[str], what: str = "rows"
+) -> pa.Table:
     """Columns of new raw rows as text, in the order of the input; missing cells are null.
 
     Args:
       experiment: its `data.events` says the format, unless the file's suffix does.
       table: a file, or an in-memory table.
       columns: which columns, by the names used in the experiment.
+      what: the argument that the table is, for messages.
 
     Raises:
       DataError: a column is missing, or a line is malformed.
@@ -291,16 +296,20 @@ def read_columns(experiment: Experiment, table: Any, columns: Sequence[str]) -> 
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         purposes = columns_of(experiment, "events")
         needed = {column: purposes.get(column, "asked for") for column in columns}
-        source = _read_new(opened, experiment, table, needed)
+        source = _read_new(opened, experiment, table, needed, what)
         return source.table.order_by(ROW).select(*columns).to_pyarrow()
 
 
 def _read_new(
-    opened: Engine, experiment: Experiment, table: Any, columns: dict[str, str]
+    opened: Engine,
+    experiment: Experiment,
+    table: Any,
+    columns: dict[str, str],
+    what: str = "rows",
 ) -> Source:
     """Raw rows of which none may be left out."""
     given = isinstance(table, (str, os.PathLike))
-    path = os.fspath(table) if given else "rows"
+    path = os.fspath(table) if given else what
     errors: list[tuple[int, DataError]] = []
     for files in _formats(path if given else "", experiment.data.events):
         shutil.rmtree(opened.folder / "raw_rows_0", ignore_errors=True)  # of the format before

@@ -161,6 +161,7 @@ class _Divided(NamedTuple):
     tasks: dict[str, TaskField]
     summary: Summary
     rules: list[Rule]
+    leaks: list[str]  # what guards have found so far
 
 
 class _Fitted(NamedTuple):
@@ -196,7 +197,9 @@ def _build(
     rows = sum(divided.split.sizes.values())
     rows += count(divided.queries) if divided.queries is not None else 0
     log = event_log(engine, events, rows, experiment, fitted.events, divided.tasks)
-    guards.next_event_known(log, experiment)
+    leaks = divided.leaks + guards.leaks(lambda: guards.next_event_known(log, experiment))
+    if leaks:
+        raise DataError("\n".join(leaks))
     tastes = fit_tastes(experiment, log, divided.friends, items, divided.tasks, base)
     context = {f"context_{name}": ids for name, ids in fitted.encoded(fitted.users).items()}
     _write_users(folder, experiment, users, context | (tastes.of_users if tastes else {}), log)
@@ -247,7 +250,7 @@ def _build(
 def _divide(
     engine: Engine, experiment: Experiment, cleaned: Cleaned, say: Say, base: Prepared | None
 ) -> _Divided:
-    """Split the clean events, give ids, and stop on leaks before anything is fitted."""
+    """Split the clean events, give ids, and learn what the tasks are."""
     notes = cleaned.notes
     events = engine.keep("split", split_events(cleaned.table(engine, "events"), experiment))
     events = sample_spaces(events, experiment)
@@ -264,7 +267,7 @@ def _divide(
     if (ties := cleaned.table(engine, "ties")) is not None:
         friends, users = friend_lists(ties, users, experiment)
     equal, sides = cleaned.table(engine, "equal"), {"user": users, "item": items}
-    guards.all_together(
+    leaks = guards.leaks(
         lambda: guards.row_in_two_splits(
             equal, events, experiment, split.sizes, notes.dropped, notes.first_rows, notes.place
         ),
@@ -274,7 +277,9 @@ def _divide(
     told = report.summarize(events, labels)
     new = _new_items(engine, cleaned.table(engine, "items"), items)
     items = pa.concat_tables([items, new])
-    return _Divided(events, queries, users, items, len(new), friends, split, tasks, told, rules)
+    return _Divided(
+        events, queries, users, items, len(new), friends, split, tasks, told, rules, leaks
+    )
 
 
 def _indexed(engine: Engine, events: Any, key: str, side: Any) -> pa.Table:

@@ -145,8 +145,9 @@ class Recommender:
 
         Args:
           events: a pandas, Polars or Arrow table, or the path of a file, a row an event, with the
-            log's columns of user, item, time and the features of the history; labels are not
-            needed. Items and values that the model has never seen count as unknown.
+            log's columns of user, item, time and the features of the history (after `fit`, the
+            labels too, as past ones are such features). Items and values that the model has never
+            seen count as unknown.
 
         Raises:
           ConfigError: the data has no users or items, or features that look back on the whole log.

@@ -240,8 +240,8 @@ def _storage_failed(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno and error.errno not in missing:
             return True
-        # of tensorstore, which raises errors of its own: "[OS error 5: EIO Input/output error]"
-        numbers = [int(n) for n in re.findall(r"\[OS error (\d+)", str(error))]
+        # of tensorstore, which raises errors of its own: "... [os_error_code='5'] ..."
+        numbers = [int(n) for n in re.findall(r"os_error_code='(\d+)'", str(error))]
         if any(number not in missing for number in numbers):
             return True
         error = error.__cause__ or error.__context__

@@ -99,13 +99,20 @@ def train(
 @contextlib.contextmanager
 def _sole_trainer(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, which a process that dies gives back."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, is_taken = filelock.FileLock(folder / "lock", blocking=False), False
+    lock, is_taken, failed = filelock.FileLock(folder / "lock", blocking=False), False, ""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if processes.is_first():
             lock.acquire()
     except filelock.Timeout:
         is_taken = True
+    except OSError as error:
+        failed = error.strerror or str(error)
+    if processes.largest(bool(failed)):
+        raise ConfigError(
+            f"{folder} cannot be written{f' ({failed})' * bool(failed)}, and training writes "
+            f"there; pass another {argument('run')}"
+        )
     if processes.largest(is_taken):
         raise ConfigError(
             f"another process is training in {folder}; wait for it, stop it, or pass "

@@ -205,7 +205,7 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     if has_checkpoint(folder) and not path.exists():
         raise ConfigError(
             f"{folder} has checkpoints but no config.toml, which says what they are of; bring it "
-            f"back, or pass another {argument('run')} folder"
+            f"back, or pass another {argument('run')}"
         )
     if has_checkpoint(folder):
         with path.open("rb") as file:
@@ -215,7 +215,7 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
             raise ConfigError(
                 f"{folder} is a run of another configuration:\n{shown}\n"
-                f"Pass another {argument('run')} folder, or the configuration it was started with"
+                f"Pass another {argument('run')}, or the configuration it was started with"
             )
     elif folder.exists() and any(
         p.name.removesuffix(".partial") not in _OWN_FILES for p in folder.iterdir()

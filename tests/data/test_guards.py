@@ -589,11 +589,15 @@ def test_innocent_columns_beside_leaks_in_a_preparation(tmp_path: Path) -> None:
     cells = {n: [None if np.isnan(v) else v for v in x] for n, x in columns.items()}
     users = csv(user=[f"u{u}" for u in range(200)], **cells)
     ids = {key: [f"{key[0]}{n}" for n in log[key]] for key in ("user", "item")}
-    events = csv(**log | ids, copy=log["like"])
+    order = np.lexsort((np.arange(1000), log["user"]))  # the next label of the same user
+    then = np.zeros(1000, int)
+    then[order[:-1]] = np.where(np.diff(log["user"][order]) == 0, log["like"][order[1:]], 0)
+    events = csv(**log | ids, copy=log["like"], then=then)
 
     def refused(features: list[str], allow: list[str]) -> list[str]:
         kinds = {name: {"on": "context", "kind": "numeric"} for name in features}
         kinds |= {"copy": {"on": "request"}} if "copy" in features else {}
+        kinds |= {"then": {"on": "history"}} if "then" in features else {}
         experiment = make(
             data={"users": {"files": ["users.csv"]}},
             features=kinds,
@@ -608,7 +612,8 @@ def test_innocent_columns_beside_leaks_in_a_preparation(tmp_path: Path) -> None:
         return []
 
     assert refused(["vip", "none"], []) == []
-    assert refused([*columns, "copy"], []) == ["copy/like", "mean/like", "short/like"]
+    every = ["copy/like", "mean/like", "short/like", "then/like"]
+    assert refused([*columns, "copy", "then"], []) == every
     assert refused([*columns, "copy"], ["mean", "copy/like"]) == ["short/like"]
 
 

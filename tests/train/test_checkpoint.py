@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
@@ -213,27 +214,30 @@ def test_a_truncated_file_and_another_model_are_found_out(
         assert "to continue from the step before it" in message
 
 
-EIO = OSError(errno.EIO, "Input/output error")
-OF_TENSORSTORE = "Error reading local file [OS error {}]"
+OF_TENSORSTORE = "Error reading: {}: Failed to open: \"d/6f30\": {} [os_error_code='{}']"
 
 
 @pytest.mark.parametrize(
     ("error", "is_damage"),
     [
-        (EIO, False),
+        (OSError(errno.EIO, "Input/output error"), False),
         (OSError(errno.ESTALE, "Stale file handle"), False),
         (PermissionError(errno.EACCES, "Permission denied"), False),
-        (ValueError(OF_TENSORSTORE.format("116: ESTALE Stale file handle")), False),
+        (ValueError(OF_TENSORSTORE.format("ABORTED", "Stale file handle", 116)), False),
+        ("looped", False),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), True),
-        (ValueError("NOT_FOUND: " + OF_TENSORSTORE.format("2: ENOENT No such file")), True),
+        (ValueError(OF_TENSORSTORE.format("NOT_FOUND", "No such file or directory", 2)), True),
         (ValueError("DATA_LOSS: checksum does not match"), True),
+        ("short", True),
     ],
 )
 def test_storage_that_fails_is_no_damage(
-    shop_prepared: Prepared, tmp_path: Path, error: Exception, is_damage: bool
+    shop_prepared: Prepared, tmp_path: Path, error: Exception | str, is_damage: bool
 ) -> None:
     """A passing error of reading moves no step aside, and no other step stands in for it."""
     folder, notes = tmp_path / "checkpoints", list[str]()
+    if isinstance(error, str):
+        error = _error_of_tensorstore(tmp_path / "array", error)
     save_all(folder, shop_prepared, [1, 1])
     with checkpoint.open_manager(folder) as manager:
         restore = manager.restore
@@ -261,6 +265,23 @@ def test_storage_that_fails_is_no_damage(
     assert (folder / "2").is_dir()
     assert not (tmp_path / "damaged").exists()
     assert notes == []
+
+
+def _error_of_tensorstore(folder: Path, what: str) -> Exception:
+    """As it says it today: of a file that the system does not open, or of one that was cut."""
+    store = {"driver": "ocdbt", "base": folder.as_uri()}
+    new = {"driver": "zarr", "kvstore": store, "metadata": {"shape": [999], "dtype": "<i4"}}
+    tensorstore.open(new, create=True).result().write(np.arange(999, dtype=np.int32)).result()
+    for file in (folder / "d").iterdir():
+        content = file.read_bytes()
+        file.unlink()
+        if what == "looped":
+            file.symlink_to(file)
+        else:
+            file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"Error") as raised:
+        tensorstore.open({"driver": "zarr", "kvstore": store}).result().read().result()
+    return raised.value
 
 
 def test_an_unfinished_step_is_no_step(shop_prepared: Prepared, tmp_path: Path) -> None:
