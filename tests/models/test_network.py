@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mtrec_jax.config import Model
+from mtrec_jax.models import network
 from mtrec_jax.models.inputs import class_levels
 from mtrec_jax.models.network import Network
 from mtrec_jax.models.towers import TowerOutput, TowerTask
-from mtrec_jax.types import Fusing, UserStates
+from mtrec_jax.types import FIRST, UNKNOWN, Fusing, UserStates
+from tests import tiny
 
 
 class _Inputs:
@@ -73,3 +77,22 @@ def test_classes_count_by_their_numbers_in_any_order() -> None:
     np.testing.assert_allclose(outputs.fused[:, 0], [0.65, 0.5], rtol=1e-5)
     assert class_levels(("1", "2", "5")) == (0, 0.5, 2), "in proportion"
     assert class_levels(("b", "a", "7")) == (0, 1, 2), "the places, without an order"
+
+
+def test_a_search_stands_in_a_history_by_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an item, a search and padding: items as they are, the words for the search; what happened
+    is added to each token, and padding stays 0. Tokens are scaled by the root of the width, 8."""
+
+    class Inputs:
+        layout = SimpleNamespace(groups={"history": None})
+
+    words = jnp.array([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]])
+    events = jnp.array([[[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]]])
+    monkeypatch.setattr(network, "pool", lambda group, ids, rows: words[:, :, None])
+    layers = made(Inputs(), search=True, behaviour=jnp.zeros_like)
+    events_of = {"item": np.array([[FIRST, UNKNOWN, 0]]), "ids": np.zeros((1, 3, 1), int)}
+    batch = tiny.batch(0)._replace(events=events_of)
+    tokens, met, behaviour = layers._tokens(batch, {"history": jnp.zeros((1, 2))}, events)
+    np.testing.assert_allclose(met[0, :2], [[10, 20], [3, 4]])
+    np.testing.assert_allclose(tokens[0], [[88, 176], [48, 64], [0, 0]])
+    np.testing.assert_allclose(behaviour, words)
