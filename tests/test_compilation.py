@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mtrec_jax
 from mtrec_jax import machine
 from mtrec_jax.config import to_toml
 from mtrec_jax.train.run import Run
@@ -168,3 +169,13 @@ def test_limits_of_control_groups_of_both_versions(tmp_path: Path) -> None:
     assert machine.memory_limit(groups, old) is None
     assert machine.cpu_quota(groups, old) is None
     assert machine.memory_limit(tmp_path / "none", old) is None
+
+
+def test_slow_compilations_are_no_bugs_to_be_filed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA logs such a request as an error; who has chosen a level of the log keeps it."""
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    assert mtrec_jax.fit
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    assert mtrec_jax.fit
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"

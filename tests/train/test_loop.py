@@ -361,6 +361,14 @@ def test_other_data_are_taken_for_newer_ones_while_the_own_are_there(
         open_run(folder, copy)
 
 
+def test_a_folder_that_cannot_be_written_is_refused(
+    plain: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run cannot be written \(Not a directory\)"):
+        train(plain, shop_prepared, tmp_path / "file" / "run", show_progress=False)
+
+
 def test_a_batch_must_divide_over_the_devices(
     shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
