@@ -192,10 +192,10 @@ def test_biases_predict_for_the_users_and_items_of_the_targets(
 def test_targets_are_ranked_alike_in_blocks_of_any_size(
     shop_run: Run, serving: Serving, collected: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five blocks or more, the last of them not full."""
+    """A batch with more targets than a block: two blocks or more of it, the last not full."""
     monkeypatch.setattr(collecting, "QUERIES", 16)
     params, tables, _ = load_best(shop_run)
-    rules = replace(shop_run.experiment.evaluate, exclude_seen=False, candidates=60, batch_size=8)
+    rules = replace(shop_run.experiment.evaluate, exclude_seen=False, candidates=60, batch_size=64)
     experiment = replace(shop_run.experiment, evaluate=rules)
     parts = experiment, shop_run.prepared, serving, params, tables
     found = collect(*parts, "test", orders=True)
