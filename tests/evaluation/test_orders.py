@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,10 +17,13 @@ from mtrec_jax.evaluation import collect as collecting
 from mtrec_jax.evaluation.collect import ABSENT, Collected, _rerank, collect
 from mtrec_jax.evaluation.comparison import compare, training_interactions
 from mtrec_jax.evaluation.evaluate import _orders
+from mtrec_jax.models.model import make_model
 from mtrec_jax.models.serve import Answer, Serving, prepared_serving
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.run import Run, load_best
+from mtrec_jax.tables.layout import DENSE, initial_stacks
 from mtrec_jax.types import Array, PyTree, UserStates
+from tests.data import small
 from tests.serving.test_recommender import stored_history
 
 
@@ -210,3 +216,46 @@ def test_targets_are_ranked_alike_in_blocks_of_any_size(
     ):
         assert np.mean(one != other) < 0.02  # ties by rounding aside
         assert np.abs(one - other).max() <= 1
+
+
+# the last purchase of a user, the target: what was only viewed (a), what was bought in training
+# (b) or for validation (c), and what is new to the user (d)
+AGAIN = "user,item,time,buy\n" + "".join(
+    f"{user},{item},{time},{buy}\n"
+    for user, last in (("a", "v"), ("b", "w"), ("c", "y"), ("d", "z"))
+    for time, (item, buy) in enumerate((("v", 0), ("w", 1), ("x", 1), ("y", 1), (last, 1)))
+)
+
+
+def test_a_target_that_was_seen_before_is_missed(
+    tmp_path: Path, compiled_programs: dict[str, str]
+) -> None:
+    """All five items are shown, but for those that were seen: only a seen target can be missed."""
+    made = small.make(
+        tasks={"next": {"kind": "retrieval", "where": "buy"}, "buy": {"kind": "binary"}},
+        model={
+            "width": 4,
+            "encoder": "none",
+            "towers": {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": [4]},
+        },
+        features={"user": {"on": "context"}},
+        evaluate={"ks": [5], "candidates": 5, "baselines": ["popularity", "item_knn"]},
+    )
+    prepared = small.run(tmp_path, made, AGAIN)
+    model = make_model(made, prepared.manifest)
+    stacks = initial_stacks(model.layout, jax.random.key(0), jnp.dtype("float32"), False)
+    params = model.init(0) | {DENSE: stacks.pop(DENSE)}
+    serving = prepared_serving(made, prepared)
+    bought, met, never = {"exclude_seen": True}, {"seen": ("any",)}, {"exclude_seen": False}
+    cases: list[tuple[dict[str, Any], str]] = [(bought, "ad"), (met, "d"), (never, "abcd")]
+    for rules, hit in cases:
+        experiment = replace(made, evaluate=replace(made.evaluate, **rules))
+        parts = experiment, prepared, serving, params, stacks
+        found = collect(*parts, "test", orders=True)
+        users = np.array([prepared.user_names[i - 2] for i in found.user])
+        assert sorted(users) == list("abcd")
+        for ranks in (found.ranks, *found.order_ranks.values()):
+            assert sorted(users[ranks < 5]) == list(hit), rules
+            assert (ranks[~np.isin(users, list(hit))] == ABSENT).all()
+        for name, metrics in compare(experiment, prepared, found, "test").items():
+            assert metrics["next/hr@5"] == len(hit) / 4, (name, rules)
