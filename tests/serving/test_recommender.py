@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -296,6 +299,15 @@ def test_all_users_are_those_of_the_data(shop_recommender: Recommender) -> None:
     assert table["item"].to_pylist() == named["item"]
 
 
+def test_all_users_may_be_answered_in_the_order_of_a_task(shop_recommender: Recommender) -> None:
+    """All 20 candidates of each of the 48 users, the most probable purchase first."""
+    (table,) = shop_recommender.recommend_all(20, order_by="buy")
+    scores = table["score"].to_numpy().reshape(48, 20)
+    np.testing.assert_array_equal(scores.astype(np.float32).ravel(), table["buy"].to_numpy())
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert (scores[:, 0] > scores[:, -1]).all()
+
+
 def test_raw_ids_are_read_as_preparation_reads_them(tmp_path: Path) -> None:
     """Every column kind of a table of ids gives the text that `raw_text` gives."""
     values: list[Any] = [7.0, -0.0, 7.5, 1e14, 1e15, 1e16, 1e-7, True, " u\t", 7, "7.0"]
@@ -555,7 +567,7 @@ def test_a_run_folder_is_loaded(shop_run: Run, shop_recommender: Recommender) ->
 def test_a_baseline_recommends(shop_experiment: Experiment, shop_prepared: Prepared) -> None:
     """The most popular of what the user has not met; for a stranger the most popular of all."""
     popularity = mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "popularity")
-    result = popularity.recommend(["u00003", "nobody"], 4)
+    result = popularity.recommend(["u00012", "nobody"], 4)
     assert result.columns == ["user", "known", "rank", "item", "title", "score"]
     assert result["known"] == [True] * 4 + [False] * 4
     train = shop_prepared.interactions("train")
@@ -565,19 +577,63 @@ def test_a_baseline_recommends(shop_experiment: Experiment, shop_prepared: Prepa
         counts[shop_prepared.item_names[item - 2]] += 1
     ids = {name: place for place, name in enumerate(shop_prepared.item_names)}
     best = sorted(counts, key=lambda name: (-counts[name], ids[name]))
-    seen = seen_by(shop_prepared, "u00003")
-    assert items_of(result, "u00003") == [item for item in best if item not in seen][:4]
+    seen = seen_by(shop_prepared, "u00012")
+    assert len(seen & set(best[:4])) == 3, "some of the most popular ones have been seen"
+    assert items_of(result, "u00012") == [item for item in best if item not in seen][:4]
     assert items_of(result, "nobody") == best[:4]
     assert result["score"][4:] == [counts[item] for item in best[:4]]
-    again = popularity.recommend(["u00003"], 4, exclude_seen=False)
+    again = popularity.recommend(["u00012"], 4, exclude_seen=False)
     assert again["item"] == best[:4]
     with pytest.raises(ConfigError, match="ranks no items"):
-        mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "bias").recommend(["u00003"])
+        mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "bias").recommend(["u00012"])
 
 
 def test_a_recommender_introduces_itself(shop_recommender: Recommender) -> None:
     assert "'shop'" in repr(shop_recommender)
     assert all(task in repr(shop_recommender) for task in TASKS)
+
+
+def test_a_notebook_shows_the_run_its_tasks_and_sizes(shop_recommender: Recommender) -> None:
+    page = ElementTree.fromstring(shop_recommender._repr_html_())
+    assert "shop" in (page.findtext("caption") or "")
+    cells = {row.findtext("th"): row.findtext("td") or "" for row in page.iter("tr")}
+    kinds = ["retrieval", "binary", "binary", "regression"]
+    tasks = ", ".join(f"{task} ({kind})" for task, kind in zip(TASKS, kinds, strict=True))
+    assert cells["tasks"] == tasks
+    assert cells["data"] == "48 users, 60 items, 879 events"
+    assert str(shop_recommender.run.folder) in cells["run"]
+    assert str(shop_recommender.prepared.folder) in cells["prepared"]
+
+
+def test_threads_may_ask_at_once(
+    shop_recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither goes on, to the states of its users and to the answers, before the other is there."""
+    questions: list[tuple[list[str], int, dict[str, Any]]] = [
+        (USERS, 5, {"order_by": "buy", "blocked": ["i0034", "i0041"]}),
+        (["u00012", "u00040"], 7, {"exclude_seen": False}),
+    ]
+
+    def ask(question: tuple[list[str], int, dict[str, Any]]) -> Result:
+        users, k, options = question
+        return shop_recommender.recommend(users, k, **options)
+
+    alone = [ask(question) for question in questions]
+    serving, both = shop_recommender._serving, threading.Barrier(2, timeout=60)
+
+    def users(*given: Any) -> Any:
+        both.wait()
+        return serving.users(*given)
+
+    def answer(*given: Any) -> Any:
+        both.wait()
+        return serving.answer(*given)
+
+    met = replace(serving, users=users, answer=answer)
+    monkeypatch.setattr(shop_recommender, "_serving", met)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(ask, questions))
+    assert [found.table for found in together] == [found.table for found in alone]
 
 
 ROWS = "colour,size,sold,kind\n" + "\n".join(
@@ -685,6 +741,26 @@ def test_the_moment_counts(moment_recommender: Recommender) -> None:
     np.testing.assert_allclose(each["click"], expected, rtol=1e-5)
     shown = moment_recommender.recommend(["u0"], 3, request={"device": "desk"}, exclude_seen=False)
     assert max(shown["click"]) < 0.3
+
+
+def test_each_of_many_users_has_a_history_and_a_moment_of_its_own(
+    moment_recommender: Recommender,
+) -> None:
+    """Of seven items person n has met those of the binary digits of n, and the others are left;
+    every third is on the phone, where everything is clicked."""
+    people = range(1, 21)
+    users = [f"person {n}" for n in people]
+    met = [[f"i{bit}" for bit in range(7) if n >> bit & 1] for n in people]
+    on_phone = np.array([n % 3 == 0 for n in people])
+    moments = [{"device": "phone" if phone else "desk"} for phone in on_phone]
+    found = moment_recommender.recommend(users, 7, histories=met, request=moments)
+    for user, items, phone in zip(users, met, on_phone, strict=True):
+        assert sorted([*items_of(found, user), *items]) == [f"i{n}" for n in range(7)]
+        clicks = [c for who, c in zip(found["user"], found["click"], strict=True) if who == user]
+        assert all((click > 0.5) == phone for click in clicks)
+    known = [f"u{n % 5}" for n in people]
+    pairs = moment_recommender.predict(known, ["i1"] * 20, request=moments)
+    np.testing.assert_array_equal(np.array(pairs["click"]) > 0.5, on_phone)
 
 
 def test_raw_rows_bring_their_moment_and_the_history_of_their_user(
