@@ -619,7 +619,7 @@ def test_threads_may_ask_at_once(
         return shop_recommender.recommend(users, k, **options)
 
     alone = [ask(question) for question in questions]
-    serving, both = shop_recommender._serving, threading.Barrier(2, timeout=60)
+    serving, both = shop_recommender._serving, threading.Barrier(2, timeout=20)
 
     def users(*given: Any) -> Any:
         both.wait()
