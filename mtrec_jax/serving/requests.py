@@ -26,7 +26,7 @@ BATCH = 256  # requests in a batch
 SIZES = (8, BATCH)  # what a batch is filled up to, so that few programs are compiled
 FEW = 512  # as many are answered in small batches, which are compiled ahead; more in large ones
 
-History = Sequence[str] | Mapping[str, Sequence[Any]]
+History = Sequence[Any] | Mapping[str, Sequence[Any]]
 Moments = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None  # for all requests, or for each
 
 
