@@ -1,8 +1,9 @@
-"""docs/data.md: its commands and TOML run as written, and say what the page says that they say."""
+"""The pages: what they show runs as written, and gives what they say."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import mtrec_jax
 from mtrec_jax import config
 from mtrec_jax.arguments import naming
 from mtrec_jax.balance import BALANCERS
@@ -183,3 +185,38 @@ def test_every_kind_is_listed_with_its_options(heading: str, kind: str) -> None:
 def test_the_toml_of_the_configuration_page_is_toml() -> None:
     for text in re.findall(r"```toml\n(.*?)```", CONFIGURATION, re.S):
         assert tomllib.loads(text)
+
+
+QUICK: dict[str, Any] = {  # a model as small as can be
+    "train": {"epochs": 0, "steps": 2, "batch_size": 8, "negatives": 8, "mesh": [1, 1]},
+    "model": {
+        "width": 4,
+        "encoder": {"layers": 1},
+        "towers": {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": [4]},
+    },
+    "data": {"history_length": 8},
+    "evaluate": {"batch_size": 64},
+}
+
+
+def test_the_python_of_the_pages_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled_programs: dict[str, str],
+) -> None:
+    """One fit of few steps for both pages; the other call must be one that `fit` takes."""
+    fit, fitted = mtrec_jax.fit, []
+
+    def once(*tables: Any, **options: Any) -> Any:
+        inspect.signature(fit).bind(*tables, **options)
+        if not fitted:
+            fitted.append(fit(*tables, **options | {"settings": QUICK}))
+        return fitted[0]
+
+    monkeypatch.setattr(mtrec_jax, "fit", once)
+    monkeypatch.chdir(tmp_path)
+    for page in (PAGE.parent / "usage.md", PAGE.parents[1] / "README.md"):
+        scope: dict[str, Any] = {}
+        for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S):
+            exec(block, scope)
+        assert scope["scores"].shape == (2, 5), "both end with the kernel"
