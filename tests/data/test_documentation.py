@@ -205,7 +205,8 @@ def test_the_python_of_the_pages_runs(
     compiled_programs: dict[str, str],
 ) -> None:
     """One fit of few steps for both pages; the other call must be one that `fit` takes."""
-    fit, fitted = mtrec_jax.fit, []
+    fit = mtrec_jax.fit
+    fitted: list[Any] = []
 
     def once(*tables: Any, **options: Any) -> Any:
         inspect.signature(fit).bind(*tables, **options)

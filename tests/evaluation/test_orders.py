@@ -20,8 +20,8 @@ from mtrec_jax.evaluation.evaluate import _orders
 from mtrec_jax.models.model import make_model
 from mtrec_jax.models.serve import Answer, Serving, prepared_serving
 from mtrec_jax.serving.recommender import Recommender
-from mtrec_jax.train.run import Run, load_best
 from mtrec_jax.tables.layout import DENSE, initial_stacks
+from mtrec_jax.train.run import Run, load_best
 from mtrec_jax.types import Array, PyTree, UserStates
 from tests.data import small
 from tests.serving.test_recommender import stored_history
