@@ -160,7 +160,7 @@ def test_a_run_of_another_configuration(refused: Refused, config: Path, shop_run
     assert f"{shop_run.folder} is a run of another configuration:" in message
     assert "model.towers.kind: 'mmoe' there, 'ple' here" in message
     assert "model.width: 8 there, 16 here" in message
-    assert "Pass another --run folder" in message
+    assert "Pass another --run, or the configuration" in message
     assert (shop_run.folder / "config.toml").read_bytes() == before
 
 

@@ -298,10 +298,8 @@ def test_seen_items_and_what_they_leave(mtrec: Mtrec, shop_run: Run, tmp_path: P
 def test_unknown_users_are_warned_about_and_answered(
     mtrec: Mtrec, shop_run: Run, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out.csv"
-    status, shown, err = mtrec(
-        "recommend", shop_run.folder, "--users", "u00003", "martian", "--k", 2, "--out", out
-    )
+    out, asked = tmp_path / "out.csv", ("--users", " u00003 ", "martian", "--k", 2)
+    status, shown, err = mtrec("recommend", shop_run.folder, *asked, "--out", out)
     assert (status, shown) == (0, "")
     assert "mtrec: 1 unknown user ('martian'): not in the prepared data" in err
     known = {(r["user"], r["known"]) for r in READERS[".csv"](out)}
@@ -349,14 +347,14 @@ def test_filters_from_the_command_line(mtrec: Mtrec, shop_run: Run, tmp_path: Pa
     assert [r["item"] for r in READERS[".jsonl"](out)] == [names[0], *names[2:4]]
     status, _, err = mtrec(*base, "--allowed", "zzz")
     assert status == 2
-    assert "leave no item (1 of their ids are not in the catalogue)" in err
+    assert "leave no item (not in the catalogue: 1 id, 'zzz')" in err
     status, _, err = mtrec(*base, "--allowed", "zzz", "--unknown-items", "error")
     assert "item 'zzz' is not in the catalogue" in err
     (tmp_path / "gone.txt").write_text("i0001\nzzz\n", encoding="utf-8")
     files = ("--blocked-file", tmp_path / "gone.txt", "--blocked", "i0002", "--order-by", "buy")
     known = ("recommend", shop_run.folder, "--users", "u00003", "--out", out, "--k", 60)
     status, _, err = mtrec(*known, *files, "--include-seen")
-    assert (status, "blocked: 1 ids are not in the catalogue" in err) == (0, True)
+    assert (status, "blocked: not in the catalogue, and ignored: 1 id" in err) == (0, True)
     found = READERS[".jsonl"](out)
     assert not {"i0001", "i0002"} & {row["item"] for row in found}
     buys = [float(row["buy"]) for row in found]

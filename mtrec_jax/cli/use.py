@@ -41,6 +41,10 @@ def recommend(
         Literal["ignore", "error"],
         typer.Option(help="Ids of the filters that are not in the catalogue: count them, or stop."),
     ] = "ignore",
+    new_items: Annotated[
+        bool,
+        typer.Option("--new-items/--no-new-items", help="Show items that have never trained."),
+    ] = True,
     prepared: MovedFolder = None,
     events: NewEvents = None,
     profiles: NewUsers = None,
@@ -55,7 +59,7 @@ def recommend(
     _check_who(chosen, all_users, out)
     recommender = _opened(run, prepared, events, profiles)
     filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
-    filters |= {"k": k, "exclude_seen": exclude_seen, "order_by": order_by}
+    filters |= {"k": k, "exclude_seen": exclude_seen, "order_by": order_by, "new_items": new_items}
     rows = _written(recommender, chosen, out, filters)
     if out is not None:
         say(f"{rows:,} recommendations in {out}")
@@ -77,6 +81,7 @@ def _check_who(chosen: list[str], all_users: bool, out: Path | None) -> None:
 def _written(recommender: Any, chosen: list[str], out: Path | None, asked: dict[str, Any]) -> int:
     """Write the answers for users, or for everybody where none is named; the number of rows."""
     from mtrec_jax import processes
+    from mtrec_jax.serving.requests import raw_text
     from mtrec_jax.serving.result import print_recommendations, save_tables
 
     if out is not None and not chosen:
@@ -84,7 +89,7 @@ def _written(recommender: Any, chosen: list[str], out: Path | None, asked: dict[
         return processes.total(save_tables(tables, processes.own_file(out)))
     result = recommender.recommend(chosen, **asked)
     known = recommender.prepared.user_ids
-    _warn_unknown([u for u in chosen if u not in known])
+    _warn_unknown([u for u in chosen if raw_text(u) not in known])
     if out is not None:
         result.save(out)
     else:
@@ -101,7 +106,7 @@ def _filters(
     unknown_items: str,
 ) -> dict[str, Any]:
     """Ids of options and files together, and a line about those that no item has."""
-    from mtrec_jax.serving.filters import read_filters, read_ids
+    from mtrec_jax.serving.filters import named, read_filters, read_ids
 
     known = recommender.prepared
     more = [read_ids(known, file) if file else [] for file in (allowed_file, blocked_file)]
@@ -110,8 +115,8 @@ def _filters(
         "blocked": [*(blocked or ()), *more[1]],
         "unknown_items": unknown_items,
     }
-    for name, count in read_filters(known, **found).ignored.items():
-        say(f"mtrec: {name}: {count:,} ids are not in the catalogue; they are ignored")
+    for name, unknown in read_filters(known, **found).ignored.items():
+        say(f"mtrec: {name}: not in the catalogue, and ignored: {named(unknown)}")
     return found
 
 

@@ -331,8 +331,9 @@ def _read_new(
         bad = pq.read_table(staged.malformed).sort_by("row").slice(0, EXAMPLES).to_pylist()
         shown = "; ".join(f"{staged.place(r['row'])}: {r['text'][:80]!r}" for r in bad)
         raise DataError(
-            f"{path}: {staged.bad:,} malformed lines, so that results could not be told apart: "
-            f"{shown}"
+            f"{path}: {staged.bad:,} malformed lines, and none may be left out, as answers "
+            f"stand in the order of the rows: {shown}. A cell of several lines needs Parquet or "
+            "JSON lines"
         )
     return source
 

@@ -27,7 +27,7 @@ class Filters:
     """What `allowed` and `blocked` leave of a catalogue."""
 
     mask: np.ndarray  # [N] bool
-    ignored: dict[str, int]  # {"allowed" or "blocked": different ids that are no items of it}
+    ignored: dict[str, list[str]]  # {"allowed" or "blocked": different ids that are no items of it}
 
 
 def read_filters(
@@ -41,7 +41,7 @@ def read_filters(
         id that is not in the catalogue.
     """
     one_of("unknown_items", unknown_items, ("ignore", "error"))
-    mask, ignored = np.ones(prepared.manifest.items, bool), {}
+    mask, ignored = np.ones(prepared.manifest.items, bool), dict[str, list[str]]()
     for name, ids in (("allowed", allowed), ("blocked", blocked)):
         if ids is None:
             continue
@@ -50,27 +50,43 @@ def read_filters(
             mask[:] = False
         mask[found] = name == "allowed"
     if not mask.any():
-        unknown = sum(ignored.values())
-        more = f" ({unknown:,} of their ids are not in the catalogue)" if unknown else ""
+        unknown = [raw for some in ignored.values() for raw in some]
+        more = f" (not in the catalogue: {named(unknown)})" if unknown else ""
         raise DataError(f"the filters allowed and blocked leave no item{more}")
-    return Filters(mask, {name: count for name, count in ignored.items() if count})
+    return Filters(mask, {name: unknown for name, unknown in ignored.items() if unknown})
+
+
+def named(ids: list[str]) -> str:
+    """Ids for a message.
+
+    >>> named(["a", "b", "c", "d"])
+    "4 ids, 'a', 'b', 'c', …"
+    """
+    more = ", …" if len(ids) > 3 else ""
+    return f"{len(ids):,} id{'s' * (len(ids) > 1)}, {', '.join(map(repr, ids[:3]))}{more}"
 
 
 def _known(
     prepared: Prepared, name: str, ids: Ids, unknown_items: UnknownItems
-) -> tuple[list[int], int]:
-    """Catalogue indexes of ids, and how many different ones are in no catalogue."""
+) -> tuple[list[int], list[str]]:
+    """Catalogue indexes of ids, and the different ones that are not in the catalogue."""
     assert ids is not None
+    if isinstance(ids, str):
+        raise DataError(
+            f"{name}: {ids!r} is one text; pass a list of ids, or Path({ids!r}) of a file"
+        )
     given = read_ids(prepared, ids) if isinstance(ids, os.PathLike) else ids
     different = dict.fromkeys(raw_texts(name, given))
     unknown = [raw for raw in different if raw not in prepared.item_ids]
+    if unknown and set(different) <= {"true", "false"}:
+        raise DataError(f"{name}: these are truth values; pass ids, such as items.id[mask]")
     if unknown and unknown_items == "error":
         hint = nearest(unknown[0], list(prepared.item_ids)[:20_000])
         raise DataError(
             f"{name}: item {unknown[0]!r} is not in the catalogue of {prepared.folder}.{hint}"
         )
     known = [prepared.item_ids[raw] - FIRST for raw in different if raw in prepared.item_ids]
-    return known, len(unknown)
+    return known, unknown
 
 
 def read_ids(prepared: Prepared, path: str | os.PathLike) -> list[str]:

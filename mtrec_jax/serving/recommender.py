@@ -197,6 +197,7 @@ class Recommender:
         order_by: str = "fused",
         on_unknown: Literal["popular", "model", "error"] = "popular",
         unknown_items: UnknownItems = "ignore",
+        new_items: bool = True,
     ) -> Result:
         """The k best items of each user, in the fused order.
 
@@ -223,6 +224,7 @@ class Recommender:
             asks the model about a stranger; "error" raises for any user who is not in the data.
           unknown_items: "error" refuses ids of the filters that are not in the catalogue; "ignore"
             counts them in `Result.ignored`.
+          new_items: also items that have never trained, by their features alone; False: none.
 
         Returns:
           A `Result`, a row an item: user, known, rank, item, title, score, every task's
@@ -240,11 +242,16 @@ class Recommender:
         users = raw_texts("users", users)
         one_of("on_unknown", on_unknown, ("popular", "model", "error"))
         filters = allowed, blocked, unknown_items
-        asked = self._question(k, filters, exclude_seen, order_by, on_unknown == "popular")
+        asked = self._question(
+            k, filters, exclude_seen, order_by, new_items, on_unknown == "popular"
+        )
         if histories is not None:
             histories = a_list("histories", histories)
             if len(histories) != len(users):
-                raise DataError(f"histories: {len(histories)} given for {len(users)} users")
+                raise DataError(
+                    f"histories: {len(histories)} given for {len(users)} users; pass a list of "
+                    "histories, one a user, as in histories=[[1, 2], [3]]"
+                )
         moments = moments_of(request, len(users))
         if on_unknown == "error":
             self._refuse_unknown(users)
@@ -264,6 +271,7 @@ class Recommender:
         exclude_seen: bool = True,
         order_by: str = "fused",
         unknown_items: UnknownItems = "ignore",
+        new_items: bool = True,
     ) -> Iterator[pa.Table]:
         """`recommend` for every user in the data, a table per few hundred users.
 
@@ -271,7 +279,7 @@ class Recommender:
         """
         users = self.prepared.user_names
         filters = allowed, blocked, unknown_items
-        asked = self._question(k, filters, exclude_seen, order_by)
+        asked = self._question(k, filters, exclude_seen, order_by, new_items)
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
@@ -324,7 +332,7 @@ class Recommender:
             answer = self._answer(self._states(encoded), ids[:, None])
             told = known | (on_unknown == "model")
             predicted = self._task_columns(answer, _first(pairs), told & ~self._unscored[ids])
-            tables.append(pa.table(columns | predicted | self._marks(ids, told)))
+            tables.append(pa.table(columns | predicted | self._marks(encoded.known, ids, told)))
         return Result(pa.concat_tables(tables))
 
     def predict_rows(self, rows: Any, *, on_unknown: Literal["null", "model"] = "null") -> Result:
@@ -364,7 +372,8 @@ class Recommender:
             told, marks = known[place] | (on_unknown == "model"), {}
             if data.item:
                 items = part["candidate"][:, 0]
-                marks = self._marks(items, told)
+                users = (part["user"] >= FIRST) | (not data.user)
+                marks = self._marks(users, items, told)
                 told = told & ~self._unscored[items]
             predicted = self._task_columns(answer, _first(part["user"]), told)
             tables.append(pa.table(columns | predicted | marks))
@@ -558,6 +567,7 @@ class Recommender:
         filters: tuple[Ids, Ids, UnknownItems],
         exclude_seen: bool,
         order_by: str,
+        new_items: bool,
         popular: bool = True,
     ) -> _Question:
         """What is asked of the items that `filters` (allowed, blocked, unknown_items) leave.
@@ -569,12 +579,14 @@ class Recommender:
         one_of("order_by", order_by, ("fused", *orders))
         k = self._checked(k, exclude_seen)
         found = read_filters(self.prepared, *filters)
-        mask = found.mask & ~self._unscored[FIRST:]
+        one_of("new_items", new_items, (True, False))
+        mask = found.mask & ~(self._unscored if new_items else self._is_new)[FIRST:]
         if not mask.any():
             raise DataError(
                 "the filters allowed and blocked leave no item that the model can score"
             )
-        return _Question(k, mask, exclude_seen, order_by, popular, found.ignored)
+        ignored = {name: len(ids) for name, ids in found.ignored.items()}
+        return _Question(k, mask, exclude_seen, order_by, popular, ignored)
 
     @property
     def _has_retrieval(self) -> bool:
@@ -598,9 +610,13 @@ class Recommender:
         told = (known["ids"] >= FIRST) & (known["ids"] != ids)
         return self._is_new & ~told.any(axis=1) & (known["numbers"] == numbers).all(axis=1)
 
-    def _marks(self, items: np.ndarray, told: np.ndarray) -> dict[str, pa.Array]:
-        """Columns of predictions for items [n]: which are new, and why nothing is said of some."""
-        reasons = np.where(told, "", "the user or the item is not in the data")
+    def _marks(self, users: np.ndarray, items: np.ndarray, told: np.ndarray) -> dict[str, pa.Array]:
+        """Columns of predictions for pairs [n] of users (whether they are known) and item ids:
+        which items are new, and why nothing is said of some."""
+        missing = [~users & (items < FIRST), ~users]
+        names = ["neither user nor item is", "the user is not"]
+        reasons = np.select([told, *missing], ["", *names], "the item is not")
+        reasons = np.where(told, "", np.strings.add(reasons, " in the data"))
         reasons = np.where(self._unscored[items], _UNSCORED, reasons)
         return {
             "new": pa.array(self._is_new[items]),
@@ -662,9 +678,6 @@ def load(
         long it took; False: when they come, which is faster where only one does. Programs are kept
         for the next process, as those of the commands are.
     """
-    folder = a_path("folder", folder)
-    if (folder / "run" / "config.toml").is_file():  # of `fit`; it may have been moved as a whole
-        folder, prepared = folder / "run", prepared or folder / "prepared"
     use_compilation_cache()
     recommender = Recommender(open_run(folder, prepared, extensions))
     if warm:

@@ -372,12 +372,20 @@ def raw_text(value: Any) -> str:
         value = value.as_py()
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
-    if value is None or value != value:  # None, nan
+    if value is None or _is_nan(value):
         return ""
     if isinstance(value, float | np.floating):
         return str(as_text(pa.array([float(value)]))[0].as_py())
     text = str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
     return text.strip(" \t\n\r\v\f")
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a value differs from itself; pandas' NA does not say."""
+    try:
+        return bool(value != value)
+    except TypeError:
+        return True
 
 
 def raw_texts(name: str, values: Iterable[Any]) -> list[str]:

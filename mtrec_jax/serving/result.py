@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -37,6 +38,10 @@ class Result:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows, a dict each."""
+        return iter(self.table.to_pylist())
 
     def __getitem__(self, column: str) -> list[Any]:
         if column not in self.table.column_names:
@@ -159,10 +164,19 @@ def _written(file: Any, suffix: str, tables: Iterable[pa.Table]) -> Iterator[pa.
             if writer is None:
                 make = pq.ParquetWriter if suffix == ".parquet" else pa.csv.CSVWriter
                 writer = make(file, table.schema)
-            writer.write_table(table)
+            writer.write_table(_in_lines(table) if suffix == ".csv" else table)
         yield table
     if writer is not None:
         writer.close()
+
+
+def _in_lines(table: pa.Table) -> pa.Table:
+    """With line breaks in texts as spaces: a row a line, as most readers of csv want it."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            flat = pc.replace_substring_regex(table[place], r"\s*[\r\n]+\s*", " ")
+            table = table.set_column(place, field, flat)
+    return table
 
 
 def _cell(value: Any) -> str:

@@ -56,7 +56,7 @@ def open_run(
     """Open a run folder.
 
     Args:
-      folder: a folder that `train` has written.
+      folder: a folder that `train` has written, or one that `fit` was given.
       prepared: where its prepared data is now, by default where it was; or newer data of the same
         features, prepared: answers are then given for its users, histories and catalogue.
       extensions: the classes of kinds of your own that its configuration names.
@@ -67,6 +67,8 @@ def open_run(
         same features, or what it was trained on is gone.
     """
     folder = a_path("folder", folder)
+    if (folder / "run" / "config.toml").is_file():  # of `fit`; it may have been moved as a whole
+        folder, prepared = folder / "run", prepared or folder / "prepared"
     if not (folder / "config.toml").is_file():
         raise CheckpointError(
             f"{folder} is no run folder (no config.toml). Run: mtrec train CONFIG --run {folder}"

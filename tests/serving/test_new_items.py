@@ -81,7 +81,7 @@ def test_a_new_item_is_scored_from_its_features_and_marked(model: Recommender) -
     found = model.predict(["a"] * 5, ["x", "new", "odd", "nonsense", "y"])
     assert found["new"] == [False, True, True, False, False]
     why = "a new item, of which no feature is known"
-    unknown = "the user or the item is not in the data"
+    unknown = "the item is not in the data"
     assert found["reason"] == [None, None, why, unknown, None]
     assert found["next"][2] is None
     # by hand: x and new share their features, so that their vectors differ by their rows alone
@@ -94,11 +94,19 @@ def test_a_new_item_is_scored_from_its_features_and_marked(model: Recommender) -
     assert found["next"][1] != found["next"][3], "not what nonsense gets"
 
 
+def test_who_is_not_in_the_data_is_named(model: Recommender) -> None:
+    found = model.predict(["nobody", "nobody", "a"], ["x", "nonsense", "x"])["reason"]
+    where = " in the data"
+    assert found == [f"the user is not{where}", f"neither user nor item is{where}", None]
+
+
 def test_it_is_recommended_and_what_cannot_be_scored_is_not(model: Recommender) -> None:
     found = model.recommend(["a"], 5, exclude_seen=False)
     assert sorted(found["item"]) == ["new", "x", "y", "z"]
     marks = dict(zip(found["item"], found["new"], strict=True))
     assert marks == {"new": True, "x": False, "y": False, "z": False}
+    trained = model.recommend(["a"], 5, exclude_seen=False, new_items=False)
+    assert sorted(trained["item"]) == ["x", "y", "z"]
     chosen = model.recommend(["a"], 1, allowed=["new"])
     assert chosen["item"] == ["new"]
     assert sorted(model.similar_items("new", 5)["item"]) == ["x", "y", "z"]

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import jax
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -374,7 +375,7 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
         ),
         (
             lambda r: r.recommend(["u00001"], allowed=["x", "y"]),
-            r"leave no item \(2 of their ids are not in the catalogue\)",
+            r"leave no item \(not in the catalogue: 2 ids, 'x', 'y'\)",
         ),
         (lambda r: r.similar_items("zzz"), r"item 'zzz' is not in the catalogue"),
         (
@@ -516,6 +517,18 @@ def test_ids_of_other_systems_are_ignored_and_counted(shop_recommender: Recommen
     )
     assert mixed.table == plain.table
     assert (plain.ignored, mixed.ignored) == ({}, {"allowed": 1, "blocked": 2})
+
+
+def test_what_is_no_id_blocks_nothing_in_silence(shop_recommender: Recommender) -> None:
+    mask = np.arange(60) < 30
+    with pytest.raises(DataError, match="blocked: these are truth values; pass ids"):
+        shop_recommender.recommend(USERS, 4, blocked=mask)
+    with pytest.raises(DataError, match="pass a list of ids, or Path"):
+        shop_recommender.recommend(USERS, 4, blocked="out.txt")
+    plain = shop_recommender.recommend(USERS, 4, blocked=["i0003"])
+    for missing in (None, float("nan"), pd.NA, pd.NaT):
+        found = shop_recommender.recommend(USERS, 4, blocked=["i0003", missing])
+        assert found.table == plain.table
 
 
 def test_filters_may_be_arrays(shop_recommender: Recommender) -> None:

@@ -46,8 +46,21 @@ def test_columns_are_lists() -> None:
     assert len(result) == 3
     assert result.columns == ["user", "known", "rank", "title", "score"]
     assert result["user"] == ["u1", "u1", "ü2"]
+    assert [row["rank"] for row in result] == [1, 2, 1]
     with pytest.raises(KeyError, match="'users'; there are user, known, rank, title, score"):
         result["users"]
+
+
+def test_a_row_of_csv_is_a_line(tmp_path: Path) -> None:
+    table = pa.table({"title": ["Alien,\n the", "a\r\nb"], "rank": [1, 2]})
+    Result(table).save(tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text().splitlines() == [
+        '"title","rank"',
+        '"Alien, the",1',
+        '"a b",2',
+    ]
+    Result(table).save(tmp_path / "a.parquet")
+    assert pq.read_table(tmp_path / "a.parquet") == table
 
 
 def test_a_data_frame_holds_the_same() -> None:
