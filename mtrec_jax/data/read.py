@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -398,34 +399,52 @@ def _arrow_table(table: Any, name: str, named: set[str]) -> pa.Table:
         if hasattr(table, "iloc"):  # pandas, whose index is no column
             if any(label is not None for label in table.index.names):
                 table = table.reset_index()  # unless it has a name
-            return _of_pandas(table, named)
+            return _of_pandas(table, name, named)
         return table if isinstance(table, pa.Table) else pa.table(table)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except _NO_TYPE as error:
         raise DataError(
             f"table '{name}' ({kind.__name__}) cannot be read: {error}. Pass a pandas, "
             "Polars or Arrow table whose columns have one type each"
         ) from error
 
 
-def _of_pandas(table: Any, named: set[str]) -> pa.Table:
+_NO_TYPE = (pa.ArrowException, TypeError, ValueError, OverflowError)  # of Arrow's conversions
+
+
+def _of_pandas(table: Any, name: str, named: set[str]) -> pa.Table:
     """A pandas table without the columns that Arrow has no type for and nobody names."""
+    if twice := list(table.columns[table.columns.duplicated()]):
+        raise DataError(
+            f"table '{name}' has several columns named '{twice[0]}'; rename them, or keep the "
+            "first: df.loc[:, ~df.columns.duplicated()]"
+        )
     try:
         return pa.Table.from_pandas(table, preserve_index=False)
-    except (pa.ArrowException, TypeError, ValueError):
-        if not table.columns.is_unique:
-            raise
-        converts = [str(n) in named or _is_arrow(table[n]) for n in table.columns]
-        if all(converts):
-            raise
-        return pa.Table.from_pandas(table.loc[:, converts], preserve_index=False)
+    except _NO_TYPE:  # some column; found below
+        columns = {}
+    for label in table.columns:
+        try:
+            columns[label] = _column(table[label])
+        except _NO_TYPE as error:
+            if str(label) in named:
+                kinds = ", ".join(sorted({type(cell).__name__ for cell in table[label].dropna()}))
+                raise DataError(
+                    f"table '{name}': column '{label}' cannot be read: its cells are of type "
+                    f"{kinds} ({error}). Make them texts: df[{label!r}] = df[{label!r}].astype(str)"
+                ) from error
+    return pa.Table.from_arrays([*columns.values()], names=[str(label) for label in columns])
 
 
-def _is_arrow(series: Any) -> bool:
+def _column(series: Any) -> pa.Array | pa.ChunkedArray:
+    """A column of pandas; one of texts and whole numbers is texts, as all ids are."""
     try:
-        pa.Array.from_pandas(series)
-    except (pa.ArrowException, TypeError, ValueError):
-        return False
-    return True
+        return pa.Array.from_pandas(series)
+    except _NO_TYPE:
+        cells = series.astype(object)
+        for cell in cells[cells.notna()]:
+            if isinstance(cell, bool) or not isinstance(cell, str | Integral):
+                raise
+        return pa.Array.from_pandas(cells.map(str, na_action="ignore"), type=pa.string())
 
 
 def _typed_block(table: pa.Table, first_row: int, named: set[str]) -> lines.Block:
