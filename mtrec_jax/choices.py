@@ -66,7 +66,7 @@ class Choice:
                 name = own[kind].__name__
                 raise _problem(f"'{kind}' is a kind of the package; give {name} another one")
         known = {**self.kinds, **own}
-        value = {"kind": value} if isinstance(value, str) else value
+        value = kind_alone(value)
         if not isinstance(value, Mapping):
             if isinstance(value, base) and hasattr(value, "kind"):
                 return value
@@ -80,6 +80,15 @@ class Choice:
             raise _problem(f"{kind!r} is not one of {names}.{hint}")
         _check_keys(known, kind, value)
         return _adapter(known[kind]).validate_python({**value, "kind": kind}, context=info.context)
+
+
+def kind_alone(value: Any) -> Any:
+    """A kind alone as a table with that kind; anything else as it is.
+
+    >>> kind_alone("binary")
+    {'kind': 'binary'}
+    """
+    return {"kind": value} if isinstance(value, str) else value
 
 
 def read(options: Any, value: Any, where: str, extensions: Iterable[type] = ()) -> Any:
@@ -127,6 +136,7 @@ def _explained(error: Any, options: Any) -> str:
         "greater_than_equal": "must be {ge:g} or more",
         "less_than": "must be below {lt:g}",
         "less_than_equal": "must be {le:,} or less",
+        "dataclass_type": "must be a table",
         "too_short": "at least {min_length} needed",
     }
     text = words[kind].format(**limits) if kind in words else error["msg"]

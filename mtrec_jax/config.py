@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import tomli_w
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mtrec_jax.balance import BALANCERS
 from mtrec_jax.balance.static import Static
 from mtrec_jax.baselines import BASELINES
-from mtrec_jax.choices import Choice
+from mtrec_jax.choices import Choice, kind_alone
 from mtrec_jax.data.features import CHOICE, Feature
 from mtrec_jax.evaluation.metrics import METRICS, metric_named
 from mtrec_jax.models.encoders import ENCODERS
@@ -28,6 +28,7 @@ from mtrec_jax.models.towers import TOWERS
 from mtrec_jax.models.towers.mmoe import MMoE
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
+_ALONE = BeforeValidator(kind_alone)  # its kind alone will do
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
@@ -292,10 +293,10 @@ class Experiment:
     left_out: tuple[str, ...] = ()  # tasks of the data that it does not train; labels may name them
     data: Data = field(default_factory=Data)
     clean: Clean = field(default_factory=Clean)
-    split: Split = field(default_factory=Split)
+    split: Annotated[Split, _ALONE] = field(default_factory=Split)
     guard: Guard = field(default_factory=Guard)
     features: dict[str, Annotated[Feature, CHOICE]] = field(default_factory=dict)
-    tasks: dict[str, Task] = field(default_factory=dict)
+    tasks: dict[str, Annotated[Task, _ALONE]] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)  # {feature or "item": its table}
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)

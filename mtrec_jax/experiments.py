@@ -166,8 +166,8 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         )
     node: Any = values
     for depth, part in enumerate(parts[:-1]):
-        if depth and isinstance(node, dict) and isinstance(node.get(part), str):
-            node[part] = {"kind": node[part]}
+        if isinstance(node, dict) and (depth or part != "name") and part in node:
+            node[part] = choices.kind_alone(node[part])
         node = node.setdefault(part, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise ConfigError(f"{argument('overrides')} {key}: '{'.'.join(parts[:-1])}' is not a table")

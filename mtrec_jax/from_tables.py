@@ -34,7 +34,7 @@ def fit(
     items: Any = None,
     title: str = "",
     users: Any = None,
-    features: Mapping[str, Mapping[str, Any]] | None = None,
+    features: Mapping[str, str | Mapping[str, Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     show_progress: bool = True,
@@ -49,8 +49,8 @@ def fit(
         `{"next_item": "retrieval", "like": {"kind": "binary", "column": "rating", "at_least": 4}}`.
       items, title: table of the items with the same item column, and its column of titles.
       users: table of the users with the same user column.
-      features: further inputs, {name: {"on": …, "kind": …, "column": …}}. By default the history
-        shows the tasks' label columns of past events.
+      features: further inputs, {name: kind} or {name: {"on": …, "kind": …, "column": …}}. By
+        default the history shows the tasks' label columns of past events.
       settings: further keys of the configuration, e.g. `{"train.epochs": 5}`, or whole sections,
         e.g. `{"train": {"epochs": 5, "patience": 2}}`.
       folder: where prepared data and the run are kept; by default a temporary folder that lives as
@@ -134,7 +134,7 @@ def experiment_of(
     time: str,
     tasks: Mapping[str, str | Mapping[str, Any]],
     title: str,
-    features: Mapping[str, Mapping[str, Any]] | None,
+    features: Mapping[str, str | Mapping[str, Any]] | None,
     settings: Mapping[str, Any] | None,
 ) -> Experiment:
     """The experiment that the arguments of `fit` describe; same names, same errors."""
@@ -151,12 +151,14 @@ def experiment_of(
         features = _past_labels(declared)
     example = "features={'genre': {'on': 'item'}}"
     for name, feature in a_mapping("features", features, example).items():
-        if not isinstance(feature, Mapping):
-            raise ConfigError(f"features.{name}: {shown(feature)} is no mapping; write {example}")
+        if not isinstance(feature, str | Mapping):
+            raise ConfigError(
+                f"features.{name}: {shown(feature)} is no kind or mapping; write {example}"
+            )
     values: dict[str, Any] = {
         "name": "fit",
         "data": {"user": user, "item": item, "time": time, "title": title},
-        "features": {name: dict(feature) for name, feature in features.items()},
+        "features": {name: f if isinstance(f, str) else dict(f) for name, f in features.items()},
         "tasks": declared,
         "train": {},
     }

@@ -31,6 +31,7 @@ from mtrec_jax.experiments import (
     load_experiment,
     parse_experiment,
 )
+from mtrec_jax.from_tables import experiment_of
 
 LEAST: dict[str, Any] = {
     "name": "least",
@@ -84,6 +85,28 @@ def test_reads_a_file_with_overrides(tmp_path: Path) -> None:
     assert (found.train.steps, found.train.learning_rate) == (1000, 0.003)
     assert found.model.towers.expert_hidden == (8, 4)
     assert found.features["price"].kind == "numeric"
+
+
+def test_a_kind_alone_is_a_table_with_that_kind(tmp_path: Path) -> None:
+    """In TOML, as an override, where one begins with it, and in `fit`."""
+    path = tmp_path / "mine.toml"
+    text = 'split = "random"\nname = "mine"\n[data]\nuser = "u"\nitem = "i"\n[train]\nepochs = 1\n'
+    text += '[tasks]\nr = "binary"\nnext = "retrieval"\n[features]\nage = "numeric"\n'
+    path.write_text(text, encoding="utf-8")
+    overrides = ['tasks.s="regression"', "tasks.r.column=stars", "features.size=binned"]
+    found = load_experiment(path, [*overrides, "features.size.bins=4", "split.test=0.2"])
+    assert found.tasks["next"] == Task(kind="retrieval")
+    assert found.tasks["s"] == Task(kind="regression")
+    assert found.tasks["r"] == Task(kind="binary", column="stars")
+    assert found.features["size"] == Binned(bins=4)
+    assert (found.split.kind, found.split.test) == ("random", 0.2)
+    assert found.features["age"].kind == "numeric"
+    assert load_experiment(path, ["split=folds"]).split.kind == "folds"
+    fitted = experiment_of(
+        "u", "i", "", {"r": "binary"}, "", {"age": "numeric"}, {"split": "random"}
+    )
+    assert fitted.features == {"age": found.features["age"]}
+    assert refusal(tasks={"r": 3}).endswith("tasks.r: must be a table, not 3")
 
 
 def test_later_overrides_win() -> None:

@@ -145,7 +145,7 @@ CASES = {  # {call: (class of the error, what its message says)}
     ),
     f"mtrec_jax.fit(events, {COLUMNS}, {TASKS}, features={{'r': 'item'}})": (
         "ConfigError",
-        "features.r: 'item' is no mapping",
+        "features.r: 'item' is not one of 'categorical'",
     ),
     f"mtrec_jax.fit(events, {COLUMNS}, {TASKS}, settings=['train.steps=3'])": (
         "ConfigError",
