@@ -27,7 +27,8 @@ def naming(name: Callable[[str], str]) -> Iterator[None]:
 
 
 def argument(name: str) -> str:
-    """How a message names an argument to whoever gave it: `run=` in Python, `--run` of a command.
+    """How a message names an argument to whoever gave it: `run=` in Python, `--run` of a command,
+    "" where whoever it was cannot give it.
 
     >>> argument("init_from")
     'init_from='

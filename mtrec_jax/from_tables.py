@@ -120,8 +120,8 @@ def _fit(
 
 
 def _of_fit(name: str) -> str:
-    """What an argument of other functions is called in `fit`."""
-    return {"run": "folder=", "overrides": "settings"}.get(name, f"{name}=")
+    """What an argument of other functions is called in `fit`; "" for one that it does not have."""
+    return {"run": "folder=", "overrides": "settings", "init_from": ""}.get(name, f"{name}=")
 
 
 def _print(text: str) -> None:

@@ -13,8 +13,8 @@ import mtrec_jax
 from mtrec_jax import from_tables
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.from_tables import fit
-from mtrec_jax.train.stopping import Stopped
 
+Stopped = mtrec_jax.Stopped
 pandas = pytest.importorskip("pandas")
 
 QUICK: dict[str, Any] = {

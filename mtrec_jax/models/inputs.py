@@ -161,10 +161,11 @@ def _size(experiment: Experiment, name: str, ids: int) -> TableSize:
     """The rows of a table with so many ids."""
     table = table_of(experiment, name)
     if table.capacity and ids > FIRST + table.capacity:
+        carries = argument("init_from")
+        rest = f"; rows of an earlier run are then carried over by training with {carries}"
         raise ConfigError(
             f"tables.{name}.capacity: {ids - FIRST:,} values have a row of their own, more than "
-            f"{table.capacity:,}. Raise it; rows of an earlier run are then carried over by "
-            f"training with {argument('init_from')}"
+            f"{table.capacity:,}. Raise it{rest if carries else ''}"
         )
     rule = table.rule if table.update == "sparse" else DENSE
     if table.hash_rows:

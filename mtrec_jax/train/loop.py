@@ -361,11 +361,15 @@ def _check_finite(
         message += f" (epoch {epoch + 1}, batch {batch + 1}): {what}"
     skip = ', or leave such steps out with train.not_finite = "skip"' if stops else ""
     if stops or found > _MOST_LEFT_OUT:
+        begins, rest = argument("init_from"), "in a new run"
+        if begins:
+            rest = (
+                f"in a new {argument('run')}; checkpoints hold only what was finite, and {begins} "
+                f"{job.folder} begins it with the best one of this run"
+            )
         raise Error(
             f"{message}. {'That step and the ones after it' if stops else f'{found} steps'} "
-            "changed nothing; checkpoints hold only what was finite. Lower train.learning_rate or "
-            f"set train.clip_norm{skip}, in a new {argument('run')}; "
-            f"{argument('init_from')} {job.folder} begins it with the best checkpoint of this one"
+            f"changed nothing. Lower train.learning_rate or set train.clip_norm{skip}, {rest}"
         )
     bar.note(f"{message}; left out, {found} so far")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,17 @@ import jax
 import numpy as np
 import pytest
 
+from mtrec_jax import from_tables
+from mtrec_jax.arguments import naming
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import Error
 from mtrec_jax.train import loop
 from mtrec_jax.train.loop import train
+from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import load_best, open_run
+from mtrec_jax.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
@@ -67,11 +72,25 @@ def test_training_stops_names_the_loss_and_batch_and_keeps_what_was_right(
     """Also where the host waits for the device only when a checkpoint is due."""
     monkeypatch.setattr(loop, "steps_in_flight", lambda: in_flight)
     poisoned(11)
-    with pytest.raises(Error, match=r"at step 11 \(epoch 2, batch 2\): first the loss of stars"):
+    with pytest.raises(
+        Error, match=r"at step 11 \(epoch 2, batch 2\): first the loss of stars"
+    ) as caught:
         train(_experiment(plain), shop_prepared, tmp_path, show_progress=False)
     params, tables, step = load_best(open_run(tmp_path))
     assert step == 8
+    assert f"init_from= {tmp_path} begins it with the best" in str(caught.value)
     assert all(np.isfinite(np.asarray(a)).all() for a in jax.tree.leaves((params, tables)))
+
+
+def test_fit_names_no_argument_that_it_lacks(plain: Experiment, tmp_path: Path) -> None:
+    """It has no init_from=, and its folder may be temporary."""
+    rest = [None] * (len(loop._Job._fields) - 3)
+    job = tuple.__new__(loop._Job, [plain, None, tmp_path, *rest])
+    state = tuple.__new__(TrainState, [np.array([1, 3])] * len(TrainState._fields))
+    bar = Progress(16, 0, False, "shop")
+    remedy = r'at step 3\. .* with train\.not_finite = "skip", in a new run$'
+    with naming(from_tables._of_fit), pytest.raises(Error, match=remedy):
+        loop._check_finite(job, bar, state, 4, deque(), 0)
 
 
 def test_a_step_that_is_skipped_changes_nothing(
