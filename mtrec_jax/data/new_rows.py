@@ -24,7 +24,7 @@ from mtrec_jax.data.features import one_array
 from mtrec_jax.data.newer import as_column
 from mtrec_jax.data.read import EXAMPLES, ROW, Staged, check_columns
 from mtrec_jax.data.rules import with_bounds
-from mtrec_jax.data.schema import columns_of, query_features, typed, value_rules
+from mtrec_jax.data.schema import check_times, columns_of, query_features, typed, value_rules
 from mtrec_jax.data.sources import Source, check_single, open_source
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, UNKNOWN, Lists
@@ -90,7 +90,10 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, have, "events")
         cleaned, _ = value_rules(experiment, source.table, removes=False)
-        rows = typed(_without_rules(experiment), cleaned).order_by("row").to_pyarrow()
+        events = typed(_without_rules(experiment), cleaned)
+        if experiment.data.time:
+            check_times(events, unit := experiment.data.time_unit, f"Write them in '{unit}'")
+        rows = events.order_by("row").to_pyarrow()
         did = _behaviours(prepared, cleaned)
     _check_cells(experiment, source.staged, rows)
     _check_keys(source.staged, rows)

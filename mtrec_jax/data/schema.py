@@ -177,17 +177,24 @@ def _shown(value: Any) -> Any:
     return value.join(" ") if value.type().is_array() else value.fill_null("")
 
 
-def check_times(events: Any, unit: str) -> list[Rule]:
+def check_times(
+    events: Any, unit: str, remedy: str = "Set data.time_unit to 's', 'ms' or 'us'"
+) -> list[Rule]:
     """Stop if times are in another unit, or dates written as numbers; report a few late ones.
+
+    Missing times are left out, and none at all are right.
 
     Raises:
       DataError: most events are after the year 2199, or all times are such as 20240131.
     """
+    events = events.filter(events.time.notnull())
     time = events.time
     month, day = (time / 100).floor() % 100, time % 100
     is_date = time.between(19000101, 21001231) & month.between(1, 12) & day.between(1, 31)
     counts = {"n": events.count(), "dates": is_date.sum(), "late": (time > _YEAR_2200).sum()}
     (found,) = rows(events.agg(**counts, last=time.max()))
+    if not found["n"]:
+        return []
     late, last = found["late"], found["last"] * {"s": 1, "ms": 1e3, "us": 1e6}[unit]
     if found["dates"] == found["n"]:
         raise DataError(
@@ -197,7 +204,7 @@ def check_times(events: Any, unit: str) -> list[Rule]:
     if late * 2 > found["n"]:
         raise DataError(
             f"data.time: {late:,} of {found['n']:,} events are after the year 2199, such as "
-            f"{last:.0f} as Unix time in '{unit}'. Set data.time_unit to 's', 'ms' or 'us'"
+            f"{last:.0f} as Unix time in '{unit}'. {remedy}"
         )
     rule = "time after the year 2199 (is data.time_unit right for all rows?)"
     return [Rule(rule=rule, rows=late)] if late else []

@@ -156,6 +156,15 @@ def test_events_follow_the_stored_ones_in_the_order_of_time(own: Prepared) -> No
     assert with_events(view, table).manifest.users == 3, "and more events after these"
 
 
+def test_times_of_another_unit_are_refused(own: Prepared) -> None:
+    """Milliseconds of 2026 are seconds of some year beyond 50000."""
+    one = {"user": ["b"], "item": ["w"], "shade": ["light"], "price": [1.0]}
+    with pytest.raises(DataError, match=r"after the year 2199.*1794181551000 .*Write them in 's'"):
+        with_events(own, pa.table(one | {"time": [1794181551000]}))
+    view = with_events(own, pa.table(one | {"time": [1794181551]}))
+    assert view.manifest.events == own.manifest.events + 1
+
+
 def test_what_answers_are_given_for_trains_no_model(own: Prepared, grown: Prepared) -> None:
     """Its examples hold codes of another folder, or know less than its histories."""
     later = pa.table({"user": ["b"], "item": ["x"], "shade": ["dark"], "price": [1], "time": [30]})
