@@ -82,12 +82,16 @@ class _Rate(ProgressColumn):
 
 class Progress:
     """A bar with rate, remaining time and losses on a terminal; elsewhere a line for each
-    evaluation, one with the expected time after the first steps, and one each minute."""
+    evaluation, one before the first step is compiled, one with the expected time after the first
+    steps, and one each minute. Neither the first step nor the first evaluation, which compile,
+    counts in the rate."""
 
     def __init__(self, total: int, done: int, show: bool, name: str):
         self._show, self._total, self._name = show, total, name
         self._doing, self._foretold = "compiling", False
         self._first: tuple[int, float] | None = None  # step that was begun first, and when
+        self._evaluating: float | None = None  # since when, for the first time
+        self._evaluated = False
         self._number, self._losses = done, ""
         self._lines = contextlib.ExitStack()
         self._console = Console(stderr=True)
@@ -107,6 +111,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._bar.start()
         if self._pipes:
+            self.note(f"train {self._name}: compiling the first step …")
             self._lines.enter_context(each_minute(lambda _: self._line(), self.note))
         return self
 
@@ -123,7 +128,8 @@ class Progress:
         """Where training is, its rate and the time that is left."""
         where = f"train {self._name}: step {self._number} of {self._total}"
         begun, since = self._first or (self._number, time.perf_counter())
-        done, seconds = self._number - begun, time.perf_counter() - since
+        now = time.perf_counter() if self._evaluating is None else self._evaluating
+        done, seconds = self._number - begun, now - since
         if done <= 0:
             return f"{where}, {self._doing} …"
         left = _duration((self._total - self._number) * seconds / done)
@@ -133,8 +139,12 @@ class Progress:
         """Step `number` is under way."""
         shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self._number, self._losses, self._doing = number, shown, "training"
-        self._first = self._first or (number, time.perf_counter())
-        if self._pipes and not self._foretold and time.perf_counter() - self._first[1] >= _FIRST:
+        now = time.perf_counter()
+        begun, since = self._first or (number, now)
+        if self._evaluating is not None:
+            since, self._evaluating = since + now - self._evaluating, None
+        self._first = begun, since
+        if self._pipes and not self._foretold and now - since >= _FIRST:
             self._foretold = True
             self.note(self._line())
         self._bar.update(
@@ -144,6 +154,8 @@ class Progress:
     def say(self, what: str) -> None:
         """Show what is being done beside training."""
         self._doing = what
+        if not self._evaluated:
+            self._evaluating, self._evaluated = time.perf_counter(), True
         self._bar.update(self._task, description=what)
 
     def note(self, text: str) -> None:

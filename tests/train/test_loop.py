@@ -452,6 +452,28 @@ def test_where_nobody_watches_lines_tell_rate_and_time_left(
     said = capsys.readouterr().err
     assert said.count("steps/s") == 1
     assert "train shop: step 11 of 100, 2 steps/s, about 44 s left  click 0.5000" in said
+    assert said.count("compiling the first step") == 1
+
+
+def test_what_compiles_does_not_count_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps in 5 seconds, 80 in the first evaluation; the 5 of a second one count."""
+    clock = [70.0]  # seconds of the first step
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    bar = Progress(101, 0, False, "shop")
+    bar.advance(1, {})
+    clock[0] += 5
+    bar.advance(11, {})
+    bar.say("evaluating")
+    clock[0] += 80
+    assert "step 11 of 101, 2 steps/s, about 45 s left" in bar._line()
+    bar.advance(12, {})
+    clock[0] += 5
+    bar.advance(21, {})
+    assert "step 21 of 101, 2 steps/s, about 40 s left" in bar._line()
+    bar.say("evaluating")
+    clock[0] += 5
+    bar.advance(31, {})
+    assert "step 31 of 101, 2 steps/s, about 35 s left" in bar._line()
 
 
 def test_work_that_takes_long_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
