@@ -102,4 +102,5 @@ def test_a_run_on_shards_records_its_rounds(
     records = read_records(run.folder / "metrics.jsonl")
     rounds = [r for r in records if r["metric"] == "rounds"]
     assert [r["step"] for r in rounds] == [2, 4, 6]
-    assert all(r["value"] == 1 for r in rounds[:2])  # these batches were measured
+    # these batches were measured, with other negatives: a few ids more may take a second round
+    assert {r["value"] for r in rounds[:2]} <= {1, 2}
