@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, Table
 from mtrec_jax.data.assumed import resized
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.models.model import make_catalogue, make_model
@@ -97,7 +97,8 @@ def test_a_run_on_shards_records_its_rounds(
 ) -> None:
     model = dataclasses.replace(shop_experiment.model, towers=SharedBottom(), fusion="none")
     train = dataclasses.replace(shop_experiment.train, mesh=(2, 4), steps=6, log_every=2)
-    experiment = dataclasses.replace(shop_experiment, model=model, train=train)
+    tables = {"item": Table(update="sparse")}
+    experiment = dataclasses.replace(shop_experiment, model=model, train=train, tables=tables)
     run = train_run(experiment, shop_prepared, tmp_path / "run", show_progress=False)
     records = read_records(run.folder / "metrics.jsonl")
     rounds = [r for r in records if r["metric"] == "rounds"]
