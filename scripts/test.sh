@@ -7,4 +7,4 @@ scripts/setup.sh dev
 if [ "${1:-}" = "--slow" ]; then
   set -- -m slow "${@:2}"
 fi
-exec "${VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadscope "$@"

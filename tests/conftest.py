@@ -62,14 +62,6 @@ SMALL_SHOP = (
 )
 
 
-LONGEST = ("test_processes.py", "test_chaos.py", "test_engines.py", "test_disk.py", "test_past.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest modules begin first, so that both halves of the suite end together."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 @pytest.fixture(scope="session")
 def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all processes of the suite share."""

@@ -256,7 +256,7 @@ def order_score(logits: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
         return logits
     exponential = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights = exponential / exponential.sum(axis=-1, keepdims=True)
-    return weights @ np.array(class_numbers(classes))
+    return np.asarray(weights @ np.array(class_numbers(classes)))
 
 
 def rank_in_list(scores: np.ndarray, hit: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -222,9 +222,9 @@ def test_items_on_another_device_are_searched_there() -> None:
 def test_threads_share_an_index() -> None:
     items = np.random.default_rng(0).normal(size=(1600, 8)).astype(np.float32)
     index = ItemIndex(items)
-    sizes = [1, 7, 30, 64, 100, 3]
+    sizes = [1, 7, 30, 3]
     expected = [index.search(items[:n], 5) for n in sizes]
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
             for right, found in zip(
                 expected, pool.map(lambda n: index.search(items[:n], 5), sizes), strict=True
