@@ -83,9 +83,11 @@ def compiled_programs(kept_folder: Path) -> dict[str, str]:
     """Keep compiled programs for the whole session: the settings, for other processes as well."""
     settings = {
         "jax_compilation_cache_dir": str(kept_folder / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
+        # With a limit processes wait for each other, and each new program reads the times of all
+        # that are there: small ones are not worth it.
+        "jax_compilation_cache_max_size": 2**32,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_compilation_cache_max_size": 2**32,  # with a limit, processes wait for each other
     }
     for name, value in settings.items():
         jax.config.update(name, value)

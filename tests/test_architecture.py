@@ -18,7 +18,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 
 # Imports point to the same layer or to one further up. A room may be on several, by the file.
 LAYERS = (
-    ("errors", "types", "interrupts", "arguments", "processes", "choices", "machine"),
+    ("errors", "types", "interrupts", "arguments", "processes", "choices", "machine", "result"),
     ("kernels", "sharding", "compilation", "mixing"),
     (
         *("data.features", "balance", "models.layers", "models.encoders", "models.towers"),

@@ -21,8 +21,8 @@ import pytest
 import mtrec_jax
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, open_prepared
+from mtrec_jax.result import Result
 from mtrec_jax.serving.recommender import Recommender
-from mtrec_jax.serving.result import Result
 from mtrec_jax.train.run import Run
 
 COMMANDS = (

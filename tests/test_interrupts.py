@@ -20,7 +20,7 @@ import os, signal, time
 signal.signal({number}, signal.SIG_DFL)  # whatever started the tests may ignore it, like nohup
 from pathlib import Path
 from mtrec_jax import cli
-from mtrec_jax.serving.result import save_tables
+from mtrec_jax.result import save_tables
 
 class Swallows:
     def __del__(self):

@@ -141,7 +141,11 @@ CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
     "rows, (8, 1), lazy Adam": (_rows, {"mesh": [8, 1]}),
     "sequences, (2, 4), in 4 parts": (_sequences, {"mesh": [2, 4], "accumulate": 4}),
 }
-SLOW = ("rows, (8, 1), lazy Adam", "sequences, (2, 4), in 4 parts")
+SLOW = (
+    "sequences, (1, 8), row-wise Adagrad",
+    "rows, (8, 1), lazy Adam",
+    "sequences, (2, 4), in 4 parts",
+)
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
 )

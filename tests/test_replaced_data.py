@@ -54,13 +54,15 @@ def everything(folder: Path) -> dict[Path, bytes]:
             ("run", "mine.toml"),
             "runs/shop was trained on other data",
         ),
-        (
+        pytest.param(
             ("run", "mine.toml", "--prepared", "new"),
             "runs/shop was trained on other data",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ("run", "mine.toml", "--run", "runs/new"),
             "that runs/shop was trained on",
+            marks=pytest.mark.slow,
         ),
         (
             ("run", "mine.toml", "--run", "runs/new", "--set", "data.history_length=9"),

@@ -11,7 +11,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -120,6 +121,22 @@ def _quieten(alone: bool) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for message in (".*Sharding info not provided.*", "coroutine .* was never awaited"):
         warnings.filterwarnings("ignore", message=message)
+    show = warnings.showwarning
+
+    def say_ours(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parents[1]):
+            say(f"mtrec: {message}")
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = say_ours
     for name in ("absl", "asyncio"):  # of Orbax and its tasks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,6 @@ from mtrec_jax.cli.options import (
     Memory,
     MovedFolder,
     PreparedFolder,
-    RunFolder,
     RunOption,
     Set,
     say,
@@ -45,18 +45,29 @@ def train(
 
 
 def evaluate(
-    run: RunFolder,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/shop.")
+    ],
     split: Annotated[
         Literal["validation", "test"], typer.Option(help="The test set's looks are counted.")
     ] = "validation",
     prepared: MovedFolder = None,
 ) -> None:
-    """Evaluate the best checkpoint beside the baselines, under one protocol."""
+    """Evaluate the best checkpoint beside the baselines, under one protocol; several runs also in
+    one table."""
+    from rich.console import Console
+
     from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.evaluation.tables import side_by_side
     from mtrec_jax.train.run import open_run
 
     use_compilation_cache()
-    _evaluate(open_run(run, prepared), split)
+    opened = {str(run): open_run(run, prepared) for run in runs}
+    found = {name: _evaluate(run, split) for name, run in opened.items()}
+    if len(found) > 1:
+        table = side_by_side(found)
+        console = Console() if sys.stdout.isatty() else Console(width=160)
+        console.print(table.rich(rows=len(table)))
 
 
 def run(
@@ -111,7 +122,7 @@ def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None 
     return finished
 
 
-def _evaluate(opened: Any, split: str) -> None:
+def _evaluate(opened: Any, split: str) -> Any:
     from mtrec_jax.evaluation.tables import print_evaluation
     from mtrec_jax.train.run import evaluate_run
 
@@ -122,3 +133,4 @@ def _evaluate(opened: Any, split: str) -> None:
     say(f"looks at the test set so far: {looks}{where}")
     for line in not_stored:
         say(f"mtrec: {line}")
+    return evaluation

@@ -81,8 +81,8 @@ def _check_who(chosen: list[str], all_users: bool, out: Path | None) -> None:
 def _written(recommender: Any, chosen: list[str], out: Path | None, asked: dict[str, Any]) -> int:
     """Write the answers for users, or for everybody where none is named; the number of rows."""
     from mtrec_jax import processes
+    from mtrec_jax.result import print_recommendations, save_tables
     from mtrec_jax.serving.requests import raw_text
-    from mtrec_jax.serving.result import print_recommendations, save_tables
 
     if out is not None and not chosen:
         tables = _progress(recommender.recommend_all(**asked), recommender)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
-from mtrec_jax.data.dataset import SHOWN, Prepared, described, is_one, to_arrays
+from mtrec_jax.data.dataset import SHOWN, Prepared, SplitInfo, described, is_one, to_arrays
 from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.features import one_array
 from mtrec_jax.data.newer import as_column
@@ -53,11 +55,14 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, needed)
         cleaned = with_bounds(experiment, manifest.bounds)
-        rows = typed(cleaned, source.table, labels=False).order_by("row").to_pyarrow()
+        asked = typed(cleaned, source.table, labels=False)
+        if "time" in asked.columns:
+            _check_unit(asked, experiment)
+        rows = asked.order_by("row").to_pyarrow()
     _check_cells(experiment, source.staged, rows)
     rows = past.look_up(rows, prepared, experiment)
-    asked = [name for name, feature in experiment.features.items() if feature.on == "request"]
-    encodings = [features.restore(prepared, name) for name in asked]
+    names = [name for name, feature in experiment.features.items() if feature.on == "request"]
+    encodings = [features.restore(prepared, name) for name in names]
     ids, numbers = features.encode_all(encodings, _feature_cells(rows), len(rows))
     return {
         "request_ids": ids,
@@ -81,6 +86,9 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
       data have searches, which stand in histories as the unknown item, events of items that were
       not there are left out.
 
+    Warns:
+      UserWarning: events of users who were there are not later than the last stored one.
+
     Raises:
       ConfigError: the data has no users or no items, or features that look back on the whole log.
       DataError: as `encode_requests`; or an event without user, item or time.
@@ -92,7 +100,7 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
         cleaned, _ = value_rules(experiment, source.table, removes=False)
         events = typed(_without_rules(experiment), cleaned)
         if experiment.data.time:
-            check_times(events, unit := experiment.data.time_unit, f"Write them in '{unit}'")
+            _check_unit(events, experiment)
         rows = events.order_by("row").to_pyarrow()
         did = _behaviours(prepared, cleaned)
     _check_cells(experiment, source.staged, rows)
@@ -101,7 +109,11 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
     names = pa.array(prepared.user_names, pa.string())
     new = users.filter(pc.invert(pc.is_in(users, value_set=names))).unique()
     owner = pc.index_in(users, value_set=pa.concat_arrays([names, new])).to_numpy()
-    time = rows["time"].to_numpy() if "time" in rows.column_names else np.zeros(len(rows))
+    has_time = "time" in rows.column_names
+    time = rows["time"].to_numpy() if has_time else np.zeros(len(rows))
+    split = prepared.manifest.split
+    if has_time and len(rows):
+        split = _later(split, time, owner < prepared.manifest.users)
     order = np.lexsort((np.arange(len(rows)), time, owner))
     events = {"event_item": _stored_ids(rows, "item", prepared.items)[:, None]}
     if experiment.data.queries:
@@ -125,6 +137,7 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
         columns[name] = _appended(stored[name], codes[order], owner[order], len(new))
     manifest = dataclasses.replace(
         prepared.manifest,
+        split=split,
         users=prepared.manifest.users + len(new),
         events=prepared.manifest.events + len(order),
     )
@@ -227,11 +240,37 @@ def _of_histories(prepared: Prepared) -> Experiment:
     return with_bounds(experiment, prepared.manifest.bounds)
 
 
+def _later(split: SplitInfo, time: np.ndarray, were_there: np.ndarray) -> SplitInfo:
+    """With the time of the last of more events; warns of those that may be stored already.
+
+    Args:
+      split: of the events so far.
+      time: [n] seconds of the new ones.
+      were_there: [n] whether their user was in the data.
+    """
+    last = max((end for _, end in split.times.values()), default=-np.inf)
+    if again := int((were_there & (time <= last)).sum()):
+        day = datetime.datetime.fromtimestamp(last, datetime.UTC).isoformat(" ", "seconds")
+        warnings.warn(
+            f"events: {again:,} of {len(time):,} are not later than the last stored one ({day}, "
+            f"{last:.0f}). Pass only what is not stored yet: an event that is given again counts "
+            "twice",
+            stacklevel=4,
+        )
+    times = split.times | {"newer": (float(time.min()), max(last, float(time.max())))}
+    return dataclasses.replace(split, times=times)
+
+
 def _without_rules(experiment: Experiment) -> Experiment:
     """Without rules about values, and without what derives columns, which are there by now."""
     clean = dataclasses.replace(experiment.clean, values={})
     data = dataclasses.replace(experiment.data, derive={})
     return dataclasses.replace(experiment, clean=clean, data=data)
+
+
+def _check_unit(events: Any, experiment: Experiment) -> None:
+    unit = experiment.data.time_unit
+    check_times(events, unit, f"Write them in '{unit}'")
 
 
 def _check_keys(staged: Staged, rows: pa.Table) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+import pyarrow as pa
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mtrec_jax.config import Experiment
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
+from mtrec_jax.evaluation.protocol import Protocol, check_same
+from mtrec_jax.result import Result
 
 
 def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> RenderableType:
@@ -35,6 +40,69 @@ def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> Rendera
 def print_evaluation(experiment: Experiment, evaluation: Evaluation) -> None:
     """Print `evaluation_tables` to standard output."""
     Console().print(evaluation_tables(experiment, evaluation))
+
+
+def side_by_side(evaluations: Mapping[str, Evaluation]) -> Result:
+    """Several models in one table, if they were measured by the same rules.
+
+    Args:
+      evaluations: {name of the model: its evaluation}.
+
+    Returns:
+      A row a metric of each task that all of them have: task, metric, which values are better, and
+      for each model the value and its 95 % interval, null where there is none.
+
+    Raises:
+      ConfigError: they share no task, or rules, splits or targets of these tasks differ.
+
+    Example:
+      ```
+      first, _ = mtrec_jax.evaluate_run("runs/shop")
+      second, _ = mtrec_jax.evaluate_run("runs/shop-ple")
+      mtrec_jax.side_by_side({"mmoe": first, "ple": second})
+      ```
+    """
+    given = list(evaluations.values())
+    tasks = [t for t in (given[0].tasks if given else ()) if all(t in e.tasks for e in given)]
+    if not tasks:
+        raise ConfigError("side_by_side: the evaluations have no task in common")
+    for what in ("split", "targets"):
+        found = {n: _of_tasks(getattr(e, what), tasks) for n, e in evaluations.items()}
+        if any(one != next(iter(found.values())) for one in found.values()):
+            raise ConfigError(f"side_by_side: {what} differ: {found}")
+    check_same({name: _rules(e.protocol, tasks) for name, e in evaluations.items()})
+    rows = []
+    for task in tasks:
+        for metric in given[0].tasks[task]:
+            better = "higher" if metric_named(metric).larger_is_better else "lower"
+            row: dict[str, object] = {"task": task, "metric": metric, "better": better}
+            for name, e in evaluations.items():
+                row[name] = e.tasks[task].get(metric)
+                interval = e.intervals.get(task, {}).get(metric)
+                row[f"{name}, 95 %"] = _interval(interval) or None
+            rows.append(row)
+    return Result(pa.Table.from_pylist(rows))
+
+
+def _of_tasks(value: object, tasks: list[str]) -> object:
+    return {task: value[task] for task in tasks} if isinstance(value, dict) else value
+
+
+def _rules(protocol: Protocol, tasks: list[str]) -> Protocol:
+    """The rules of some tasks alone: how orders were compared is none of them."""
+    targets = tuple(target for target in protocol.targets if target.partition(":")[0] in tasks)
+    rules = replace(protocol, targets=targets, reranked=0)
+    if protocol.task in tasks:
+        return rules
+    return Protocol(
+        data=rules.data,
+        split=rules.split,
+        validation=rules.validation,
+        test=rules.test,
+        order=rules.order,
+        past=rules.past,
+        targets=targets,
+    )
 
 
 def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> RenderableType:

@@ -18,8 +18,8 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import counted_items
 from mtrec_jax.evaluation.comparison import training_interactions
 from mtrec_jax.evaluation.ranking import top_items
+from mtrec_jax.result import Result
 from mtrec_jax.serving.requests import raw_texts
-from mtrec_jax.serving.result import Result
 from mtrec_jax.types import FIRST, UNKNOWN, Lists
 
 

@@ -27,7 +27,8 @@ from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.collect import order_score, ordering
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
-from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
+from mtrec_jax.result import Result
+from mtrec_jax.serving.filters import Ids, UnknownItems, known_histories, read_filters
 from mtrec_jax.serving.requests import (
     BATCH,
     SIZES,
@@ -39,7 +40,6 @@ from mtrec_jax.serving.requests import (
     portions,
     raw_texts,
 )
-from mtrec_jax.serving.result import Result
 from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
 from mtrec_jax.types import FIRST, UNKNOWN, UserStates
 
@@ -222,8 +222,8 @@ class Recommender:
           order_by: a task whose prediction puts the candidates in order instead of the fusion.
           on_unknown: of a user who is neither in the data nor has a history: "popular"; "model"
             asks the model about a stranger; "error" raises for any user who is not in the data.
-          unknown_items: "error" refuses ids of the filters that are not in the catalogue; "ignore"
-            counts them in `Result.ignored`.
+          unknown_items: "error" refuses ids of the filters and histories that are not in the
+            catalogue; "ignore" leaves them out, and counts them in `Result.ignored`.
           new_items: also items that have never trained, by their features alone; False: none.
 
         Returns:
@@ -235,9 +235,9 @@ class Recommender:
         Raises:
           ConfigError: the run has no retrieval task, no such task to order by, or an option is none
             of those above.
-          DataError: k is below 1 or above the catalogue; unknown item ids in the histories, or with
-            unknown_items="error" in the filters; no item is left; unknown users with
-            on_unknown="error"; a text instead of a list of ids.
+          DataError: k is below 1 or above the catalogue; ids that are not in the catalogue, with
+            unknown_items="error"; no item is left; unknown users with on_unknown="error"; a text
+            instead of a list of ids.
         """
         users = raw_texts("users", users)
         one_of("on_unknown", on_unknown, ("popular", "model", "error"))
@@ -252,6 +252,8 @@ class Recommender:
                     f"histories: {len(histories)} given for {len(users)} users; pass a list of "
                     "histories, one a user, as in histories=[[1, 2], [3]]"
                 )
+            histories, unknown = known_histories(self.prepared, histories, unknown_items)
+            asked.ignored.update({"histories": len(unknown)} if unknown else {})
         moments = moments_of(request, len(users))
         if on_unknown == "error":
             self._refuse_unknown(users)

@@ -33,9 +33,14 @@ from mtrec_jax.tables.lookup import Ids
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.progress import Progress
 from mtrec_jax.train.records import Records
-from mtrec_jax.train.run import Run, check_data, check_folder, claim
+from mtrec_jax.train.run import Run, check_data, check_folder, claim, has_checkpoint
 from mtrec_jax.train.step import Step, learning_rate, make_step
-from mtrec_jax.train.stopping import asked_to_stop, full_disk_named, stopped_at
+from mtrec_jax.train.stopping import (
+    asked_to_stop,
+    full_disk_named,
+    full_memory_named,
+    stopped_at,
+)
 from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.types import Batch, Catalogue, TrainState
 
@@ -88,6 +93,7 @@ def train(
     processes.check_same("what is trained", "\n".join(same))
     with (
         full_disk_named(folder),
+        full_memory_named(experiment),
         _sole_trainer(folder),
         collecting() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too
@@ -362,7 +368,7 @@ def _check_finite(
     skip = ', or leave such steps out with train.not_finite = "skip"' if stops else ""
     if stops or found > _MOST_LEFT_OUT:
         begins, rest = argument("init_from"), "in a new run"
-        if begins:
+        if begins and has_checkpoint(job.folder):
             rest = (
                 f"in a new {argument('run')}; checkpoints hold only what was finite, and {begins} "
                 f"{job.folder} begins it with the best one of this run"

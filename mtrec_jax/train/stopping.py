@@ -1,4 +1,4 @@
-"""Runs that end before their time: asked to by a signal, or for want of room on a disk."""
+"""Runs that end before their time: asked to by a signal, or for want of room or memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from mtrec_jax import processes
+from mtrec_jax.config import Experiment
 from mtrec_jax.errors import CheckpointError, Error
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share, a file's limit
@@ -69,6 +72,24 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"no space left in {folder} while {doing} ({reason}). Earlier steps are kept: free "
             "space and run the same command to continue from the last of them"
+        ) from error
+
+
+@contextlib.contextmanager
+def full_memory_named(experiment: Experiment) -> Iterator[None]:
+    """XLA's lack of a device's memory becomes an `Error` that says what can be done about it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        config = experiment.train
+        raise Error(
+            f"a device's memory does not hold the run ({first}). Lower train.batch_size = "
+            f"{config.batch_size}, or raise train.accumulate = {config.accumulate}, which takes a "
+            "batch in parts; tables are split over more devices by train.mesh. mtrec plan says "
+            "what takes how much"
         ) from error
 
 

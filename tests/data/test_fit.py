@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from mtrec_jax.config import Experiment
+from mtrec_jax.data import features
 from mtrec_jax.data.dataset import SPLITS
+from mtrec_jax.data.features import KINDS
+from mtrec_jax.data.fit import values_report
 from mtrec_jax.data.new_rows import encode_requests, read_columns
 from mtrec_jax.errors import DataError
 from tests.data.small import LOG, example_of, joined, make, rows, rules, run
@@ -235,3 +239,19 @@ def test_every_place_of_a_sequence_has_its_kinds(tmp_path: Path) -> None:
     found_rules = rules(prepared)
     assert found_rules["missing training value of age imputed (median)"] == 1
     assert found_rules["missing training value of gap imputed (own)"] == 3
+
+
+def test_lists_that_became_text_are_reported() -> None:
+    """As a data frame writes a column of lists to a csv."""
+    written = pa.array(["['q', 'p']", '["q"]', "[1, 2]", "[REC]", "q"])
+    counts = np.array([6, 2, 1, 5, 4])
+    rules = {}
+    for kind in ("categorical", "multi_valued"):
+        feature = KINDS[kind]()
+        [rule] = values_report([features.fit("genres", feature, written, counts)])
+        rules[kind] = rule
+        assert "genres looks like a list that became text" in rule.rule
+    assert (rules["categorical"].rows, rules["categorical"].examples[0]) == (9, "\"['q', 'p']\"")
+    assert rules["multi_valued"].rows == 6 + 6 + 2, "of a cell the first and the last value"
+    few = features.fit("title", KINDS["categorical"](), written[3:], counts[3:])
+    assert values_report([few]) == []

@@ -36,6 +36,11 @@ def prepared_rows(folder: Path, text: str = TEXT, **events: Any) -> Prepared:
     return run(folder, experiment, text)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepared_rows(tmp_path_factory.mktemp("plain"))
+
+
 def write(table: pa.Table, path: Path) -> None:
     """The table in the format of the file's suffix."""
     frame = table.to_pandas()
@@ -55,7 +60,7 @@ NAMES = ["new.csv", "new.tsv", "new.jsonl", "new.parquet", "new.csv.gz", "new.js
     "events",
     [
         {},
-        {"separator": ";"},
+        pytest.param({"separator": ";"}, marks=pytest.mark.slow),
         {"separator": ", ", "header": ["colour", "size", "age", "at", "sold"]},
         {"format": "tsv"},
     ],
@@ -95,47 +100,46 @@ def refused(prepared: Prepared, path: Path) -> str:
     return str(error.value)
 
 
-def test_errors_name_the_file(tmp_path: Path) -> None:
-    prepared = prepared_rows(tmp_path)
+def test_errors_name_the_file(plain: Prepared, tmp_path: Path) -> None:
     new = tmp_path / "new.csv"
-    assert refused(prepared, tmp_path / "absent.csv").endswith("absent.csv: there is no such file.")
+    assert refused(plain, tmp_path / "absent.csv").endswith("absent.csv: there is no such file.")
     new.write_text("color,size,age,at\nred,1,1,1\n")
     message = f"{new}: no column 'colour' (features.colour) in new.csv. Did you mean 'color'?"
-    assert message in refused(prepared, new)
+    assert message in refused(plain, new)
     new.write_text("colour,size,age,at\nred,1\n")
-    assert re.search(r"every line of .*new\.csv is malformed", refused(prepared, new))
+    assert re.search(r"every line of .*new\.csv is malformed", refused(plain, new))
     new.write_text("colour,size,age,at\nred,1,1,1\nred,1\n")
-    assert f"{new}: 1 malformed line" in refused(prepared, new)
+    assert f"{new}: 1 malformed line" in refused(plain, new)
     with gzip.open(tmp_path / "new.csv.gz", "wt") as file:
         file.write("colour,size\nred,1\n")
-    assert "new.csv.gz: no column 'age'" in refused(prepared, tmp_path / "new.csv.gz")
+    assert "new.csv.gz: no column 'age'" in refused(plain, tmp_path / "new.csv.gz")
 
 
 @pytest.mark.parametrize("value", ["abc", "nan", "1e99", "1_0"])
 @pytest.mark.parametrize(("column", "rest"), [("size", "1,1"), ("age", "2,1")])
 def test_what_is_no_number_is_no_missing_number(
-    tmp_path: Path, column: str, rest: str, value: str
+    plain: Prepared, tmp_path: Path, column: str, rest: str, value: str
 ) -> None:
-    prepared = prepared_rows(tmp_path)
     other = "age" if column == "size" else "size"
     path = tmp_path / "new.csv"
     path.write_text(f"{column},{other},at,colour\n1,1,1,red\n,1,2,red\n{value},{rest},\n")
     with pytest.raises(DataError) as error:
-        encode_requests(prepared, path)
+        encode_requests(plain, path)
     assert str(error.value) == (
         f"row 2 (new.csv line 4): column '{column}' holds '{value}', but feature '{column}' needs "
         "a number. Mend the cell, or leave it empty where the number is missing"
     )
     table = pd.DataFrame({column: [value, value], other: 1, "at": 1, "colour": "red"})
     with pytest.raises(DataError, match=f"row 0: column '{column}' holds '{value}', and 1 more"):
-        encode_requests(prepared, table)
+        encode_requests(plain, table)
 
 
-def test_what_is_no_time_is_refused(tmp_path: Path) -> None:
-    prepared = prepared_rows(tmp_path)
+def test_what_is_no_time_is_refused(plain: Prepared) -> None:
     new = pd.DataFrame({"size": 1, "age": 1, "at": ["1", "soon"], "colour": "red"})
     with pytest.raises(DataError, match=r"row 1: column 'at' holds 'soon', which is no time"):
-        encode_requests(prepared, new)
+        encode_requests(plain, new)
+    with pytest.raises(DataError, match=r"after the year 2199.*Write them in 's'"):
+        encode_requests(plain, new.assign(at=1794181551000))
 
 
 def test_new_rows_may_lack_what_only_derived_labels_are_made_of(tmp_path: Path) -> None:
@@ -192,7 +196,7 @@ def test_unknown_items_are_no_searches(tmp_path: Path) -> None:
     searches = "user,time,query\na,1,red shoes\na,8,red\n"
     prepared = run(tmp_path, experiment, queries_csv=searches)
     users, items = ["a", "a", "a", "zoe"], ["brand new", "x", "newer", "newest"]
-    table = pa.table({"user": users, "item": items, "rating": [5, 4, 1, 5], "time": range(9, 13)})
+    table = pa.table({"user": users, "item": items, "rating": [5, 4, 1, 5], "time": range(10, 14)})
     view = with_events(prepared, table)
     before, x = prepared.user_lists("event_item")[0].tolist(), prepared.item_ids["x"]
     assert before.count(1) == 2, "the searches"

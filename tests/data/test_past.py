@@ -190,7 +190,8 @@ def test_no_future(duckdb: Engine, events: list[Event], now: int, data: st.DataO
 
 
 @pytest.mark.filterwarnings("ignore")  # PySpark's own, of pandas 3
-@pytest.mark.parametrize("kind", [pytest.param("leave_one_out", marks=pytest.mark.slow), "random"])
+@pytest.mark.slow  # folders that both engines prepare are compared by tests/data/test_engines.py
+@pytest.mark.parametrize("kind", ["leave_one_out", "random"])
 def test_engines_give_equal_floats(duckdb: Engine, spark: Engine, kind: str) -> None:
     rng = np.random.default_rng(3)
     events: list[Event] = [
@@ -214,17 +215,17 @@ def test_engines_give_equal_floats(duckdb: Engine, spark: Engine, kind: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore")  # PySpark's own, of pandas 3
-def test_hours_and_weekdays(duckdb: Engine, spark: Engine) -> None:
+@pytest.mark.parametrize("engine", ["duckdb", pytest.param("spark", marks=pytest.mark.slow)])
+def test_hours_and_weekdays(engine: str, request: pytest.FixtureRequest) -> None:
     times = pa.table({"time": [0.0, 3599.9, 1_700_000_000.0, -1.0, 1e35, None]})  # a Tuesday, 22:13
-    for engine in (duckdb, spark):
-        time = engine.load("times", times).time
-        for feature, wanted in (
-            (Hour(on="request"), ["0", "0", "22", "23", None, None]),
-            (Weekday(on="request"), ["3", "3", "1", "2", None, None]),
-        ):
-            told = time.name("time").as_table().select(time, text=schema.clock(feature, time))
-            answer = {r["time"]: r["text"] for r in told.to_pyarrow().to_pylist()}
-            assert answer == dict(zip(times["time"].to_pylist(), wanted, strict=True))
+    time = request.getfixturevalue(engine).load("times", times).time
+    for feature, wanted in (
+        (Hour(on="request"), ["0", "0", "22", "23", None, None]),
+        (Weekday(on="request"), ["3", "3", "1", "2", None, None]),
+    ):
+        told = time.name("time").as_table().select(time, text=schema.clock(feature, time))
+        answer = {r["time"]: r["text"] for r in told.to_pyarrow().to_pylist()}
+        assert answer == dict(zip(times["time"].to_pylist(), wanted, strict=True))
 
 
 ROWS = """user,shop,time,hit,hour

@@ -12,7 +12,7 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.evaluation.protocol import Protocol, check_same, protocol_of
-from mtrec_jax.evaluation.tables import print_evaluation
+from mtrec_jax.evaluation.tables import print_evaluation, side_by_side
 
 RULES = Protocol(
     data="random split (0.1 validation, 0.1 test, seed 0), 7 users, 5 items, 99 events",
@@ -140,3 +140,50 @@ def test_a_published_figure_of_another_protocol_says_so(
         "0123abcd"
     )
     assert f"[protocol {RULES.hash}]" in shown("")
+
+
+def evaluation_of(**values: Any) -> Evaluation:
+    like, stars = "like: binary, rating >= 4", "stars: regression, rating"
+    rules = replace(RULES, targets=("next: retrieval", like, stars), reranked=5)
+    base: dict[str, Any] = {
+        "split": "validation",
+        "protocol": rules,
+        "fingerprint": "0",
+        "tasks": {"next": {"ndcg@3": 0.5}, "like": {"auc": 0.7}, "stars": {"rmse": 0.9}},
+        "targets": {"next": 9, "like": 8, "stars": 7},
+        "intervals": {"like": {"auc": (0.65, 0.75)}},
+    }
+    return Evaluation(**base | values)
+
+
+def test_models_side_by_side() -> None:
+    one = evaluation_of()
+    rules = replace(RULES, targets=("like: binary, rating >= 4", "next: retrieval"), reranked=0)
+    other = evaluation_of(
+        fingerprint="1",  # other features
+        protocol=replace(rules, targets=rules.targets[::-1]),
+        tasks={"next": {"ndcg@3": 0.25}, "like": {"auc": 0.8}},
+        targets={"next": 9, "like": 8},
+        intervals={},
+    )
+    table = side_by_side({"all": one, "two": other})
+    assert table.columns == ["task", "metric", "better", "all", "all, 95 %", "two", "two, 95 %"]
+    assert [tuple(row.values()) for row in table] == [
+        ("next", "ndcg@3", "higher", 0.5, None, 0.25, None),
+        ("like", "auc", "higher", 0.7, "0.650-0.750", 0.8, None),
+    ]
+    alone = evaluation_of(
+        protocol=replace(RULES, task="", items=0, ks=(), targets=("stars: regression, rating",)),
+        tasks={"stars": {"rmse": 0.8}},
+        targets={"stars": 7},
+        intervals={},
+    )
+    assert side_by_side({"all": one, "alone": alone})["better"] == ["lower"]
+    for wrong, message in (
+        (evaluation_of(split="test"), "split differ"),
+        (evaluation_of(targets={"next": 9, "like": 8, "stars": 6}), "targets differ"),
+        (evaluation_of(protocol=replace(one.protocol, ks=(3,))), r"ks: \(3, 10\) and \(3,\)"),
+        (evaluation_of(tasks={}), "no task in common"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            side_by_side({"one": one, "wrong": wrong})

@@ -53,7 +53,11 @@ def test_places_beyond_the_items_are_filled_on_the_host(monkeypatch: pytest.Monk
     np.testing.assert_array_equal(scores, expected[0])
 
 
-@pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "+".join(limits) or "all")
+@pytest.mark.parametrize(
+    "limits",
+    [pytest.param(one, marks=[pytest.mark.slow] * (len(one) == 1)) for one in LIMITS],
+    ids=lambda limits: "+".join(limits) or "all",
+)
 def test_limits_as_in_the_reference(limits: dict[str, Any]) -> None:
     for function in (cosine_topk, dot_topk):
         found = function(QUERIES, ITEMS, 10, **limits)
@@ -118,7 +122,13 @@ def test_long_short_and_zero_vectors() -> None:
     np.testing.assert_array_equal(found[0], expected[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bfloat16",
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16", "int8")),
+    ],
+)
 def test_saved_and_loaded(tmp_path: Path, dtype: str) -> None:
     items = (ITEMS * 20).astype(jnp.dtype(dtype))
     index = ItemIndex(items, ids=np.arange(1001) + 5, metric="dot")

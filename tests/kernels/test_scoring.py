@@ -18,6 +18,12 @@ from tests.specs import SMALL_SCORING, Scoring
 NEAR = 1e-6  # rounding of a matrix product, which `cosine_scores` is
 
 
+SHAPES = [
+    pytest.param(shape, marks=[pytest.mark.slow] * (shape.items in (1_000, 500)), id=str(shape))
+    for shape in SMALL_SCORING
+]
+
+
 def _problem(shape: Scoring, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     rng = np.random.default_rng(seed)
     queries = rng.normal(size=(shape.queries, shape.width)).astype(np.float32)
@@ -46,7 +52,7 @@ def test_published_example() -> None:
     assert round(float(score[0, 0]), 6) == 0.974632  # and not 0.8165
 
 
-@pytest.mark.parametrize("shape", SMALL_SCORING, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_topk_is_the_reference(shape: Scoring) -> None:
     queries, items, exclude = _problem(shape)
     found = cosine_topk(queries, items, shape.results, exclude)
@@ -58,7 +64,7 @@ def test_topk_is_the_reference(shape: Scoring) -> None:
     )
 
 
-@pytest.mark.parametrize("shape", SMALL_SCORING, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_rank_of_result_j_is_j(shape: Scoring) -> None:
     queries, items, exclude = _problem(shape, seed=1)
     indices = np.asarray(cosine_topk(queries, items, shape.results, exclude)[1])
@@ -68,7 +74,7 @@ def test_rank_of_result_j_is_j(shape: Scoring) -> None:
         np.testing.assert_array_equal(np.asarray(ranks)[is_real], place)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (100, 7)])
+@pytest.mark.parametrize(("rows", "width"), [pytest.param(1, 64, marks=pytest.mark.slow), (100, 7)])
 def test_parallel_vectors_tie_in_every_block(rows: int, width: int) -> None:
     rng = np.random.default_rng(width)
     direction = rng.integers(-9, 10, size=width)
@@ -144,8 +150,21 @@ def test_target_is_never_excluded() -> None:
     assert target_rank(queries, items, np.array([2, 2]), exclude).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "int8", "int64"])
-@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize(
+    ("dtype", "as_array"),
+    [
+        *[(dtype, np.asarray) for dtype in ("float64", "bfloat16", "int8")],
+        ("bfloat16", jnp.asarray),
+        *[
+            pytest.param(dtype, np.asarray, marks=pytest.mark.slow)
+            for dtype in ("float32", "float16", "int64")
+        ],
+        *[
+            pytest.param(dtype, jnp.asarray, marks=pytest.mark.slow)
+            for dtype in ("float64", "float32", "float16", "int8", "int64")
+        ],
+    ],
+)
 def test_dtypes(dtype: str, as_array: Any) -> None:
     numbers = np.random.default_rng(3).integers(-5, 6, size=(40, 8))
     items = as_array(numbers.astype(jnp.dtype(dtype) if as_array is np.asarray else "float32"))

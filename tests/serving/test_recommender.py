@@ -22,9 +22,9 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.result import Result
 from mtrec_jax.serving.recommender import Recommender, predict_file
 from mtrec_jax.serving.requests import Encoder, raw_texts
-from mtrec_jax.serving.result import Result
 from mtrec_jax.train.loop import train
 from mtrec_jax.train.run import Run
 from tests.data import small
@@ -228,6 +228,19 @@ def test_only_the_latest_events_of_a_long_history_count(shop_recommender: Recomm
     assert [i for i in short["item"] if i not in early] == long["item"]
 
 
+def test_items_of_a_history_that_the_model_does_not_know_are_left_out(
+    shop_recommender: Recommender,
+) -> None:
+    plain: Any = {"item": ["i0001", "i0002"], "click": [1, 0]}
+    strange: Any = {"item": ["zz", "i0001", "yy", "i0002", "zz"], "click": [1, 1, 0, 0, 0]}
+    expected = shop_recommender.recommend(["x"], 8, histories=[plain])
+    result = shop_recommender.recommend(["x"], 8, histories=[strange], blocked=["old"])
+    assert result.table == expected.table
+    assert result.ignored == {"histories": 2, "blocked": 1}
+    nothing = shop_recommender.recommend(["x"], 4, histories=[["zz", None]])
+    assert nothing["item"] == popular(shop_recommender.prepared)[:4]
+
+
 def test_unknown_users_get_popular_items_in_order(shop_recommender: Recommender) -> None:
     best = popular(shop_recommender.prepared)
     result = shop_recommender.recommend(["nobody", "u00001", "noone"], 4)
@@ -386,7 +399,10 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
             lambda r: r.recommend(["u00001", "b"], histories=[["i0001"]]),
             r"histories: 1 given for 2 users",
         ),
-        (lambda r: r.recommend(["a"], histories=[["zzz"]]), r"item 'zzz' is not in the catal"),
+        (
+            lambda r: r.recommend(["a"], histories=[["zzz"]], unknown_items="error"),
+            r"histories.0.: item 'zzz' is not in the catalogue",
+        ),
         (
             lambda r: r.recommend(["a"], histories=[{"item": ["i0001"], "clicks": [1]}]),
             r"history: has item, clicks; it may have item, click, cart, buy, stars",

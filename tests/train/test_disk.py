@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
+import mtrec_jax
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.errors import CheckpointError
-from mtrec_jax.train.stopping import full_disk_named
+from mtrec_jax.errors import CheckpointError, Error
+from mtrec_jax.train.stopping import full_disk_named, full_memory_named
 from tests.disks import small_disk
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -128,3 +130,12 @@ def test_only_a_lack_of_room_is_renamed(tmp_path: Path) -> None:
         raise ValueError("writing has failed") from OSError(errno.EDQUOT, "Disk quota exceeded")
     with pytest.raises(OSError, match="Permission"), full_disk_named(tmp_path):
         raise OSError(errno.EACCES, "Permission denied")
+
+
+def test_a_batch_that_no_memory_holds_is_named() -> None:
+    experiment = mtrec_jax.load_experiment("shop", ["train.batch_size=64"])
+    message = r"memory does not hold the run \(RESOURCE_EXHAUSTED.*batch_size = 64.*mtrec plan"
+    with pytest.raises(Error, match=message), full_memory_named(experiment):
+        jax.numpy.zeros(2**46).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError), full_memory_named(experiment):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

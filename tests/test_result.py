@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_jax.errors import DataError
-from mtrec_jax.serving.result import Result, print_recommendations, save_tables
+from mtrec_jax.result import Result, print_recommendations, save_tables
 
 TABLE = pa.table(
     {
