@@ -66,12 +66,12 @@ class Result:
         """
         save_tables([self.table], path)
 
-    def rich(self, rows: int = SHOWN) -> Table:
+    def rich(self) -> Table:
         """The first rows as a rich table."""
         shown = Table(box=None, pad_edge=False)
         for name in self.columns:
             text = pa.types.is_string(self.table.schema.field(name).type)
-            widest = self._widest(name, rows)  # numbers are never cut, texts beyond TEXT_WIDTH are
+            widest = self._widest(name)  # numbers are never cut, texts beyond TEXT_WIDTH are
             shown.add_column(
                 Text(name),
                 justify="left" if text else "right",
@@ -80,15 +80,15 @@ class Result:
                 min_width=min(12, widest) if text else widest,
                 max_width=TEXT_WIDTH if text else None,
             )
-        for row in self.table.slice(0, rows).to_pylist():
+        for row in self.table.slice(0, SHOWN).to_pylist():
             shown.add_row(*(Text(_cell(v)) for v in row.values()))
-        notes = [f"{len(self) - rows:,} more rows"] if len(self) > rows else []
+        notes = [f"{len(self) - SHOWN:,} more rows"] if len(self) > SHOWN else []
         notes += [f"{name}: {n:,} ids are not in the catalogue" for name, n in self.ignored.items()]
         shown.caption = "; ".join(notes) or None
         return shown
 
-    def _widest(self, column: str, rows: int) -> int:
-        values = self.table.column(column).slice(0, rows).to_pylist()
+    def _widest(self, column: str) -> int:
+        values = self.table.column(column).slice(0, SHOWN).to_pylist()
         return max([len(column), *(len(_cell(value)) for value in values)])
 
     def __repr__(self) -> str:

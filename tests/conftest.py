@@ -7,7 +7,8 @@ import os
 # XLA takes twice as long to optimize programs that run for milliseconds here.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["MTREC_CACHE"] = "off"  # programs are kept for the session, not among the user's own
-QUICKLY = " --xla_cpu_use_fusion_emitters=false"
+# Nor does it pay to compile a program in parts side by side, where two processes share two cores.
+QUICKLY = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + QUICKLY + " --xla_force_host_platform_device_count=8"
 )

@@ -257,6 +257,20 @@ def test_evaluate_writes_everything_and_counts_looks(
     assert looked("--split", "test")["test_looks"] == 1
     assert looked("--split", "test")["test_looks"] == 2
     assert looked("--split", "validation")["test_looks"] == 2
+    beside = own_run.parent / "beside"
+    shutil.copytree(own_run, beside)
+    status, out, err = mtrec("evaluate", own_run, beside)
+    assert status == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    [found] = [line[3:] for line in lines if line[:3] == ["next_item", "ndcg@10", "↑"]]
+    assert len(found) == 4, "a value and its interval for each"
+    assert found[:2] == found[2:]
+    config = beside / "config.toml"
+    config.write_text(config.read_text("utf-8").replace("ks = [\n    10,\n]", "ks = [3]"), "utf-8")
+    status, _, err = mtrec("evaluate", own_run, beside, "--split", "test")
+    assert status == 2
+    assert "were measured by other protocols: ks: (10,) and (3,)" in flat(err)
+    assert json.loads((own_run / "evaluation.json").read_text("utf-8"))["test_looks"] == 2
 
 
 def test_recommend_prints_a_table_for_each_user(mtrec: Mtrec, shop_run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,22 @@ def events() -> Any:
     return frame
 
 
+def films() -> Any:
+    return pandas.DataFrame({"film": range(9), "name": [f"Film {i}" for i in range(9)]})
+
+
 @pytest.fixture(scope="module")
-def recommender(compiled_programs: dict[str, str]) -> Any:
-    films = pandas.DataFrame({"film": range(9), "name": [f"Film {i}" for i in range(9)]})
+def recommender(compiled_programs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     return mtrec_jax.fit(
         events(),
         user="person",
         item="film",
         time="when",
         tasks=TASKS,
-        items=films,
+        items=films(),
         title="name",
         settings=QUICK,
+        folder=tmp_path_factory.mktemp("fitted") / "films",
         show_progress=False,
     )
 
@@ -172,30 +177,23 @@ def test_a_temporary_folder_lives_as_long_as_the_recommender(
     assert (recommender.run.folder / "config.toml").is_file()
 
 
-def test_a_given_folder_is_kept_and_can_be_opened(tmp_path: Path, recommender: Any) -> None:
-    kept = fit(
-        events(),
-        user="person",
-        item="film",
-        time="when",
-        tasks=TASKS,
-        settings=QUICK,
-        folder=tmp_path / "kept",
-        show_progress=False,
-    )
-    answer = kept.recommend([100], 2).table
-    del kept
-    (tmp_path / "kept").rename(tmp_path / "moved")
-    again = mtrec_jax.load(tmp_path / "moved")
-    assert again.recommend([100], 2).table == answer
-    (tmp_path / "moved").rename(tmp_path / "kept")
+def test_a_given_folder_is_kept_and_can_be_opened(recommender: Any, tmp_path: Path) -> None:
+    answer, folder = recommender.recommend([100], 2).table, recommender.run.folder.parent
+    shutil.copytree(folder, tmp_path / "kept")
+    folder.rename(tmp_path / "moved")
+    try:
+        again = mtrec_jax.load(tmp_path / "kept")
+        assert again.recommend([100], 2).table == answer
+    finally:
+        (tmp_path / "moved").rename(folder)
     assert again.experiment.train.steps == 4
     assert again.experiment.train.epochs == 0, "steps take the place of the default epochs"
     arguments: dict[str, Any] = {"user": "person", "item": "film", "time": "when"}
-    arguments |= {"tasks": dict(TASKS), "settings": QUICK, "folder": tmp_path / "kept"}
+    arguments |= {"tasks": dict(TASKS), "settings": QUICK, "folder": folder}
+    arguments |= {"items": films(), "title": "name"}
     with pytest.raises(ConfigError, match=r"Nothing was replaced\. Pass another folder= than"):
         fit(events().iloc[1:], **arguments)
-    assert mtrec_jax.Recommender(tmp_path / "kept" / "run").recommend([100], 2).table == answer
+    assert mtrec_jax.Recommender(folder / "run").recommend([100], 2).table == answer
 
 
 def test_the_defaults_follow_the_split() -> None:

@@ -133,16 +133,16 @@ CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
         _sequences,
         {"mesh": [2, 4], "row_precision": "bfloat16"},
     ),
-    "sequences, (1, 8), row-wise Adagrad": (
-        _sequences,
-        {"mesh": [1, 8], "row_optimizer": "rowwise_adagrad", "optimizer": "adagrad"},
+    "sequences, (1, 8), FTRL": (_sequences, {"mesh": [1, 8], "row_optimizer": "ftrl"}),
+    "rows, (4, 2), row-wise Adagrad": (
+        _rows,
+        {"mesh": [4, 2], "row_optimizer": "rowwise_adagrad", "optimizer": "adagrad"},
     ),
-    "rows, (4, 2), FTRL": (_rows, {"mesh": [4, 2], "row_optimizer": "ftrl"}),
     "rows, (8, 1), lazy Adam": (_rows, {"mesh": [8, 1]}),
     "sequences, (2, 4), in 4 parts": (_sequences, {"mesh": [2, 4], "accumulate": 4}),
 }
 SLOW = (
-    "sequences, (1, 8), row-wise Adagrad",
+    "sequences, (1, 8), FTRL",
     "rows, (8, 1), lazy Adam",
     "sequences, (2, 4), in 4 parts",
 )

@@ -207,7 +207,8 @@ RIGHT = {  # {expression: its value}: what is understood although it is unusual
     "r.recommend(pandas.Series(['u00001']), 1)['user']": ["u00001"],
     "r.recommend([b'u00001'], 1)['known']": [True],
     "len(r.recommend(['u00001'], 3, blocked=None))": 3,
-    "len(r.recommend(iter(['a']), 3, histories=[(n for n in ['i0001', 'i0002'])]))": 3,
+    "[i in r.recommend(iter(['a']), 60, histories=[(i for i in ['i0001', 'i0002'])])['item']"
+    " for i in ('i0001', 'i0002', 'i0003')]": [False, False, True],
     "mtrec_jax.load_experiment('shop', {'train.epochs': 3, 'model.width': '8'}).model.width": 8,
     "fitted({'train.steps': 3}).train.steps": 3,
     "fitted({'train.steps': 3}).train.epochs": 0,

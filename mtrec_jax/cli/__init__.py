@@ -131,7 +131,8 @@ def _quieten(alone: bool) -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+        if ours and category is UserWarning:
             say(f"mtrec: {message}")
         else:
             show(message, category, filename, lineno, file, line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,19 +54,21 @@ def evaluate(
 ) -> None:
     """Evaluate the best checkpoint beside the baselines, under one protocol; several runs also in
     one table."""
-    from rich.console import Console
-
     from mtrec_jax.compilation import use_compilation_cache
-    from mtrec_jax.evaluation.tables import side_by_side
+    from mtrec_jax.evaluation.protocol import protocol_of
+    from mtrec_jax.evaluation.tables import comparable, print_side_by_side
     from mtrec_jax.train.run import open_run
 
     use_compilation_cache()
-    opened = {str(run): open_run(run, prepared) for run in runs}
+    names = [run.name for run in runs]
+    names = names if len(set(names)) == len(names) else [str(run) for run in runs]
+    opened = {name: open_run(run, prepared) for name, run in zip(names, runs, strict=True)}
+    if len(opened) > 1:  # before a look at the test set
+        parts = {name: (run.experiment, run.prepared.manifest) for name, run in opened.items()}
+        comparable({name: (protocol_of(*of), list(of[0].tasks)) for name, of in parts.items()})
     found = {name: _evaluate(run, split) for name, run in opened.items()}
     if len(found) > 1:
-        table = side_by_side(found)
-        console = Console() if sys.stdout.isatty() else Console(width=160)
-        console.print(table.rich(rows=len(table)))
+        print_side_by_side(found)
 
 
 def run(

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from mtrec_jax.errors import DataError
 
+YEAR_2200 = 7_258_118_400  # seconds: later times are most likely of another unit
 LARGEST = 1 << 17  # bytes of a cell
 NOT_UTF8, NUL, LARGE = "not UTF-8", "NUL byte", "cell too large"
 MALFORMED = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("text", pa.string())])

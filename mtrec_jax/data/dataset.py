@@ -70,6 +70,7 @@ FIELDS = (  # the groups of fields of a manifest
 FREE = ("public", "reference")  # keys of [data] that change nothing in a folder
 BLOCK = 4096  # examples a Parquet row group holds
 SPLITS = ("train", "validation", "test")
+NEWER = "newer"  # events of `Recommender.with_events`, which stand in no folder
 SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
 
 
@@ -100,7 +101,8 @@ class SplitInfo:
     sizes: dict[str, int]  # events of "train", "validation", "test", and "shown" if there are any
     fingerprint: str  # 16 hex digits over all pairs of source row and split
     times: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    # {split: seconds of its first and last event}, if the data has a time
+    # {split: seconds of its first and last event}, if the data has a time; NEWER: of those that
+    # answers know beside them
 
 
 @dataclass(frozen=True, kw_only=True)

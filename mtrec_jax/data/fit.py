@@ -14,9 +14,6 @@ from mtrec_jax.data.dataset import Prepared, Rule, TaskField
 from mtrec_jax.data.features import Encoding, Text, one_array
 from mtrec_jax.data.growth import earlier_task, grown
 
-# a list that was written as text, or the first or last part of one
-_LISTS = r"""^\[['"]|['"]\]$|^\[.*,.*\]$"""
-
 # {task: {split: (its labels, their mean if they are numbers)}}
 Labels = dict[str, dict[int, tuple[int, float | None]]]
 
@@ -125,30 +122,18 @@ def values_report(encodings: list[Encoding]) -> list[Rule]:
     """How many training values were no number, were imputed, or are lists that became text."""
     rules = []
     for encoding in encodings:
-        rules += _lists_as_text(encoding)
         by, name = encoding.feature.impute, encoding.name
+        rule = (
+            f"training value of {name} looks like a list that became text (kept as it is; write a "
+            'column of lists, or "a|b" with kind = "multi_valued" and separator = "|")'
+        )
+        rules.append(Rule(rule=rule, rows=encoding.as_text, examples=encoding.listed))
         rule = f"training value of {name} is no number (used as missing)"
         rules.append(Rule(rule=rule, rows=encoding.unreadable, examples=encoding.unread))
         rules.append(
             Rule(rule=f"missing training value of {name} imputed ({by})", rows=encoding.imputed)
         )
     return [rule for rule in rules if rule.rows]
-
-
-def _lists_as_text(encoding: Encoding) -> list[Rule]:
-    """What to say of a vocabulary of which a tenth or more looks like "['a', 'b']"."""
-    if not encoding.feature.takes_lists or not len(encoding.values):
-        return []
-    alike = pc.match_substring_regex(encoding.values, _LISTS).to_numpy(zero_copy_only=False)
-    rows = int(encoding.counts[alike].sum())
-    if rows * 10 < encoding.counts.sum():
-        return []
-    rule = (
-        f"training value of {encoding.name} looks like a list that became text (kept as it is; "
-        'write a column of lists, or "a|b" with kind = "multi_valued" and separator = "|")'
-    )
-    shown = encoding.values.filter(pa.array(alike))[:3].to_pylist()
-    return [Rule(rule=rule, rows=rows, examples=tuple(map(repr, shown)))]
 
 
 def _moments(counts: pa.Table) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import shutil
 import tempfile
@@ -20,7 +19,16 @@ import pyarrow.parquet as pq
 from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data import features, past
-from mtrec_jax.data.dataset import SHOWN, Prepared, SplitInfo, described, is_one, to_arrays
+from mtrec_jax.data.cells import YEAR_2200
+from mtrec_jax.data.dataset import (
+    NEWER,
+    SHOWN,
+    Prepared,
+    SplitInfo,
+    described,
+    is_one,
+    to_arrays,
+)
 from mtrec_jax.data.engine import Engine, open_engine
 from mtrec_jax.data.features import one_array
 from mtrec_jax.data.newer import as_column
@@ -46,8 +54,8 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
       (0: missing or no item column, 1: unknown), "user" [n] (likewise)}.
 
     Raises:
-      DataError: a column is missing, a line is malformed, or a cell is no number or time where one
-        is needed.
+      DataError: a column is missing, a line is malformed, a cell is no number or time where one is
+        needed, or the times are of another unit.
     """
     manifest = prepared.manifest
     experiment = described(prepared)
@@ -113,7 +121,9 @@ def with_events(prepared: Prepared, table: Any) -> Prepared:
     time = rows["time"].to_numpy() if has_time else np.zeros(len(rows))
     split = prepared.manifest.split
     if has_time and len(rows):
-        split = _later(split, time, owner < prepared.manifest.users)
+        had = np.diff(prepared.user_lists("event_item").offsets)
+        sizes = np.concatenate([had, np.zeros(len(new), had.dtype)])
+        split = _later(split, time, sizes[owner] > 0)
     order = np.lexsort((np.arange(len(rows)), time, owner))
     events = {"event_item": _stored_ids(rows, "item", prepared.items)[:, None]}
     if experiment.data.queries:
@@ -240,25 +250,27 @@ def _of_histories(prepared: Prepared) -> Experiment:
     return with_bounds(experiment, prepared.manifest.bounds)
 
 
-def _later(split: SplitInfo, time: np.ndarray, were_there: np.ndarray) -> SplitInfo:
-    """With the time of the last of more events; warns of those that may be stored already.
+def _later(split: SplitInfo, time: np.ndarray, have_more: np.ndarray) -> SplitInfo:
+    """With the times of more events; warns of those that may be stored already.
 
     Args:
       split: of the events so far.
       time: [n] seconds of the new ones.
-      were_there: [n] whether their user was in the data.
+      have_more: [n] whether events of the same user are stored.
     """
-    last = max((end for _, end in split.times.values()), default=-np.inf)
-    if again := int((were_there & (time <= last)).sum()):
-        day = datetime.datetime.fromtimestamp(last, datetime.UTC).isoformat(" ", "seconds")
+    ends = [end for _, end in split.times.values() if end < YEAR_2200]
+    last = max(ends, default=-np.inf)
+    if again := int((have_more & (time <= last)).sum()):
+        day = str(np.datetime64(int(last), "s")).replace("T", " ")
         warnings.warn(
             f"events: {again:,} of {len(time):,} are not later than the last stored one ({day}, "
             f"{last:.0f}). Pass only what is not stored yet: an event that is given again counts "
             "twice",
             stacklevel=4,
         )
-    times = split.times | {"newer": (float(time.min()), max(last, float(time.max())))}
-    return dataclasses.replace(split, times=times)
+    begin, end = split.times.get(NEWER, (np.inf, -np.inf))
+    span = min(begin, float(time.min())), max(end, float(time.max()))
+    return dataclasses.replace(split, times=split.times | {NEWER: span})
 
 
 def _without_rules(experiment: Experiment) -> Experiment:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ibis
 
 from mtrec_jax.config import Experiment, Task
+from mtrec_jax.data.cells import YEAR_2200
 from mtrec_jax.data.dataset import Rule
 from mtrec_jax.data.engine import rows
 from mtrec_jax.data.expressions import as_text, compile_expression, names, number
@@ -22,7 +23,6 @@ from mtrec_jax.data.features.gap import Gap
 from mtrec_jax.data.read import ROW
 from mtrec_jax.errors import ConfigError, DataError
 
-_YEAR_2200 = 7_258_118_400  # seconds
 _TIMESTAMP = (
     r"^(\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?)(\.\d+)?(?:Z|([+-])(\d{2}):?(\d{2})?)?$"
 )
@@ -191,7 +191,7 @@ def check_times(
     time = events.time
     month, day = (time / 100).floor() % 100, time % 100
     is_date = time.between(19000101, 21001231) & month.between(1, 12) & day.between(1, 31)
-    counts = {"n": events.count(), "dates": is_date.sum(), "late": (time > _YEAR_2200).sum()}
+    counts = {"n": events.count(), "dates": is_date.sum(), "late": (time > YEAR_2200).sum()}
     (found,) = rows(events.agg(**counts, last=time.max()))
     if not found["n"]:
         return []

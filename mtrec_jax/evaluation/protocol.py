@@ -121,6 +121,6 @@ def check_same(protocols: Mapping[str, Protocol]) -> None:
         ]
         if differ:
             raise ConfigError(
-                f"'{first}' and '{name}' were measured by other protocols ({one.hash}, "
-                f"{other.hash}): {'; '.join(differ)}. Show them in tables of their own"
+                f"'{first}' and '{name}' were measured by other protocols: {'; '.join(differ)}. "
+                "Show them in tables of their own"
             )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mtrec_jax.arguments import instance
 from mtrec_jax.config import Experiment
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
@@ -49,8 +51,9 @@ def side_by_side(evaluations: Mapping[str, Evaluation]) -> Result:
       evaluations: {name of the model: its evaluation}.
 
     Returns:
-      A row a metric of each task that all of them have: task, metric, which values are better, and
-      for each model the value and its 95 % interval, null where there is none.
+      A row a metric of each task that all of them have: task, metric, better ("higher" or "lower"),
+      and for each model NAME, NAME low and NAME high: the value and its 95 % interval, null where
+      it is undefined or was not made.
 
     Raises:
       ConfigError: they share no task, or rules, splits or targets of these tasks differ.
@@ -62,36 +65,67 @@ def side_by_side(evaluations: Mapping[str, Evaluation]) -> Result:
       mtrec_jax.side_by_side({"mmoe": first, "ple": second})
       ```
     """
-    given = list(evaluations.values())
-    tasks = [t for t in (given[0].tasks if given else ()) if all(t in e.tasks for e in given)]
-    if not tasks:
-        raise ConfigError("side_by_side: the evaluations have no task in common")
+    remedy = "pass {name: the first of what evaluate_run gives}"
+    instance("evaluations", evaluations, Mapping, remedy)
+    for name, e in evaluations.items():
+        instance(f"evaluations[{name!r}]", e, Evaluation, remedy)
+    tasks = comparable({name: (e.protocol, list(e.tasks)) for name, e in evaluations.items()})
     for what in ("split", "targets"):
         found = {n: _of_tasks(getattr(e, what), tasks) for n, e in evaluations.items()}
         if any(one != next(iter(found.values())) for one in found.values()):
             raise ConfigError(f"side_by_side: {what} differ: {found}")
-    check_same({name: _rules(e.protocol, tasks) for name, e in evaluations.items()})
     rows = []
     for task in tasks:
-        for metric in given[0].tasks[task]:
+        for metric in next(iter(evaluations.values())).tasks[task]:
             better = "higher" if metric_named(metric).larger_is_better else "lower"
             row: dict[str, object] = {"task": task, "metric": metric, "better": better}
             for name, e in evaluations.items():
-                row[name] = e.tasks[task].get(metric)
-                interval = e.intervals.get(task, {}).get(metric)
-                row[f"{name}, 95 %"] = _interval(interval) or None
+                low, high = e.intervals.get(task, {}).get(metric, (np.nan, np.nan))
+                parts = {"": e.tasks[task].get(metric, np.nan), " low": low, " high": high}
+                row |= {f"{name}{n}": None if np.isnan(v) else v for n, v in parts.items()}
             rows.append(row)
     return Result(pa.Table.from_pylist(rows))
 
 
-def _of_tasks(value: object, tasks: list[str]) -> object:
+def comparable(measured: Mapping[str, tuple[Protocol, Sequence[str]]]) -> list[str]:
+    """The tasks that all models share.
+
+    Args:
+      measured: {name of the model: its protocol and its tasks}.
+
+    Raises:
+      ConfigError: there is none, or the rules for these tasks differ.
+    """
+    first = next(iter(measured.values()), (None, ()))[1]
+    tasks = [task for task in first if all(task in own for _, own in measured.values())]
+    if not tasks:
+        raise ConfigError(f"the models {', '.join(measured)} have no task in common")
+    check_same({name: _rules(protocol, tasks) for name, (protocol, _) in measured.items()})
+    return tasks
+
+
+def print_side_by_side(evaluations: Mapping[str, Evaluation]) -> None:
+    """Print `side_by_side` to standard output, a value and its interval in one column."""
+    table = _table("Side by side", ["task", "metric", *evaluations])
+    for row in side_by_side(evaluations):
+        arrow = "↑" if row["better"] == "higher" else "↓"
+        shown = []
+        for name in evaluations:
+            low, high = row[f"{name} low"], row[f"{name} high"]
+            interval = "" if low is None else f" ({_interval((low, high))})"
+            shown.append(_number(row[name]) + interval)
+        table.add_row(row["task"], f"{row['metric']} {arrow}", *shown)
+    Console().print(table)
+
+
+def _of_tasks(value: object, tasks: Sequence[str]) -> object:
     return {task: value[task] for task in tasks} if isinstance(value, dict) else value
 
 
-def _rules(protocol: Protocol, tasks: list[str]) -> Protocol:
+def _rules(protocol: Protocol, tasks: Sequence[str]) -> Protocol:
     """The rules of some tasks alone: how orders were compared is none of them."""
-    targets = tuple(target for target in protocol.targets if target.partition(":")[0] in tasks)
-    rules = replace(protocol, targets=targets, reranked=0)
+    targets = sorted(target for target in protocol.targets if target.partition(":")[0] in tasks)
+    rules = replace(protocol, targets=tuple(targets), reranked=0)
     if protocol.task in tasks:
         return rules
     return Protocol(
@@ -101,7 +135,7 @@ def _rules(protocol: Protocol, tasks: list[str]) -> Protocol:
         test=rules.test,
         order=rules.order,
         past=rules.past,
-        targets=targets,
+        targets=rules.targets,
     )
 
 

@@ -1,9 +1,9 @@
-"""Ids of any origin: which items may be shown, and which the model has never heard of."""
+"""Which items may be shown: ids of any origin to one mask over the catalogue."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax.arguments import a_list, a_path, one_of
+from mtrec_jax.arguments import a_path, one_of
 from mtrec_jax.data.dataset import Prepared, described
-from mtrec_jax.errors import DataError, nearest
-from mtrec_jax.serving.requests import History, raw_texts
+from mtrec_jax.errors import DataError
+from mtrec_jax.serving.requests import not_there, raw_texts
 from mtrec_jax.types import FIRST
 
 Ids = Iterable[Any] | os.PathLike | None
@@ -56,43 +56,6 @@ def read_filters(
     return Filters(mask, {name: unknown for name, unknown in ignored.items() if unknown})
 
 
-def known_histories(
-    prepared: Prepared, histories: Sequence[History], unknown_items: UnknownItems
-) -> tuple[list[History], list[str]]:
-    """Histories without the events of items that are not in the catalogue, and these items' ids.
-
-    Where the data has searches, an item of None is one, and stays.
-
-    Raises:
-      DataError: with unknown_items="error", such an item; or a text instead of a list of ids.
-    """
-    has_searches = "queries" in prepared.manifest.config["data"]
-    found, unknown = list[History](), dict[str, None]()
-    for place, history in enumerate(histories):
-        columns = history if isinstance(history, Mapping) else {"item": history}
-        name = f"histories[{place}]"
-        items = a_list(name, columns.get("item", ()))
-        known = [
-            raw in prepared.item_ids or (item is None and has_searches)
-            for raw, item in zip(raw_texts(name, items), items, strict=True)
-        ]
-        if all(known):
-            found.append(history)
-            continue
-        strange = [item for item, is_known in zip(items, known, strict=True) if not is_known]
-        unknown |= dict.fromkeys(raw_texts(name, strange))
-        if unknown_items == "error":
-            raise _not_there(prepared, name, next(iter(unknown)))
-        kept = {}
-        for column, values in columns.items():
-            listed = a_list(f"{name}, {column}", values)
-            if len(listed) == len(known):  # another length is refused with the rest
-                listed = [value for value, stays in zip(listed, known, strict=True) if stays]
-            kept[column] = listed
-        found.append(kept)
-    return found, list(unknown)
-
-
 def named(ids: list[str]) -> str:
     """Ids for a message.
 
@@ -118,14 +81,9 @@ def _known(
     if unknown and set(different) <= {"true", "false"}:
         raise DataError(f"{name}: these are truth values; pass ids, such as items.id[mask]")
     if unknown and unknown_items == "error":
-        raise _not_there(prepared, name, unknown[0])
+        raise not_there(prepared, name, unknown[0])
     known = [prepared.item_ids[raw] - FIRST for raw in different if raw in prepared.item_ids]
     return known, unknown
-
-
-def _not_there(prepared: Prepared, name: str, item: str) -> DataError:
-    hint = nearest(item, list(prepared.item_ids)[:20_000])
-    return DataError(f"{name}: item {item!r} is not in the catalogue of {prepared.folder}.{hint}")
 
 
 def read_ids(prepared: Prepared, path: str | os.PathLike) -> list[str]:

@@ -28,7 +28,7 @@ from mtrec_jax.evaluation.collect import order_score, ordering
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
 from mtrec_jax.result import Result
-from mtrec_jax.serving.filters import Ids, UnknownItems, known_histories, read_filters
+from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
 from mtrec_jax.serving.requests import (
     BATCH,
     SIZES,
@@ -37,7 +37,9 @@ from mtrec_jax.serving.requests import (
     Moments,
     Requests,
     check_id,
+    not_there,
     portions,
+    raw_text,
     raw_texts,
 )
 from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
@@ -57,7 +59,7 @@ class _Question:
     exclude_seen: bool
     order_by: str  # a task, or "fused"
     popular: bool  # strangers without a history get the most popular items
-    ignored: dict[str, int]  # ids of the filters that are not in the catalogue
+    ignored: dict[str, int]  # ids in each filter that are not in the catalogue
 
 
 class Recommender:
@@ -223,7 +225,8 @@ class Recommender:
           on_unknown: of a user who is neither in the data nor has a history: "popular"; "model"
             asks the model about a stranger; "error" raises for any user who is not in the data.
           unknown_items: "error" refuses ids of the filters and histories that are not in the
-            catalogue; "ignore" leaves them out, and counts them in `Result.ignored`.
+            catalogue; "ignore" counts them in `Result.ignored`: in a filter they mean nothing, in a
+            history an unknown item, as in `with_events`.
           new_items: also items that have never trained, by their features alone; False: none.
 
         Returns:
@@ -252,17 +255,19 @@ class Recommender:
                     f"histories: {len(histories)} given for {len(users)} users; pass a list of "
                     "histories, one a user, as in histories=[[1, 2], [3]]"
                 )
-            histories, unknown = known_histories(self.prepared, histories, unknown_items)
-            asked.ignored.update({"histories": len(unknown)} if unknown else {})
         moments = moments_of(request, len(users))
         if on_unknown == "error":
             self._refuse_unknown(users)
-        tables = []
+        tables, unknown = [], set[str]()
         for part in portions(len(users), self._encoder.sizes):
             fresh = None if histories is None else histories[part]
             encoded = self._encoder.users(users[part], fresh, moments[part])
+            if encoded.unknown and unknown_items == "error":
+                raise not_there(self.prepared, "histories", encoded.unknown[0])
+            unknown.update(encoded.unknown)
             tables.append(self._recommend_batch(users[part], encoded, asked))
-        return Result(pa.concat_tables(tables), asked.ignored)
+        in_histories = {"histories": len(unknown)} if unknown else {}
+        return Result(pa.concat_tables(tables), asked.ignored | in_histories)
 
     def recommend_all(
         self,
@@ -354,7 +359,8 @@ class Recommender:
 
         Raises:
           ConfigError: `on_unknown` is neither of the two.
-          DataError: a missing file or column, or a cell that is no number where one is needed.
+          DataError: a missing file or column, a cell that is no number where one is needed, or
+            times of another unit.
         """
         from mtrec_jax.data.new_rows import encode_requests  # loads an engine
 
@@ -390,7 +396,9 @@ class Recommender:
         """
         k = self._checked(k, True)
         check_id("item", item)
-        own = self._encoder.item_ids([item], "item")
+        if raw_text(item) not in self.prepared.item_ids:
+            raise not_there(self.prepared, "item", raw_text(item))
+        own = np.array([self.prepared.item_ids[raw_text(item)]])
         if self._unscored[own].any():
             raise DataError(f"item {item!r} is {_UNSCORED}: nothing is known to be near it")
         mask = ~self._unscored[FIRST:]

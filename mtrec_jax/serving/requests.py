@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from mtrec_jax.arguments import a_list, shown
 from mtrec_jax.data import features
-from mtrec_jax.data.cells import as_text
+from mtrec_jax.data.cells import YEAR_2200, as_text
 from mtrec_jax.data.dataset import Prepared, described, is_one
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.features.clock import Clock
@@ -37,6 +38,7 @@ class Requests:
     batch: Batch
     known: np.ndarray  # [n] bool
     seen: Lists  # item ids
+    unknown: tuple[str, ...] = ()  # different ids of given histories that no item has
 
 
 def portions(count: int, sizes: tuple[int, ...] = SIZES) -> Iterator[slice]:
@@ -103,12 +105,14 @@ class Encoder:
         events = {f.name: np.zeros((n, length, f.slots), np.int32) for f in fields}
         events |= {"item": np.zeros((n, length), np.int32)} if length else {}
         cutoff = np.zeros((n, 1), np.int32)
-        seen = [np.zeros(0, np.int32)] * n
+        seen, unknown = [np.zeros(0, np.int32)] * n, dict[str, None]()
         for i in range(n):
             past: dict[str, np.ndarray] = {}
             if histories is not None:
-                past = self._encode_history(histories[i], f"histories[{i}]")
-                seen[i] = past["item"][self._counted(histories[i], len(past["item"]))]
+                columns, strange = self._given(histories[i], f"histories[{i}]")
+                unknown |= dict.fromkeys(strange)
+                past = self._encode_history(columns)
+                seen[i] = past["item"][self._counted(columns)]
             elif known[i]:
                 past = {name: lists[ids[i] - FIRST] for name, lists in self._events.items()}
                 seen[i] = self._seen[ids[i] - FIRST]
@@ -127,26 +131,8 @@ class Encoder:
         }
         batch = self._batch(self._context(ids), request, found, cutoff, ids)
         offsets = np.cumsum([0, *map(len, seen)])
-        return Requests(
-            batch, known, Lists(np.concatenate([np.zeros(0, np.int32), *seen]), offsets)
-        )
-
-    def item_ids(self, items: Iterable[Any], name: str = "items") -> np.ndarray:
-        """Ids [n] of raw item ids.
-
-        Raises:
-          DataError: an item is not in the catalogue, or `items` is a text.
-        """
-        found = []
-        for raw in raw_texts(name, items):
-            item = self.prepared.item_ids.get(raw)
-            if item is None:
-                hint = nearest(raw, list(self.prepared.item_ids)[:20_000])
-                raise DataError(
-                    f"item {raw!r} is not in the catalogue of {self.prepared.folder}.{hint}"
-                )
-            found.append(item)
-        return np.array(found, np.int64)
+        lists = Lists(np.concatenate([np.zeros(0, np.int32), *seen]), offsets)
+        return Requests(batch, known, lists, tuple(unknown))
 
     def _batch(
         self,
@@ -214,10 +200,10 @@ class Encoder:
         """Most events of a user that make items seen."""
         return int(np.diff(self._seen.offsets).max(initial=0))
 
-    def _counted(self, history: History, n: int) -> np.ndarray:
-        """Which of the n events of a given history make their item seen: all but those whose
-        columns say that no behaviour was there."""
-        columns = history if isinstance(history, Mapping) else {}
+    def _counted(self, columns: dict[str, list[Any]]) -> np.ndarray:
+        """Which events of a given history make their item seen: all but those whose columns say
+        that no behaviour was there."""
+        n = len(columns["item"])
         tasks, counted = self._experiment.tasks, np.full(n, not self._behaviours)
         for name in self._behaviours:
             column = tasks[name].column or name if name in tasks else name
@@ -316,30 +302,41 @@ class Encoder:
             if feature.on == "request" and feature.fitted
         }
 
-    def _encode_history(self, history: History, name: str) -> dict[str, np.ndarray]:
-        """Ids of each column of a history; where data has queries, an item of None is a search."""
-        columns = history if isinstance(history, Mapping) else {"item": history}
-        fields = {"item": None, **{f.name: f for f in self.prepared.manifest.history}}
-        unknown = sorted(set(columns) - set(fields))
-        if unknown or "item" not in columns:
-            has = ", ".join(map(str, columns))
-            raise DataError(f"history: has {has}; it may have {', '.join(fields)}")
-        items = a_list(name, columns["item"])
-        shown = np.ones(len(items), bool)
-        data = self.prepared.manifest.config["data"]
-        queries = "queries" in data
-        if queries:
-            shown = np.array([item is not None for item in items], bool)
-            items = [item for item in items if item is not None]
-        encoded = {"item": np.full(len(shown), UNKNOWN, np.int32)}
-        encoded["item"][shown] = self.item_ids(items, name)
+    def _given(self, history: History, name: str) -> tuple[dict[str, list[Any]], list[str]]:
+        """The columns of a history, and the ids in it that no item of the catalogue has.
+
+        These are unknown items, as in stored histories. Where the data has searches, which are
+        events without an item, they would be taken for one and are left out.
+        """
+        given = history if isinstance(history, Mapping) else {"item": history}
+        allowed = ["item", *(field.name for field in self.prepared.manifest.history)]
+        if not {"item"} <= set(given) <= set(allowed):
+            has = ", ".join(map(str, given))
+            raise DataError(f"history: has {has}; it may have {', '.join(allowed)}")
+        columns = {"item": a_list(name, given["item"])}
+        for key in allowed[1:]:
+            if key in given:
+                columns[key] = a_list(f"{name}, {key}", given[key])
+        raw, n = raw_texts(name, columns["item"]), len(columns["item"])
+        for key, values in columns.items():
+            if len(values) != n:
+                raise DataError(f"history: {len(values)} values of {key} for {n} items")
+        has_searches = "queries" in self.prepared.manifest.config["data"]
+        known = [text in self.prepared.item_ids or (has_searches and not text) for text in raw]
+        unknown = [text for text, is_known in zip(raw, known, strict=True) if not is_known]
+        columns["item"] = raw
+        if has_searches and unknown:
+            columns = {key: list(itertools.compress(of, known)) for key, of in columns.items()}
+        return columns, unknown
+
+    def _encode_history(self, columns: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+        """Ids of each column of a history; where data has queries, no item is a search."""
+        items, data = columns["item"], self.prepared.manifest.config["data"]
+        ids = [self.prepared.item_ids.get(raw, UNKNOWN) for raw in items]
+        encoded, queries = {"item": np.array(ids, np.int32)}, "queries" in data
+        searches = np.array([queries and not raw for raw in items], bool)
         for field in self.prepared.manifest.history:
-            values = columns.get(field.name, [None] * len(shown))
-            values = a_list(f"{name}, {field.name}", values)
-            if len(values) != len(shown):
-                raise DataError(
-                    f"history: {len(values)} values of {field.name} for {len(shown)} items"
-                )
+            values = columns.get(field.name, [None] * len(items))
             cells = pa.array([raw_text(v) or None for v in values], pa.string())
             encoding = self._feature(field.name)
             wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))
@@ -348,10 +345,10 @@ class Encoder:
                     f"history: place {wrong[0]} of {field.name} holds "
                     f"{cells[int(wrong[0])].as_py()!r}, which is no number; None is a missing one"
                 )
-            ids = features.encode(encoding, cells).astype(np.int32)
-            searched = queries and (encoding.feature.column or field.name) == data["query"]
-            ids[shown == searched] = 0  # as in preparation
-            encoded[field.name] = ids
+            codes = features.encode(encoding, cells).astype(np.int32)
+            of_searches = queries and (encoding.feature.column or field.name) == data["query"]
+            codes[searches != of_searches] = 0  # as in preparation
+            encoded[field.name] = codes
         return encoded
 
     def _feature(self, name: str) -> Encoding:
@@ -359,6 +356,12 @@ class Encoder:
         if name not in self._features:
             self._features[name] = features.restore(self.prepared, name)
         return self._features[name]
+
+
+def not_there(prepared: Prepared, name: str, item: str) -> DataError:
+    """The error for an item that the argument `name` names and the catalogue lacks."""
+    hint = nearest(item, list(prepared.item_ids)[:20_000])
+    return DataError(f"{name}: item {item!r} is not in the catalogue of {prepared.folder}.{hint}")
 
 
 def raw_text(value: Any) -> str:
@@ -425,4 +428,10 @@ def seconds(time: Any, unit: str) -> float | None:
         return utc.timestamp()
     if isinstance(time, bool) or not isinstance(time, int | float | np.number):
         raise DataError(f"request: time {shown(time)} is neither a number nor a datetime")
-    return float(time) / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
+    found = float(time) / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
+    if found > YEAR_2200:
+        raise DataError(
+            f"request: time {time} is after the year 2199 as Unix time in '{unit}'. Write it in "
+            f"'{unit}', or as a datetime"
+        )
+    return found

@@ -78,6 +78,7 @@ def train(
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
         another one, or the run cannot begin, or has not begun, with `init_from`.
       CheckpointError: a checkpoint is damaged, or the disk is full.
+      Error: the loss is not finite, or a device's memory is full.
       Stopped: SIGINT, SIGTERM or SIGHUP arrived; the state is saved.
     """
     instance("experiment", experiment, Experiment, "pass what load_experiment gives")

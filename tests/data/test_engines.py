@@ -27,6 +27,10 @@ SETTINGS = [
     "features.seen.on=history",
     "features.seen.kind=past_count",
     "features.seen.column=item",
+    "features.clicked.on=request",
+    "features.clicked.kind=past_rate",
+    "features.clicked.column=item",
+    "features.clicked.label=click",
 ]
 
 

@@ -241,17 +241,12 @@ def test_every_place_of_a_sequence_has_its_kinds(tmp_path: Path) -> None:
     assert found_rules["missing training value of gap imputed (own)"] == 3
 
 
-def test_lists_that_became_text_are_reported() -> None:
+@pytest.mark.parametrize("kind", ["categorical", "multi_valued", "hashed"])
+def test_lists_that_became_text_are_reported(kind: str) -> None:
     """As a data frame writes a column of lists to a csv."""
     written = pa.array(["['q', 'p']", '["q"]', "[1, 2]", "[REC]", "q"])
-    counts = np.array([6, 2, 1, 5, 4])
-    rules = {}
-    for kind in ("categorical", "multi_valued"):
-        feature = KINDS[kind]()
-        [rule] = values_report([features.fit("genres", feature, written, counts)])
-        rules[kind] = rule
-        assert "genres looks like a list that became text" in rule.rule
-    assert (rules["categorical"].rows, rules["categorical"].examples[0]) == (9, "\"['q', 'p']\"")
-    assert rules["multi_valued"].rows == 6 + 6 + 2, "of a cell the first and the last value"
-    few = features.fit("title", KINDS["categorical"](), written[3:], counts[3:])
-    assert values_report([few]) == []
+    counts, feature = np.array([6, 2, 1, 5, 4]), KINDS[kind]()
+    [rule] = values_report([features.fit("genres", feature, written, counts)])
+    assert "genres looks like a list that became text" in rule.rule
+    assert (rule.rows, rule.examples) == (9, ("\"['q', 'p']\"", "'[\"q\"]'", "'[1, 2]'"))
+    assert values_report([features.fit("title", feature, written[3:], counts[3:])]) == []

@@ -190,7 +190,7 @@ def test_no_future(duckdb: Engine, events: list[Event], now: int, data: st.DataO
 
 
 @pytest.mark.filterwarnings("ignore")  # PySpark's own, of pandas 3
-@pytest.mark.slow  # folders that both engines prepare are compared by tests/data/test_engines.py
+@pytest.mark.slow  # tests/data/test_engines.py compares a folder with rates
 @pytest.mark.parametrize("kind", ["leave_one_out", "random"])
 def test_engines_give_equal_floats(duckdb: Engine, spark: Engine, kind: str) -> None:
     rng = np.random.default_rng(3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mtrec_jax.config import Experiment, Published
@@ -12,7 +13,7 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.evaluation.protocol import Protocol, check_same, protocol_of
-from mtrec_jax.evaluation.tables import print_evaluation, side_by_side
+from mtrec_jax.evaluation.tables import print_evaluation, print_side_by_side, side_by_side
 
 RULES = Protocol(
     data="random split (0.1 validation, 0.1 test, seed 0), 7 users, 5 items, 99 events",
@@ -156,22 +157,28 @@ def evaluation_of(**values: Any) -> Evaluation:
     return Evaluation(**base | values)
 
 
-def test_models_side_by_side() -> None:
+def test_models_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     one = evaluation_of()
-    rules = replace(RULES, targets=("like: binary, rating >= 4", "next: retrieval"), reranked=0)
     other = evaluation_of(
-        fingerprint="1",  # other features
-        protocol=replace(rules, targets=rules.targets[::-1]),
-        tasks={"next": {"ndcg@3": 0.25}, "like": {"auc": 0.8}},
+        fingerprint="1",  # other features, and the tasks in another order
+        protocol=replace(RULES, targets=("like: binary, rating >= 4", "next: retrieval")),
+        tasks={"like": {"auc": np.nan}, "next": {"ndcg@3": 0.25}},
         targets={"next": 9, "like": 8},
-        intervals={},
+        intervals={"like": {"auc": (np.nan, np.nan)}},
     )
-    table = side_by_side({"all": one, "two": other})
-    assert table.columns == ["task", "metric", "better", "all", "all, 95 %", "two", "two, 95 %"]
-    assert [tuple(row.values()) for row in table] == [
-        ("next", "ndcg@3", "higher", 0.5, None, 0.25, None),
-        ("like", "auc", "higher", 0.7, "0.650-0.750", 0.8, None),
+    both = {"all": one, "two": other}
+    assert list(side_by_side(both)) == [
+        {"task": "next", "metric": "ndcg@3", "better": "higher"}
+        | {"all": 0.5, "all low": None, "all high": None}
+        | {"two": 0.25, "two low": None, "two high": None},
+        {"task": "like", "metric": "auc", "better": "higher"}
+        | {"all": 0.7, "all low": 0.65, "all high": 0.75}
+        | {"two": None, "two low": None, "two high": None},
     ]
+    print_side_by_side(both)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["next", "ndcg@3", "↑", "0.5000", "0.2500"] in shown
+    assert ["like", "auc", "↑", "0.7000", "(0.650-0.750)"] in shown
     alone = evaluation_of(
         protocol=replace(RULES, task="", items=0, ks=(), targets=("stars: regression, rating",)),
         tasks={"stars": {"rmse": 0.8}},
@@ -179,11 +186,13 @@ def test_models_side_by_side() -> None:
         intervals={},
     )
     assert side_by_side({"all": one, "alone": alone})["better"] == ["lower"]
-    for wrong, message in (
+    wrong: list[tuple[Any, str]] = [
         (evaluation_of(split="test"), "split differ"),
         (evaluation_of(targets={"next": 9, "like": 8, "stars": 6}), "targets differ"),
         (evaluation_of(protocol=replace(one.protocol, ks=(3,))), r"ks: \(3, 10\) and \(3,\)"),
-        (evaluation_of(tasks={}), "no task in common"),
-    ):
+        (evaluation_of(tasks={}), "one, wrong have no task in common"),
+        ((one, 0), r"evaluations\['wrong'\]: .* tuple, not a Evaluation; pass {name: the first"),
+    ]
+    for evaluation, message in wrong:
         with pytest.raises(ConfigError, match=message):
-            side_by_side({"one": one, "wrong": wrong})
+            side_by_side({"one": one, "wrong": evaluation})

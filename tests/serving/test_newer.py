@@ -14,7 +14,7 @@ import pytest
 
 import mtrec_jax
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.data.new_rows import with_events
+from mtrec_jax.data.new_rows import with_events, with_users
 from mtrec_jax.data.newer import in_terms_of
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.serving.recommender import Recommender
@@ -156,6 +156,9 @@ def test_events_follow_the_stored_ones_in_the_order_of_time(own: Prepared) -> No
     with pytest.warns(UserWarning, match="4 of 4 are not later than the last stored one .*, 30"):
         again = with_events(view, table)
     assert events_of(again, "b", "item") == [*before, 1, ids["w"], 1, ids["w"]]
+    first = table.slice(1, 1).set_column(0, "user", pa.array(["c"]))
+    who = with_users(own, pa.table({"user": ["c"]}))
+    assert events_of(with_events(who, first), "c", "item") == [ids["y"]], "nothing was stored"
 
 
 def test_times_of_another_unit_are_refused(own: Prepared) -> None:

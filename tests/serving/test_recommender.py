@@ -228,17 +228,19 @@ def test_only_the_latest_events_of_a_long_history_count(shop_recommender: Recomm
     assert [i for i in short["item"] if i not in early] == long["item"]
 
 
-def test_items_of_a_history_that_the_model_does_not_know_are_left_out(
+def test_items_that_the_model_does_not_know_are_unknown_events_of_a_history(
     shop_recommender: Recommender,
 ) -> None:
-    plain: Any = {"item": ["i0001", "i0002"], "click": [1, 0]}
-    strange: Any = {"item": ["zz", "i0001", "yy", "i0002", "zz"], "click": [1, 1, 0, 0, 0]}
-    expected = shop_recommender.recommend(["x"], 8, histories=[plain])
-    result = shop_recommender.recommend(["x"], 8, histories=[strange], blocked=["old"])
-    assert result.table == expected.table
+    history: Any = {"item": ["zz", "i0001", "yy", "i0002", "zz"], "click": [1, 1, 0, 0, 0]}
+    result = shop_recommender.recommend(["x"], 8, histories=[history], blocked=["old"])
     assert result.ignored == {"histories": 2, "blocked": 1}
-    nothing = shop_recommender.recommend(["x"], 4, histories=[["zz", None]])
-    assert nothing["item"] == popular(shop_recommender.prepared)[:4]
+    assert not {"i0001", "zz"} & set(result["item"])
+    other = shop_recommender.recommend(["x"], 8, histories=[history | {"item": ["y"] * 5}])
+    assert other.ignored == {"histories": 1}
+    assert other["score"] != result["score"], "the known ones count"
+    message = r"histories: item 'i000' is not in the catalogue of .*Did you mean 'i00"
+    with pytest.raises(DataError, match=message):
+        shop_recommender.recommend(["x"], histories=[["i000"]], unknown_items="error")
 
 
 def test_unknown_users_get_popular_items_in_order(shop_recommender: Recommender) -> None:
@@ -336,9 +338,8 @@ def test_raw_ids_are_read_as_preparation_reads_them(tmp_path: Path) -> None:
         assert set(prepared.user_ids) == set(raw_texts("users", column))
     encoder = Encoder(prepared, "float32")
     assert encoder.users(raw_texts("users", [True]), None, [{}]).known.all()
-    assert encoder.item_ids([False, True]).tolist() == [
-        prepared.item_ids[name] for name in ("false", "true")
-    ]
+    found = encoder.users(["new"], [[False, True]], [{}]).batch.events["item"][0, :2].tolist()
+    assert found == [prepared.item_ids[name] for name in ("false", "true")]
 
 
 def test_untrimmed_ids_are_found(shop_recommender: Recommender) -> None:
@@ -400,10 +401,6 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
             r"histories: 1 given for 2 users",
         ),
         (
-            lambda r: r.recommend(["a"], histories=[["zzz"]], unknown_items="error"),
-            r"histories.0.: item 'zzz' is not in the catalogue",
-        ),
-        (
             lambda r: r.recommend(["a"], histories=[{"item": ["i0001"], "clicks": [1]}]),
             r"history: has item, clicks; it may have item, click, cart, buy, stars",
         ),
@@ -411,6 +408,10 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
         (
             lambda r: r.recommend(["a"], histories=[{"item": ["i0001"], "click": [1, 0]}]),
             r"history: 2 values of click for 1 items",
+        ),
+        (
+            lambda r: r.recommend(["a"], histories=[{"item": ["zz", "i0001"], "click": [1]}]),
+            r"history: 1 values of click for 2 items",
         ),
         (
             lambda r: r.recommend(["u00001", "u0001"], on_unknown="error"),

@@ -50,6 +50,16 @@ def test_a_given_history_may_hold_searches(prepared: Prepared) -> None:
     assert query[1].tolist() == [0, UNKNOWN, 0, 0]
     assert (rating > 0).tolist() == [True, False, True, False]
     assert found.cutoff[0].tolist() == [3]
+    # an unknown item would be taken for a search
+    strange: dict[str, list[Any]] = {
+        "item": ["x", "zz", np.nan, "y"],
+        "query": [None, None, "red hats", None],
+        "rating": ["5", "1", "5", "5"],
+    }
+    again = Encoder(prepared, "float32").users(["new"], [strange], [{}])
+    assert again.unknown == ("zz",)
+    np.testing.assert_array_equal(again.batch.events["item"], found.events["item"])
+    np.testing.assert_array_equal(again.batch.events["ids"], found.events["ids"])
 
 
 def test_a_known_user_brings_the_own_searches(prepared: Prepared) -> None:

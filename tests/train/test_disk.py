@@ -103,6 +103,7 @@ def _assert_full(done: subprocess.CompletedProcess[str], run: Path, why: str) ->
     assert "Warning" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_small_disk_that_fills_up(train: Train, straight: Path, tmp_path: Path) -> None:
     kept = straight / "checkpoints" / "60"
     blocks = sum(-(-p.stat().st_size // 4096) for p in kept.rglob("*") if p.is_file())

@@ -111,6 +111,7 @@ def test_a_step_that_is_skipped_changes_nothing(
     assert max(r["step"] for r in read_records(tmp_path / "metrics.jsonl")) == 16
 
 
+@pytest.mark.slow
 def test_the_step_itself_moves_nothing_but_its_count(
     plain: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -143,9 +143,9 @@ OWNERS = ("item", "user_id", "segment", "brand", "price_bin")
     ("which", "changes"),
     [
         ("grown", {}),
-        ("grown", {"capacity": 0}),
+        pytest.param("grown", {"capacity": 0}, marks=pytest.mark.slow),
         ("anew", {}),
-        ("anew", {"item": "dense"}),
+        pytest.param("anew", {"item": "dense"}, marks=pytest.mark.slow),
         ("anew", {"mesh": (2, 4)}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ KINDS: dict[str, type[Feature]] = {
     "ties": Ties,
     "friends_taste": FriendsTaste,
 }
+_LIST = r"""^\[.*['",].*\]$"""  # as a data frame writes one into a csv
 CHOICE = choices.Choice(KINDS, default="categorical")
 
 
@@ -66,7 +68,15 @@ def fit(name: str, feature: Feature, cells: pa.Array, counts: Int[np.ndarray, " 
     >>> colours.values.to_pylist(), encode(colours, pa.array(["red", None, "green"])).tolist()
     (['blue', 'red'], [[3], [0], [1]])
     """
-    return feature.fit(name, cells, counts)
+    encoding = feature.fit(name, cells, counts)
+    if not feature.takes_lists or not pa.types.is_string(cells.type):
+        return encoding
+    alike = pc.fill_null(pc.match_substring_regex(cells, _LIST), False)
+    rows = int(counts[alike.to_numpy(zero_copy_only=False)].sum())
+    if rows * 10 < counts.sum():
+        return encoding
+    shown = tuple(repr(cell) for cell in cells.filter(alike)[:3].to_pylist())
+    return dataclasses.replace(encoding, as_text=rows, listed=shown)
 
 
 def encode(encoding: Encoding, cells: pa.Array) -> Codes:

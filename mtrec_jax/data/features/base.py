@@ -133,6 +133,8 @@ class Encoding:
     imputed: int = 0  # training cells without a value that were given one
     unreadable: int = 0  # training cells whose text is no number where one is needed
     unread: tuple[str, ...] = ()  # some of these texts
+    as_text: int = 0  # training cells that look like lists which became text, if they are many
+    listed: tuple[str, ...] = ()  # some of these cells
 
     @property
     def is_number(self) -> bool:
