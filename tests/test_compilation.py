@@ -117,6 +117,7 @@ def test_a_limit_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "MTREC_CACHE_SIZE much: write a number above 0 with its unit" in raised.value.stderr
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_bits_with_kept_programs(shop_run: Run, tmp_path: Path) -> None:
     """The first run compiles, the second one finds every program that the first one had."""
     config = tmp_path / "shop.toml"

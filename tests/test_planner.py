@@ -252,6 +252,7 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_virtual_devices_say_what_devices_here_say(monkeypatch: pytest.MonkeyPatch) -> None:
     small = _clicks({"user": 1}, {"width": 8, "towers": "shared_bottom"}, 64, mesh=[2, 4])
     manifest = assumed_manifest(small, {"user": 1000})

@@ -64,9 +64,10 @@ def everything(folder: Path) -> dict[Path, bytes]:
             "that runs/shop was trained on",
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ("run", "mine.toml", "--run", "runs/new", "--set", "data.history_length=9"),
             "that runs/shop was trained on",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -29,7 +29,7 @@ from mtrec_jax.errors import DataError, Error
 from mtrec_jax.experiments import parse_experiment
 from tests.disks import small_disk
 
-SAMPLES = int(os.environ.get("MTREC_FUZZ", "15"))
+SAMPLES = int(os.environ.get("MTREC_FUZZ", "8"))
 COLUMNS = ("user", "item", "rating", "kind", "price", "time")
 Random = np.random.Generator
 

@@ -62,7 +62,7 @@ NAMES = ["new.csv", "new.tsv", "new.jsonl", "new.parquet", "new.csv.gz", "new.js
         {},
         pytest.param({"separator": ";"}, marks=pytest.mark.slow),
         {"separator": ", ", "header": ["colour", "size", "age", "at", "sold"]},
-        {"format": "tsv"},
+        pytest.param({"format": "tsv"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_suffix_says_the_format(tmp_path: Path, events: dict[str, Any]) -> None:

@@ -146,16 +146,27 @@ def assert_same(one: Path, other: Path) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_killed_at_five_moments(
-    command: Callable[[str, str], subprocess.CompletedProcess[str]], straight: Path
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ("between its parts", "metrics are written"),
+        pytest.param(MOMENTS, marks=pytest.mark.slow),
+    ],
+    ids=["two", "five"],
+)
+def test_killed_at_several_moments(
+    command: Callable[[str, str], subprocess.CompletedProcess[str]],
+    straight: Path,
+    moments: tuple[str, ...],
 ) -> None:
-    killed = straight.parent / "killed"
-    for moment in MOMENTS:
-        died = command(moment, "killed")
+    name = f"killed-{len(moments)}"
+    killed = straight.parent / name
+    for moment in moments:
+        died = command(moment, name)
         assert died.returncode == -signal.SIGKILL, (moment, died.stderr)
         if moment == "metrics are written":  # what is whole can be read
             assert max(r["step"] for r in read_records(killed / "metrics.jsonl")) == 20
-    done = command("never", "killed")
+    done = command("never", name)
     assert done.returncode == 0, done.stderr
     assert_same(straight, killed)
 

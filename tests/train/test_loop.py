@@ -303,6 +303,7 @@ def test_labels_of_one_class_leave_the_metric_undefined_and_train_to_the_end(
     assert aucs == [None] * 6
 
 
+@pytest.mark.slow
 def test_a_run_is_lengthened_to_what_it_had_been_from_the_start(
     plain: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
