@@ -396,9 +396,10 @@ class Recommender:
         """
         k = self._checked(k, True)
         check_id("item", item)
-        if raw_text(item) not in self.prepared.item_ids:
-            raise not_there(self.prepared, "item", raw_text(item))
-        own = np.array([self.prepared.item_ids[raw_text(item)]])
+        raw_item = raw_text(item)
+        if raw_item not in self.prepared.item_ids:
+            raise not_there(self.prepared, "item", raw_item)
+        own = np.array([self.prepared.item_ids[raw_item]])
         if self._unscored[own].any():
             raise DataError(f"item {item!r} is {_UNSCORED}: nothing is known to be near it")
         mask = ~self._unscored[FIRST:]
