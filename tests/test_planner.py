@@ -407,6 +407,7 @@ def test_shared_rows_and_capacities_are_the_size_of_a_table(pod: Path) -> None:
     assert rows == dict.fromkeys(sizes, 1002) | {"page": 5002, "user": 3_000_002}
 
 
+@pytest.mark.slow
 def test_prepared_data_gives_sizes_shapes_and_buffers(
     shop_prepared: Prepared, shop_experiment: Experiment
 ) -> None:

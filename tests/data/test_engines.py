@@ -35,6 +35,7 @@ SETTINGS = [
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_duckdb_and_spark_prepare_equal_folders(tmp_path: Path) -> None:
     generate(tmp_path, seed=3, users=80, items=90, impressions=30, social=True)
     with (tmp_path / "events.csv").open("a") as file:

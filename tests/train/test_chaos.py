@@ -146,35 +146,23 @@ def assert_same(one: Path, other: Path) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize(
-    "moments",
-    [
-        ("between its parts", "metrics are written"),
-        pytest.param(MOMENTS, marks=pytest.mark.slow),
-    ],
-    ids=["two", "five"],
-)
-def test_killed_at_several_moments(
-    command: Callable[[str, str], subprocess.CompletedProcess[str]],
-    straight: Path,
-    moments: tuple[str, ...],
+@pytest.mark.slow
+def test_killed_at_five_moments(
+    command: Callable[[str, str], subprocess.CompletedProcess[str]], straight: Path
 ) -> None:
-    name = f"killed-{len(moments)}"
-    killed = straight.parent / name
-    for moment in moments:
-        died = command(moment, name)
+    killed = straight.parent / "killed"
+    for moment in MOMENTS:
+        died = command(moment, "killed")
         assert died.returncode == -signal.SIGKILL, (moment, died.stderr)
         if moment == "metrics are written":  # what is whole can be read
             assert max(r["step"] for r in read_records(killed / "metrics.jsonl")) == 20
-    done = command("never", name)
+    done = command("never", "killed")
     assert done.returncode == 0, done.stderr
     assert_same(straight, killed)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("truncated", "notes"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "notes"])
 def test_a_damaged_checkpoint_is_set_aside(
     command: Callable[[str, str], subprocess.CompletedProcess[str]], straight: Path, damage: str
 ) -> None:

@@ -206,6 +206,7 @@ def test_a_finished_run_is_left_as_it_is(
     assert {p: p.stat().st_mtime_ns for p in shop_run.folder.rglob("*") if p.is_file()} == files
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_a_lower_is_better_metric_is_kept_and_stops_the_run(
     plain: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -171,6 +171,7 @@ def both(two: Two, shop_prepared: Prepared) -> Path:
     return two.folder / "both"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_and_recommend_what_one_does(two: Two, alone: Path, both: Path) -> None:
     _assert_same(alone, both)
     done = two("recommend", both, "--all-users", "--k", 5, "--out", "all.csv")
@@ -250,6 +251,7 @@ def _stopping_after(batches: int) -> Iterator[None]:
         loop.put_batch = put
 
 
+@pytest.mark.slow
 def test_a_second_group_of_processes_is_refused(
     two: Two, alone: Path, shop_prepared: Prepared
 ) -> None:
