@@ -26,11 +26,11 @@ from typing import Any
 QUESTIONS = (
     *("topk", "softmax", "rank", "everyone", "table_step", "chaos"),
     *("input", "prepare", "engines", "shop", "social", "requests", "first_result"),
-    "serving_latency",
+    *("serving_latency", "census"),
 )
 COMPARED = (
     *("jax", "jaxlib", "numpy", "optax", "scikit-learn", "faiss-cpu", "torch", "implicit"),
-    *("jax-cce", "tokamax", "torch-rechub", "fbgemm-gpu-cpu"),
+    *("jax-cce", "tokamax", "torch-rechub", "fbgemm-gpu-cpu", "lightgbm"),
 )
 
 

@@ -33,16 +33,23 @@ def main() -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="prepare, first_result, serving_latency: where files go; the latter two keep them",
+        help="prepare, first_result, serving_latency, census: where files go; all but prepare keep "
+        "them",
     )
+    parser.add_argument("--data", type=Path, help="census: folder of the raw data (data)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="social, requests: other shops than (505, 606)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="social, requests: other shops than (505, 606); census: of training (0 1 2 3 4)",
     )
     parser.add_argument(
         "--against", metavar="COMMIT", help="first_result, serving_latency: beside this commit"
     )
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), help="first_result: help,fit; …"
+        "--only",
+        type=lambda text: text.split(","),
+        help="first_result: help,fit; census: lightgbm,mmoe; …",
     )
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the contestant's side
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)

@@ -24,6 +24,10 @@ from mtrec_jax.data.features import CHOICE, Feature
 from mtrec_jax.evaluation.metrics import METRICS, metric_named
 from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.encoders.transformer import Transformer
+from mtrec_jax.models.interactions import INTERACTIONS
+from mtrec_jax.models.interactions.none import NoInteraction
+from mtrec_jax.models.numbers import NUMBERS
+from mtrec_jax.models.numbers.plain import PlainNumbers
 from mtrec_jax.models.towers import TOWERS
 from mtrec_jax.models.towers.mmoe import MMoE
 
@@ -207,7 +211,10 @@ class Model:
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
     temperature: Positive = 0.05  # of the cosine in the retrieval softmax
     encoder: Annotated[Any, Choice(ENCODERS, "transformer")] = field(default_factory=Transformer)
+    numbers: Annotated[Any, Choice(NUMBERS, "plain")] = field(default_factory=PlainNumbers)
+    interaction: Annotated[Any, Choice(INTERACTIONS, "none")] = field(default_factory=NoInteraction)
     towers: Annotated[Any, Choice(TOWERS, "mmoe")] = field(default_factory=MMoE)
+    members: Count = 1  # K, of an ensemble that shares all weights but a few of each one's own
     fusion: Literal["attention", "none"] = "attention"
     fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: all 1
 

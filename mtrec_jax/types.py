@@ -112,6 +112,7 @@ class Outputs(NamedTuple):
     fused: jax.Array  # [B, P]: the final order, larger is better
     fusion: jax.Array  # [B, P, T] attention weights of the tasks, rows sum to 1
     diagnostics: dict[str, jax.Array]  # gates and similar [B, P, ...], for people who look inside
+    members: dict[str, jax.Array]  # {task: [B, P, K], or [B, P, K, C]} logits; {}: there are none
 
 
 class TrainState(NamedTuple):

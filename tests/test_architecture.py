@@ -22,6 +22,7 @@ LAYERS = (
     ("kernels", "sharding", "compilation", "mixing"),
     (
         *("data.features", "balance", "models.layers", "models.encoders", "models.towers"),
+        *("models.interactions", "models.numbers"),
         *("baselines", "evaluation.metrics"),
     ),
     ("config", "experiments"),

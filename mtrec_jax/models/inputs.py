@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.retrieval import sample_negatives
 from mtrec_jax.mixing import mixed_bits
 from mtrec_jax.models.layers import layer_norm, linear
+from mtrec_jax.models.numbers import NumberSizes
 from mtrec_jax.models.towers import TowerTask
 from mtrec_jax.tables.layout import DENSE, Layout, TableSize, make_layout, pool
 from mtrec_jax.types import FIRST, UNKNOWN, Array, Batch, Catalogue, Wanted
@@ -29,7 +30,7 @@ class Inputs(NamedTuple):
     """What follows from the configuration and the manifest."""
 
     layout: Layout
-    numbers: dict[str, int]  # {side: numbers side by side}
+    numbers: dict[str, tuple[int, ...]]  # {side: numbers of each feature}
     order: tuple[str, ...]  # all tasks
     tasks: dict[str, TowerTask]  # tasks with a tower: all but retrieval
     levels: dict[str, tuple[float, ...]]  # {multiclass task: what each class counts as}
@@ -37,13 +38,6 @@ class Inputs(NamedTuple):
     id_dropout: dict[str, float]  # {table: share of ids that training takes for unknown}
     has_items: bool
     has_events: bool
-
-    def width_of(self, side: str) -> int:
-        """How wide a side's features are, side by side."""
-        return (
-            len(self.layout.groups.get(side_group(side), ())) * self.layout.width
-            + (self.numbers[side])
-        )
 
     @property
     def lists_items(self) -> bool:
@@ -117,7 +111,7 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
     kinds = {name: task.kind for name, task in experiment.tasks.items()}
     return Inputs(
         layout=make_layout(tables, groups, experiment.model.width),
-        numbers={side: sum(f.slots for f in numbers) for side, (_, numbers) in sides.items()},
+        numbers={s: tuple(f.slots for f in numbers) for s, (_, numbers) in sides.items()},
         order=tuple(experiment.tasks),
         tasks={
             name: TowerTask(
@@ -236,13 +230,19 @@ class SideFeatures(nnx.Module):
     """Features of the user, or of the moment, side by side: [..., F].
 
     Embeddings are normalised together. Numbers are standardised already and say something by their
-    size, so they stay outside, cut off at five standard deviations.
+    size, so they stay outside, cut off at five standard deviations. `outputs` is F, and `fields`
+    says how many vectors of width D stand first.
     """
 
-    def __init__(self, inputs: Inputs, side: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: Inputs, side: str, numbers: Any, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         self.side, self.group = side, inputs.layout.groups.get(side, ())
+        self.numbers = _numbers(inputs, side, numbers, dtype, rngs)
         embedded = len(self.group) * inputs.layout.width
         self.norm = layer_norm(embedded, dtype=dtype, rngs=rngs) if embedded else None
+        self.outputs = embedded + (self.numbers.outputs if self.numbers else 0)
+        self.fields = len(self.group) + (self.numbers.fields if self.numbers else 0)
 
     def __call__(self, batch: Batch, rows: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """[B, F] of the user, [B, P, F] of the moments; F may be 0."""
@@ -252,8 +252,8 @@ class SideFeatures(nnx.Module):
         if self.norm is not None:
             pooled = pool(self.group, jnp.asarray(part["ids"]), rows[self.side])
             parts.append(self.norm(pooled.reshape(*shape, -1)))
-        if "numbers" in part:
-            parts.append(clipped(part["numbers"]))
+        if self.numbers is not None:
+            parts.append(self.numbers(clipped(part["numbers"])))
         return jnp.concatenate(parts, axis=-1)
 
 
@@ -262,13 +262,25 @@ def clipped(numbers: Array) -> jax.Array:
     return jnp.clip(jnp.asarray(numbers), -5, 5)
 
 
+def _numbers(inputs: Inputs, side: str, options: Any, dtype: jnp.dtype, rngs: nnx.Rngs) -> Any:
+    """How a side's numbers are taken; None where it has none."""
+    slots = inputs.numbers[side]
+    if not slots:
+        return None
+    return options.make(NumberSizes(slots, inputs.layout.width), dtype=dtype, rngs=rngs)
+
+
 class ItemTower(nnx.Module):
     """An item's own row and its features to its vector."""
 
-    def __init__(self, inputs: Inputs, id_scale: float, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: Inputs, id_scale: float, numbers: Any, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         self.id_scale = id_scale
         self.group = inputs.layout.groups.get("item_features", ())
-        size, width = inputs.width_of("item"), inputs.layout.width
+        self.numbers = _numbers(inputs, "item", numbers, dtype, rngs)
+        width = inputs.layout.width
+        size = len(self.group) * width + (self.numbers.outputs if self.numbers else 0)
         self.features = linear(size, width, dtype=dtype, rngs=rngs) if size else None
 
     def __call__(
@@ -277,7 +289,7 @@ class ItemTower(nnx.Module):
         """Own rows [..., D], rows of features [..., M, D], their ids and numbers -> [..., D]."""
         if self.features is None:
             return own
-        parts = [numbers.astype(own.dtype)]
+        parts = [] if self.numbers is None else [self.numbers(numbers.astype(own.dtype))]
         if rows is not None:
             pooled = pool(self.group, ids, rows)
             features = pooled.shape[-2] * pooled.shape[-1]  # there may be no items

@@ -57,6 +57,11 @@ def normal(
     return _drawn(rngs.params(), shape, dtype, lambda rng: scale * rng.standard_normal(shape))
 
 
+def signs(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray | jax.Array:
+    """Initial values of 1 or -1, at random."""
+    return _drawn(rngs.params(), shape, dtype, lambda rng: rng.choice([-1.0, 1.0], shape))
+
+
 def lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     """Normal values of variance 1 / inputs, cut off at two standard deviations (as flax does)."""
     scale = shape[0] ** -0.5 / 0.87962566103423978  # so that the variance is right after the cut

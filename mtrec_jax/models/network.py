@@ -1,4 +1,4 @@
-"""The dense layers: inputs -> encoder -> towers -> fusion. Tables live outside."""
+"""The dense layers: inputs -> encoder -> interaction -> towers -> fusion. Tables live outside."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from mtrec_jax.models.attention import LastSearch, TargetAttention
 from mtrec_jax.models.encoders import EncoderSizes
 from mtrec_jax.models.fusion import AttentionFusion
 from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped
+from mtrec_jax.models.interactions import InteractionSizes
 from mtrec_jax.models.layers import dropout, linear, normal, unit_length
-from mtrec_jax.models.towers import TowerInput, TowerSizes
+from mtrec_jax.models.members import Members
+from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerSizes
 from mtrec_jax.tables.layout import pool
 from mtrec_jax.types import UNKNOWN, Array, Batch, Fusing, Outputs, UserStates
 
@@ -39,10 +41,11 @@ class Network(nnx.Module):
 
         made = functools.partial(linear, dtype=dtype, rngs=rngs)
 
-        self.items = ItemTower(inputs, config.item_id_scale, dtype=dtype, rngs=rngs)
-        self.context = SideFeatures(inputs, "context", dtype=dtype, rngs=rngs)
-        self.request = SideFeatures(inputs, "request", dtype=dtype, rngs=rngs)
-        context, numbers = inputs.width_of("context"), inputs.numbers["context"]
+        taken = config.numbers
+        self.items = ItemTower(inputs, config.item_id_scale, taken, dtype=dtype, rngs=rngs)
+        self.context = SideFeatures(inputs, "context", taken, dtype=dtype, rngs=rngs)
+        self.request = SideFeatures(inputs, "request", taken, dtype=dtype, rngs=rngs)
+        context, numbers = self.context.outputs, sum(inputs.numbers["context"])
         self.user_numbers = made(numbers, d) if numbers and inputs.has_events else None
         self.user_context = made(context, d) if context and inputs.has_items else None
         self.search = None
@@ -56,11 +59,19 @@ class Network(nnx.Module):
             self.encoder = config.encoder.make(seen, dtype=dtype, rngs=rngs)
         if not inputs.tasks:
             return
-        sizes = tower_sizes(config, inputs)
+        sizes = tower_sizes(inputs, self.context.outputs, self.request.outputs, d)
+        fields = self.context.fields + self.request.fields + 2 * inputs.has_items
+        crossed = InteractionSizes(sizes.inputs, fields, d)
+        self.interaction = config.interaction.make(crossed, dtype=dtype, rngs=rngs)
+        sizes = sizes._replace(inputs=self.interaction.outputs)
         self.towers = config.towers.make(sizes, dtype=dtype, rngs=rngs)
+        self.members = None
+        if config.members > 1:
+            given = config.members, sizes.inputs, _hidden_sizes(self.towers, sizes, dtype)
+            self.members = Members(*given, inputs.tasks, dtype=dtype, rngs=rngs)
         if config.fusion == "attention":
             state = sizes.context + sizes.request + sizes.width
-            hidden = _hidden_size(self.towers, sizes, dtype)
+            hidden = next(iter(_hidden_sizes(self.towers, sizes, dtype).values()), 1)
             self.fusion = AttentionFusion(state, inputs.order, hidden, dtype=dtype, rngs=rngs)
 
     def users(
@@ -135,9 +146,12 @@ class Network(nnx.Module):
         if not self.inputs.tasks:
             score = logits[str(self.inputs.retrieval)].reshape(b, p)
             name = str(self.inputs.retrieval)
-            return Outputs({name: score}, score, jnp.ones((b, p, 1), score.dtype), {}), None
-        x = dropout(jnp.concatenate(parts, axis=-1), self.config.dropout, key)
-        found = self.towers(TowerInput(x, context, request, user, item))
+            return Outputs({name: score}, score, jnp.ones((b, p, 1), score.dtype), {}, {}), None
+        fields = [context[:, : self.context.fields * d], request[:, : self.request.fields * d]]
+        fields += parts[2:4] if self.inputs.has_items else []  # the user, the candidate
+        crossed = jnp.concatenate(fields, axis=-1).reshape(n, -1, d)
+        x = self.interaction(jnp.concatenate(parts, axis=-1), crossed)
+        found, each = self._answers(TowerInput(x, context, request, user, item), key)
         logits |= found.logits
         names = self.inputs.order
         fusing = Fusing(
@@ -152,7 +166,20 @@ class Network(nnx.Module):
             fused.reshape(b, p),
             weights.reshape(b, p, -1),
             looks,
+            {t: v.reshape(b, p, *v.shape[1:]) for t, v in each.items()},
         ), fusing
+
+    def _answers(
+        self, given: TowerInput, key: jax.Array | None
+    ) -> tuple[TowerOutput, dict[str, jax.Array]]:
+        """What the towers say of n pairs, and what each member of an ensemble says."""
+        rate = self.config.dropout
+        if self.members is None:
+            return self.towers(given._replace(x=dropout(given.x, rate, key))), {}
+        given = self.members.given(given)
+        found = self.towers(given._replace(x=dropout(given.x, rate, key)))
+        each = self.members.logits(found)
+        return self.members.together(found, each), each
 
     def fuse(self, fusing: Fusing) -> tuple[jax.Array, jax.Array]:
         """Fused score [n] and task weights [n, T]; without fusion it is the mean of `in_unit`."""
@@ -180,11 +207,9 @@ class Network(nnx.Module):
         return score / max(1, task.outputs - 1)
 
 
-def tower_sizes(config: ModelConfig, inputs: Inputs) -> TowerSizes:
+def tower_sizes(inputs: Inputs, context: int, request: int, d: int) -> TowerSizes:
     """How wide the parts of a `TowerInput` are: beside the features, user, item, their product and
     cosine, and what happened at similar events."""
-    d = config.width
-    context, request = inputs.width_of("context"), inputs.width_of("request")
     pair = (3 * d + 1) * inputs.has_items + d * inputs.has_events
     return TowerSizes(
         inputs=context + request + pair,
@@ -195,12 +220,12 @@ def tower_sizes(config: ModelConfig, inputs: Inputs) -> TowerSizes:
     )
 
 
-def _hidden_size(towers: nnx.Module, sizes: TowerSizes, dtype: jnp.dtype) -> int:
-    """H of the towers' hidden vectors, from an abstract pass; 1 where they give none."""
+def _hidden_sizes(towers: nnx.Module, sizes: TowerSizes, dtype: jnp.dtype) -> dict[str, int]:
+    """H of each task's hidden vectors, from an abstract pass."""
     widths = sizes.inputs, sizes.context, sizes.request, sizes.width, sizes.width
     shapes: list[Any] = [jax.ShapeDtypeStruct((1, width), dtype) for width in widths]
     found = nnx.eval_shape(lambda towers, given: towers(given), towers, TowerInput(*shapes))
-    return next((hidden.shape[-1] for hidden in found.hidden.values()), 1)
+    return {task: hidden.shape[-1] for task, hidden in found.hidden.items()}
 
 
 def expected(logits: jax.Array, levels: Sequence[float]) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -76,11 +76,23 @@ def make_objective(
         candidates = shared.candidates if inputs.has_items else None
         outputs, fusing = layers.outputs(states_of(shared, batch), candidates, key)
         given = shared, batch, catalogue, wanted
-        sums = {n: _task_sum(experiment, manifest, n, outputs, *given) for n in experiment.tasks}
-        if brings is not None:
-            own = layers.towers.losses(outputs.logits, *_labels(batch))
-            sums |= {n: jnp.sum(v * counts * batch.weight) for n, (v, counts) in own.items()}
-        return sums, fusing
+
+        def of_tasks(names: Iterable[str], logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            said = outputs._replace(logits=logits)
+            return {n: _task_sum(experiment, manifest, n, said, *given) for n in names}
+
+        def of_towers(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            sums = of_tasks(inputs.tasks, logits)
+            if brings is not None:
+                own = layers.towers.losses(logits, *_labels(batch))
+                sums |= {n: jnp.sum(v * counts * batch.weight) for n, (v, counts) in own.items()}
+            return sums
+
+        sums = of_tasks(experiment.tasks.keys() - inputs.tasks.keys(), outputs.logits)
+        if outputs.members:  # the mean of their losses, each by itself
+            of_each = jax.vmap(of_towers, in_axes=2)(outputs.members)
+            return sums | {n: jnp.mean(each) for n, each in of_each.items()}, fusing
+        return sums | of_towers(outputs.logits), fusing
 
     return Objective(names, fusion is not None, weights, losses, fusion and fusion.loss)
 

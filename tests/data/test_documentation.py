@@ -24,6 +24,8 @@ from mtrec_jax.cli import app, as_option
 from mtrec_jax.data.features import KINDS, Feature
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.encoders import ENCODERS
+from mtrec_jax.models.interactions import INTERACTIONS
+from mtrec_jax.models.numbers import NUMBERS
 from mtrec_jax.models.towers import TOWERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -160,6 +162,8 @@ def test_every_key_is_listed_with_its_choices_and_default(heading: str) -> None:
 CHOICES = {
     "`[features.NAME]`": KINDS,
     "`[model.encoder]`": ENCODERS,
+    "`[model.numbers]`": NUMBERS,
+    "`[model.interaction]`": INTERACTIONS,
     "`[model.towers]`": TOWERS,
     "`[train.balance]`": BALANCERS,
 }

@@ -41,7 +41,9 @@ class _Classes:
 
 def made(inputs: Any, **parts: Any) -> Network:
     layers = object.__new__(Network)
-    parts |= {"config": Model(fusion="none", temperature=0.05), "inputs": inputs}
+    width = parts.pop("width", 8)
+    model = Model(width=width, fusion="none", temperature=0.05)
+    parts |= {"config": model, "inputs": inputs}
     for name, part in parts.items():
         object.__setattr__(layers, name, part)
     return layers
@@ -66,8 +68,15 @@ def test_without_a_fusion_tasks_are_averaged_on_one_scale() -> None:
 def test_classes_count_by_their_numbers_in_any_order() -> None:
     """By hand: 5 is the highest level, 3 half of it: 0.5 + 0.3 / 2, and 0.1 + 0.8 / 2."""
     logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]))
+    side = SimpleNamespace(fields=0)
     layers = made(
-        _Classes(), dtype=jnp.float32, towers=lambda given: TowerOutput({"stars": logits}, {}, {})
+        _Classes(),
+        dtype=jnp.float32,
+        context=side,
+        request=side,
+        interaction=lambda x, fields: x,
+        members=None,
+        towers=lambda given: TowerOutput({"stars": logits}, {}, {}),
     )
     none = jnp.zeros((2, 0, 8))
     states = UserStates(

@@ -1,0 +1,225 @@
+"""Do tuned gradient-boosted trees beat one model for both tasks of census-income?
+
+Trees have a model a task: LightGBM and scikit-learn's HistGradientBoosting, each tuned by 30 draws
+from the ranges below, of which the first are the library's defaults. Validation ends each boosting
+early and chooses the best draw, which is then fitted with every seed. Ours is one model for both
+tasks: the built-in configuration, and every other kind of towers in its place. All see the same
+columns, encoded on training rows: categories as they are, numbers (trees need no bins of them). All
+figures are of validation, which also chose the checkpoint; nothing looks at the test set.
+
+A row has mean and deviation over seeds, and the seconds of one seed, for trees those of both tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SEEDS = (0, 1, 2, 3, 4)
+TRIALS = 30
+# {library: {option: (low, high)}}: whole numbers stay whole, and are drawn by their logarithm, as
+# what spans more than a factor of ten is
+RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "lightgbm": {
+        "learning_rate": (0.02, 0.3),
+        "num_leaves": (8, 128),
+        "min_child_samples": (5, 300),
+        "colsample_bytree": (0.3, 1.0),
+        "subsample": (0.5, 1.0),
+        "reg_lambda": (1e-3, 100.0),
+        "cat_smooth": (1, 200),
+        "cat_l2": (1, 100),
+    },
+    "scikit-learn": {
+        "learning_rate": (0.02, 0.3),
+        "max_leaf_nodes": (8, 128),
+        "min_samples_leaf": (5, 300),
+        "max_features": (0.3, 1.0),
+        "l2_regularization": (1e-3, 100.0),
+    },
+}
+MOST_TREES, PATIENCE = 2000, 50
+
+
+class Rows(NamedTuple):
+    """A split as trees take it."""
+
+    columns: np.ndarray  # [n, F]
+    labels: dict[str, np.ndarray]  # {task: [n]}
+    categories: list[int]  # columns that are categories
+
+
+def answer(
+    quick: bool,
+    data: Path = Path("data"),
+    folder: Path | None = None,
+    seeds: Sequence[int] = SEEDS,
+    only: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """A row a library of trees and a kind of towers; `only` some of them. The prepared folder and
+    the runs stay in `folder`, and runs that are there are not trained again."""
+    from mtrec_jax.data.prepare import prepare, up_to_date
+    from mtrec_jax.data.public import fetch
+    from mtrec_jax.errors import ConfigError
+    from mtrec_jax.experiments import load_experiment
+    from mtrec_jax.models.towers import TOWERS
+
+    experiment = load_experiment("census-income", ("train.epochs=1",) if quick else ())
+    seeds = seeds[:1] if quick else seeds
+    fetch("census-income", data)
+    raw = data / "census-income"
+    with tempfile.TemporaryDirectory() as temporary:
+        work = folder or Path(temporary)
+        kept = work / "prepared"
+        prepared = up_to_date(experiment, raw, kept) or prepare(experiment, raw, kept)
+        found = []
+        for name in only or (*RANGES, *TOWERS):
+            try:
+                if name in RANGES:
+                    found.append(of_trees(name, prepared, seeds, 2 if quick else TRIALS))
+                else:
+                    found.append(of_towers(name, experiment, prepared, seeds, work))
+            except ConfigError as error:  # of towers that need other tasks
+                print(f"{name}: {error}")
+    return found
+
+
+def of_towers(
+    kind: str, experiment: Any, prepared: Any, seeds: Sequence[int], work: Path
+) -> dict[str, Any]:
+    """The row of a kind of towers, with the sizes of the configured ones where it has them."""
+    from mtrec_jax.models.towers import TOWERS
+    from mtrec_jax.train.loop import train
+    from mtrec_jax.train.records import read_records
+    from mtrec_jax.train.run import evaluate_run
+
+    model, known = experiment.model, {field.name for field in dataclasses.fields(TOWERS[kind])}
+    sizes = {n: v for n, v in vars(model.towers).items() if n in known and n != "kind"}
+    model = dataclasses.replace(model, towers=TOWERS[kind](**sizes))
+    scores: dict[str, list[float]] = {task: [] for task in experiment.tasks}
+    seconds = []
+    for seed in seeds:
+        one = dataclasses.replace(
+            experiment,
+            model=model,
+            train=dataclasses.replace(experiment.train, seed=seed),
+            evaluate=dataclasses.replace(experiment.evaluate, bootstrap=0),
+        )
+        run = train(one, prepared, work / f"{kind}-{seed}", show_progress=False)
+        evaluation, _ = evaluate_run(run)
+        for task, of_seeds in scores.items():
+            of_seeds.append(evaluation.tasks[task]["auc"])
+        records = read_records(run.folder / "metrics.jsonl")
+        seconds.append(sum(r["value"] for r in records if r["metric"] == "seconds"))
+    return _row(kind, scores, seconds)
+
+
+def of_trees(library: str, prepared: Any, seeds: Sequence[int], trials: int) -> dict[str, Any]:
+    """The row of a library of trees, with the best draw of each task."""
+    rows = {split: as_rows(prepared, split) for split in ("train", "validation")}
+    scores: dict[str, list[float]] = {}
+    seconds = np.zeros(len(seeds))
+    for task in rows["train"].labels:
+        settings = [draw(library, number) for number in range(trials)]
+        tuned = [fitted(library, rows, task, one, 0)[0] for one in settings]
+        best = settings[int(np.argmax(tuned))]
+        print(f"{library}, {task}: {best}, {max(tuned):.4f}; defaults {tuned[0]:.4f}")
+        again = [fitted(library, rows, task, best, seed) for seed in seeds]
+        scores[task] = [score for score, _ in again]
+        seconds += [took for _, took in again]
+    return _row(library, scores, list(seconds))
+
+
+def _row(name: str, scores: dict[str, list[float]], seconds: list[float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": name, "seeds": len(seconds)}
+    for task, of_seeds in scores.items():
+        spread = statistics.stdev(of_seeds) if len(of_seeds) > 1 else float("nan")
+        row |= {f"{task} auc": statistics.fmean(of_seeds), f"{task} ±": spread}
+    return row | {"seconds": round(statistics.fmean(seconds), 1)}
+
+
+def as_rows(prepared: Any, split: str) -> Rows:
+    """A split's columns: ids of categories, and numbers, without bins."""
+    m = prepared.manifest
+    kinds = {name: feature["kind"] for name, feature in m.config["features"].items()}
+    ids = [f.name for f in m.request_ids if kinds[f.name] == "categorical"]
+    numbers = [f.name for f in m.request_numbers if kinds[f.name] == "numeric"]
+    table = prepared.parquet(split).read()
+    columns = [table[f"request_{name}"].to_numpy() for name in (*ids, *numbers)]
+    labels = {task: table[f"label_{task}"].to_numpy() for task in m.tasks}
+    return Rows(np.stack(columns, 1).astype(np.float32), labels, list(range(len(ids))))
+
+
+def draw(library: str, number: int) -> dict[str, float | int]:
+    """The options of a trial; the first has the library's own."""
+    rng, found = np.random.default_rng(number), dict[str, float | int]()
+    for name, (low, high) in RANGES[library].items() if number else ():
+        whole = isinstance(low, int)
+        by_logarithm = whole or high > 10 * low
+        ends = np.log([low, high]) if by_logarithm else np.array([low, high])
+        value = float(rng.uniform(*ends))
+        value = float(np.exp(value)) if by_logarithm else value
+        found[name] = round(value) if whole else value
+    return found
+
+
+def fitted(
+    library: str, rows: dict[str, Rows], task: str, options: dict[str, Any], seed: int
+) -> tuple[float, float]:
+    """AUC on validation of trees that it ended early, and the seconds of fitting."""
+    from mtrec_jax.evaluation.metrics import auc
+
+    start = time.perf_counter()
+    scores = FIT[library](rows["train"], rows["validation"], task, options, seed)
+    return auc(rows["validation"].labels[task], scores), time.perf_counter() - start
+
+
+def _lightgbm(
+    train: Rows, validation: Rows, task: str, options: dict[str, Any], seed: int
+) -> np.ndarray:
+    import lightgbm
+
+    model = lightgbm.LGBMClassifier(
+        n_estimators=MOST_TREES, subsample_freq=1, random_state=seed, verbose=-1, **options
+    )
+    model.fit(
+        train.columns,
+        train.labels[task],
+        eval_X=validation.columns,
+        eval_y=validation.labels[task],
+        eval_metric="auc",
+        categorical_feature=train.categories,
+        callbacks=[lightgbm.early_stopping(PATIENCE, first_metric_only=True, verbose=False)],
+    )
+    return model.predict_proba(validation.columns)[:, 1]
+
+
+def _scikit_learn(
+    train: Rows, validation: Rows, task: str, options: dict[str, Any], seed: int
+) -> np.ndarray:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    model = HistGradientBoostingClassifier(
+        max_iter=MOST_TREES,
+        early_stopping=True,
+        n_iter_no_change=PATIENCE,
+        categorical_features=train.categories,
+        random_state=seed,
+        **options,
+    )
+    held = {"X_val": validation.columns, "y_val": validation.labels[task]}
+    model.fit(train.columns, train.labels[task], **held)
+    return model.predict_proba(validation.columns)[:, 1]
+
+
+FIT: dict[str, Callable[..., np.ndarray]] = {
+    "lightgbm": _lightgbm,
+    "scikit-learn": _scikit_learn,
+}

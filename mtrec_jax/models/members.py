@@ -1,0 +1,87 @@
+"""Members of an ensemble in one model: they share all weights but a few of their own.
+
+Wen et al., ICLR 2020 (BatchEnsemble) scale what goes into shared layers, member by member;
+Gorishniy et al., ICLR 2025 (TabM) found that scaling what enters the first one, with heads of their
+own, does nearly as well as scaling each layer (their TabM-mini). That works with towers of any
+kind, which are run on n K pairs in the place of n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtrec_jax.models.layers import normal, signs
+from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerTask
+
+
+class Members(nnx.Module):
+    """What each of K members has of its own: scales of the towers' input x, first of random signs,
+    and a head a task, which is added to the towers' own."""
+
+    def __init__(
+        self,
+        count: int,
+        inputs: int,
+        hidden: Mapping[str, int],
+        tasks: Mapping[str, TowerTask],
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.count, self.kinds = count, {name: task.kind for name, task in tasks.items()}
+        self.scales = nnx.Param(signs(rngs, (count, inputs), dtype))
+        self.names = tuple(hidden)
+        shapes = [(count, size, tasks[name].outputs) for name, size in hidden.items()]
+        self.heads = nnx.List([nnx.Param(normal(rngs, s, s[1] ** -0.5, dtype)) for s in shapes])
+
+    def given(self, pairs: TowerInput) -> TowerInput:
+        """The pairs of each member, [n, ...] -> [n K, ...]: those of an example stay together."""
+        repeated = jax.tree.map(lambda array: jnp.repeat(array, self.count, axis=0), pairs)
+        scaled = pairs.x[:, None] * self.scales[...][None]  # (n, K, I)
+        return repeated._replace(x=scaled.reshape(-1, scaled.shape[-1]))
+
+    def logits(self, found: TowerOutput) -> dict[str, jax.Array]:
+        """What each member says: {task: [n, K]}, or [n, K, C]."""
+        each = {}
+        for task, shared in found.logits.items():
+            each[task] = self._by_member(shared)
+            if task in found.hidden:
+                hidden, head = found.hidden[task], self.heads[self.names.index(task)][...]
+                own = jnp.einsum("nkh,khc->nkc", self._by_member(hidden), head)
+                each[task] += own.reshape(each[task].shape)
+        return each
+
+    def together(self, found: TowerOutput, each: Mapping[str, jax.Array]) -> TowerOutput:
+        """The answer of all: hidden vectors and diagnostics are means."""
+
+        def mean(array: jax.Array) -> jax.Array:
+            return jnp.mean(self._by_member(array), axis=1)
+
+        return TowerOutput(
+            {task: mean_answer(self.kinds[task], logits) for task, logits in each.items()},
+            jax.tree.map(mean, found.hidden),
+            jax.tree.map(mean, found.diagnostics),
+        )
+
+    def _by_member(self, array: jax.Array) -> jax.Array:
+        return array.reshape(-1, self.count, *array.shape[1:])
+
+
+def mean_answer(kind: str, logits: jax.Array) -> jax.Array:
+    """The logits [n] of the mean of K members' probabilities, given logits [n, K]; of classes [n,
+    C] of [n, K, C]. Other predictions are averaged themselves.
+
+    >>> even, sure = 0.0, 2.1972246  # probabilities .5 and .9, whose mean is .7
+    >>> round(float(jax.nn.sigmoid(mean_answer("binary", jnp.array([[even, sure]])))[0]), 4)
+    0.7
+    """
+    if kind == "binary":
+        yes, no = (jax.nn.logsumexp(jax.nn.log_sigmoid(s * logits), axis=1) for s in (1, -1))
+        return yes - no
+    if kind == "multiclass":
+        return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1) - jnp.log(logits.shape[1])
+    return jnp.mean(logits, axis=1)

@@ -1,0 +1,64 @@
+"""Embeddings of numbers (Gorishniy et al. 2022) on cases worked out by hand."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mtrec_jax.models.inputs import Inputs, SideFeatures
+from mtrec_jax.models.numbers import NumberSizes
+from mtrec_jax.models.numbers.linear import LinearNumbers
+from mtrec_jax.models.numbers.periodic import PeriodicNumbers
+from mtrec_jax.tables.layout import make_layout
+from tests import tiny
+
+FLOAT = jnp.dtype("float32")
+
+
+def test_each_feature_has_a_linear_layer_and_relu_of_its_own() -> None:
+    """A number 2 and a piecewise code [1, 0.5]: [2 * 3 + 1, relu(-2)], [1 + 2, 10 + 10]."""
+    sizes = NumberSizes(slots=(1, 2), width=2)
+    module = LinearNumbers().make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
+    module.layers[0].kernel[...] = jnp.array([[3.0, -1.0]])
+    module.layers[0].bias[...] = jnp.array([1.0, 0.0])
+    module.layers[1].kernel[...] = jnp.array([[1.0, 10.0], [4.0, 20.0]])
+    found = module(jnp.array([[[2.0, 1.0, 0.5]]]))
+    np.testing.assert_allclose(found, [[[7, 0, 3, 20]]])
+    assert (module.outputs, module.fields) == (4, 2)
+
+
+def test_a_number_becomes_sines_and_cosines_of_its_frequencies() -> None:
+    """x = 0.5 at c = 0.5 and 1: angles pi / 2 and pi. A second number -1 with a mark of missing at
+    c = 0.25: -pi / 2. A code of three numbers has no frequency and goes on as it is. Layers of ones
+    and no bias add up [sines, cosines, the rest]."""
+    sizes = NumberSizes(slots=(1, 2, 3), width=1)
+    module = PeriodicNumbers(frequencies=2).make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
+    module.frequencies[...] = jnp.array([[0.5, 1.0], [0.25, 0.0]])
+    for layer, weights in zip(
+        module.embedded.layers,
+        ([1, 10, 100, 1000], [-1, 10, 100, 1000, 10000], [1, 1, 1]),
+        strict=True,
+    ):
+        layer.kernel[...] = jnp.array(weights, FLOAT)[:, None]
+    found = module(jnp.array([[0.5, -1.0, 1.0, 1.0, 0.25, 0.0]]))
+    first = max(0, 1 * 1 + 10 * 0 + 100 * 0 + 1000 * -1)
+    np.testing.assert_allclose(found[0], [first, 1 + 0 + 0 + 1000 + 10000, 1.25], atol=1e-2)
+    module.embedded.layers[0].kernel[...] = jnp.array([[1.0], [10.0], [100.0], [-1000.0]])
+    np.testing.assert_allclose(module(jnp.array([[0.5, 0, 0, 0, 0, 0]]))[0, 0], 1001, atol=1e-2)
+    assert (module.outputs, module.fields) == (3, 3)
+
+
+def test_features_of_a_moment_hold_their_numbers_embedded_and_cut_off() -> None:
+    """Numbers stand behind the embeddings, as fields as wide as they; 9 deviations count as 5."""
+    layout = make_layout({}, {}, width=4)
+    inputs = Inputs(layout, {"request": (1,)}, (), {}, {}, None, {}, False, False)
+    side = SideFeatures(inputs, "request", LinearNumbers(), dtype=FLOAT, rngs=nnx.Rngs(1))
+    batch = tiny.batch(0, size=2)
+    request = batch.request | {"numbers": np.full((2, tiny.POSITIONS, 1), 9.0, np.float32)}
+    found = side(batch._replace(request=request), {}, FLOAT)
+    layer = side.numbers.layers[0]
+    expected = np.maximum(5 * np.asarray(layer.kernel[...])[0], 0)
+    np.testing.assert_allclose(found[1, 2], expected, rtol=1e-6)
+    assert expected.any()
+    assert (side.outputs, side.fields) == (4, 1)
