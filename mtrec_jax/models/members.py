@@ -32,7 +32,7 @@ class Members(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.count, self.kinds = count, {name: task.kind for name, task in tasks.items()}
+        self.count, self.kinds = count, tuple((name, task.kind) for name, task in tasks.items())
         self.scales = nnx.Param(signs(rngs, (count, inputs), dtype))
         self.names = tuple(hidden)
         shapes = [(count, size, tasks[name].outputs) for name, size in hidden.items()]
@@ -62,7 +62,7 @@ class Members(nnx.Module):
             return jnp.mean(self._by_member(array), axis=1)
 
         return TowerOutput(
-            {task: mean_answer(self.kinds[task], logits) for task, logits in each.items()},
+            {task: mean_answer(kind, each[task]) for task, kind in self.kinds},
             jax.tree.map(mean, found.hidden),
             jax.tree.map(mean, found.diagnostics),
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,14 +13,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mtrec_jax.models.inputs import Inputs
 from mtrec_jax.models.members import Members, mean_answer
 from mtrec_jax.models.objective import make_objective
-from mtrec_jax.models.towers import TOWERS, TowerOutput, TowerTask
-from mtrec_jax.types import Outputs, Shared
+from mtrec_jax.models.towers import TOWERS, TowerTask
+from mtrec_jax.tables.layout import make_layout
+from mtrec_jax.types import Outputs, Shared, Wanted
 from tests import tiny
+from tests.models.test_network import made
 from tests.models.test_towers import FLOAT, NAMES, SIZES, X, _pairs
 
-K = 3
+K = 2
 
 
 def test_the_answer_is_the_mean_of_probabilities() -> None:
@@ -34,40 +38,46 @@ def test_the_answer_is_the_mean_of_probabilities() -> None:
     np.testing.assert_allclose(mean_answer("regression", jnp.array([[1.0, 4.0]])), [2.5])
 
 
-def members(towers: Any) -> tuple[Members, TowerOutput]:
-    alone = towers(_pairs(X))
-    hidden = {task: h.shape[-1] for task, h in alone.hidden.items()}
-    return Members(K, X.shape[1], hidden, SIZES.tasks, dtype=FLOAT, rngs=nnx.Rngs(5)), alone
+def _answers(graph: Any, own_graph: Any, state: Any, own: Any) -> Any:
+    """Of each member, of all with their scales and heads, of all with neither, of the towers."""
+    towers, parts = nnx.merge(graph, state), nnx.merge(own_graph, own)
+    scales = parts.scales[...]
+    found = towers(parts.given(_pairs(X)))
+    each = [towers(_pairs(X * one[None])) for one in scales]
+    said = parts.logits(found)
+    parts.scales[...] = jnp.ones_like(scales)
+    for head in parts.heads:
+        head[...] = jnp.zeros_like(head[...])
+    same = towers(parts.given(_pairs(X)))
+    return each, said, parts.together(same, parts.logits(same)), towers(_pairs(X))
 
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_a_member_is_the_towers_on_its_own_scales_with_its_own_head(kind: str) -> None:
     """Each member by itself: the towers on x times its scales, plus its head on their hidden
     vectors. With scales of 1 and no heads all answer as the towers alone."""
-    towers = TOWERS[kind]().make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(1))
-    several, alone = members(towers)
+    sizes = {f.name for f in dataclasses.fields(TOWERS[kind])} & {"expert_hidden", "tower_hidden"}
+    options = TOWERS[kind](**dict.fromkeys(sizes, (4,)))
+    towers = options.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(1))
+    shapes = nnx.eval_shape(lambda towers: towers(_pairs(X)), towers).hidden
+    hidden = {task: h.shape[-1] for task, h in shapes.items()}
+    several = Members(K, X.shape[1], hidden, SIZES.tasks, dtype=FLOAT, rngs=nnx.Rngs(5))
     scales = np.asarray(several.scales[...])
     assert set(scales.ravel()) == {-1.0, 1.0}
     assert len({tuple(row) for row in scales}) == K
-    said = several.logits(towers(several.given(_pairs(X))))
-    for k in range(K):
-        one = towers(_pairs(X * scales[k]))
+    (graph, state), (own_graph, own) = nnx.split(towers), nnx.split(several)
+    each, said, same, alone = jax.jit(functools.partial(_answers, graph, own_graph))(state, own)
+    for k, one in enumerate(each):
         for task in NAMES:
             expected = np.asarray(one.logits[task])
             if task in one.hidden:
                 head = np.asarray(several.heads[several.names.index(task)][...])[k]
                 expected = expected + (np.asarray(one.hidden[task]) @ head)[:, 0]
             np.testing.assert_allclose(said[task][:, k], expected, rtol=1e-4, atol=1e-5)
-    several.scales[...] = jnp.ones_like(several.scales[...])
-    for head in several.heads:
-        head[...] = jnp.zeros_like(head[...])
-    found = towers(several.given(_pairs(X)))
-    all_together = several.together(found, several.logits(found))
     for part in ("logits", "hidden", "diagnostics"):
         for name, value in getattr(alone, part).items():
-            np.testing.assert_allclose(
-                getattr(all_together, part)[name], value, rtol=1e-4, atol=1e-5
-            )
+            found = getattr(same, part)[name]
+            np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_the_mean_of_the_members_losses() -> None:
@@ -78,7 +88,7 @@ def test_the_loss_is_the_mean_of_the_members_losses() -> None:
     shape = batch.weight.shape
     each = jnp.broadcast_to(jnp.array([0.0, math.log(9)]), (*shape, 2))
     none = jnp.zeros((shape[0], 0, 1))
-    outputs = Outputs({"click": each[..., 0]}, none, none, {}, {"click": each})
+    outputs = Outputs({"click": each[..., 0]}, each[..., 0], each, {}, {"click": each})
 
     class Towers:
         extra_losses = ("size",)
@@ -86,12 +96,15 @@ def test_the_loss_is_the_mean_of_the_members_losses() -> None:
         def losses(self, logits: Any, labels: Any, mask: Any) -> Any:
             return {"size": (jnp.square(logits["click"]), mask["click"])}
 
-    layers = SimpleNamespace(towers=Towers(), outputs=lambda *_: (outputs, None))
-    inputs = SimpleNamespace(tasks={"click": TowerTask("binary")}, has_items=False, retrieval=None)
+    inputs = Inputs(
+        make_layout({}, {}, 1), {}, (), {"click": TowerTask("binary")}, {}, None, {}, False, False
+    )
+    layers = made(inputs, towers=Towers(), outputs=lambda *_: (outputs, None))
     experiment = tiny.experiment(tasks={"click": {"kind": "binary"}}, model={"fusion": "none"})
-    made = make_objective(experiment, tiny.manifest(), inputs, lambda _: layers, layers)  # type: ignore[arg-type]
-    shared = Shared(none, none[:, 0], none, none, none, none, none[0])
-    sums, _ = made.losses({}, shared, batch, None, None, None)
+    objective = make_objective(experiment, tiny.manifest(), inputs, lambda _: layers, layers)
+    shared = Shared(none, none[..., 0], none, none, none, none, none[0])
+    nothing = Wanted({}, jnp.zeros(0, int), jnp.zeros(0, int))
+    sums, _ = objective.losses({}, shared, batch, tiny.catalogue(), nothing, None)
     weight = batch.weight * batch.mask["click"]
     ones, zeros = (weight * (batch.labels["click"] == value) for value in (1, 0))
     expected = ones.sum() * (math.log(2) - math.log(0.9)) / 2
