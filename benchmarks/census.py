@@ -151,10 +151,15 @@ def as_rows(prepared: Any, split: str) -> Rows:
     kinds = {name: feature["kind"] for name, feature in m.config["features"].items()}
     ids = [f.name for f in m.request_ids if kinds[f.name] == "categorical"]
     numbers = [f.name for f in m.request_numbers if kinds[f.name] == "numeric"]
-    table = prepared.parquet(split).read()
-    columns = [table[f"request_{name}"].to_numpy() for name in (*ids, *numbers)]
-    labels = {task: table[f"label_{task}"].to_numpy() for task in m.tasks}
-    return Rows(np.stack(columns, 1).astype(np.float32), labels, list(range(len(ids))))
+    names = [f"request_{name}" for name in (*ids, *numbers)]
+    blocks = list(prepared.blocks(split, names + [f"label_{task}" for task in m.tasks]))
+
+    def whole(name: str) -> np.ndarray:
+        return np.concatenate([block[name].reshape(-1) for block in blocks])
+
+    columns = np.stack([whole(name) for name in names], axis=1).astype(np.float32)
+    labels = {task: whole(f"label_{task}") for task in m.tasks}
+    return Rows(columns, labels, list(range(len(ids))))
 
 
 def draw(library: str, number: int) -> dict[str, float | int]:

@@ -65,14 +65,13 @@ class Network(nnx.Module):
         self.interaction = config.interaction.make(crossed, dtype=dtype, rngs=rngs)
         sizes = sizes._replace(inputs=self.interaction.outputs)
         self.towers = config.towers.make(sizes, dtype=dtype, rngs=rngs)
-        self.members = None
-        if config.members > 1:
-            given = config.members, sizes.inputs, _hidden_sizes(self.towers, sizes, dtype)
-            self.members = Members(*given, inputs.tasks, dtype=dtype, rngs=rngs)
+        hidden = _hidden_sizes(self.towers, sizes, dtype)
+        own = config.members, sizes.inputs, hidden, inputs.tasks
+        self.members = Members(*own, dtype=dtype, rngs=rngs) if config.members > 1 else None
         if config.fusion == "attention":
             state = sizes.context + sizes.request + sizes.width
-            hidden = next(iter(_hidden_sizes(self.towers, sizes, dtype).values()), 1)
-            self.fusion = AttentionFusion(state, inputs.order, hidden, dtype=dtype, rngs=rngs)
+            of_task = next(iter(hidden.values()), 1)
+            self.fusion = AttentionFusion(state, inputs.order, of_task, dtype=dtype, rngs=rngs)
 
     def users(
         self, batch: Batch, rows: Mapping[str, jax.Array], events: Array, key: jax.Array | None

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import pytest
 from mtrec_jax.config import Model
 from mtrec_jax.models import network
 from mtrec_jax.models.inputs import class_levels
+from mtrec_jax.models.model import make_model
 from mtrec_jax.models.network import Network
 from mtrec_jax.models.towers import TowerOutput, TowerTask
+from mtrec_jax.tables.layout import DENSE, initial_stacks
 from mtrec_jax.types import FIRST, UNKNOWN, Fusing, UserStates
 from tests import tiny
 
@@ -41,7 +44,7 @@ class _Classes:
 
 def made(inputs: Any, **parts: Any) -> Network:
     layers = object.__new__(Network)
-    width = parts.pop("width", 8)
+    width = parts.pop("width", 64)
     model = Model(width=width, fusion="none", temperature=0.05)
     parts |= {"config": model, "inputs": inputs}
     for name, part in parts.items():
@@ -105,3 +108,26 @@ def test_a_search_stands_in_a_history_by_its_words(monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(met[0, :2], [[10, 20], [3, 4]])
     np.testing.assert_allclose(tokens[0], [[88, 176], [48, 64], [0, 0]])
     np.testing.assert_allclose(behaviour, words)
+
+
+def test_members_interactions_and_embedded_numbers_go_together() -> None:
+    """A model with all of them: each member's logits stand beside the common ones, at each
+    position, whatever the kind of task."""
+    model = {"members": 2, "interaction": "dcn", "numbers": "periodic"}
+    layers = make_model(tiny.experiment(model=model), tiny.manifest())
+    tables = initial_stacks(layers.layout, jax.random.key(0), jnp.dtype("float32"), False)
+    params = layers.abstract | {DENSE: tables.pop(DENSE)}
+    given = params, tables, tiny.catalogue(), tiny.batch(0)
+    _, _, outputs = jax.eval_shape(lambda *given: tiny.forward(layers, *given), *given)
+    shape = 8, tiny.POSITIONS
+    assert {task: of.shape for task, of in outputs.members.items()} == {
+        "click": (*shape, 2),
+        "stars": (*shape, 2),
+        "genre": (*shape, 2, 3),
+    }
+    assert outputs.logits["genre"].shape == (*shape, 3)
+    scales = layers.abstract["network"]["members"]["scales"]
+    width = 2 * 8 + 8 + 8 + 8  # embedded features and numbers of the user and of the moment
+    assert scales.shape == (2, width + 3 * 8 + 1 + 8), (
+        "the pair, and what happened to similar items"
+    )
