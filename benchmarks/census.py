@@ -28,7 +28,7 @@ TRIALS = 30
 # what spans more than a factor of ten is
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "lightgbm": {
-        "learning_rate": (0.02, 0.3),
+        "learning_rate": (0.03, 0.3),
         "num_leaves": (8, 128),
         "min_child_samples": (5, 300),
         "colsample_bytree": (0.3, 1.0),
@@ -38,7 +38,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         "cat_l2": (1, 100),
     },
     "scikit-learn": {
-        "learning_rate": (0.02, 0.3),
+        "learning_rate": (0.03, 0.3),
         "max_leaf_nodes": (8, 128),
         "min_samples_leaf": (5, 300),
         "max_features": (0.3, 1.0),
@@ -118,7 +118,7 @@ def of_towers(
             of_seeds.append(evaluation.tasks[task]["auc"])
         records = read_records(run.folder / "metrics.jsonl")
         seconds.append(sum(r["value"] for r in records if r["metric"] == "seconds"))
-    return _row(kind, scores, seconds)
+    return as_row(kind, scores, seconds)
 
 
 def of_trees(library: str, prepared: Any, seeds: Sequence[int], trials: int) -> dict[str, Any]:
@@ -134,10 +134,11 @@ def of_trees(library: str, prepared: Any, seeds: Sequence[int], trials: int) -> 
         again = [fitted(library, rows, task, best, seed) for seed in seeds]
         scores[task] = [score for score, _ in again]
         seconds += [took for _, took in again]
-    return _row(library, scores, list(seconds))
+    return as_row(library, scores, list(seconds))
 
 
-def _row(name: str, scores: dict[str, list[float]], seconds: list[float]) -> dict[str, Any]:
+def as_row(name: str, scores: dict[str, list[float]], seconds: list[float]) -> dict[str, Any]:
+    """Means and sample deviations over seeds of a case."""
     row: dict[str, Any] = {"case": name, "seeds": len(seconds)}
     for task, of_seeds in scores.items():
         spread = statistics.stdev(of_seeds) if len(of_seeds) > 1 else float("nan")
