@@ -6,6 +6,7 @@ contest between contestants that do the same job has
 - `CASES`, {name of a set: the frozen specs in it}; "quick" is one of the sets,
 - `problem(case)`, seeded data, the same in every process,
 - `CONTESTANTS`, {name: function(problem) -> the call that is timed}, ours first,
+- `contestants(case)`, the names of those who take part in a case, if not all do,
 - `check(problem, answer)`, which asserts that an answer is right,
 - `BOUNDS`, those of them that do less than the job, which no other can undercut by much,
 - `BLAS`, those of them whose speed depends on the kernel that OpenBLAS chooses.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 QUESTIONS = (
-    *("topk", "softmax", "rank", "everyone", "table_step", "chaos"),
+    *("topk", "softmax", "rank", "everyone", "table_step", "multitask_step", "chaos"),
     *("input", "prepare", "engines", "shop", "social", "requests", "first_result"),
     *("serving_latency", "census"),
 )

@@ -124,7 +124,8 @@ def compare(
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         running = {}
-        for name in question.CONTESTANTS:
+        everyone = getattr(question, "contestants", lambda case: question.CONTESTANTS)
+        for name in everyone(question.CASES[set_name][number]):
             try:
                 start = _contestant(question, set_name, number, name, kernels.get(name, ""))
                 running[name] = stack.enter_context(start)

@@ -107,7 +107,9 @@ class RandomWeights:
             weights = jax.nn.softmax(jax.random.normal(key, initial.shape, initial.dtype))
             return pullback(weights * jnp.sum(initial)), state + 1
 
-        return Balancer(init=lambda: jnp.zeros((), jnp.int32), combine=combine, in_parts=True)
+        return Balancer(
+            init=lambda params: jnp.zeros((), jnp.int32), combine=combine, in_parts=True
+        )
 
 
 # --- A baseline

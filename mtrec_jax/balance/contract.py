@@ -3,47 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtrec_jax.types import PyTree
 
+At = Literal["representation", "parameters"]  # where the gradients of tasks are compared
+
 
 class Gradients(NamedTuple):
-    """The gradient of a weighted sum of the tasks' losses.
+    """The gradient of a weighted sum of the tasks' losses, linear in the weights.
 
-    `shared` is the gradient at the shared representation, a pytree of arrays: what the encoders
-    hand to the towers and to the retrieval loss (`types.Shared`). `heads` is that of the dense
-    parameters behind it. Both are linear in the weights; nothing has gone through the encoders yet.
+    With `Balancer.at = "representation"`, `shared` is the gradient at the shared representation, a
+    pytree of arrays: what the encoders hand to the towers and to the retrieval loss
+    (`types.Shared`), and `heads` that of the dense parameters behind it; nothing has gone through
+    the encoders yet. With `"parameters"`, `shared` is that of the dense parameters that several
+    losses depend on, in the structure of all of them with zeros for the others, `heads` that of the
+    others, and `carried` that of the looked-up rows: it takes the shares of `shared`, but is
+    compared with nothing.
     """
 
     losses: jax.Array  # [T] unweighted
     heads: PyTree
     shared: PyTree
+    carried: PyTree = ()
 
 
 Pullback = Callable[[jax.Array], Gradients]  # weights [T] -> gradients: one backward pass
 
 
 class Balancer(NamedTuple):
-    """Pure functions `init() -> state` and
+    """Pure functions `init(params) -> state` and
     `combine(pullback, observed, state, key) -> (gradients, state)`.
 
-    `observed` [T] is false for a task without any label in the batch, whose loss is 0. `key` is of
-    the step. A method that calls `pullback` once, with weights that do not depend on its losses,
-    can be used for a batch in parts (`train.accumulate`): `in_parts`.
+    `params` are the dense parameters, for states of their shapes. `observed` [T] is false for a
+    task without any label in the batch, whose loss is 0. `key` is of the step. A method that calls
+    `pullback` once, with weights that do not depend on its losses, can be used for a batch in parts
+    (`train.accumulate`): `in_parts`. `at` says where `Gradients.shared` is taken.
     """
 
-    init: Callable[[], PyTree]
+    init: Callable[[PyTree], PyTree]
     combine: Callable[[Pullback, jax.Array, PyTree, jax.Array], tuple[Gradients, PyTree]]
     in_parts: bool = False
+    at: At = "representation"
+
+
+def losses_of(pullback: Pullback, like: jax.Array) -> jax.Array:
+    """The losses [T] before the weights are known; nothing of this pass but they is computed."""
+    return pullback(jnp.zeros_like(like)).losses
 
 
 def each_alone(pullback: Pullback, weights: jax.Array) -> list[Gradients]:
     """The gradients of each task by itself, with its weight: T backward passes."""
     return [pullback(jnp.where(jnp.arange(len(weights)) == t, w, 0)) for t, w in enumerate(weights)]
+
+
+def with_shares(
+    pullback: Pullback, weights: jax.Array, alone: list[Gradients], shares: jax.Array
+) -> Gradients:
+    """`weights` [T] for the heads, and `shares` [T] of the tasks' own gradients for the rest.
+
+    The heads come from a pass of their own, so that those of `alone`, the larger part of its work,
+    are not computed.
+    """
+    shared, carried = (
+        jax.tree.map(
+            lambda *parts: sum(share * part for share, part in zip(shares, parts, strict=True)),
+            *(getattr(part, name) for part in alone),
+        )
+        for name in ("shared", "carried")
+    )
+    found = pullback(weights)
+    return Gradients(found.losses, found.heads, shared, carried)
+
+
+def gram_of(alone: list[Gradients]) -> jax.Array:
+    """Inner products [T, T] of the tasks' gradients."""
+    shared = [part.shared for part in alone]
+    found = [[dot(a, b) for b in shared[: i + 1]] for i, a in enumerate(shared)]
+    tasks = range(len(shared))
+    return jnp.stack([jnp.stack([found[max(i, j)][min(i, j)] for j in tasks]) for i in tasks])
 
 
 def dot(a: PyTree, b: PyTree) -> jax.Array:

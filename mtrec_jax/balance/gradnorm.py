@@ -1,7 +1,7 @@
 """Weights under which all tasks train at similar rates.
 
 Chen et al. 2018, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
-Networks", ICML, here with the gradients at the shared representation.
+Networks", ICML.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from pydantic import Field
 
-from mtrec_jax.balance.contract import Balancer, Gradients, Pullback, dot, each_alone
+from mtrec_jax.balance.contract import At, Balancer, Gradients, Pullback, dot, each_alone
 from mtrec_jax.types import PyTree
 
 
@@ -32,13 +32,15 @@ class GradNorm:
     With G_t = |w_t dL_t| the norm of a task's weighted gradient, and r_t = (L_t / L_t(0)) / mean of
     these its relative inverse training rate, the weights descend along sum_t |G_t - mean(G) r_t^a|,
     whose targets mean(G) r_t^a are constants, one a task. Afterwards they are scaled to the sum of
-    the declared ones. Tasks that are not observed rest, and have no part in the means. A step takes
-    a backward pass through the towers for each task.
+    the declared ones. Tasks that are not observed rest, and have no part in the means. The paper
+    takes the norms at the last shared layer: at the shared representation a step takes a backward
+    pass through the towers for each task; `at = "parameters"` takes them at all shared ones.
     """
 
     kind: Literal["gradnorm"] = "gradnorm"
     alpha: Annotated[float, Field(ge=0)] = 1.5  # a: how strongly slow tasks are pulled along
     learning_rate: Annotated[float, Field(gt=0)] = 0.025  # of the weights
+    at: At = "representation"
 
     def make(self, initial: Float[Array, " T"]) -> Balancer:
         """The balancer of tasks with these declared weights, which are where it starts."""
@@ -47,8 +49,8 @@ class GradNorm:
             pullback: Pullback, observed: jax.Array, state: State, key: jax.Array
         ) -> tuple[Gradients, PyTree]:
             observed &= initial > 0  # a task that is switched off has no part in the means
-            alone = each_alone(pullback, state.weights)
-            losses = alone[0].losses
+            alone, found = each_alone(pullback, state.weights), pullback(state.weights)
+            losses = found.losses
             norms = jnp.stack([jnp.sqrt(dot(part.shared, part.shared)) for part in alone])
             first = jnp.where((state.first == 0) & observed, losses, state.first)
             slope = weight_gradient(state.weights, norms, losses, first, observed, self.alpha)
@@ -56,16 +58,12 @@ class GradNorm:
             rest = jnp.sum(jnp.where(observed, 0, state.weights))  # of tasks that keep theirs
             scale = (jnp.sum(initial) - rest) / jnp.sum(jnp.where(observed, moved, 1e-30))
             weights = jnp.where(observed, moved * scale, state.weights)
-            shared, heads = (
-                jax.tree.map(lambda *parts: sum(parts), *(getattr(part, name) for part in alone))
-                for name in ("shared", "heads")
-            )
-            return Gradients(losses, heads, shared), State(weights, first)
+            return found, State(weights, first)
 
-        def init() -> State:
+        def init(params: PyTree) -> State:
             return State(initial * 1, jnp.zeros_like(initial))
 
-        return Balancer(init, combine)
+        return Balancer(init, combine, at=self.at)
 
 
 def weight_gradient(

@@ -1,7 +1,6 @@
 """Gradients of tasks that point against each other lose the part that does.
 
-Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", NeurIPS, algorithm 1, here at the shared
-representation instead of the shared parameters.
+Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", NeurIPS, algorithm 1.
 """
 
 from __future__ import annotations
@@ -13,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtrec_jax.balance.contract import Balancer, Gradients, Pullback, dot, each_alone
+from mtrec_jax.balance.contract import (
+    At,
+    Balancer,
+    Gradients,
+    Pullback,
+    each_alone,
+    gram_of,
+    with_shares,
+)
 from mtrec_jax.types import PyTree
 
 
@@ -22,11 +29,14 @@ class PCGrad:
     """`[train.balance] kind = "pcgrad"`.
 
     For each task i, and the other tasks j in random order: where g_i . g_j < 0, g_i loses its
-    projection on g_j, (g_i . g_j / |g_j|^2) g_j, with g_j as it was at first. The sum of all goes
-    back into the encoders. A step takes a backward pass through the towers for each task.
+    projection on g_j, (g_i . g_j / |g_j|^2) g_j, with g_j as it was at first. The sum of all is
+    what the shared part learns. The paper takes the gradients at the shared parameters
+    (`at = "parameters"`); at the shared representation a step takes a backward pass through the
+    towers for each task, and one through the encoders.
     """
 
     kind: Literal["pcgrad"] = "pcgrad"
+    at: At = "representation"
 
     def make(self, initial: Float[Array, " T"]) -> Balancer:
         """The balancer of tasks with these declared weights."""
@@ -35,17 +45,9 @@ class PCGrad:
             pullback: Pullback, observed: jax.Array, state: PyTree, key: jax.Array
         ) -> tuple[Gradients, PyTree]:
             alone = each_alone(pullback, initial)
-            shared = [part.shared for part in alone]
-            gram = jnp.stack([jnp.stack([dot(a, b) for b in shared]) for a in shared])
-            mixing = projected(gram, key)
-            total = jax.tree.map(
-                lambda *parts: sum(share * part for share, part in zip(mixing, parts, strict=True)),
-                *shared,
-            )
-            heads = jax.tree.map(lambda *parts: sum(parts), *(part.heads for part in alone))
-            return Gradients(alone[0].losses, heads, total), state
+            return with_shares(pullback, initial, alone, projected(gram_of(alone), key)), state
 
-        return Balancer(init=lambda: (), combine=combine)
+        return Balancer(lambda params: (), combine, at=self.at)
 
 
 def projected(gram: Float[Array, "T T"], key: jax.Array) -> Float[Array, " T"]:

@@ -29,4 +29,4 @@ class Static:
         ) -> tuple[Gradients, PyTree]:
             return pullback(initial), state
 
-        return Balancer(init=lambda: (), combine=combine, in_parts=True)
+        return Balancer(lambda params: (), combine, in_parts=True)

@@ -19,11 +19,15 @@ from mtrec_jax.types import PyTree
 
 @dataclass(frozen=True, kw_only=True)
 class Uncertainty:
-    """`[train.balance] kind = "uncertainty"`: minimises sum_t w_t (exp(-s_t) L_t + s_t).
+    """`[train.balance] kind = "uncertainty"`: each task's log-variance s_t minimises
+    exp(-s_t) L_t + s_t, and the network sum_t w_t exp(-s_t) L_t.
 
-    The log-variances s_t are learned by plain gradient descent: their gradient is known, it is
-    w_t (1 - exp(-s_t) L_t). The weight of task t is w_t exp(-s_t), which tends to w_t / L_t. s_t
-    rests while t is not observed.
+    The log-variances are learned by plain gradient descent: their gradient is known, it is
+    1 - exp(-s_t) L_t. So the weight of task t is w_t exp(-s_t), which tends to w_t / L_t. The
+    declared weight w_t is a factor of it alone: how noisy a task is does not depend on how much it
+    matters, and all variances are learned at one speed. The paper's objectives, exp(-s) L / 2 +
+    s / 2 of a regression and exp(-s) L + s / 2 of a classification, both tend to half of these
+    weights. s_t rests while t is not observed.
     """
 
     kind: Literal["uncertainty"] = "uncertainty"
@@ -36,8 +40,8 @@ class Uncertainty:
             pullback: Pullback, observed: jax.Array, state: PyTree, key: jax.Array
         ) -> tuple[Gradients, PyTree]:
             found = pullback(initial * jnp.exp(-state))
-            gradient = initial * (1 - jnp.exp(-state) * found.losses)
+            gradient = 1 - jnp.exp(-state) * found.losses
             moved = jnp.clip(state - self.learning_rate * gradient, -6, 6)
             return found, jnp.where(observed, moved, state)
 
-        return Balancer(init=lambda: jnp.zeros_like(initial), combine=combine, in_parts=True)
+        return Balancer(lambda params: jnp.zeros_like(initial), combine, in_parts=True)

@@ -141,13 +141,18 @@ def _finder(
         draws = draw(keys[1], batch)
         weights = model.weights(batch, draws.lottery)
         given = Given(state.params["network"], rows, batch, wanted, draws)
-        back = backward(model, given, catalogue, weights, experiment.train.accumulate, devices)
+
+        def to_dense(to_rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            if DENSE not in state.params:
+                return {}
+            return {DENSE: dense_gradient(model.layout, ticket, to_rows)}
+
+        parts = experiment.train.accumulate
+        taken = model, given, catalogue, weights, parts, devices, to_dense, balancer.at
+        back = backward(*taken)
         observed = jnp.stack([weights[n] > 0 for n in model.names])
         combined, balance = balancer.combine(back.pullback, observed, state.balance, keys[2])
-        to_network, to_rows, fusion = back.finish(combined)
-        to_params = {"network": to_network}
-        if DENSE in state.params:
-            to_params[DENSE] = dense_gradient(model.layout, ticket, to_rows)
+        to_params, to_rows, fusion = back.finish(combined)
         means = [*combined.losses, *[fusion] * model.fuses]
         sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
         return Found(sums, to_params, to_rows, ticket, balance)
@@ -206,7 +211,7 @@ def _initializer(
             slots={stack: rules[rule_of(stack)].init(table) for stack, table in tables.items()},
             scratch=new_scratch(tables),
             optimizer=dense.init(packing.pack(params)),
-            balance=balancer.init(),
+            balance=balancer.init(params),
             key=key_run,
             step=jnp.zeros((), jnp.int32),
             sums={name: jnp.zeros(2, dtype) for name in names},

@@ -172,6 +172,18 @@ def test_a_static_step_takes_off_the_gradient_of_the_weighted_loss(items: str) -
         assert np.abs(expected[1]["sgd"]).max() > 0
 
 
+@pytest.mark.slow  # a real model, compiled twice; the small one has the rules
+def test_at_the_parameters_nothing_is_left_out() -> None:
+    """CAGrad without room is the static sum: of layers, dense tables, rows and the fusion."""
+    with jax.enable_x64(True):
+        ends = []
+        for balance in ("static", {"kind": "cagrad", "c": 0.0, "at": "parameters"}):
+            case = _case(balance)
+            state = case.learn(case.step.init(3), 0)
+            ends.append(jax.device_get((state.params, state.tables, state.sums)))
+        _assert_close(*ends)
+
+
 @pytest.mark.slow  # a model of a few numbers does so in tests/train/test_wiring.py
 def test_pcgrad_projects_the_gradients_of_the_tasks_at_the_shared_representation() -> None:
     with jax.enable_x64(True):

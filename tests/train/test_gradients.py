@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.model import make_model
+from mtrec_jax.models.towers import TOWERS, TowerInput, TowerSizes, TowerTask
 from mtrec_jax.sharding import make_mesh, put_batch, replicate, state_shardings
 from mtrec_jax.tables.layout import DENSE
 from mtrec_jax.tables.lookup import fetch
-from mtrec_jax.train.gradients import Given, backward, draw
+from mtrec_jax.train.gradients import Given, backward, draw, used_by_several
 from mtrec_jax.train.step import Step, make_step
 from mtrec_jax.types import Batch, TrainState
 from tests import tiny
@@ -163,7 +165,7 @@ def _gradients(state: TrainState, parts: int) -> dict[str, np.ndarray]:
         rows, draws = fetch(model.layout, stacks, wanted.ids), draw(key, batch)
         given = Given(state.params["network"], rows, batch, wanted, draws)
         weights = model.weights(batch, draws.lottery)
-        back = backward(model, given, items, weights, parts, mesh)
+        back = backward(model, given, items, weights, parts, mesh, lambda rows: {})
         return back.finish(back.pullback(jnp.ones(len(model.names))))
 
     return _by_path(found(state, tiny.batch(0, SIZE)._replace(row=None)))
@@ -217,3 +219,29 @@ def test_memory_is_that_of_a_part() -> None:
         return int(memory.temp_size_in_bytes)
 
     assert temporary(8) < 0.35 * temporary(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [
+        ("shared_bottom", ("bottom",)),
+        ("mmoe", ("experts", "gate")),  # a column of the gates a task, in one array
+    ],
+)
+def test_what_several_tasks_use_is_read_off_the_operations(
+    kind: str, shared: tuple[str, ...]
+) -> None:
+    tasks = {name: TowerTask("binary") for name in ("a", "b")}
+    sizes = TowerSizes(inputs=3, context=1, request=1, width=0, tasks=tasks)
+    options = TOWERS[kind](expert_hidden=(2, 2), tower_hidden=(2,))
+    made = options.make(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(made, nnx.Param)
+    given = TowerInput(jnp.ones((4, 3)), *[jnp.ones((4, n)) for n in (1, 1, 0, 0)])
+
+    def losses(params: Any) -> tuple[jax.Array, ...]:
+        found = nnx.merge(graph, nnx.State(params))(given)
+        return tuple(jnp.sum(logits) for logits in found.logits.values())
+
+    used = used_by_several(losses, nnx.to_pure_dict(params))
+    for path, is_shared in jax.tree.leaves_with_path(used):
+        assert is_shared == (path[0].key in shared), jax.tree_util.keystr(path)

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
 
+from mtrec_jax.balance import BALANCERS
+from mtrec_jax.choices import keys
 from mtrec_jax.config import Train
 from mtrec_jax.losses.retrieval import sample_negatives
 from mtrec_jax.models.model import Model, Rows, make_catalogue
@@ -20,6 +23,7 @@ from mtrec_jax.types import Batch, Catalogue, PyTree, Shared, TrainState, Wanted
 from tests import tiny
 
 ITEMS, WIDTH, SIZE, NEGATIVES = 12, 2, 5, 8
+RATE = 0.1  # of what balancing methods learn
 TASKS: dict[str, dict[str, Any]] = {"click": {"kind": "binary"}, "stars": {"kind": "regression"}}
 START = {"scale": [1.5, -0.5], "click": [0.3, 0.8], "stars": [-0.6, 0.9], "luck": [0.0, 0.0]}
 
@@ -199,49 +203,152 @@ def assert_close(
         np.testing.assert_allclose(values, expected[name], rtol=rtol, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["static", "uncertainty", "pcgrad", "gradnorm"])
-def test_two_steps_of_each_balancing_in_numpy(kind: str) -> None:
-    declared, rate, alpha = np.array([1.0, 3.0]), 0.1, 1.5
-    options: dict[str, Any] = {"kind": kind}
-    if kind in ("uncertainty", "gradnorm"):
-        options["learning_rate"] = rate
+class Rule:
+    """A balancing method written out: what its paper says of two tasks, in NumPy.
+
+    `weights` are those of the heads, `shares` those of the shared part, both of the unweighted
+    gradients; `scale`, if there is one, takes the place of the shared layer's gradient.
+    """
+
+    def __init__(self, kind: str, at: str, declared: np.ndarray):
+        self.kind, self.at, self.declared, self.scale = kind, at, declared, np.zeros(0)
+        self.logs, self.first = np.zeros(0), np.zeros(0)  # of the last losses, the first losses
+        self.learned = np.zeros(2)  # log-variances, logits, averages of norms
+        self.moments, self.averages = np.zeros((2, 2)), np.zeros((2, 2))
+        self.factors, self.before = declared, np.zeros(0)
+        self.conflicts = 0
+
+    def __call__(
+        self, step: int, losses: np.ndarray, own: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Weights and shares, given the gradients [T, n] of the tasks where they are compared."""
+        declared = self.declared
+        if self.kind in ("pcgrad", "cagrad"):
+            gram = np.outer(declared, declared) * (own @ own.T)
+            self.conflicts += gram[0, 1] < 0
+            return declared, declared * {"pcgrad": surgery, "cagrad": averse}[self.kind](gram)
+        if self.kind == "dbmtl":
+            return declared / losses, self._dual(step, losses, own)
+        found = {
+            "static": lambda: declared,
+            "uncertainty": lambda: self._uncertainty(losses),
+            "dwa": lambda: self._average(step, losses),
+            "famo": lambda: self._famo(step, losses),
+            "gradnorm": lambda: self._norms(losses, np.linalg.norm(own, axis=1)),
+        }[self.kind]()
+        return found, found
+
+    def _uncertainty(self, losses: np.ndarray) -> np.ndarray:
+        weights = self.declared * np.exp(-self.learned)
+        self.learned = self.learned - RATE * (1 - np.exp(-self.learned) * losses)
+        return weights
+
+    def _average(self, step: int, losses: np.ndarray) -> np.ndarray:
+        """Dynamic weight average with windows of one step."""
+        weights = self.factors
+        if step:
+            ratio = np.exp(losses / self.before / 2)
+            self.factors = self.declared * 2 * ratio / ratio.sum()
+        self.before = losses
+        return weights
+
+    def _famo(self, step: int, losses: np.ndarray) -> np.ndarray:
+        z = self.declared * np.exp(self.learned)
+        z = z / z.sum()
+        if step:
+            fallen = self.logs - np.log(losses)
+            slope = z * (fallen - z @ fallen) + 0.001 * self.learned
+            beta = np.array([[0.9], [0.999]])
+            self.moments = beta * self.moments + (1 - beta) * np.array([slope, slope**2])
+            one, two = self.moments / (1 - beta**step)
+            self.learned = self.learned - RATE * one / (np.sqrt(two) + 1e-8)
+            z = self.declared * np.exp(self.learned)
+        self.logs = np.log(losses)
+        return z / losses * self.declared.sum() / (z / losses).sum()
+
+    def _norms(self, losses: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+        """GradNorm."""
+        weights = self.factors
+        self.first = self.first if len(self.first) else losses
+        ratio = losses / self.first
+        target = (weights * slopes).mean() * (ratio / ratio.mean()) ** 1.5
+        moved = weights - RATE * np.sign(weights * slopes - target) * slopes
+        self.factors = moved * self.declared.sum() / moved.sum()
+        return weights
+
+    def _dual(self, step: int, losses: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """DB-MTL."""
+        own = own / losses[:, None]
+        norms = np.linalg.norm(own, axis=1)
+        if self.at == "representation":
+            self.learned = norms if not step else 0.9 * self.learned + 0.1 * norms
+            return self.declared / losses * self.learned.max() / self.learned
+        self.averages = 0.9 * self.averages + 0.1 * own
+        norms = np.linalg.norm(self.averages, axis=1)
+        factors = self.declared * norms.max() / norms
+        self.scale = factors @ self.averages
+        return factors / losses
+
+
+def surgery(gram: np.ndarray) -> np.ndarray:
+    """PCGrad of two tasks: each loses its projection on the other, if they conflict."""
+    return 1 - min(gram[0, 1], 0) / np.diag(gram)
+
+
+def averse(gram: np.ndarray) -> np.ndarray:
+    """CAGrad of two tasks with c = 0.4, by a search over the simplex."""
+
+    def dual(x: float) -> float:
+        w = np.array([x, 1 - x])
+        return w @ gram.sum(axis=1) + radius * np.sqrt(w @ gram @ w)
+
+    radius = 0.4 * np.sqrt(gram.sum())
+    x = optimize.minimize_scalar(dual, bounds=(0, 1), method="bounded", options={"xatol": 1e-10}).x
+    w = np.array([x, 1 - x])
+    return 1 + radius * w / np.sqrt(w @ gram @ w)
+
+
+_AT = [(kind, "representation") for kind in BALANCERS]
+_AT += [(kind, "parameters") for kind, options in BALANCERS.items() if "at" in keys(options)]
+_REST = ("cagrad", "dbmtl", "dwa")  # their rules are tested alone, the first two at parameters too
+
+
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [
+        pytest.param(
+            kind, at, marks=[pytest.mark.slow] * (kind in _REST and at == "representation")
+        )
+        for kind, at in _AT
+    ],
+)
+def test_steps_of_each_balancing_in_numpy(kind: str, at: str) -> None:
+    """At the representation, of the users' vectors; at the parameters, of the only layer that both
+    tasks use, whose gradients the papers speak of: rows follow with the same shares."""
+    declared, options = np.array([1.0, 3.0]), dict[str, Any]({"kind": kind})
+    if "at" in keys(BALANCERS[kind]):
+        options["at"] = at
+    options |= {"window": 1} if kind == "dwa" else {}
+    options |= {"learning_rate": RATE} if "learning_rate" in keys(BALANCERS[kind]) else {}
     with jax.enable_x64(True):
         made = case((1.0, 3.0), balance=options)
-        state, variances, weights, first = made.step.init(3), np.zeros(2), declared, np.zeros(2)
-        conflicts = 0
-        for seed in (1, 2):
+        state, rule = made.step.init(3), Rule(kind, at, declared)
+        for step, seed in enumerate((1, 2, 5)):
             now, examples = made.numbers(state), batch(seed)
             one = written_out(now, examples)
-            own = declared[:, None, None] * one.users
-            expected = weighted(now, examples, declared)
-            if kind == "uncertainty":
-                expected = weighted(now, examples, declared * np.exp(-variances))
-                variances = variances - rate * declared * (1 - np.exp(-variances) * one.losses)
-            if kind == "pcgrad":
-                inner = (own[0] * own[1]).sum()
-                conflicts += inner < 0
-                left = own - np.array([own[1], own[0]]) * np.array(
-                    [min(inner, 0) / (own[1] ** 2).sum(), min(inner, 0) / (own[0] ** 2).sum()]
-                ).reshape(2, 1, 1)
-                heads = declared[:, None] * one.heads
-                expected = total(now, examples, heads, left.sum(axis=0))
-            if kind == "gradnorm":
-                expected = weighted(now, examples, weights)
-                first = one.losses if seed == 1 else first
-                slopes = np.sqrt((one.users**2).sum(axis=(1, 2)))
-                ratio = one.losses / first
-                target = (weights * slopes).mean() * (ratio / ratio.mean()) ** alpha
-                weights = weights - rate * np.sign(weights * slopes - target) * slopes
-                weights = weights * declared.sum() / weights.sum()
+            at_scale = (one.users * now["rows"][examples.candidate[:, 0]]).sum(axis=1)
+            own = one.users.reshape(2, -1) if at == "representation" else at_scale
+            weights, shares = rule(step, one.losses, own)
+            mixed = np.einsum("t,tbd->bd", shares, one.users)
+            expected = total(now, examples, weights[:, None] * one.heads, mixed)
+            if len(rule.scale):
+                expected["scale"] = rule.scale
             state = made.learn(state, seed)
             taken = moved(now, made.numbers(state))
-            assert_close(taken, {name: 0.1 * g for name, g in expected.items()})
+            tolerance = 1e-5 if kind == "cagrad" else 1e-9
+            assert_close(taken, {name: 0.1 * g for name, g in expected.items()}, tolerance)
         if kind == "pcgrad":
-            assert conflicts
-        if kind == "uncertainty":
-            np.testing.assert_allclose(state.balance, variances, rtol=1e-9)
-        if kind == "gradnorm":
-            np.testing.assert_allclose(state.balance.weights, weights, rtol=1e-9)
+            assert rule.conflicts
 
 
 def test_twice_the_weight_is_twice_the_step_of_that_task_alone() -> None:
