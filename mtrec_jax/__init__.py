@@ -21,7 +21,8 @@ _HOME = {
     "train_run": "mtrec_jax.train.loop:train",  # `mtrec_jax.train` is the package
     "open_run": "mtrec_jax.train.run",
     "evaluate_run": "mtrec_jax.train.run",
-    "side_by_side": "mtrec_jax.evaluation.tables",
+    "compare": "mtrec_jax.train.run",
+    "draw_reliability": "mtrec_jax.evaluation.picture",
     "Stopped": "mtrec_jax.train.stopping",
     "fit": "mtrec_jax.from_tables",
     "load": "mtrec_jax.serving.recommender",

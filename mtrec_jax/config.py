@@ -41,6 +41,7 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Worth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ANY = "any"  # of `evaluate.seen`: every event
+COLD_USERS, COLD_ITEMS = "cold_users", "cold_items"  # of `evaluate.segments`: new to training
 Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
 Metrics = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -259,8 +260,8 @@ class Select:
     """The declared validation metric by which the best checkpoint is kept."""
 
     __pydantic_config__ = _STRICT
-    metric: str | Metrics = ""  # "task/metric" such as "next_item/ndcg@10", or several: their mean;
-    # "": the first task's main one
+    metric: str | Metrics | dict[str, float] = ""  # "task/metric" such as "next_item/ndcg@10", or
+    # several: their mean, or {"task/metric": weight}: their weighted sum; "": the first task's main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +276,7 @@ class Evaluate:
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
     baselines: tuple[Annotated[Any, Choice(BASELINES)], ...] = ()
     bootstrap: Natural = 200  # resamples of users for the 95 % intervals; 0: none
+    segments: tuple[str, ...] = ()  # features, and "cold_users", "cold_items": all metrics by value
     batch_size: Count = 512
 
 
@@ -345,40 +347,59 @@ def table_of(experiment: Experiment, name: str) -> Table:
 
 
 class Selection(NamedTuple):
-    """What chooses the best checkpoint: the mean of some metrics."""
+    """What chooses the best checkpoint: the mean, or a weighted sum, of some metrics."""
 
     metrics: tuple[tuple[str, str], ...]  # (task, metric)
     larger: bool  # is better
+    weights: tuple[float, ...] = ()  # of a sum; (): the mean
 
     @property
     def name(self) -> str:
-        """For people: "click/auc", or "mean of click/auc, like/auc"."""
-        names = ", ".join("/".join(pair) for pair in self.metrics)
-        return names if len(self.metrics) == 1 else f"mean of {names}"
+        """For people: "click/auc", "mean of click/auc, like/auc", "1 click/auc - 2 like/ne"."""
+        names = ["/".join(pair) for pair in self.metrics]
+        if self.weights:
+            parts = zip(self.weights, names, strict=True)
+            signed = (f"{'-' if w < 0 else '+'} {abs(w):g} {n}" for w, n in parts)
+            return " ".join(signed).removeprefix("+ ")
+        return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
 
     def value(self, tasks: Mapping[str, Mapping[str, float]]) -> float:
-        """The mean of the metrics {task: {metric: value}}; nan where one of them is undefined.
+        """The one number of the metrics {task: {metric: value}}; nan where one is undefined.
 
         >>> both = Selection((("click", "auc"), ("like", "auc")), larger=True)
         >>> both.value({"click": {"auc": 0.5}, "like": {"auc": 0.75}})
         0.625
+        >>> both._replace(weights=(2.0, 1.0)).value({"click": {"auc": 0.5}, "like": {"auc": 0.75}})
+        1.75
         """
-        return sum(tasks[task][metric] for task, metric in self.metrics) / len(self.metrics)
+        values = [tasks[task][metric] for task, metric in self.metrics]
+        if self.weights:
+            return sum(w * value for w, value in zip(self.weights, values, strict=True))
+        return sum(values) / len(values)
+
+
+def main_metric(experiment: Experiment, task: str) -> str:
+    """The metric of a task that chooses unless told otherwise.
+
+    >>> main_metric(Experiment(name="a", tasks={"like": Task(kind="binary")}), "like")
+    'auc'
+    """
+    known = METRICS.get(experiment.tasks[task].kind)
+    return next(iter(known)) if known else f"ndcg@{experiment.evaluate.ks[0]}"
 
 
 def selection(experiment: Experiment) -> Selection:
-    """The metrics that choose the best checkpoint; all are better when larger, or all when lower,
-    as `experiments.check` sees to."""
+    """The metrics that choose the best checkpoint; of a mean all are better when larger, or all
+    when lower, as `experiments.check` sees to, and of a sum the larger is better."""
     declared = experiment.select.metric
-    if declared:
-        names = (declared,) if isinstance(declared, str) else declared
-        pairs = [name.partition("/")[::2] for name in names]
-    else:
+    if not declared:
         task = next(iter(experiment.tasks))
-        known = METRICS.get(experiment.tasks[task].kind)
-        metric = next(iter(known)) if known else f"ndcg@{experiment.evaluate.ks[0]}"
-        pairs = [(task, metric)]
-    return Selection(tuple(pairs), metric_named(pairs[0][1]).larger_is_better)
+        declared = f"{task}/{main_metric(experiment, task)}"
+    names = (declared,) if isinstance(declared, str) else tuple(declared)
+    pairs = tuple((task, metric) for task, _, metric in (name.partition("/") for name in names))
+    if isinstance(declared, dict):
+        return Selection(pairs, True, tuple(declared.values()))
+    return Selection(pairs, metric_named(pairs[0][1]).larger_is_better)
 
 
 def seen_behaviours(experiment: Experiment) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from mtrec_jax import choices
 from mtrec_jax.arguments import a_list, argument, shown
 from mtrec_jax.config import (
     ANY,
+    COLD_ITEMS,
+    COLD_USERS,
     Experiment,
     Select,
     Values,
@@ -209,9 +211,11 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
     seen = seen_behaviours(e) if any(e.tasks[n].kind == "retrieval" for n in kept["tasks"]) else ()
     worths = {n: worth for n, worth in e.model.fusion_objective.items() if known(n)}
     named = e.select.metric
-    listed = (named,) if isinstance(named, str) else named
+    listed = (named,) if isinstance(named, str) else tuple(named)
     left = tuple(name for name in listed if known(name.partition("/")[0]))
     select = Select(metric=left if left and not isinstance(named, str) else "".join(left))
+    if left and isinstance(named, dict):
+        select = Select(metric={name: named[name] for name in left})
     found = dataclasses.replace(
         e,
         left_out=(*e.left_out, *(n for n in e.tasks if not known(n))),
@@ -221,7 +225,13 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
         features={name: e.features[name] for name in kept["features"]},
         tables={n: table for n, table in e.tables.items() if n in ("item", *kept["features"])},
         # what makes items seen is not to change with the tasks that are trained
-        evaluate=dataclasses.replace(e.evaluate, seen=seen) if seen else e.evaluate,
+        evaluate=dataclasses.replace(
+            e.evaluate,
+            seen=seen or e.evaluate.seen,
+            segments=tuple(
+                n for n in e.evaluate.segments if n in (COLD_USERS, COLD_ITEMS, *kept["features"])
+            ),
+        ),
         guard=dataclasses.replace(
             e.guard,
             allow=tuple(p for p in e.guard.allow if p.partition("/")[0] in kept["features"]),
@@ -460,7 +470,22 @@ def _model(e: Experiment) -> Iterator[str]:
             yield f"{key}: a retrieval or binary task is needed"
     if worths and not any(worths.values()):
         yield "model.fusion_objective: at least one worth must be above 0"
+    yield from _segments(e)
     yield from _train(e)
+
+
+def _segments(e: Experiment) -> Iterator[str]:
+    """What targets cannot be told apart by."""
+    usable = [n for n, f in e.features.items() if f.fitted and not f.gives_numbers]
+    usable = [n for n in usable if e.features[n].on != "history"]
+    usable += [COLD_USERS] * bool(e.data.user) + [COLD_ITEMS] * bool(e.data.item)
+    for name in e.evaluate.segments:
+        if name not in usable:
+            yield (
+                f"evaluate.segments: '{name}' is none of {', '.join(usable)}: features of the "
+                "context, the request or the item that have values, as 'binned' ones of numbers "
+                f"do.{nearest(name, usable)}"
+            )
 
 
 def _train(e: Experiment) -> Iterator[str]:
@@ -497,17 +522,30 @@ def _unjudged(e: Experiment) -> Iterator[str]:
 
 
 def _selection(e: Experiment) -> Iterator[str]:
-    chosen_by = selection(e)
+    chosen_by, has_users = selection(e), bool(e.data.user)
     for name, metric in chosen_by.metrics:
         if name not in e.tasks:
             yield f"select.metric: there is no task '{name}'.{nearest(name, e.tasks)}"
-        elif metric not in (known := metrics_of(e.tasks[name].kind, e.evaluate.ks)):
+        elif metric not in (known := metrics_of(e.tasks[name].kind, e.evaluate.ks, has_users)):
             yield f"select.metric: task '{name}' has {', '.join(known)}, not '{metric}'"
+        elif metric_named(metric).ideal is not None:
+            yield (
+                f"select.metric: {name}/{metric} is best at {metric_named(metric).ideal:g}, "
+                "neither as large nor as low as can be; choose by another metric"
+            )
+        elif chosen_by.weights:
+            weight = chosen_by.weights[chosen_by.metrics.index((name, metric))]
+            if not weight or (weight > 0) != metric_named(metric).larger_is_better:
+                wanted = "above" if metric_named(metric).larger_is_better else "below"
+                yield (
+                    f"select.metric: {name}/{metric} needs a weight {wanted} 0, not {weight:g}: "
+                    "the largest sum is chosen"
+                )
         elif metric_named(metric).larger_is_better != chosen_by.larger:
             yield (
                 f"select.metric: {name}/{metric} is better when "
                 f"{'lower' if chosen_by.larger else 'larger'}, unlike the first of the list, so "
-                "that their mean means nothing; name metrics of one direction"
+                "that their mean means nothing; name metrics of one direction, or give weights"
             )
     binary = [name for name, task in e.tasks.items() if task.kind == "binary"]
     for name in e.evaluate.seen if e.evaluate.seen != (ANY,) else ():

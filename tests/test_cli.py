@@ -26,7 +26,7 @@ from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.run import Run
 
 COMMANDS = (
-    *("data", "clean", "prepare", "train", "evaluate", "predict", "recommend", "run"),
+    *("data", "clean", "prepare", "train", "evaluate", "compare", "predict", "recommend", "run"),
     *("plan", "doctor"),
 )
 Mtrec = Callable[..., tuple[int, str, str]]
@@ -257,20 +257,36 @@ def test_evaluate_writes_everything_and_counts_looks(
     assert looked("--split", "test")["test_looks"] == 1
     assert looked("--split", "test")["test_looks"] == 2
     assert looked("--split", "validation")["test_looks"] == 2
+
+
+def test_compare_takes_what_runs_keep_and_refuses_other_rules(
+    mtrec: Mtrec, own_run: Path, tmp_path: Path
+) -> None:
+    """A run beside a copy of itself differs by nothing; the second time nothing is evaluated."""
     beside = own_run.parent / "beside"
     shutil.copytree(own_run, beside)
-    status, out, err = mtrec("evaluate", own_run, beside)
+    status, out, err = mtrec("compare", own_run, beside)
     assert status == 0, err
     lines = [line.split() for line in out.splitlines()]
     [found] = [line[3:] for line in lines if line[:3] == ["next_item", "ndcg@10", "↑"]]
-    assert len(found) == 4, "a value and its interval for each"
-    assert found[:2] == found[2:]
+    assert found[0] == found[1]
+    assert found[2:] == ["+0.0000", "+0.0000", "to", "+0.0000", "1.000"]
+    kept = (beside / "users-validation.parquet").stat().st_mtime_ns
+    table = tmp_path / "table.jsonl"
+    status, out, err = mtrec("compare", own_run, beside, "--metrics", "click/auc", "--out", table)
+    assert (status, out) == (0, ""), err
+    assert (beside / "users-validation.parquet").stat().st_mtime_ns == kept
+    [row] = [json.loads(line) for line in table.read_text("utf-8").splitlines()]
+    assert (row["task"], row["metric"], row["beside p"]) == ("click", "auc", 1)
+    status, _, err = mtrec("compare", own_run)
+    assert status == 2
+    assert "name two or more" in flat(err)
     config = beside / "config.toml"
     config.write_text(config.read_text("utf-8").replace("ks = [\n    10,\n]", "ks = [3]"), "utf-8")
-    status, _, err = mtrec("evaluate", own_run, beside, "--split", "test")
+    status, _, err = mtrec("compare", own_run, beside, "--split", "test")
     assert status == 2
     assert "were measured by other protocols: ks: (10,) and (3,)" in flat(err)
-    assert json.loads((own_run / "evaluation.json").read_text("utf-8"))["test_looks"] == 2
+    assert json.loads((own_run / "evaluation.json").read_text("utf-8"))["test_looks"] == 0
 
 
 def test_recommend_prints_a_table_for_each_user(mtrec: Mtrec, shop_run: Run) -> None:

@@ -57,7 +57,7 @@ def test_the_least_experiment_gets_the_defaults() -> None:
     experiment = parse_experiment(LEAST)
     assert experiment.train.batch_size == 128
     assert experiment.tasks["like"] == Task(kind="binary", column="rating")
-    assert selection(experiment) == ((("next", "ndcg@10"),), True)
+    assert selection(experiment) == ((("next", "ndcg@10"),), True, ())
     assert fusion_objective(experiment) == {"next": 1.0, "like": 1.0}
 
 
@@ -273,7 +273,12 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             "model.fusion_objective.stars: a retrieval or binary task is needed",
         ),
         ({"select": {"metric": "lik/auc"}}, "there is no task 'lik'. Did you mean 'like'?"),
-        ({"select": {"metric": "like/ndcg@10"}}, "task 'like' has auc, log_loss"),
+        ({"select": {"metric": "like/ndcg@7"}}, "task 'like' has auc, log_loss"),
+        ({"select": {"metric": "like/copc"}}, "like/copc is best at 1, neither as large nor"),
+        (
+            {"evaluate": {"segments": ["likes"]}},
+            "segments: 'likes' is none of cold_users, cold_items",
+        ),
         ({"select": {"metric": "next/ndcg@5"}}, "task 'next' has hr@10, ndcg@10"),
         ({"train": {"epochs": 0}}, "train.epochs, train.steps: exactly one"),
         ({"train": {"steps": 5}}, "train.epochs, train.steps: exactly one"),
@@ -447,6 +452,38 @@ def test_selection_is_a_mean_of_metrics_of_one_direction() -> None:
     assert "has auc, log_loss" in refusal(tasks=tasks, select={"metric": ["like/auc", "like/x"]})
 
 
+def test_a_selection_by_weights_is_a_sum() -> None:
+    tasks = {"like": {"kind": "binary"}, "stars": {"kind": "regression"}}
+    weighted = {"metric": {"like/auc": 2.0, "stars/rmse": -0.5}}
+    experiment = parse_experiment(with_keys(tasks=tasks, select=weighted))
+    found = selection(experiment)
+    assert found.larger
+    assert found.value({"like": {"auc": 0.75}, "stars": {"rmse": 1.0}}) == 1.0
+    assert found.name == "2 like/auc - 0.5 stars/rmse"
+    assert parse_experiment(tomllib.loads(to_toml(experiment))) == experiment
+    assert chosen(experiment, tasks=["stars"]).select.metric == {"stars/rmse": -0.5}
+    for metric, wanted in (("like/auc", "above"), ("stars/rmse", "below")):
+        wrong = {"metric": weighted["metric"] | {metric: 0.0}}
+        assert f"{metric} needs a weight {wanted} 0, not 0" in refusal(tasks=tasks, select=wrong)
+    wrong = {"metric": {"like/auc": 1.0, "stars/rmse": 1.0}}
+    assert "stars/rmse needs a weight below 0, not 1" in refusal(tasks=tasks, select=wrong)
+
+
+def test_segments_are_features_with_values() -> None:
+    features = {
+        "city": {},
+        "age": "numeric",
+        "years": {"kind": "binned", "column": "age"},
+        "like": {"on": "history"},
+    }
+    rules = {"segments": ["city", "years", "cold_items"]}
+    found = parse_experiment(with_keys(features=features, evaluate=rules))
+    assert chosen(found, features=["city"]).evaluate.segments == ("city", "cold_items")
+    for name in ("age", "like"):
+        message = refusal(features=features, evaluate={"segments": [name]})
+        assert f"segments: '{name}' is none of city, years, cold_users, cold_items" in message
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
 def test_a_weight_decay_that_would_do_nothing_is_refused(optimizer: str) -> None:
     train = {"weight_decay": 0.1, "optimizer": optimizer}
@@ -465,11 +502,11 @@ def test_a_decay_of_rows_that_ftrl_would_undo_is_refused() -> None:
 
 def test_selection_knows_which_way_is_better() -> None:
     lower = parse_experiment(with_keys(select={"metric": "like/log_loss"}))
-    assert selection(lower) == ((("like", "log_loss"),), False)
+    assert selection(lower) == ((("like", "log_loss"),), False, ())
     tasks = {"stars": {"kind": "regression"}}
-    assert selection(parse_experiment(with_keys(tasks=tasks))) == ((("stars", "rmse"),), False)
+    assert selection(parse_experiment(with_keys(tasks=tasks)))[:2] == ((("stars", "rmse"),), False)
     first_k = with_keys(evaluate={"ks": [5, 10]})
-    assert selection(parse_experiment(first_k)) == ((("next", "ndcg@5"),), True)
+    assert selection(parse_experiment(first_k))[:2] == ((("next", "ndcg@5"),), True)
 
 
 def test_every_experiment_that_can_be_written_can_be_read_again() -> None:

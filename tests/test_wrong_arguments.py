@@ -77,6 +77,8 @@ CASES = {  # {call: (class of the error, what its message says)}
         "ConfigError",
         "split: 'tset' is not one of 'train', 'validation', 'test'. Did you mean 'test'?",
     ),
+    "mtrec_jax.compare('runs/shop')": ("ConfigError", "runs: 'runs/shop' is one text; pass a list"),
+    "mtrec_jax.compare([r.run])": ("ConfigError", "name two or more to compare"),
     "mtrec_jax.train_run('shop', r.prepared, 'x')": (
         "ConfigError",
         "experiment: 'shop' is a str, not a Experiment; pass what load_experiment gives",

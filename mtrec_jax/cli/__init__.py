@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    *(train.run, data.data, data.clean, data.prepare, train.train, train.evaluate),
+    *(train.run, data.data, data.clean, data.prepare, train.train, train.evaluate, train.compare),
     *(use.recommend, use.predict, plan.plan, doctor.doctor),
 ):
     app.command()(command)

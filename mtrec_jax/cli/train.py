@@ -1,7 +1,8 @@
-"""`mtrec train`, `evaluate` and `run`: from a prepared folder to a judged model."""
+"""`mtrec train`, `evaluate`, `compare` and `run`: from a prepared folder to a judged model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +15,8 @@ from mtrec_jax.cli.options import (
     EngineOption,
     Master,
     Memory,
-    MovedFolder,
     PreparedFolder,
+    RunFolder,
     RunOption,
     Set,
     say,
@@ -44,31 +45,63 @@ def train(
 
 
 def evaluate(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/shop.")
-    ],
+    run: RunFolder,
     split: Annotated[
         Literal["validation", "test"], typer.Option(help="The test set's looks are counted.")
     ] = "validation",
-    prepared: MovedFolder = None,
+    prepared: Annotated[
+        Path | None,
+        typer.Option(help="Prepared folder, if it has moved; with --under, one by those rules."),
+    ] = None,
+    under: Annotated[
+        list[str] | None,
+        typer.Option(help="Another rule: evaluate.exclude_seen=false. May be repeated."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw reliability diagrams: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
-    """Evaluate the best checkpoint beside the baselines, under one protocol; several runs also in
-    one table."""
+    """Evaluate the best checkpoint beside the baselines, under one protocol."""
     from mtrec_jax.compilation import use_compilation_cache
-    from mtrec_jax.evaluation.protocol import protocol_of
-    from mtrec_jax.evaluation.tables import comparable, print_side_by_side
     from mtrec_jax.train.run import open_run
 
     use_compilation_cache()
-    names = [run.name for run in runs]
-    names = names if len(set(names)) == len(names) else [str(run) for run in runs]
-    opened = {name: open_run(run, prepared) for name, run in zip(names, runs, strict=True)}
-    if len(opened) > 1:  # before a look at the test set
-        parts = {name: (run.experiment, run.prepared.manifest) for name, run in opened.items()}
-        comparable({name: (protocol_of(*of), list(of[0].tasks)) for name, of in parts.items()})
-    found = {name: _evaluate(run, split) for name, run in opened.items()}
-    if len(found) > 1:
-        print_side_by_side(found)
+    opened = open_run(run, None if under else prepared)
+    found = _evaluate(opened, split, under or (), prepared if under else None)
+    if picture:
+        from mtrec_jax.evaluation.picture import draw_reliability
+
+        draw_reliability(found, picture)
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, such as runs/shop.")
+    ],
+    split: Annotated[
+        Literal["validation", "test"],
+        typer.Option(help="The test set's looks are counted, of runs that are evaluated anew."),
+    ] = "validation",
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metrics", help="task/metric to compare; default all. May be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table to a .csv, .jsonl or .parquet file.")
+    ] = None,
+) -> None:
+    """One table of several runs: differences to the first, with paired tests over users, corrected
+    for their number; refuses other protocols or data, and says how they differ."""
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.evaluation.tables import print_compared
+    from mtrec_jax.train.run import compare as compare_runs
+
+    use_compilation_cache()
+    found = compare_runs(runs, split, metrics or ())
+    if out:
+        found.save(out)
+    else:
+        print_compared(found, split)
 
 
 def run(
@@ -123,12 +156,14 @@ def _train(experiment: Any, prepared: Any, folder: Path, init_from: Path | None 
     return finished
 
 
-def _evaluate(opened: Any, split: str) -> Any:
+def _evaluate(
+    opened: Any, split: str, under: Sequence[str] = (), prepared: Path | None = None
+) -> Any:
     from mtrec_jax.evaluation.tables import print_evaluation
     from mtrec_jax.train.run import evaluate_run
 
     not_stored: list[str] = []
-    evaluation, looks = evaluate_run(opened, split, not_stored.append)
+    evaluation, looks = evaluate_run(opened, split, not_stored.append, under, prepared)
     print_evaluation(opened.experiment, evaluation)
     where = "" if not_stored else f" · {opened.folder / 'evaluation.json'}"
     say(f"looks at the test set so far: {looks}{where}")

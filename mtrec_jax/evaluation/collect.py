@@ -84,6 +84,15 @@ def collect(
     return _in_file_order(parts)
 
 
+def people(user: np.ndarray) -> np.ndarray:
+    """Whose each target is, as numbers [n]: a target of nobody known is on its own.
+
+    >>> people(np.array([5, 0, 5, 1])).tolist()
+    [5, -2, 5, -4]
+    """
+    return np.where(user >= FIRST, user.astype(np.int64), -1 - np.arange(len(user)))
+
+
 def _own_batches(
     experiment: Experiment, prepared: Prepared, serving: Serving, split: str
 ) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from mtrec_jax.baselines import Interactions, Predicts, Ranks
 from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import ABSENT, Collected, seen_items
+from mtrec_jax.evaluation.collect import ABSENT, Collected, people, seen_items
 from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import target_ranks
 from mtrec_jax.types import FIRST
@@ -120,9 +120,11 @@ def _predicted(experiment: Experiment, collected: Collected, fitted: Predicts) -
         users, items = collected.user[observed], collected.candidate[observed]
         values = fitted.predict(name, users, items)
         if values is not None:
-            found |= _of_task(
-                name, task_metrics(task.kind, collected.labels[name][observed], values)
+            whose = people(collected.user)[observed] if experiment.data.user else None
+            metrics = task_metrics(
+                task.kind, collected.labels[name][observed], values, whose, experiment.evaluate.ks
             )
+            found |= _of_task(name, metrics)
     return found
 
 
@@ -140,7 +142,8 @@ def _reference(experiment: Experiment, prepared: Prepared, split: str) -> Metric
         if kind == "binary" and ((values < 0) | (values > 1)).any():
             metrics = {"auc": auc(labels, values)}
         else:
-            metrics = task_metrics(kind, labels, values)
+            whose = people(rows["user"])[observed] if experiment.data.user else None
+            metrics = task_metrics(kind, labels, values, whose, experiment.evaluate.ks)
         found |= _of_task(name, metrics)
     return found
 

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
 
 from mtrec_jax.config import Experiment, fusion_objective
-from mtrec_jax.data.dataset import SPLITS, Prepared
+from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import Collected, collect, order_score, ordering
+from mtrec_jax.evaluation.collect import Collected, collect, order_score, ordering, people
 from mtrec_jax.evaluation.comparison import Metrics, compare
 from mtrec_jax.evaluation.metrics import (
+    Linear,
     Statistic,
     auc,
     bootstrap_interval,
     metric_named,
     ranking_statistics,
+    reliability,
     task_statistics,
 )
-from mtrec_jax.evaluation.protocol import Protocol, protocol_of
+from mtrec_jax.evaluation.paired import user_sums
+from mtrec_jax.evaluation.protocol import Protocol, protocol_from, protocol_of
+from mtrec_jax.evaluation.segments import segments
 from mtrec_jax.models.serve import Serving, predictions
 from mtrec_jax.types import FIRST, PyTree
 
 Measured = dict[str, tuple[dict[str, Statistic], np.ndarray]]  # {task: (by metric, targets)}
+# {name: {value: {task: metrics and their "targets"}}}
+Segments = dict[str, dict[str, dict[str, dict[str, float | int]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +46,32 @@ class Evaluation:
     protocol: Protocol
     fingerprint: str
     tasks: dict[str, Metrics]
+    judged: str = ""  # hex digits over the files of events and the split of each of their rows
     baselines: dict[str, Metrics] = field(default_factory=dict)  # {name: {"task/metric": value}}
     orders: dict[str, Metrics] = field(default_factory=dict)
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     targets: dict[str, int] = field(default_factory=dict)  # {task: examples behind its metrics}
+    # {binary task: bins of its reliability diagram}, see `metrics.reliability`
+    reliability: dict[str, list[dict[str, float | int]]] = field(default_factory=dict)
+    segments: Segments = field(default_factory=dict)
+    users: pa.Table | None = field(default=None, compare=False, repr=False)  # see `sums_by_user`
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; undefined metrics are null."""
-        found = dataclasses.asdict(self) | {"protocol": self.protocol.to_dict()}
-        return _without_nan(found)
+        """Plain values for JSON; undefined metrics are null. The users have a file of their own."""
+        found = dataclasses.asdict(dataclasses.replace(self, users=None))
+        del found["users"]
+        return _without_nan(found | {"protocol": self.protocol.to_dict()})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], users: pa.Table | None = None) -> Evaluation:
+        """What `to_dict` gave; other keys are left out."""
+        known = {f.name for f in dataclasses.fields(cls)} - {"users"}
+        found = {n: _with_nan(v) for n, v in values.items() if n in known}
+        found["intervals"] = {
+            task: {metric: tuple(ends) for metric, ends in of.items()}
+            for task, of in found["intervals"].items()
+        }
+        return cls(**found | {"protocol": protocol_from(values["protocol"]), "users": users})
 
 
 def evaluate(
@@ -65,24 +91,23 @@ def evaluate(
       serving: compiled passes of the model.
       params, tables: what is evaluated.
       split: "train", "validation" or "test".
-      full: also the orders, the baselines and the bootstrap intervals; training leaves them out.
+      full: also the orders, the baselines, the bootstrap intervals, the segments and the sums of
+        each user; training leaves them out.
 
     Raises:
       ConfigError: there is no such split.
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: it must be one of {', '.join(SPLITS)}")
-    config = experiment.evaluate
     collected = collect(experiment, prepared, serving, params, tables, split, orders=full)
-    measured = _measured(experiment, prepared, collected)
+    values = _values(experiment, prepared, collected)
+    measured = _measured(experiment, collected, values, np.arange(len(collected.user)))
     result = Evaluation(
         split=split,
         protocol=protocol_of(experiment, prepared.manifest),
         fingerprint=prepared.manifest.fingerprint,
-        tasks={
-            task: {metric: value(np.ones(len(rows))) for metric, value in statistics.items()}
-            for task, (statistics, rows) in measured.items()
-        },
+        judged=judged(prepared.manifest),
+        tasks={task: _at_ones(*found) for task, found in measured.items()},
         targets={task: len(rows) for task, (_, rows) in measured.items()},
     )
     if not full:
@@ -91,25 +116,108 @@ def evaluate(
         result,
         orders=_orders(experiment, prepared, collected),
         baselines=compare(experiment, prepared, collected, split),
-        intervals=_intervals(measured, collected.user, config.bootstrap),
+        intervals=_intervals(measured, collected.user, experiment.evaluate.bootstrap),
+        reliability={
+            name: reliability(collected.labels[name][rows], values[name][rows])
+            for name, (_, rows) in measured.items()
+            if experiment.tasks[name].kind == "binary"
+        },
+        segments=_segments(experiment, prepared, collected, values, split),
+        users=sums_by_user(prepared, measured, collected.user, split),
     )
 
 
-def _measured(experiment: Experiment, prepared: Prepared, collected: Collected) -> Measured:
-    """The statistics of each task, and the targets that they are of."""
-    found: Measured = {}
+def judged(manifest: Manifest) -> str:
+    """Hex digits that are equal where two prepared folders judge by the same events, whatever their
+    features: over the files of events, and which of their rows are in which split."""
+    text = " ".join([*manifest.event_files, manifest.split.fingerprint])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _values(
+    experiment: Experiment, prepared: Prepared, collected: Collected
+) -> dict[str, np.ndarray]:
+    """What the model says of each target, as people read it."""
     exact = {n: x.astype(np.float64) for n, x in collected.logits.items()}
-    values = predictions(experiment, prepared.manifest, exact)
+    return predictions(experiment, prepared.manifest, exact)
+
+
+def _measured(
+    experiment: Experiment, collected: Collected, values: dict[str, np.ndarray], of: np.ndarray
+) -> Measured:
+    """The statistics of each task on some of the targets, and those of them that they are of."""
+    found: Measured = {}
+    who, ks = people(collected.user), experiment.evaluate.ks
     for name, task in experiment.tasks.items():
         if task.kind == "retrieval":
-            rows = np.flatnonzero(collected.retrieved)
-            statistics = ranking_statistics(collected.ranks[rows], experiment.evaluate.ks)
+            rows = of[collected.retrieved[of]]
+            statistics = ranking_statistics(collected.ranks[rows], ks)
         else:
-            rows = np.flatnonzero(~np.isnan(collected.labels[name]))
+            rows = of[~np.isnan(collected.labels[name][of])]
             labels, predicted = collected.labels[name][rows], values[name][rows]
-            statistics = task_statistics(task.kind, labels, predicted)
+            users = who[rows] if experiment.data.user else None
+            statistics = task_statistics(task.kind, labels, predicted, users, ks)
         found[name] = statistics, rows
     return found
+
+
+def _at_ones(statistics: dict[str, Statistic], rows: np.ndarray) -> Metrics:
+    ones = np.ones(len(rows))
+    return {metric: value(ones) for metric, value in statistics.items()}
+
+
+def _segments(
+    experiment: Experiment,
+    prepared: Prepared,
+    collected: Collected,
+    values: dict[str, np.ndarray],
+    split: str,
+) -> Segments:
+    """All metrics of each part of the split, and how many targets they are of."""
+    parts = segments(experiment, prepared, split, collected.candidate, collected.user)
+    found: Segments = {}
+    for name, by_value in parts.items():
+        found[name] = {}
+        for value, places in by_value.items():
+            measured = _measured(experiment, collected, values, places)
+            found[name][value] = {
+                task: {"targets": len(rows), **_at_ones(statistics, rows)}
+                for task, (statistics, rows) in measured.items()
+            }
+    return found
+
+
+def sums_by_user(prepared: Prepared, measured: Measured, user: np.ndarray, split: str) -> pa.Table:
+    """One row a user of the split: what each adds to every metric, for paired tests.
+
+    Args:
+      prepared: the data.
+      measured: statistics and targets of each task.
+      user: id of each target [n], in file order.
+      split: which split.
+
+    Returns:
+      "user", the raw id; for targets of nobody known "row N" of the source. For each task
+      "TASK targets" and for each metric that has them "TASK/METRIC", see `paired.user_sums`: 0
+      where a user has no target.
+    """
+    everybody, first = np.unique(people(user), return_index=True)
+    known = np.flatnonzero(everybody >= FIRST)
+    source = prepared.interactions(split)["row"][first].astype(str)
+    names = np.char.add("row ", source).astype(object)
+    if len(known):
+        ids = np.array(prepared.user_names, object)
+        names[known] = ids[everybody[known] - FIRST]
+    columns: dict[str, Any] = {"user": pa.array(names, pa.string())}
+    for task, (statistics, rows) in measured.items():
+        whose = np.searchsorted(everybody, people(user)[rows])
+        columns[f"{task} targets"] = np.bincount(whose, minlength=len(everybody))
+        for metric, statistic in statistics.items():
+            if isinstance(statistic, Linear):
+                found, _, sums = user_sums(statistic, whose)
+                columns[f"{task}/{metric}"] = np.zeros(len(everybody))
+                columns[f"{task}/{metric}"][found] = sums
+    return pa.table(columns)
 
 
 def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) -> dict[str, Metrics]:
@@ -149,7 +257,7 @@ def _intervals(
     """95 % bootstrap intervals over the users; a target of nobody known is on its own."""
     if not resamples:
         return {}
-    who = np.where(user >= FIRST, user.astype(np.int64), -1 - np.arange(len(user)))
+    who = people(user)
     return {
         task: {
             metric: bootstrap_interval(statistic, who[rows], resamples)
@@ -158,6 +266,14 @@ def _intervals(
         }
         for task, (statistics, rows) in measured.items()
     }
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _with_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(v) for v in value]
+    return float("nan") if value is None else value
 
 
 def _without_nan(value: Any) -> Any:

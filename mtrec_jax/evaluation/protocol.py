@@ -84,6 +84,24 @@ def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
     )
 
 
+def protocol_from(values: Mapping[str, Any]) -> Protocol:
+    """The protocol that `Protocol.to_dict` gave, also after JSON; rules that it does not name are
+    as they were before they could be chosen.
+
+    >>> rules = Protocol(
+    ...     data="", split="time", validation=0.1, test=0.1, order="time", past="rolling", ks=(5,)
+    ... )
+    >>> protocol_from(json.loads(json.dumps(rules.to_dict()))) == rules
+    True
+    """
+    known = {field.name for field in dataclasses.fields(Protocol)}
+    rules: dict[str, Any] = {}
+    for name in known & values.keys():
+        rule = values[name]
+        rules[name] = tuple(rule) if isinstance(rule, list) else rule
+    return Protocol(**rules)
+
+
 def _target(name: str, config: Mapping[str, Any]) -> str:
     """What the label of a task is, as it was prepared.
 

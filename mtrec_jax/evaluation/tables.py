@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,17 +13,20 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mtrec_jax.arguments import instance
+from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment
-from mtrec_jax.errors import ConfigError
+from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.evaluate import Evaluation
-from mtrec_jax.evaluation.metrics import metric_named, metrics_of
+from mtrec_jax.evaluation.metrics import metric_named
+from mtrec_jax.evaluation.paired import Difference, holm, paired_difference
 from mtrec_jax.evaluation.protocol import Protocol, check_same
 from mtrec_jax.result import Result
 
+_ACROSS = 5  # metrics beside each other
+
 
 def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> RenderableType:
-    """One table a task (model, baselines, published figures), and one of the orders."""
+    """Tables of each task (model, baselines, published figures), of the orders, and of segments."""
     parts: list[RenderableType] = [
         Text(
             f"{experiment.name}, {evaluation.split} split: {evaluation.protocol} "
@@ -36,7 +41,7 @@ def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> Rendera
         for name, metrics in evaluation.orders.items():
             table.add_row(name, *(_number(metrics.get(c)) for c in columns))
         parts.append(table)
-    return Group(*parts)
+    return Group(*parts, *_segment_tables(experiment, evaluation))
 
 
 def print_evaluation(experiment: Experiment, evaluation: Evaluation) -> None:
@@ -44,47 +49,110 @@ def print_evaluation(experiment: Experiment, evaluation: Evaluation) -> None:
     Console().print(evaluation_tables(experiment, evaluation))
 
 
-def side_by_side(evaluations: Mapping[str, Evaluation]) -> Result:
-    """Several models in one table, if they were measured by the same rules.
+def compared(evaluations: Mapping[str, Evaluation], metrics: Sequence[str] = ()) -> Result:
+    """Several models in one table, each beside the first, if they were measured by the same rules.
+
+    The difference to the first model has a 95 % interval and a p value of a paired t test over
+    users (`paired.paired_difference`); p is corrected for all comparisons of the table (Holm).
 
     Args:
-      evaluations: {name of the model: its evaluation}.
+      evaluations: {name of the model: its evaluation}, two or more.
+      metrics: "task/metric" of those to compare, so that fewer comparisons are corrected for; ():
+        all that the models share.
 
     Returns:
-      A row a metric of each task that all of them have: task, metric, better ("higher" or "lower"),
-      and for each model NAME, NAME low and NAME high: the value and its 95 % interval, null where
-      it is undefined or was not made.
+      A row a metric: task, metric, better ("higher", "lower", or the best value), users (with
+      targets), the first model's value under its name, and for each other NAME: its value,
+      NAME difference (to the first), NAME low, NAME high, NAME p. Null is what is undefined, or has
+      no sums by user, as the calibration error.
 
     Raises:
-      ConfigError: they share no task, or rules, splits or targets of these tasks differ.
-
-    Example:
-      ```
-      first, _ = mtrec_jax.evaluate_run("runs/shop")
-      second, _ = mtrec_jax.evaluate_run("runs/shop-ple")
-      mtrec_jax.side_by_side({"mmoe": first, "ple": second})
-      ```
+      ConfigError: they share no task, or rules, splits, events or targets of these tasks differ, or
+        a metric is not there.
     """
-    remedy = "pass {name: the first of what evaluate_run gives}"
-    instance("evaluations", evaluations, Mapping, remedy)
-    for name, e in evaluations.items():
-        instance(f"evaluations[{name!r}]", e, Evaluation, remedy)
     tasks = comparable({name: (e.protocol, list(e.tasks)) for name, e in evaluations.items()})
+    same_events({name: e.judged for name, e in evaluations.items()})
     for what in ("split", "targets"):
         found = {n: _of_tasks(getattr(e, what), tasks) for n, e in evaluations.items()}
         if any(one != next(iter(found.values())) for one in found.values()):
-            raise ConfigError(f"side_by_side: {what} differ: {found}")
-    rows = []
-    for task in tasks:
-        for metric in next(iter(evaluations.values())).tasks[task]:
-            better = "higher" if metric_named(metric).larger_is_better else "lower"
-            row: dict[str, object] = {"task": task, "metric": metric, "better": better}
-            for name, e in evaluations.items():
-                low, high = e.intervals.get(task, {}).get(metric, (np.nan, np.nan))
-                parts = {"": e.tasks[task].get(metric, np.nan), " low": low, " high": high}
-                row |= {f"{name}{n}": None if np.isnan(v) else v for n, v in parts.items()}
-            rows.append(row)
-    return Result(pa.Table.from_pylist(rows))
+            raise ConfigError(f"the models were measured on different {what}: {found}")
+    (first, one), *others = evaluations.items()
+    names = [f"{t}/{m}" for t in tasks for m in one.tasks[t]]
+    names = [n for n in names if all(_value(e, n) is not None for _, e in others)]
+    for name in metrics:
+        if name not in names:
+            raise ConfigError(
+                f"{argument('metrics')} {name}: the models share {', '.join(names)}."
+                f"{nearest(name, names)}"
+            )
+    rows: list[dict[str, Any]] = []
+    for name in metrics or names:
+        task, _, metric = name.partition("/")
+        row: dict[str, Any] = {"task": task, "metric": metric, "better": better(metric)}
+        row |= {"users": _users(one, task), first: _value(one, name)}
+        for other, e in others:
+            row |= _beside(one, e, name, other)
+        rows.append(row)
+    tests = [(row, f"{name} p") for row in rows for name, _ in others]
+    for (row, key), p in zip(tests, holm([row[key] for row, key in tests]), strict=True):
+        row[key] = p
+    return Result(pa.Table.from_pylist([{k: _null(v) for k, v in row.items()} for row in rows]))
+
+
+def same_events(judged: Mapping[str, str]) -> None:
+    """Raise `ConfigError` unless all models were judged by the same events, see `evaluate.judged`.
+
+    >>> same_events({"one": "0f", "other": "0f"})
+    """
+    if len(set(judged.values())) > 1:
+        shown = ", ".join(f"{name}: {digits}" for name, digits in judged.items())
+        raise ConfigError(
+            f"the models were measured on different events, or on other splits of them ({shown}). "
+            "Train them on folders of the same files and split, such as one prepared folder"
+        )
+
+
+def better(metric: str) -> str:
+    """Which values of a metric are better: "higher", "lower", or the number that is best.
+
+    >>> better("auc"), better("rmse"), better("copc")
+    ('higher', 'lower', '1')
+    """
+    known = metric_named(metric)
+    if known.ideal is not None:
+        return f"{known.ideal:g}"
+    return "higher" if known.larger_is_better else "lower"
+
+
+def _beside(one: Evaluation, other: Evaluation, name: str, shown: str) -> dict[str, Any]:
+    """What a model's columns say of a metric."""
+    task, _, metric = name.partition("/")
+    before, value = (e.tasks[task][metric] for e in (one, other))
+    found = Difference(value - before, *[np.nan] * 3)
+    tables = [e.users.sort_by("user") for e in (one, other) if e.users is not None]
+    if len(tables) == 2 and all(name in table.column_names for table in tables):
+        first, second = (table[name].to_numpy() for table in tables)
+        targets = [table[f"{task} targets"].to_numpy() for table in tables]
+        if not np.array_equal(*targets):
+            raise ConfigError(f"the models were not measured on the same targets of {task}")
+        found = paired_difference(second, first, targets[0])
+    parts = {"difference": found.mean, "low": found.low, "high": found.high, "p": found.p}
+    return {shown: value} | {f"{shown} {part}": value for part, value in parts.items()}
+
+
+def _value(evaluation: Evaluation, name: str) -> float | None:
+    task, _, metric = name.partition("/")
+    return evaluation.tasks[task].get(metric)
+
+
+def _users(evaluation: Evaluation, task: str) -> int | None:
+    if evaluation.users is None:
+        return None
+    return int(np.count_nonzero(evaluation.users[f"{task} targets"].to_numpy()))
+
+
+def _null(value: Any) -> Any:
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def comparable(measured: Mapping[str, tuple[Protocol, Sequence[str]]]) -> list[str]:
@@ -104,18 +172,30 @@ def comparable(measured: Mapping[str, tuple[Protocol, Sequence[str]]]) -> list[s
     return tasks
 
 
-def print_side_by_side(evaluations: Mapping[str, Evaluation]) -> None:
-    """Print `side_by_side` to standard output, a value and its interval in one column."""
-    table = _table("Side by side", ["task", "metric", *evaluations])
-    for row in side_by_side(evaluations):
-        arrow = "↑" if row["better"] == "higher" else "↓"
-        shown = []
-        for name in evaluations:
+def print_compared(result: Result, split: str) -> None:
+    """Print what `compared` gave to standard output."""
+    first = result.columns[4]
+    others = [n.removesuffix(" difference") for n in result.columns if n.endswith(" difference")]
+    columns = [c for name in others for c in (name, f"- {first}", "95 % interval", "p")]
+    table = _table(f"Compared on the {split} split", ["task", "metric", first, *columns])
+    for row in result:
+        cells = [_number(row[first])]
+        for name in others:
             low, high = row[f"{name} low"], row[f"{name} high"]
-            interval = "" if low is None else f" ({_interval((low, high))})"
-            shown.append(_number(row[name]) + interval)
-        table.add_row(row["task"], f"{row['metric']} {arrow}", *shown)
-    Console().print(table)
+            interval = "" if low is None else f"{low:+.4f} to {high:+.4f}"
+            p = row[f"{name} p"]
+            change = row[f"{name} difference"]
+            cells += [_number(row[name]), "" if change is None else f"{change:+.4f}", interval]
+            cells.append("" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001")
+        table.add_row(row["task"], f"{row['metric']} {_arrow(row['metric'])}", *cells)
+    tests = sum(row[f"{name} p"] is not None for row in result for name in others)
+    console = Console() if sys.stdout.isatty() else Console(width=max(140, 60 * len(others)))
+    console.print(table)
+    console.print(
+        f"Difference to {first}; paired t test over users, p corrected for {tests} comparisons "
+        "(Holm)",
+        style="dim",
+    )
 
 
 def _of_tasks(value: object, tasks: Sequence[str]) -> object:
@@ -141,28 +221,70 @@ def _rules(protocol: Protocol, tasks: Sequence[str]) -> Protocol:
 
 def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> RenderableType:
     kind = experiment.tasks[task].kind
-    # with one relevant item, recall is the hit rate: one column is enough to read
-    columns = [c for c in metrics_of(kind, experiment.evaluate.ks) if not c.startswith("recall")]
+    columns = _columns(evaluation, task)
     count = evaluation.targets.get(task, 0)
-    arrows = [f"{c} {'↑' if metric_named(c).larger_is_better else '↓'}" for c in columns]
-    table = _table(f"{task} ({kind}, {count:,} targets)", ["", *arrows])
+    rows: list[tuple[str, list[str], str]] = []
     ours = [_number(evaluation.tasks[task].get(c)) for c in columns]
-    table.add_row("this model", *ours, style="bold")
+    rows.append(("this model", ours, "bold"))
     intervals = evaluation.intervals.get(task, {})
     if intervals:
-        table.add_row("  95 % interval", *(_interval(intervals.get(c)) for c in columns))
+        rows.append(("  95 % interval", [_interval(intervals.get(c)) for c in columns], ""))
     for name, metrics in evaluation.baselines.items():
         if any(key.rpartition("/")[0] == task for key in metrics):
-            table.add_row(name, *(_number(metrics.get(f"{task}/{c}")) for c in columns))
+            rows.append((name, [_number(metrics.get(f"{task}/{c}")) for c in columns], ""))
     notes = []
     for published in (p for p in experiment.published if p.task == task):
         values = [_number(published.metrics.get(c)) for c in columns]
-        table.add_row(f"published: {published.name}", *values, style="dim")
+        rows.append((f"published: {published.name}", values, "dim"))
         rules = f"{published.split} split"
         if published.protocol not in ("", evaluation.protocol.hash):
             rules += f", by ANOTHER PROTOCOL ({published.protocol}), not comparable"
         notes.append(f"published, {rules}: {published.name}: {published.source}")
-    return Group(table, *(Text(note, style="dim") for note in notes), Text())
+    title = f"{task} ({kind}, {count:,} targets)"
+    return Group(
+        *_tables(title, columns, rows), *(Text(note, style="dim") for note in notes), Text()
+    )
+
+
+def _tables(
+    title: str, columns: Sequence[str], rows: Iterable[tuple[str, list[str], str]]
+) -> Iterator[Table]:
+    """Rows (name, cells, style) with a column a metric, so many in a table that lines stay short;
+    rows without anything to say in one are left out there."""
+    for start in range(0, len(columns), _ACROSS):
+        shown = columns[start : start + _ACROSS]
+        table = _table("" if start else title, ["", *(f"{c} {_arrow(c)}" for c in shown)])
+        for name, cells, style in rows:
+            if any(own := cells[start : start + _ACROSS]):
+                table.add_row(name, *own, style=style)
+        yield table
+
+
+def _segment_tables(experiment: Experiment, evaluation: Evaluation) -> Iterator[RenderableType]:
+    """For each way to part the targets a table a task, a row a value."""
+    for name, by_value in evaluation.segments.items():
+        for task in experiment.tasks:
+            columns = _columns(evaluation, task)
+            rows = [
+                (f"{value} ({int(of[task]['targets']):,})", [_number(of[task][c]) for c in columns])
+                for value, of in by_value.items()
+                if of[task]["targets"]
+            ]
+            styled = [(value, cells, "") for value, cells in rows]
+            yield from _tables(f"{task} by {name} (targets)", columns, styled)
+            yield Text()
+
+
+def _columns(evaluation: Evaluation, task: str) -> list[str]:
+    """The metrics that people read: with one relevant item, recall is the hit rate."""
+    return [metric for metric in evaluation.tasks[task] if not metric.startswith("recall")]
+
+
+def _arrow(metric: str) -> str:
+    known = metric_named(metric)
+    if known.ideal is not None:
+        return f"→ {known.ideal:g}"
+    return "↑" if known.larger_is_better else "↓"
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:
@@ -173,7 +295,7 @@ def _table(title: str, columns: Iterable[str]) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.4f}"  # nan is shown as such
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

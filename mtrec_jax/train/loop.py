@@ -18,11 +18,12 @@ import optax
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, argument, instance
-from mtrec_jax.config import Experiment, Selection, selection, to_toml
+from mtrec_jax.config import Experiment, Selection, main_metric, selection, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.evaluate import evaluate
+from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.interrupts import collecting
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.serve import Serving, load_catalogue, make_serving
@@ -32,7 +33,7 @@ from mtrec_jax.tables.exchange import BuffersOf
 from mtrec_jax.tables.lookup import Ids
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.progress import Progress
-from mtrec_jax.train.records import Records
+from mtrec_jax.train.records import Records, read_records
 from mtrec_jax.train.run import Run, check_data, check_folder, claim, has_checkpoint
 from mtrec_jax.train.step import Step, learning_rate, make_step
 from mtrec_jax.train.stopping import (
@@ -197,7 +198,30 @@ def _train(
             bar.note(
                 f"stopped early at step {number}: no improvement in {meta['stale']} evaluations"
             )
+        if processes.is_first() and experiment.split.validates:
+            _record_bests(job, bar, meta["best_step"])
         job.records.add_timing(number, "seconds", time.perf_counter() - started)
+
+
+def _record_bests(job: _Job, bar: Progress, kept: int | None) -> None:
+    """Record at which step each task by itself was at its best, by its main metric."""
+    found = read_records(job.records.path)
+    said = []
+    for task in job.experiment.tasks:
+        metric = main_metric(job.experiment, task)
+        best: dict[str, Any] | None = None
+        for record in found:
+            if (record["split"], record["task"], record["metric"]) != ("validation", task, metric):
+                continue
+            value = math.nan if record["value"] is None else record["value"]
+            before = None if best is None else best["value"]
+            if is_better(value, before, metric_named(metric).larger_is_better):
+                best = record
+        if best is not None:
+            job.records.add(best["step"], "best", task, metric, best["value"])
+            said.append(f"{task}/{metric} {best['value']:.4f} at step {best['step']}")
+    if len(said) > 1:
+        bar.note(f"kept: step {kept}. Each task by itself was best with {', '.join(said)}")
 
 
 def _topology(mesh: jax.sharding.Mesh) -> dict[str, Any]:

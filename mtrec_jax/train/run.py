@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import pyarrow.parquet as pq
 
-from mtrec_jax import processes
-from mtrec_jax.arguments import a_path, argument, one_of
+from mtrec_jax import choices, processes
+from mtrec_jax.arguments import a_list, a_path, argument, one_of
+from mtrec_jax.baselines import BASELINES
 from mtrec_jax.config import Experiment, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.data.newer import in_terms_of
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
-from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
-from mtrec_jax.experiments import load_experiment
+from mtrec_jax.evaluation.evaluate import Evaluation, evaluate, judged
+from mtrec_jax.evaluation.protocol import protocol_of
+from mtrec_jax.evaluation.tables import comparable, compared, same_events
+from mtrec_jax.experiments import check, cut, load_experiment
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.serve import prepared_serving
+from mtrec_jax.result import Result
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json
@@ -33,6 +41,8 @@ _OWN_FILES = (
     *("prepared.json", "config.toml", "metrics.jsonl", "init_from.json"),
     *("checkpoints", "damaged", "lock"),
 )
+
+_USERS = "users-{}.parquet"  # of a split: what each user adds to the metrics
 
 # where and how a run goes on, not what it learns
 _MAY_CHANGE = ("train.mesh", "train.input_timeout", "train.checkpoint_wait")
@@ -135,7 +145,11 @@ def load_best(
 
 
 def evaluate_run(
-    run: Run | str | Path, split: str = "validation", note: Callable[[str], Any] = warnings.warn
+    run: Run | str | Path,
+    split: str = "validation",
+    note: Callable[[str], Any] = warnings.warn,
+    under: Sequence[str] | Mapping[str, Any] = (),
+    prepared: str | Path | None = None,
 ) -> tuple[Evaluation, int]:
     """Evaluate a run's best checkpoint, write `evaluation.json`, and count looks at the test set.
 
@@ -143,6 +157,9 @@ def evaluate_run(
       run: from `train` or `open_run`, or the path of a run folder.
       split: "validation" or "test".
       note: is told where the folder cannot be written, so that nothing was stored.
+      under: other rules than those of its configuration, which become part of the protocol, as
+        overrides such as "evaluate.exclude_seen=false"; see `measured_under`.
+      prepared: for other rules of `data` and `split`, a folder that was prepared by them.
 
     Returns:
       The evaluation, and how often the test set has been looked at, this time included.
@@ -150,14 +167,17 @@ def evaluate_run(
     Raises:
       CheckpointError: the run has no usable checkpoint.
       ConfigError: there is no such split, or it has no targets, or the data are newer ones (also
-        by `with_events` and `with_users`), which answers are given for.
+        by `with_events` and `with_users`), which answers are given for, or the model cannot be
+        measured by these rules.
     """
     one_of("split", split, SPLITS)
     run = run if isinstance(run, Run) else open_run(a_path("run", run))
     _check_targets(run, split)
+    if under or prepared is not None:
+        run = measured_under(run, under, prepared, split)
     mesh = shared_mesh(run.experiment)
     serving = prepared_serving(run.experiment, run.prepared, mesh)
-    params, tables, _ = load_best(run, mesh, serving.model)
+    params, tables, step = load_best(run, mesh, serving.model)
     evaluation = evaluate(run.experiment, run.prepared, serving, params, tables, split)
     path = run.folder / "evaluation.json"
     looks = int(read_json(path)["test_looks"]) if path.exists() else 0
@@ -165,11 +185,200 @@ def evaluate_run(
     processes.wait("the looks are read")
     if processes.is_first():
         try:
-            write_json(path, {**evaluation.to_dict(), "test_looks": looks})
+            found = {**evaluation.to_dict(), "step": step, "test_looks": looks}
+            write_json(path, found)
+            _write_users(run.folder / _USERS.format(split), evaluation, found)
         except OSError as error:
             uncounted = ", this look at the test set among it" if split == "test" else ""
             note(f"nothing was stored in {run.folder}{uncounted}: {error.strerror or error}")
     return evaluation, looks
+
+
+def measured_under(
+    run: Run,
+    under: Sequence[str] | Mapping[str, Any],
+    prepared: str | Path | None,
+    split: str,
+) -> Run:
+    """A run as it is measured by other rules, where its model allows that.
+
+    Args:
+      run: what was trained.
+      under: keys of `[evaluate]` (ks, exclude_seen, seen, candidates, segments, …), which need
+        nothing else; `data.past`, `data.hide_ties` and keys of `[split]`, which say what judges and
+        what is known then, and need a folder that was prepared by them.
+      prepared: that folder. It has to have learned the same from its training rows (vocabularies,
+        scales, items), and judge by no row that this run was trained on.
+      split: what will be measured.
+
+    Raises:
+      ConfigError: another key, which would be another model; or no such folder, or one whose ids
+        mean something else to this model, or whose judges it has been trained on.
+    """
+    values = dict(under) if isinstance(under, Mapping) else dict(map(cut, under))
+    sections: dict[str, dict[str, Any]] = {"evaluate": {}, "data": {}, "split": {}}
+    for key, value in values.items():
+        section, _, rest = key.partition(".")
+        if section not in ("evaluate", "split") and key not in ("data.past", "data.hide_ties"):
+            raise ConfigError(
+                f"{argument('under')} {key}: what a model was trained with cannot be changed by "
+                "measuring it; keys of evaluate and split, data.past and data.hide_ties can. For "
+                "others train another run"
+            )
+        sections[section][rest or "kind"] = value
+    e, needs = run.experiment, bool(sections["data"] or sections["split"])
+    if needs != (prepared is not None):
+        raise ConfigError(
+            f"{argument('under')} {', '.join(values)}: "
+            + (
+                "other judges, or another past, are prepared first: mtrec prepare CONFIG --set "
+                f"{next(k for k in values if not k.startswith('evaluate'))}=… --out FOLDER; then "
+                f"pass {argument('prepared')} FOLDER"
+                if needs
+                else f"needs no other folder; leave {argument('prepared')} out, or say by which "
+                "rules of split or data it was prepared"
+            )
+        )
+    kinds = [type(baseline) for baseline in e.evaluate.baselines]
+    changed = {
+        name: choices.read(
+            type(getattr(e, name)),
+            {**vars(getattr(e, name)), **new},
+            argument("under"),
+            [kind for kind in kinds if kind not in BASELINES.values()],
+        )
+        for name, new in sections.items()
+        if new
+    }
+    experiment = dataclasses.replace(e, **changed)
+    check(experiment)
+    if prepared is None:
+        return dataclasses.replace(run, experiment=experiment)
+    other = open_prepared(a_path("prepared", prepared), run.prepared.extensions).chosen(experiment)
+    _check_understood(run, other, split)
+    return Run(run.folder, experiment, other)
+
+
+def _check_understood(run: Run, other: Prepared, split: str) -> None:
+    """Raise `ConfigError` unless another folder says the same of every id as the one that a model
+    was trained on, and judges by events that it has not been trained on."""
+    own = run.prepared
+    there, here = other.manifest, own.manifest
+    differ = ["files of events"] if there.event_files != here.event_files else []
+    if not own.items["id"].equals(other.items["id"]) or here.trained_items != there.trained_items:
+        differ.append("items")
+    differ += [f"feature {f.name}" for f in here.fields if f not in there.fields]
+    differ += [f"task {n}" for n, field in here.tasks.items() if there.tasks.get(n) != field]
+    vocabularies = [f.name for f in here.fields if own.has_vocabulary(f.name)]
+    differ += [
+        f"values of {name}"
+        for name in vocabularies
+        if not own.vocabulary(name).equals(other.vocabulary(name))
+    ]
+    if differ:
+        raise ConfigError(
+            f"{other.folder} has learned other things from its training rows than {own.folder}, "
+            f"which {run.folder} was trained on ({', '.join(differ[:8])}), so that its ids and "
+            "scales mean something else to this model. A split that other rows train needs a run "
+            "of its own"
+        )
+    trained = own.interactions("train")["row"]
+    judging = other.interactions(split)["row"]
+    known = int(np.isin(judging, trained).sum())
+    if known:
+        raise ConfigError(
+            f"{known:,} of the {len(judging):,} events that judge in {other.folder} have trained "
+            f"{run.folder}: the score would mean nothing. Train a run on that split"
+        )
+
+
+def _write_users(path: Path, evaluation: Evaluation, found: dict[str, Any]) -> None:
+    """Write the sums of each user, and in the notes of the file the whole evaluation."""
+    if evaluation.users is None:
+        return
+    partial = path.with_suffix(".partial")
+    notes = {"evaluation": json.dumps(found)}
+    pq.write_table(evaluation.users.replace_schema_metadata(notes), partial, compression="zstd")
+    partial.replace(path)
+
+
+def _kept(run: Run, split: str) -> Evaluation | None:
+    """The evaluation of a split that the folder keeps, if it is of the best checkpoint of now, by
+    the rules of now."""
+    path = run.folder / _USERS.format(split)
+    if not path.is_file():
+        return None
+    users = pq.read_table(path)
+    notes = json.loads(users.schema.metadata[b"evaluation"])
+    evaluation = Evaluation.from_dict(notes, users.replace_schema_metadata(None))
+    folder = run.folder / "checkpoints"
+    with checkpoint.open_manager(folder) as manager:
+        best = checkpoint.best_or_latest(manager, folder)
+    now = evaluation.protocol == protocol_of(run.experiment, run.prepared.manifest)
+    same = evaluation.fingerprint == run.prepared.manifest.fingerprint
+    return evaluation if now and same and notes["step"] == best else None
+
+
+def compare(
+    runs: Iterable[Run | str | Path] | Mapping[str, Run | str | Path],
+    split: str = "validation",
+    metrics: Iterable[str] = (),
+    note: Callable[[str], Any] = warnings.warn,
+) -> Result:
+    """Several runs in one table, each beside the first, with paired tests over users.
+
+    What a run's folder keeps of its last evaluation is used; where there is none of its best
+    checkpoint, by its rules, the run is evaluated, which counts as a look at the test set.
+
+    Args:
+      runs: two or more, from `train_run` or `open_run`, or paths of run folders; or {name: run}.
+      split: "validation" or "test".
+      metrics: "task/metric" of those to compare; (): all that the runs share. p values are
+        corrected for all comparisons of the table, so name those that you mean to look at.
+      note: is told where a folder cannot be written.
+
+    Returns:
+      The table of `evaluation.tables.compared`.
+
+    Raises:
+      CheckpointError: a run has no usable checkpoint.
+      ConfigError: fewer than two runs, or they were not measured by the same rules on the same
+        events, with what differs; nothing has been evaluated then.
+
+    Example:
+      ```
+      mtrec_jax.compare(["runs/shop", "runs/shop-ple"], metrics=["click/auc", "buy/auc"])
+      ```
+    """
+    one_of("split", split, SPLITS)
+    named = _named(runs)
+    if len(named) < 2:
+        raise ConfigError(f"{argument('runs')} {', '.join(named)}: name two or more to compare")
+    for run in named.values():
+        _check_targets(run, split)
+    parts = {name: (run.experiment, run.prepared.manifest) for name, run in named.items()}
+    comparable({name: (protocol_of(*of), list(of[0].tasks)) for name, of in parts.items()})
+    same_events({name: judged(manifest) for name, (_, manifest) in parts.items()})
+    found = {
+        name: _kept(run, split) or evaluate_run(run, split, note)[0] for name, run in named.items()
+    }
+    return compared(found, a_list("metrics", metrics, ConfigError))
+
+
+def _named(runs: Iterable[Run | str | Path] | Mapping[str, Run | str | Path]) -> dict[str, Run]:
+    """Runs by their names, opened; by the names of their folders where none are given."""
+    if not isinstance(runs, Mapping):
+        listed = a_list("runs", runs, ConfigError)
+        folders = [r.folder if isinstance(r, Run) else a_path("runs", r) for r in listed]
+        names = [folder.name for folder in folders]
+        names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{argument('runs')} {', '.join(names)}: a run is named twice")
+        runs = dict(zip(names, listed, strict=True))
+    return {
+        name: run if isinstance(run, Run) else open_run(a_path("runs", run))
+        for name, run in runs.items()
+    }
 
 
 def _check_targets(run: Run, split: str) -> None:

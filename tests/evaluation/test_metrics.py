@@ -53,7 +53,7 @@ def test_auc_depends_on_the_order_of_scores_alone(rows: list) -> None:
     np.testing.assert_allclose(opposite, 1 - ours, atol=1e-12)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(BINARY_ROWS)
 def test_log_loss_and_accuracy_are_those_of_scikit_learn(rows: list) -> None:
     labels, probabilities, weights = _columns(rows)
@@ -100,10 +100,14 @@ def test_log_loss_of_certain_and_wrong_predictions_is_finite() -> None:
 def test_task_metrics_have_the_names_of_the_configuration(kind: str) -> None:
     shape = (4, 3) if kind == "multiclass" else (4,)
     labels = np.array([0.0, 1, 1, 0])
-    assert list(metrics.task_metrics(kind, labels, np.full(shape, 0.3))) == metrics_of(kind, ())
-    empty = metrics.task_metrics(kind, labels[:0], np.zeros((0, *shape[1:])))
+    users = np.array([7, 7, 8, 8])
+    alone = metrics.task_metrics(kind, labels, np.full(shape, 0.3))
+    assert list(alone) == metrics_of(kind, [2], users=False)
+    found = metrics.task_metrics(kind, labels, np.full(shape, 0.3), users, [2])
+    assert list(found) == metrics_of(kind, [2])
+    empty = metrics.task_metrics(kind, labels[:0], np.zeros((0, *shape[1:])), users[:0], [2])
     assert all(np.isnan(value) for value in empty.values())
-    broken = metrics.task_metrics(kind, labels, np.full(shape, np.nan))
+    broken = metrics.task_metrics(kind, labels, np.full(shape, np.nan), users, [2])
     assert all(np.isnan(value) for value in broken.values())
 
 
@@ -148,7 +152,136 @@ def test_a_metric_of_ones_own_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None
     found = metrics.task_metrics("regression", np.array([1.0, 5.0]), np.array([2.0, 8.0]))
     assert found["worst"] == 3
     experiment = load_experiment("shop", ["select.metric=stars/worst"])
-    assert selection(experiment) == ((("stars", "worst"),), False)
+    assert selection(experiment) == ((("stars", "worst"),), False, ())
+
+
+# ---- within users, precision and recall, entropy, clicks over predicted ones ----
+
+PEOPLE = np.array([3, 3, 3, 5, 5, 5, 5, 8, 8, 9])
+LABELS = np.array([1, 0, 0, 1, 1, 0, 0, 1, 1, 0])
+SCORES = np.array([0.5, 0.4, 0.9, 0.7, 0.2, 0.2, 0.1, 0.3, 0.6, 0.8])
+
+
+def test_gauc_by_hand() -> None:
+    """User 3: of two pairs one is won. User 5: of four pairs .7 wins two, .2 wins one and ties one.
+    Users 8 and 9 have one class. Weighted by rows: (3 * 1/2 + 4 * 7/8) / 7."""
+    statistic = metrics.gauc_statistic(LABELS, SCORES, PEOPLE)
+    assert statistic(np.ones(10)) == pytest.approx((3 / 2 + 4 * 7 / 8) / 7)
+    # user 3 drawn twice, user 5 never, those of one class are no matter
+    assert statistic(np.array([2, 2, 2, 0, 0, 0, 0, 9, 9, 1])) == pytest.approx(1 / 2)
+    assert np.isnan(statistic(np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])))
+
+
+@settings(deadline=None, max_examples=40)
+@given(BINARY_ROWS, st.integers(0, 2**32 - 1))
+def test_gauc_is_the_mean_of_scikit_learns_aucs(rows: list, seed: int) -> None:
+    labels, scores, _ = _columns(rows)
+    users = np.random.default_rng(seed).integers(-2, 3, len(labels))
+    parts = []
+    for user in np.unique(users):
+        own = users == user
+        if len(np.unique(labels[own])) == 2:
+            parts.append((sklearn.metrics.roc_auc_score(labels[own], scores[own]), own.sum()))
+    found = metrics.gauc_statistic(labels, scores, users)(np.ones(len(labels)))
+    if parts:
+        values, sizes = np.array(parts).T
+        assert found == pytest.approx(np.average(values, weights=sizes), abs=1e-12)
+    else:
+        assert np.isnan(found)
+
+
+def test_ndcg_of_impressions_by_hand() -> None:
+    """At 2. User 3: the click is second, 1 / log2(3) of an ideal 1. User 5: the first click is
+    first, the second ties for places two and three, of which one counts: (1 + 1/2 / log2(3)) of an
+    ideal 1 + 1 / log2(3). Users 8 and 9 have one class. Each list counts once."""
+    second = 1 / np.log2(3)
+    expected = (second + (1 + second / 2) / (1 + second)) / 2
+    statistic = metrics.list_ndcg_statistic(LABELS, SCORES, PEOPLE, 2)
+    assert statistic(np.ones(10)) == pytest.approx(expected)
+    assert statistic((PEOPLE == 3) * 5.0) == pytest.approx(second)
+    assert statistic(np.where(PEOPLE == 5, 3.0, 1.0)) == pytest.approx(
+        (second + 3 * (1 + second / 2) / (1 + second)) / 4
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(BINARY_ROWS, st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_ndcg_of_impressions_is_scikit_learns_of_each_list(rows: list, seed: int, k: int) -> None:
+    labels, scores, _ = _columns(rows)
+    users = np.random.default_rng(seed).integers(0, 4, len(labels))
+    lists = [users == user for user in np.unique(users)]
+    values = [
+        sklearn.metrics.ndcg_score(labels[own][None], scores[own][None], k=k)
+        for own in lists
+        if len(np.unique(labels[own])) == 2
+    ]
+    found = metrics.list_ndcg_statistic(labels, scores, users, k)(np.ones(len(labels)))
+    assert found == pytest.approx(np.mean(values) if values else np.nan, abs=1e-12, nan_ok=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(BINARY_ROWS)
+def test_average_precision_with_ties_and_weights_is_that_of_scikit_learn(rows: list) -> None:
+    labels, scores, weights = _columns(rows)
+    statistic = metrics.average_precision_statistic(labels, scores)
+    for weight in (np.ones(len(labels)), weights):
+        if (weight * labels).sum():
+            theirs = sklearn.metrics.average_precision_score(labels, scores, sample_weight=weight)
+            assert statistic(weight) == pytest.approx(theirs, abs=1e-12)
+        else:
+            assert np.isnan(statistic(weight))
+
+
+def test_normalised_entropy_and_copc_by_hand() -> None:
+    """One click in four: the entropy of 1/4. Predicted are 1.5 clicks."""
+    labels, probabilities = np.array([1, 0, 0, 0]), np.array([0.5, 0.5, 0.25, 0.25])
+    found = metrics.task_metrics("binary", labels, probabilities)
+    entropy = -(np.log(1 / 4) / 4 + 3 * np.log(3 / 4) / 4)
+    loss = -(np.log(1 / 2) * 2 + np.log(3 / 4) * 2) / 4
+    assert found["ne"] == pytest.approx(loss / entropy)
+    assert found["copc"] == pytest.approx(1 / 1.5)
+    theirs = 1 - sklearn.metrics.d2_log_loss_score(labels, probabilities)
+    assert found["ne"] == pytest.approx(theirs)
+    constant = metrics.task_metrics("binary", labels, np.full(4, 0.25))
+    assert constant["ne"] == pytest.approx(1)
+    assert constant["copc"] == 1
+    one_class = metrics.task_metrics("binary", np.ones(2), np.full(2, 0.5))
+    assert np.isnan(one_class["ne"])
+    assert one_class["copc"] == 2
+
+
+def test_a_reliability_diagram_by_hand() -> None:
+    """Two bins: .1, .2, .2 with one click, .6 and .8 with one; its gaps are the calibration error.
+
+    Places 0, 1-2, 3, 4 of 5: their middles, doubled, 0, 3, 6, 8, make bins 0, 0, 1, 1 of 2.
+    """
+    labels, probabilities = np.array([0, 1, 0, 1, 0]), np.array([0.1, 0.2, 0.2, 0.6, 0.8])
+    low, high = metrics.reliability(labels, probabilities, 2)
+    assert low == pytest.approx({"predicted": 0.5 / 3, "observed": 1 / 3, "targets": 3})
+    assert high == pytest.approx({"predicted": 0.7, "observed": 0.5, "targets": 2})
+    gaps = [abs(b["predicted"] - b["observed"]) * b["targets"] / 5 for b in (low, high)]
+    assert sum(gaps) == pytest.approx(_calibration_error(labels, probabilities, 2))
+    assert metrics.reliability(labels[:0], probabilities[:0]) == []
+
+
+@pytest.mark.parametrize("name", [*metrics_of("binary", [2]), "rmse", "mae"])
+def test_rows_of_a_statistic_are_its_derivatives(name: str) -> None:
+    """n times the change of the value with the weight of each row, by central differences."""
+    generator = np.random.default_rng(1)
+    labels = generator.integers(0, 2, 30)
+    predictions = np.round(np.clip(generator.random(30) + labels / 5, 0.05, 0.95), 1)  # with ties
+    users = generator.integers(0, 6, 30)
+    found = metrics.task_statistics("binary", labels, predictions, users, [2])
+    found |= metrics.task_statistics("regression", 3.0 * labels, predictions)
+    statistic, ones = found[name], np.ones(30)
+    if name == "calibration_error":
+        assert not isinstance(statistic, metrics.Linear), "it has a kink where a gap is 0"
+        return
+    assert isinstance(statistic, metrics.Linear)
+    step = 1e-6 * np.eye(30)
+    slopes = [(statistic(ones + s) - statistic(ones - s)) / 2e-6 for s in step]
+    np.testing.assert_allclose(statistic.rows(), statistic(ones) + 30 * np.array(slopes), atol=1e-6)
+    assert statistic.rows().mean() == pytest.approx(statistic(ones))
 
 
 def test_errors_say_what_is_wrong() -> None:

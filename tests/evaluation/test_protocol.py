@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from scipy import stats
 
 from mtrec_jax.config import Experiment, Published
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.evaluation.protocol import Protocol, check_same, protocol_of
-from mtrec_jax.evaluation.tables import print_evaluation, print_side_by_side, side_by_side
+from mtrec_jax.evaluation.tables import compared, print_compared, print_evaluation
 
 RULES = Protocol(
     data="random split (0.1 validation, 0.1 test, seed 0), 7 users, 5 items, 99 events",
@@ -150,6 +153,7 @@ def evaluation_of(**values: Any) -> Evaluation:
         "split": "validation",
         "protocol": rules,
         "fingerprint": "0",
+        "judged": "1",
         "tasks": {"next": {"ndcg@3": 0.5}, "like": {"auc": 0.7}, "stars": {"rmse": 0.9}},
         "targets": {"next": 9, "like": 8, "stars": 7},
         "intervals": {"like": {"auc": (0.65, 0.75)}},
@@ -157,42 +161,86 @@ def evaluation_of(**values: Any) -> Evaluation:
     return Evaluation(**base | values)
 
 
-def test_models_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    one = evaluation_of()
+def users_of(**columns: list[float]) -> pa.Table:
+    """Sums of three users, in the order of nobody."""
+    found = {name.replace("__", "/").replace("_at", "@"): v for name, v in columns.items()}
+    targets = {"like targets": [2, 1, 1], "next targets": [1, 0, 1]}
+    return pa.table({"user": ["b", "c", "a"], **targets, **found})
+
+
+def test_models_beside_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """Likes: users a, b, c add 1, 2, .5 to the log loss of the first model and 1, .4, .7 to that of
+    the other, of 1, 2 and 1 rows: a difference of -1.4 / 4, from -.35 of each row 0 + .35, -1.6 +
+    .7, .2 + .35 are left, over 4."""
+    one = evaluation_of(
+        tasks={"next": {"ndcg@3": 0.5}, "like": {"log_loss": 3.5 / 4, "calibration_error": 0.1}},
+        users=users_of(next__ndcg_at3=[1.0, 0.0, 0.0], like__log_loss=[2.0, 0.5, 1.0]),
+    )
     other = evaluation_of(
         fingerprint="1",  # other features, and the tasks in another order
         protocol=replace(RULES, targets=("like: binary, rating >= 4", "next: retrieval")),
-        tasks={"like": {"auc": np.nan}, "next": {"ndcg@3": 0.25}},
+        tasks={
+            "like": {"log_loss": 2.1 / 4, "calibration_error": 0.05, "auc": 0.7},
+            "next": {"ndcg@3": np.nan},
+        },
         targets={"next": 9, "like": 8},
-        intervals={"like": {"auc": (np.nan, np.nan)}},
+        users=users_of(next__ndcg_at3=[np.nan] * 3, like__log_loss=[0.4, 0.7, 1.0]).take([2, 0, 1]),
     )
-    both = {"all": one, "two": other}
-    assert list(side_by_side(both)) == [
-        {"task": "next", "metric": "ndcg@3", "better": "higher"}
-        | {"all": 0.5, "all low": None, "all high": None}
-        | {"two": 0.25, "two low": None, "two high": None},
-        {"task": "like", "metric": "auc", "better": "higher"}
-        | {"all": 0.7, "all low": 0.65, "all high": 0.75}
-        | {"two": None, "two low": None, "two high": None},
-    ]
-    print_side_by_side(both)
+    result = compared({"all": one, "two": other})
+    ndcg, loss, error = result
+    assert ndcg == {"task": "next", "metric": "ndcg@3", "better": "higher", "users": 2} | {
+        "all": 0.5, "two": None, "two difference": None, "two low": None, "two high": None,
+        "two p": None,
+    }  # fmt: skip
+    left = np.array([0.35, -0.9, 0.55]) / 4
+    spread = (3 / 2 * (left**2).sum()) ** 0.5
+    t = 0.35 / spread
+    assert loss["two difference"] == pytest.approx(-0.35)
+    assert loss["two p"] == pytest.approx(2 * stats.t.sf(t, 2)), "one test alone is not corrected"
+    assert loss["two high"] - loss["two low"] == pytest.approx(2 * stats.t.ppf(0.975, 2) * spread)
+    assert (loss["better"], loss["users"]) == ("lower", 3)
+    assert error["two difference"] == pytest.approx(-0.05)
+    assert error["two p"] is None, "it has no sums"
+    twice = compared({"all": one, "two": other, "again": other}, ["like/log_loss"])
+    assert twice["again p"] == pytest.approx([min(2 * loss["two p"], 1)])
+    assert len(twice) == 1
+    print_compared(result, "validation")
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["next", "ndcg@3", "↑", "0.5000", "0.2500"] in shown
-    assert ["like", "auc", "↑", "0.7000", "(0.650-0.750)"] in shown
+    assert ["next", "ndcg@3", "↑", "0.5000"] in shown
+    assert ["like", "calibration_error", "↓", "0.1000", "0.0500", "-0.0500"] in shown
+    with pytest.raises(ConfigError, match=r"like/acc: the models share .*like/log_loss"):
+        compared({"all": one, "two": other}, ["like/acc"])
+
+
+def test_models_measured_otherwise_are_refused() -> None:
+    one = evaluation_of()
     alone = evaluation_of(
         protocol=replace(RULES, task="", items=0, ks=(), targets=("stars: regression, rating",)),
         tasks={"stars": {"rmse": 0.8}},
         targets={"stars": 7},
         intervals={},
     )
-    assert side_by_side({"all": one, "alone": alone})["better"] == ["lower"]
-    wrong: list[tuple[Any, str]] = [
-        (evaluation_of(split="test"), "split differ"),
-        (evaluation_of(targets={"next": 9, "like": 8, "stars": 6}), "targets differ"),
+    assert compared({"all": one, "alone": alone})["better"] == ["lower"]
+    wrong: list[tuple[Evaluation, str]] = [
+        (evaluation_of(split="test"), "on different split: .*'wrong': 'test'"),
+        (evaluation_of(judged="2"), r"different events, .* \(one: 1, wrong: 2\)"),
+        (evaluation_of(targets={"next": 9, "like": 8, "stars": 6}), "on different targets"),
         (evaluation_of(protocol=replace(one.protocol, ks=(3,))), r"ks: \(3, 10\) and \(3,\)"),
         (evaluation_of(tasks={}), "one, wrong have no task in common"),
-        ((one, 0), r"evaluations\['wrong'\]: .* tuple, not a Evaluation; pass {name: the first"),
     ]
     for evaluation, message in wrong:
         with pytest.raises(ConfigError, match=message):
-            side_by_side({"one": one, "wrong": evaluation})
+            compared({"one": one, "wrong": evaluation})
+    sums = {"like__auc": [1.0, 1.0, 1.0]}
+    moved = users_of(**sums).set_column(1, "like targets", pa.array([1, 1, 2]))
+    pair = {"one": evaluation_of(users=users_of(**sums)), "moved": evaluation_of(users=moved)}
+    with pytest.raises(ConfigError, match="not measured on the same targets of like"):
+        compared(pair)
+
+
+def test_an_evaluation_survives_its_file() -> None:
+    made = evaluation_of(tasks={"next": {"ndcg@3": np.nan}, "like": {"auc": 0.5}})
+    stored = json.loads(json.dumps(made.to_dict() | {"test_looks": 3}))
+    found = Evaluation.from_dict(stored)
+    assert np.isnan(found.tasks["next"].pop("ndcg@3"))
+    assert found == replace(made, tasks={"next": {}, "like": {"auc": 0.5}})

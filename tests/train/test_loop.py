@@ -272,6 +272,11 @@ def test_the_mean_of_several_tasks_chooses_and_what_is_undefined_judges_nothing(
     run = train(experiment, shop_prepared, tmp_path / "run", show_progress=False)
     assert len(list(values)) == 1
     assert load_best(run)[2] == 6
+    own = [r for r in without_timings(run.folder) if r["split"] == "best"]
+    assert [(r["task"], r["metric"], r["step"], r["value"]) for r in own] == [
+        ("click", "auc", 8, 0.9),
+        ("buy", "auc", 2, 0.9),
+    ]
     assert open_run(run.folder).experiment == experiment
 
 
