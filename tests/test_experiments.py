@@ -368,7 +368,7 @@ def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
         ("model.towers", {"experts": 0}, "model.towers.experts: must be 1 or more, not 0"),
         ("model.towers", {"expert_hidden": []}, "towers.expert_hidden: at least 1 needed, not []"),
         ("model.towers", {"expert_hidden": [8, 0]}, "towers.expert_hidden.1: must be 1 or more"),
-        ("model.towers", {"levels": 3}, "model.towers.levels: unknown key. Known here: kind,"),
+        ("model.towers", {"depth": 3}, "model.towers.depth: unknown key. Known here: kind,"),
         ("train.balance", "pcgard", "train.balance: 'pcgard' is not one of 'static', 'uncertaint"),
         ("model.fusion_objective", {"like": -1.0}, "fusion_objective.like: must be 0 or more, not"),
         ("split.validation", 1.0, "split.validation: must be below 1, not 1.0"),

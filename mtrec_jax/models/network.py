@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtrec_jax.config import Model as ModelConfig
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.attention import LastSearch, TargetAttention
 from mtrec_jax.models.encoders import EncoderSizes
 from mtrec_jax.models.fusion import AttentionFusion
@@ -66,6 +67,12 @@ class Network(nnx.Module):
         sizes = sizes._replace(inputs=self.interaction.outputs)
         self.towers = config.towers.make(sizes, dtype=dtype, rngs=rngs)
         hidden = _hidden_sizes(self.towers, sizes, dtype)
+        if config.members > 1 and hasattr(self.towers, "loss_inputs") and self.towers.loss_inputs:
+            raise ConfigError(
+                f"model.members: {config.members}, but the losses of model.towers.kind = "
+                f"'{config.towers.kind}' read more than the logits that members change; set "
+                "members = 1, or take other towers"
+            )
         own = config.members, sizes.inputs, hidden, inputs.tasks
         self.members = Members(*own, dtype=dtype, rngs=rngs) if config.members > 1 else None
         if config.fusion == "attention":

@@ -48,7 +48,7 @@ def make_objective(
       abstract: the layers without values, for what does not depend on any.
     """
     towers = getattr(abstract, "towers", None)
-    brings = getattr(towers, "losses", None)
+    brings, asked = getattr(towers, "losses", None), getattr(towers, "loss_inputs", ())
     names = (*experiment.tasks, *getattr(towers, "extra_losses", ()))
     fusion = _make_fusion(experiment, inputs, network)
 
@@ -59,6 +59,7 @@ def make_objective(
                 n: jnp.zeros((*batch.weight.shape, *([t.outputs] * (t.outputs > 1))))
                 for n, t in inputs.tasks.items()
             }
+            zeros |= {n: jnp.zeros(batch.weight.shape) for n in asked}
             own = brings(zeros, *_labels(batch))
             found |= {n: batch.weight * counts for n, (_, counts) in own.items()}
         totals = {name: jnp.sum(found[name]) for name in names}
@@ -84,7 +85,8 @@ def make_objective(
         def of_towers(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
             sums = of_tasks(inputs.tasks, logits)
             if brings is not None:
-                own = layers.towers.losses(logits, *_labels(batch))
+                found = logits | {n: outputs.diagnostics[n] for n in asked}
+                own = layers.towers.losses(found, *_labels(batch))
                 sums |= {n: jnp.sum(v * counts * batch.weight) for n, (v, counts) in own.items()}
             return sums
 

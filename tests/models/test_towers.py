@@ -1,4 +1,4 @@
-"""Shared-bottom, MMoE, PLE and ESMM: the wiring of the papers, on cases worked out by hand."""
+"""Towers: the wiring and the losses of the papers, on cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from flax import nnx
 
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.towers import TOWERS, TowerInput, TowerSizes, TowerTask
+from mtrec_jax.models.towers.aitm import AITM, AITMTowers, Transfer
+from mtrec_jax.models.towers.escm2 import ESCM2, ESCM2Towers, doubly_robust, inverse_propensity
 from mtrec_jax.models.towers.esmm import ESMM, ESMMTowers, product_cross_entropy
+from mtrec_jax.models.towers.home import ExpertSet, FeatureGate, HoME, HoMETowers
 from mtrec_jax.models.towers.mmoe import MMoE, MMoETowers
 from mtrec_jax.models.towers.ple import PLE, PLETowers
 from mtrec_jax.models.towers.shared_bottom import SharedBottom, SharedBottomTowers
+from mtrec_jax.models.towers.single_task import SingleTask
 
 N, INPUTS, TASKS, SHARED, OWN, HIDDEN = 7, 5, 3, 2, 2, (4, 3)
 NAMES = ("click", "stars", "buy")
@@ -61,6 +65,10 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)
 
 
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
 def _experts(experts: Any, x: np.ndarray) -> list[np.ndarray]:
     found = []
     for mlp, norm in zip(experts.mlps, experts.norms, strict=True):
@@ -91,8 +99,10 @@ def _moved(towers: Any, change: Callable[[], None]) -> np.ndarray:
     return np.abs(_run(towers)[0] - before).max(axis=(1, 2))
 
 
-def _ple() -> PLETowers:
-    options = PLE(experts=SHARED, task_experts=OWN, expert_hidden=HIDDEN, tower_hidden=())
+def _ple(levels: int = 2) -> PLETowers:
+    options = PLE(
+        levels=levels, experts=SHARED, task_experts=OWN, expert_hidden=HIDDEN, tower_hidden=()
+    )
     return options.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
@@ -140,61 +150,99 @@ def test_mmoe_gates_known_by_hand() -> None:
     np.testing.assert_allclose(hidden, mixtures, atol=1e-5)
 
 
-def test_ple_equals_the_two_levels_written_out() -> None:
-    towers = _ple()
+def _ple_by_hand(
+    towers: PLETowers, x: np.ndarray
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Tang et al. 2020, equations 3 to 6: task k mixes S^k = [own experts, shared experts] by a
+    softmax of what the level's own experts are given; the shared gate mixes those of *every* task
+    and the shared ones, on every level but the last."""
+    inputs, shared_input, found = [x] * TASKS, x, {}
+    for number, level in enumerate(towers.levels, 1):
+        end = "" if number == 1 else f"_{number}"
+        shared = _experts(level.shared, shared_input)
+        own = [_experts(level.own[t], inputs[t]) for t in range(TASKS)]
+        gates = [_softmax(_linear(level.gates[t], inputs[t])) for t in range(TASKS)]
+        found[f"gates{end}"] = np.stack(gates, axis=1)
+        inputs = [_mix(gates[t], own[t] + shared) for t in range(TASKS)]
+        if number < len(towers.levels):
+            gate = _softmax(_linear(level.gate_shared, shared_input))
+            assert gate.shape == (N, TASKS * OWN + SHARED)
+            found[f"gate_shared{end}"] = gate
+            shared_input = _mix(gate, own[0] + own[1] + own[2] + shared)
+    return inputs, found
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_ple_equals_its_levels_written_out(levels: int) -> None:
+    towers = _ple(levels)
     hidden, gates = _run(towers)
-    shared, own = _experts(towers.shared_1, X), _experts(towers.own_1, X)
-    everyone = own + shared
-    shared_gate = _softmax(_linear(towers.gate_shared_1, X))
-    assert shared_gate.shape == (N, TASKS * OWN + SHARED)
-    np.testing.assert_allclose(gates["gate_shared"], shared_gate, atol=1e-6)
-    shared_2 = _experts(towers.shared_2, _mix(shared_gate, everyone))
-    gate_1 = _softmax(_linear(towers.gate_tasks_1, X).reshape(N, TASKS, OWN + SHARED))
-    np.testing.assert_allclose(gates["gates"], gate_1, atol=1e-6)
-    for t in range(TASKS):
-        mixture = _mix(gate_1[:, t], own[t * OWN : (t + 1) * OWN] + shared)
-        gate_2 = _softmax(_linear(towers.gate_2[t], mixture))
-        np.testing.assert_allclose(gates["gates_2"][:, t], gate_2, atol=1e-5)
-        expected = _mix(gate_2, _experts(towers.own_2[t], mixture) + shared_2)
-        np.testing.assert_allclose(hidden[t], expected, atol=1e-5)
+    expected, by_hand = _ple_by_hand(towers, X)
+    assert gates.keys() == by_hand.keys()
+    for name in gates:
+        np.testing.assert_allclose(gates[name], by_hand[name], atol=1e-5)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
 
 
-def _second_level_reads_only(towers: PLETowers, part: str) -> None:
-    """Close the second level's gates to the task's own or to the shared experts."""
+def _last_level_reads_only(towers: PLETowers, part: str) -> None:
+    """Close the last level's gates to the task's own or to the shared experts."""
     closed = slice(0, OWN) if part == "shared" else slice(OWN, None)
-    for gate in towers.gate_2:
+    for gate in towers.levels[-1].gates:
         gate.kernel[...] = jnp.zeros_like(gate.kernel[...])
         gate.bias[...] = jnp.zeros(OWN + SHARED).at[closed].set(-1e9)
 
 
 def test_ple_task_mixture_sees_own_and_shared_experts_only() -> None:
     towers = _ple()
-    _second_level_reads_only(towers, "own")
+    _last_level_reads_only(towers, "own")
+    first = towers.levels[0]
     for t in range(TASKS):
         for e in range(OWN):
-            moved = _moved(towers, lambda e=t * OWN + e: _disturb(towers.own_1, e))  # type: ignore[misc]
+            moved = _moved(towers, lambda t=t, e=e: _disturb(first.own[t], e))  # type: ignore[misc]
             assert moved[t] > 1e-3
             assert (np.delete(moved, t) == 0).all()
     for e in range(SHARED):
-        assert (_moved(towers, lambda e=e: _disturb(towers.shared_1, e)) > 1e-3).all()  # type: ignore[misc]
+        assert (_moved(towers, lambda e=e: _disturb(first.shared, e)) > 1e-3).all()  # type: ignore[misc]
 
 
 def test_ple_shared_mixture_sees_every_expert() -> None:
     towers = _ple()
-    _second_level_reads_only(towers, "shared")
-    for experts, count in ((towers.own_1, TASKS * OWN), (towers.shared_1, SHARED)):
-        for e in range(count):
+    _last_level_reads_only(towers, "shared")
+    first = towers.levels[0]
+    for experts in (*first.own, first.shared):
+        for e in range(len(experts.mlps)):
             moved = _moved(towers, lambda experts=experts, e=e: _disturb(experts, e))  # type: ignore[misc]
             assert (moved > 1e-3).all()
 
 
-def test_ple_second_level_keeps_the_tasks_apart() -> None:
+def test_ple_last_level_keeps_the_tasks_apart() -> None:
     towers = _ple()
+    last = towers.levels[-1]
     for t in range(TASKS):
-        moved = _moved(towers, lambda t=t: _disturb(towers.own_2[t], 0))  # type: ignore[misc]
+        moved = _moved(towers, lambda t=t: _disturb(last.own[t], 0))  # type: ignore[misc]
         assert moved[t] > 1e-3
         assert (np.delete(moved, t) == 0).all()
-    assert (_moved(towers, lambda: _disturb(towers.shared_2, 0)) > 1e-3).all()
+    assert (_moved(towers, lambda: _disturb(last.shared, 0)) > 1e-3).all()
+
+
+def test_single_task_shares_nothing() -> None:
+    """Each task: dense, silu, dense, silu of its own on x; changing one moves that task alone."""
+    options = SingleTask(expert_hidden=(4,), tower_hidden=(3,))
+    towers = options.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+    hidden, gates = _run(towers)
+    assert gates == {}
+    for t in range(TASKS):
+        expected = X
+        for layer in towers.heads.towers[t].layers:
+            expected = _silu(_linear(layer, expected))
+        np.testing.assert_allclose(hidden[t], expected, atol=1e-6)
+        layer = towers.heads.towers[t].layers[0]
+
+        def change(layer: Any = layer) -> None:
+            layer.bias[...] = layer.bias[...] + 1
+
+        moved = _moved(towers, change)
+        assert moved[t] > 1e-3
+        assert (np.delete(moved, t) == 0).all()
 
 
 def test_heads_are_a_tower_and_a_linear_layer_a_task() -> None:
@@ -240,10 +288,14 @@ def _logit(p: float) -> float:
 
 
 def _losses(
-    towers: ESMMTowers, probabilities: dict[str, list[float]], **rows: list[tuple[int, int]]
+    towers: Any,
+    probabilities: dict[str, list[float]],
+    beside: dict[str, jax.Array] | None = None,
+    **rows: list[tuple[int, int]],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`rows` holds (label, mask) of each task at each impression."""
+    """`rows` holds (label, mask) of each task at each impression, `beside` further inputs."""
     logits = {t: jnp.array([_logit(p) for p in ps]) for t, ps in probabilities.items()}
+    logits |= beside or {}
     labels, mask = (
         {t: jnp.array([float(pair[i]) for pair in of]) for t, of in rows.items()} for i in (0, 1)
     )
@@ -352,3 +404,353 @@ def test_esmm_learns_where_it_is_confidently_wrong() -> None:
 
     slopes = jax.grad(loss, argnums=(0, 1))(jnp.full(1, 20.0), jnp.full(1, 20.0))
     np.testing.assert_allclose(np.concatenate(slopes), [0.5, 0.5], rtol=1e-5)
+
+
+# --- ESCM², Wang et al. 2022: "Entire Space Counterfactual Multi-Task Model"
+
+
+def _escm2(**options: Any) -> ESCM2Towers:
+    return ESCM2(expert_hidden=(4,), tower_hidden=(), **options).make(
+        SIZES, dtype=FLOAT, rngs=nnx.Rngs(0)
+    )
+
+
+CLICKS = {"click": [(1, 1), (1, 1), (0, 1), (1, 1), (0, 0)]}  # label, known
+ROWS = CLICKS | {"buy": [(1, 1), (0, 1), (0, 0), (0, 0), (0, 0)], "stars": [(0, 0)] * 5}
+PROBABILITIES = {
+    "click": [0.5, 0.02, 0.25, 0.5, 0.5],
+    "buy": [0.8, 0.75, 0.4, 0.5, 0.5],
+    "stars": [0.5] * 5,
+}
+COUNTS = [1, 1, 1, 0, 0]  # not where no click is known, nor a click whose purchase is not
+
+
+def test_escm2_weighs_clicks_by_their_propensity() -> None:
+    """R_IPS = 1/|D| sum of o e(r, r^) / o^, over all impressions.
+
+    p(click) = .5, .02, .25, the second raised to .1. Bought, r^ = .8: -log .8 / .5; not bought,
+    r^ = .75: -log .25 / .1; not clicked: 0, and counted.
+    """
+    towers = _escm2(estimator="ipw", global_weight=0, least_propensity=0.1)
+    found = _losses(towers, PROBABILITIES, **ROWS)
+    assert found.keys() == {"buy"}
+    value, counts = found["buy"]
+    np.testing.assert_array_equal(counts, COUNTS)
+    np.testing.assert_allclose(value[:3], [-2 * np.log(0.8), -10 * np.log(0.25), 0], rtol=1e-5)
+
+
+def test_escm2_adds_the_risk_of_both_with_its_weight() -> None:
+    """L = lambda_c R_CVR + lambda_g R_CTCVR: -log(.5 .8), -log(1 - .02 .75), -log(1 - .25 .4)."""
+    plain = _losses(_escm2(global_weight=0), PROBABILITIES, **ROWS)["buy"][0]
+    half = _escm2(global_weight=0.5, counterfactual_weight=3)
+    both = _losses(half, PROBABILITIES, **ROWS)["buy"][0]
+    whole = -np.log([0.4, 1 - 0.015, 0.9])
+    np.testing.assert_allclose(both[:3] - 3 * plain[:3], 0.5 * whole, rtol=1e-4)
+
+
+def test_escm2_corrects_an_imputed_error_where_the_label_is_seen() -> None:
+    """R_DR = 1/|D| sum of e^ + o (e - e^) / o^ + o (e - e^)^2 / o^.
+
+    e = -log .8 = .2231 with weight 2, and -log .25 = 1.3863 with weight 10; e^ = .1, 1, .3.
+    First: .1 + 2 (.1231) + 2 (.1231)^2 = .3766. Second: 1 + 10 (.3863) + 10 (.3863)^2 = 6.355.
+    Not clicked: .3.
+    """
+    towers = _escm2(estimator="dr", global_weight=0, least_propensity=0.1)
+    imputed = {"imputed/buy": jnp.array([0.1, 1.0, 0.3, 0.0, 0.0])}
+    value, counts = _losses(towers, PROBABILITIES, imputed, **ROWS)["buy"]
+    np.testing.assert_array_equal(counts, COUNTS)
+    np.testing.assert_allclose(value[:3], [0.37661, 6.35517, 0.3], rtol=1e-4)
+
+
+def test_escm2_estimators_are_the_risk_over_everything_in_expectation() -> None:
+    """Labels are seen with probability p: the mean of both cases is e itself, for `ipw` with right
+    propensities, for `dr` with either right; both wrong, it is not."""
+    error, right, wrong = np.array([0.7]), np.array([0.7]), np.array([0.2])
+
+    def expected(estimate: Callable[[Any], Any], p: float, assumed: float) -> float:
+        return float(p * estimate(np.array([1 / assumed])) + (1 - p) * estimate(np.zeros(1)))
+
+    def ipw(w: np.ndarray) -> np.ndarray:
+        return np.asarray(inverse_propensity(jnp.array(error), jnp.array(w)))
+
+    def dr(imputed: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        def estimate(w: np.ndarray) -> np.ndarray:  # without what teaches the imputation
+            found = doubly_robust(jnp.array(error), jnp.array(imputed), jnp.array(w))
+            return np.asarray(found) - w * (error - imputed) ** 2
+
+        return estimate
+
+    assert expected(ipw, 0.2, 0.2) == pytest.approx(0.7)
+    assert expected(ipw, 0.2, 0.4) == pytest.approx(0.35)
+    assert expected(dr(wrong), 0.2, 0.2) == pytest.approx(0.7)
+    assert expected(dr(right), 0.2, 0.4) == pytest.approx(0.7)
+    assert expected(dr(wrong), 0.2, 0.4) == pytest.approx(0.2 + 0.5 * 0.5)
+
+
+@pytest.mark.parametrize("estimator", ["ipw", "dr"])
+def test_escm2_takes_its_propensity_as_a_constant(estimator: Any) -> None:
+    """By hand, clicked and bought at logits 0: e = log 2, w = 2. No slope to the click; to the
+    purchase -2 (1/2) = -1 with `ipw`; with `dr` and e^ = log 2 - 1/4 in addition
+    2 (2) (1/4) (-1/2) = -1/2, and to e^ itself 1 - 2 - 2 (2) (1/4) = -2."""
+    towers = _escm2(estimator=estimator, global_weight=0)
+
+    def total(logits: dict[str, jax.Array]) -> jax.Array:
+        one = {"click": jnp.ones(1), "buy": jnp.ones(1)}
+        value, counts = towers.losses(logits, one, one)["buy"]
+        return jnp.sum(value * counts)
+
+    given = {"click": jnp.zeros(1), "buy": jnp.zeros(1)}
+    if estimator == "dr":
+        given["imputed/buy"] = jnp.full(1, np.log(2) - 0.25)
+    slopes = jax.grad(total)(given)
+    expected = {"ipw": (0, -1), "dr": (0, -1.5)}[estimator]
+    np.testing.assert_allclose([slopes["click"][0], slopes["buy"][0]], expected, rtol=1e-5)
+    if estimator == "dr":
+        np.testing.assert_allclose(slopes["imputed/buy"], [-2], rtol=1e-5)
+
+
+def test_escm2_of_three_steps_is_seen_after_both() -> None:
+    """The propensity of the purchase is p(click) p(cart | click) = .5 .4, hence e / .2."""
+    sizes = SIZES._replace(
+        tasks={
+            "buy": TowerTask("binary", where="cart"),
+            "cart": TowerTask("binary", where="click"),
+            "click": TowerTask("binary"),
+        }
+    )
+    options = ESCM2(expert_hidden=(4,), global_weight=0)
+    towers = options.make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
+    found = _losses(
+        towers,
+        {"click": [0.5] * 3, "cart": [0.4] * 3, "buy": [0.3] * 3},
+        click=[(1, 1), (1, 1), (0, 1)],
+        cart=[(1, 1), (0, 1), (0, 0)],
+        buy=[(1, 1), (0, 0), (0, 0)],
+    )
+    np.testing.assert_allclose(found["cart"][0], [-2 * np.log(0.4), -2 * np.log(0.6), 0], rtol=1e-5)
+    np.testing.assert_allclose(found["buy"][0], [-5 * np.log(0.3), 0, 0], rtol=1e-5)
+    np.testing.assert_array_equal(found["buy"][1], [1, 1, 1])
+
+
+def test_escm2_shows_propensities_and_imputed_errors() -> None:
+    towers = _escm2(estimator="dr", least_propensity=0.4)
+    found = _call(*nnx.split(towers), X)
+    click = 1 / (1 + np.exp(-np.asarray(found.logits["click"])))
+    assert (click < 0.4).any()
+    np.testing.assert_allclose(
+        found.diagnostics["propensity/buy"], np.maximum(click, 0.4), rtol=1e-5
+    )
+    place = towers.heads.names.index("imputed/buy")
+    hidden = _silu(_linear(towers.heads.towers[place].layers[0], X))
+    raw = _linear(towers.heads.heads[place], hidden)[:, 0]
+    np.testing.assert_allclose(found.diagnostics["imputed/buy"], np.log1p(np.exp(raw)), rtol=1e-4)
+    assert found.logits.keys() == found.hidden.keys() == set(NAMES)
+
+
+# --- AITM, Xi et al. 2021: "Modeling the Sequence Dependence among Audience Multi-step Conversions"
+
+
+def _aitm(**tasks: TowerTask) -> AITMTowers:
+    sizes = SIZES._replace(tasks=tasks or SIZES.tasks)
+    options = AITM(expert_hidden=HIDDEN, tower_hidden=(), calibrator_weight=0.5)
+    return options.make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
+
+
+def test_aitm_transfer_known_by_hand() -> None:
+    """h1 = h2 = h3 = identity, p = 0 (a silu of 0), q = (a, a) with q . q / sqrt 2 = log 3: the
+    softmax of (0, log 3) is (1/4, 3/4), and z = 3/4 q."""
+    transfer = Transfer(2, dtype=FLOAT, rngs=nnx.Rngs(0))
+    for layer in (transfer.value, transfer.key, transfer.query):
+        layer.kernel[...] = jnp.eye(2)
+    transfer.passed.layers[0].kernel[...] = jnp.zeros((2, 2))
+    a = (np.log(3) / np.sqrt(2)) ** 0.5
+    z, weights = transfer(jnp.array([[5.0, -7.0]]), jnp.full((1, 2), a))
+    np.testing.assert_allclose(weights, [[0.25, 0.75]], rtol=1e-5)
+    np.testing.assert_allclose(z, [[0.75 * a, 0.75 * a]], rtol=1e-5)
+
+
+def test_aitm_passes_on_along_the_funnel() -> None:
+    """z_click = q_click; z_t = AIT(g(z_(t-1)), q_t), here click -> cart -> buy, declared in another
+    order; a task outside of the funnel keeps its q."""
+    towers = _aitm(
+        buy=TowerTask("binary", where="cart"),
+        stars=TowerTask("regression", where="click"),
+        click=TowerTask("binary"),
+        cart=TowerTask("binary", where="click"),
+    )
+    found = _call(*nnx.split(towers), X)
+    z = {}
+    for name, network in zip(towers.tasks, towers.networks, strict=True):
+        z[name] = X
+        for layer in network.layers:
+            z[name] = _silu(_linear(layer, z[name]))
+    transfers = dict(zip(("buy", "cart"), towers.transfers, strict=True))
+    attention = {}
+    for name, earlier in (("cart", "click"), ("buy", "cart")):
+        transfer = transfers[name]
+        passed = _silu(_linear(transfer.passed.layers[0], z[earlier]))
+        both = np.stack([passed, z[name]], axis=1)
+        agree = (_linear(transfer.key, both) * _linear(transfer.query, both)).sum(axis=-1)
+        attention[name] = _softmax(agree / np.sqrt(HIDDEN[-1]))
+        z[name] = (attention[name][:, :, None] * _linear(transfer.value, both)).sum(axis=1)
+    for name, expected in z.items():
+        np.testing.assert_allclose(found.hidden[name], expected, atol=1e-5)
+    looks = found.diagnostics["attention"]
+    np.testing.assert_allclose(looks[:, 0], attention["buy"], atol=1e-5)
+    np.testing.assert_allclose(looks[:, 1], attention["cart"], atol=1e-5)
+
+
+def test_aitm_predicts_the_conditional_probability_of_a_task_with_where() -> None:
+    """The head says p(buy) and p(click) over all impressions; the task's logit is that of p(buy) /
+    p(click), which the calibrator keeps below 1."""
+    towers = _aitm()
+    found = _call(*nnx.split(towers), X)
+    head = towers.heads.heads[2]
+    marginal = _linear(head, np.asarray(found.hidden["buy"]))[:, 0]
+    np.testing.assert_allclose(found.diagnostics["marginal/buy"], marginal, atol=1e-5)
+    both, click = (1 / (1 + np.exp(-x)) for x in (marginal, np.asarray(found.logits["click"])))
+    read = 1 / (1 + np.exp(-np.asarray(found.logits["buy"], np.float64)))
+    assert (both < click).any()
+    assert (both > click).any()
+    np.testing.assert_allclose(read, np.minimum(both / click, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_aitm_learns_every_step_over_all_impressions_and_in_order() -> None:
+    """Equations 6 to 8: cross-entropy of p(t) with y_t over all impressions, and
+    alpha max(p(t) - p(t-1), 0) summed over the steps, here 1/2 (.7 - .4) and 0.
+
+    Bought: -log .7; clicked and not bought: -log(1 - .2); not clicked: -log(1 - .1)."""
+    towers = _aitm()
+    marginal = jnp.array([_logit(p) for p in (0.7, 0.2, 0.1, 0.5)])
+    found = _losses(
+        towers,
+        {"click": [0.4, 0.6, 0.1, 0.1], "buy": [0.5] * 4, "stars": [0.5] * 4},
+        {"marginal/buy": marginal},
+        click=[(1, 1), (1, 1), (0, 1), (0, 0)],
+        buy=[(1, 1), (0, 1), (0, 0), (0, 0)],
+        stars=[(0, 0)] * 4,
+    )
+    assert found.keys() == {"buy", "calibrator"}
+    assert towers.extra_losses == ("calibrator",)
+    assert towers.loss_inputs == ("marginal/buy",)
+    value, counts = found["buy"]
+    np.testing.assert_array_equal(counts, [1, 1, 1, 0])
+    np.testing.assert_allclose(value[:3], -np.log([0.7, 0.8, 0.9]), rtol=1e-5)
+    value, counts = found["calibrator"]
+    np.testing.assert_array_equal(counts, [1, 1, 1, 0])
+    np.testing.assert_allclose(value[:3], [0.15, 0, 0], atol=1e-6)
+
+
+def test_aitm_without_where_follows_the_declared_order() -> None:
+    """Labels are about all impressions already: the tasks keep their own losses and logits.
+    1/2 (max(.5 - .3, 0) + max(.6 - .5, 0)) = .15, and 1/2 (.1) where the order holds once."""
+    towers = _aitm(view=TowerTask("binary"), stay=TowerTask("binary"), share=TowerTask("binary"))
+    found = _losses(
+        towers,
+        {"view": [0.3, 0.9], "stay": [0.5, 0.2], "share": [0.6, 0.3]},
+        **{task: [(1, 1), (0, 1)] for task in ("view", "stay", "share")},
+    )
+    assert found.keys() == {"calibrator"}
+    np.testing.assert_allclose(found["calibrator"][0], [0.15, 0.05], rtol=1e-5)
+    assert list(_call(*nnx.split(towers), X).diagnostics) == ["attention"]
+
+
+def test_aitm_asks_for_two_steps() -> None:
+    with pytest.raises(ConfigError, match="two binary tasks"):
+        _aitm(click=TowerTask("binary"), stars=TowerTask("regression"))
+
+
+# --- HoME, Wang et al. 2024: "Hierarchy of Multi-Gate Experts"
+
+
+def _home(**options: Any) -> HoMETowers:
+    given = HoME(expert_hidden=HIDDEN, tower_hidden=(), rank=2, **options)
+    return given.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+
+
+def _seen(gate: FeatureGate, x: np.ndarray) -> np.ndarray:
+    """x times the mixture of 2 sigmoid(x B A)."""
+    weights = _softmax(_linear(gate.gate, x))
+    total = np.zeros_like(x)
+    for e, (down, up) in enumerate(zip(gate.down, gate.up, strict=True)):
+        low = x @ np.asarray(down.kernel[...]) @ np.asarray(up.kernel[...])
+        total += weights[:, e, None] * 2 / (1 + np.exp(-low))
+    return x * total
+
+
+def _set(experts: ExpertSet, x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Experts swish(norm(dense(.))) and what the self gate hands on of them."""
+    found, seen = [], _seen(experts.feature_gate, x)
+    for mlp, last, norm in zip(experts.mlps, experts.lasts, experts.norms, strict=True):
+        h = seen
+        for layer in mlp.layers:
+            h = _silu(_linear(layer, h))
+        h = _linear(last, h)
+        h = (h - h.mean(axis=-1, keepdims=True)) / np.sqrt(h.var(axis=-1, keepdims=True) + 1e-6)
+        found.append(_silu(h * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])))
+    scores = _linear(experts.self_gate, x)
+    gate = 1 / (1 + np.exp(-scores)) if len(found) == 1 else _softmax(scores)
+    return found, _mix(gate, found)
+
+
+@pytest.mark.parametrize("own", [1, 2])
+def test_home_equals_its_two_levels_written_out(own: int) -> None:
+    """Groups (click, buy) and (stars). Meta: z_g mixes the group's and the shared experts, z_s all
+    of them, each with its self gate. Tasks: a gate on [z_g, z_s] mixes experts of the task and of
+    the group on z_g and shared ones on z_s, with a self gate of the task's own."""
+    towers = _home(task_experts=own)
+    hidden, gates = _run(towers)
+    meta = [_set(experts, X) for experts in towers.meta]
+    shared, through = _set(towers.meta_shared, X)
+    gate_shared = _softmax(_linear(towers.gate_shared, X))
+    np.testing.assert_allclose(gates["gate_shared"], gate_shared, atol=1e-5)
+    z_s = _mix(gate_shared, meta[0][0] + meta[1][0] + shared) + through
+    z = []
+    for g in range(2):
+        gate = _softmax(_linear(towers.meta_gates[g], X))
+        np.testing.assert_allclose(gates["gates_meta"][:, g], gate, atol=1e-5)
+        z.append(_mix(gate, meta[g][0] + shared) + meta[g][1])
+    for t, g in enumerate((0, 1, 0)):  # click, stars, buy
+        gate = _softmax(_linear(towers.gates[t], np.concatenate([z[g], z_s], axis=1)))
+        np.testing.assert_allclose(gates["gates"][:, t], gate, atol=1e-4)
+        mine, through = _set(towers.own[t], z[g])
+        everyone = mine + _set(towers.groups[g], z[g])[0] + _set(towers.shared, z_s)[0]
+        np.testing.assert_allclose(hidden[t], _mix(gate, everyone) + through, atol=1e-4)
+
+
+def test_home_feature_gate_begins_as_it_is_without_its_matrices() -> None:
+    """2 sigmoid(0) = 1; with x = 1, B = log 3 and A = 1, 2 sigmoid(log 3) = 3/2; both halved by a
+    gate of (1/2, 1/2)."""
+    gate = FeatureGate(2, 1, 1, dtype=FLOAT, rngs=nnx.Rngs(0))
+    gate.gate.kernel[...] = jnp.zeros((1, 2))
+    for e, low in enumerate((0.0, np.log(3))):
+        gate.down[e].kernel[...] = jnp.full((1, 1), low)
+        gate.up[e].kernel[...] = jnp.ones((1, 1))
+    np.testing.assert_allclose(gate(jnp.ones((1, 1))), [[(1 + 1.5) / 2]], rtol=1e-6)
+
+
+def _disturb_set(experts: ExpertSet) -> None:
+    layer = experts.lasts[0]
+    noise = np.random.default_rng(9).normal(size=layer.kernel.shape)
+    layer.kernel[...] = layer.kernel[...] + jnp.asarray(noise, FLOAT)
+
+
+def test_home_hides_other_groups_experts() -> None:
+    """Behind the meta level a group's experts move its own tasks alone; on it they move the other
+    group through the experts of all, and not once the gate of all is closed to them."""
+    towers = _home()
+    for g, own in enumerate(([True, False, True], [False, True, False])):
+        moved = _moved(towers, lambda g=g: _disturb_set(towers.groups[g]))  # type: ignore[misc]
+        np.testing.assert_array_equal(moved > 0, own)
+    assert (_moved(towers, lambda: _disturb_set(towers.shared)) > 1e-4).all()
+    assert (_moved(towers, lambda: _disturb_set(towers.meta[1])) > 1e-5).all()
+    towers.gate_shared.bias[...] = jnp.zeros(6).at[2:4].set(-1e9)  # the second group's
+    moved = _moved(towers, lambda: _disturb_set(towers.meta[1]))
+    np.testing.assert_array_equal(moved > 0, [False, True, False])
+
+
+def test_home_takes_groups_by_name() -> None:
+    assert _home(groups=(("stars", "buy"), ("click",))).group_of == (1, 0, 0)
+    for groups in ((("click", "buy"),), (("click", "buy", "stars"), ("buy",))):
+        with pytest.raises(ConfigError, match=r"towers\.groups: (stars|buy): name each of click"):
+            _home(groups=groups)

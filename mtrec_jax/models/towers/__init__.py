@@ -6,17 +6,25 @@ that there are.
 
 from __future__ import annotations
 
+from mtrec_jax.models.towers.aitm import AITM
 from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes, TowerTask
+from mtrec_jax.models.towers.escm2 import ESCM2
 from mtrec_jax.models.towers.esmm import ESMM
+from mtrec_jax.models.towers.home import HoME
 from mtrec_jax.models.towers.mmoe import MMoE
 from mtrec_jax.models.towers.ple import PLE
 from mtrec_jax.models.towers.shared_bottom import SharedBottom
+from mtrec_jax.models.towers.single_task import SingleTask
 
 TOWERS = {
+    "single_task": SingleTask,
     "shared_bottom": SharedBottom,
     "mmoe": MMoE,
     "ple": PLE,
+    "home": HoME,
+    "aitm": AITM,
     "esmm": ESMM,
+    "escm2": ESCM2,
 }
 
 __all__ = ["TOWERS", "TowerInput", "TowerOutput", "TowerSizes", "TowerTask"]

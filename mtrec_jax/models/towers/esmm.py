@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.layers import MLP, MaybeHidden, TaskHeads
-from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
+from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes, TowerTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,7 @@ class ESMM:
         Raises:
           ConfigError: no binary task has a sample space (`where`).
         """
-        funnel = {
-            name: task.where
-            for name, task in sizes.tasks.items()
-            if task.kind == "binary" and task.where in sizes.tasks
-        }
+        funnel = funnel_of(sizes.tasks)
         if not funnel:
             raise ConfigError(
                 'model.towers: kind = "esmm" needs a binary task whose sample space is another '
@@ -84,20 +80,47 @@ class ESMMTowers(nnx.Module):
         ([B, P], [B, P])}, given logits, labels and masks {task: [B, P]}."""
         found = {}
         for name in self.funnel:
-            path = self._path(name)
-            label, counts = labels[path[0]], mask[path[0]]
-            for task in path[1:]:  # what has not happened before cannot happen after
-                counts = jnp.where(label > 0, mask[task], counts)
-                label = label * labels[task]
+            path = path_to(name, self.funnel)
+            label, counts = over_impressions(path, labels, mask)
             found[name] = product_cross_entropy([logits[task] for task in path], label), counts
         return found
 
-    def _path(self, task: str) -> list[str]:
-        """From the first task of the funnel to this one."""
-        path = [task]
-        while path[0] in self.funnel:
-            path.insert(0, self.funnel[path[0]])
-        return path
+
+def funnel_of(tasks: Mapping[str, TowerTask]) -> dict[str, str]:
+    """{binary task: the one before it}, of those whose sample space is another task.
+
+    >>> funnel_of({"click": TowerTask("binary"), "buy": TowerTask("binary", where="click")})
+    {'buy': 'click'}
+    """
+    return {
+        name: task.where
+        for name, task in tasks.items()
+        if task.kind == "binary" and task.where in tasks
+    }
+
+
+def path_to(task: str, funnel: Mapping[str, str]) -> list[str]:
+    """From the first task of the funnel to this one.
+
+    >>> path_to("buy", {"buy": "cart", "cart": "click"})
+    ['click', 'cart', 'buy']
+    """
+    path = [task]
+    while path[0] in funnel:
+        path.insert(0, funnel[path[0]])
+    return path
+
+
+def over_impressions(
+    path: list[str], labels: Mapping[str, jax.Array], mask: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Whether everything on the path happened, and where that is known; both [B, P], given labels
+    and masks {task: [B, P]}."""
+    label, counts = labels[path[0]], mask[path[0]]
+    for task in path[1:]:  # what has not happened before cannot happen after
+        counts = jnp.where(label > 0, mask[task], counts)
+        label = label * labels[task]
+    return label, counts
 
 
 def product_cross_entropy(
