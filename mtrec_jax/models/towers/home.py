@@ -87,7 +87,8 @@ class HoMETowers(nnx.Module):
     group's mixture beside that of all, mixes experts of the task and of its group, which read the
     group's mixture, and experts of all, which read theirs. So a task never sees another group's
     experts but through those of all (the hierarchy mask). Each set of experts looks at its input
-    through a feature gate of its own, and a self gate hands a set's experts on beside the mixture.
+    through a feature gate of its own. Beside the mixtures, self gates hand on a group's own meta
+    experts, those of all, and a task's own experts.
 
     Diagnostics: "gates" [n, T, own + group + all] and "self_gates" [n, T, own] of the tasks,
     "gates_meta" [n, G, group + all] of the groups and "gate_shared" [n, all sets].
@@ -116,37 +117,45 @@ class HoMETowers(nnx.Module):
         def gate(inputs: int, count: int) -> nnx.Linear:
             return linear(inputs, count, dtype=dtype, rngs=rngs)
 
+        def self_gate(inputs: int, count: int) -> SelfGate:
+            return SelfGate(inputs, count, dtype=dtype, rngs=rngs)
+
         self.meta = nnx.List([experts(count, inputs, first) for _ in groups])
         self.meta_shared = experts(count, inputs, first)
+        self.meta_self = nnx.List([self_gate(inputs, count) for _ in (*groups, "all")])
         self.meta_gates = nnx.List([gate(inputs, 2 * count) for _ in groups])
         self.gate_shared = gate(inputs, (n_groups + 1) * count)
         self.groups = nnx.List([experts(count, width, second) for _ in groups])
         self.shared = experts(count, width, second)
         self.own = nnx.List([experts(own, width, second) for _ in sizes.tasks])
+        self.own_self = nnx.List([self_gate(width, own) for _ in sizes.tasks])
         self.gates = nnx.List([gate(2 * width, own + 2 * count) for _ in sizes.tasks])
         outputs = {name: task.outputs for name, task in sizes.tasks.items()}
         self.heads = TaskHeads(second[-1], outputs, options.tower_hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, given: TowerInput) -> TowerOutput:
         x = given.x
-        meta = [experts(x) for experts in self.meta]
-        of_all, self_of_all, _ = self.meta_shared(x)
+        meta, of_all = [experts(x) for experts in self.meta], self.meta_shared(x)
+        through = [
+            gate(x, mine)[0] for gate, mine in zip(self.meta_self, [*meta, of_all], strict=True)
+        ]
         meta_gates = [jax.nn.softmax(gate(x)) for gate in self.meta_gates]
         group_states = [
-            mix(gate, mine + of_all) + through
-            for gate, (mine, through, _) in zip(meta_gates, meta, strict=True)
+            mix(gate, mine + of_all) + handed
+            for gate, mine, handed in zip(meta_gates, meta, through[:-1], strict=True)
         ]
         gate_shared = jax.nn.softmax(self.gate_shared(x))
-        everyone = [expert for mine, _, _ in meta for expert in mine] + of_all
-        shared_state = mix(gate_shared, everyone) + self_of_all
-        of_groups = [e(z)[0] for e, z in zip(self.groups, group_states, strict=True)]
-        shared = self.shared(shared_state)[0]
+        everyone = [expert for mine in meta for expert in mine] + of_all
+        shared_state = mix(gate_shared, everyone) + through[-1]
+        of_groups = [experts(z) for experts, z in zip(self.groups, group_states, strict=True)]
+        shared = self.shared(shared_state)
         mixed, gates, self_gates = [], [], []
         for t, g in enumerate(self.group_of):
             z = group_states[g]
             gate = jax.nn.softmax(self.gates[t](jnp.concatenate([z, shared_state], axis=-1)))
-            mine, through, self_gate = self.own[t](z)
-            mixed.append(mix(gate, mine + of_groups[g] + shared) + through)
+            mine = self.own[t](z)
+            handed, self_gate = self.own_self[t](z, mine)
+            mixed.append(mix(gate, mine + of_groups[g] + shared) + handed)
             gates.append(gate)
             self_gates.append(self_gate)
         found = {
@@ -159,11 +168,8 @@ class HoMETowers(nnx.Module):
 
 
 class ExpertSet(nnx.Module):
-    """Experts on one input, behind a feature gate, and a self gate: [n, in] -> the experts' outputs
-    E times [n, H], their mixture by the self gate [n, H], and that gate [n, E].
-
-    An expert is swish(norm(dense(...))). The self gate is a softmax, of a single expert a sigmoid.
-    """
+    """Experts on one input, behind a feature gate: [n, in] -> E times [n, H], each of them
+    swish(norm(dense(...)))."""
 
     def __init__(
         self,
@@ -183,15 +189,24 @@ class ExpertSet(nnx.Module):
         self.mlps = nnx.List([MLP(inputs, kept, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.lasts = nnx.List([linear(before, last, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.norms = nnx.List([layer_norm(last, dtype=dtype, rngs=rngs) for _ in range(count)])
-        self.self_gate = linear(inputs, count, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
         seen = self.feature_gate(x)
         parts = zip(self.mlps, self.lasts, self.norms, strict=True)
-        found = [jax.nn.silu(norm(last(mlp(seen)))) for mlp, last, norm in parts]
-        scores = self.self_gate(x)
-        gate = jax.nn.sigmoid(scores) if len(found) == 1 else jax.nn.softmax(scores)
-        return found, mix(gate, found), gate
+        return [jax.nn.silu(norm(last(mlp(seen)))) for mlp, last, norm in parts]
+
+
+class SelfGate(nnx.Module):
+    """What is handed on of a set of experts whatever other gates do: [n, in] and E times [n, H] ->
+    [n, H] and the gate [n, E], a softmax, for a single expert a sigmoid."""
+
+    def __init__(self, inputs: int, count: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate = linear(inputs, count, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, experts: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scores = self.gate(x)
+        gate = jax.nn.sigmoid(scores) if len(experts) == 1 else jax.nn.softmax(scores)
+        return mix(gate, experts), gate
 
 
 class FeatureGate(nnx.Module):
