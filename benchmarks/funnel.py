@@ -3,12 +3,12 @@
 Each seed is a new log: users see random items, and click what they would buy more often than other
 things, so that clicks are a biased sample of impressions. Purchases are seen after clicks alone,
 but the planted probability of buying is known for every impression. Models are trained from the one
-prepared folder, the best step is chosen by the log loss of purchases on validation clicks, as a
-team would, and then p(buy | click) is compared with the planted probability on *all* impressions of
-the test rows: "excess" is the mean Kullback-Leibler divergence in thousandths of a nat, "auc" is of
-purchases drawn for every impression, "too high" the mean prediction over the mean probability less
-1, in percent. "less" is how much less excess than the first of the naive models, which learn the
-conditional probability on clicks alone, with the 95 % interval of a t test over seeds.
+prepared folder, equally long, and then p(buy | click) is compared with the planted probability on
+*all* impressions of the test rows. "excess" is the mean Kullback-Leibler divergence in thousandths
+of a nat, "auc" is of purchases drawn for every impression, "too high" the mean prediction over the
+mean probability less 1, in percent. "less" is how much less excess than the first of the naive
+models, which learn the conditional probability on clicks alone, with the 95 % interval of a t test
+over seeds.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from typing import Any
 
 import numpy as np
 
-SEEDS = tuple(range(101, 109))  # the log and the settings were chosen on other seeds
+SEEDS = tuple(range(101, 107))  # the log and the settings were chosen on other seeds
 SIZES: dict[str, Any] = {"expert_hidden": [32], "tower_hidden": [16]}
 MODELS: dict[str, dict[str, Any]] = {
     "shared_bottom (naive)": {"kind": "shared_bottom"},
     "mmoe (naive)": {"kind": "mmoe"},
-    "single_task (naive)": {"kind": "single_task"},
     "aitm": {"kind": "aitm"},
     "esmm": {"kind": "esmm"},
     "escm2 ipw": {"kind": "escm2"},
     "escm2 dr": {"kind": "escm2", "estimator": "dr"},
 }
-USERS, ITEMS, IMPRESSIONS = 400, 300, 120_000
+USERS, ITEMS, IMPRESSIONS = 60, 60, 120_000
 RANK, TASTE, QUALITY = 3, 1.2, 0.8  # of what users want: logits
 CLICK, CURIOSITY, SELECTION = -2.2, 0.7, 1.0  # click logit = CLICK + curiosity + SELECTION want
 BUY = -1.5  # buy logit = BUY + want
@@ -105,10 +104,9 @@ def experiment(towers: dict[str, Any]) -> Any:
                 "epochs": 8,
                 "batch_size": 512,
                 "learning_rate": 2e-3,
-                "evaluate_every": 150,
+                "evaluate_every": 100_000,  # at the end alone: the last step is kept
                 "mesh": [1, 1],
             },
-            "select": {"metric": "buy/log_loss"},
             "evaluate": {"bootstrap": 0, "batch_size": 4096},
         }
     )

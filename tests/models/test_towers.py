@@ -423,14 +423,13 @@ def test_esmm_learns_where_it_is_confidently_wrong() -> None:
 # --- ESCM², Wang et al. 2022: "Entire Space Counterfactual Multi-Task Model"
 
 
-def _escm2(**options: Any) -> ESCM2Towers:
-    return ESCM2(expert_hidden=(4,), tower_hidden=(), **options).make(
-        SIZES, dtype=FLOAT, rngs=nnx.Rngs(0)
-    )
+def _escm2(**given: Any) -> ESCM2Towers:
+    small = {"expert_hidden": (4,), "tower_hidden": (), "counterfactual_weight": 1.0}
+    return ESCM2(**(small | given)).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
 CLICKS = {"click": [(1, 1), (1, 1), (0, 1), (1, 1), (0, 0)]}  # label, known
-ROWS = CLICKS | {"buy": [(1, 1), (0, 1), (0, 0), (0, 0), (0, 0)], "stars": [(0, 0)] * 5}
+ROWS: Any = CLICKS | {"buy": [(1, 1), (0, 1), (0, 0), (0, 0), (0, 0)], "stars": [(0, 0)] * 5}
 PROBABILITIES = {
     "click": [0.5, 0.02, 0.25, 0.5, 0.5],
     "buy": [0.8, 0.75, 0.4, 0.5, 0.5],
@@ -467,13 +466,16 @@ def test_escm2_corrects_an_imputed_error_where_the_label_is_seen() -> None:
 
     e = -log .8 = .2231 with weight 2, and -log .25 = 1.3863 with weight 10; e^ = .1, 1, .3.
     First: .1 + 2 (.1231) + 2 (.1231)^2 = .3766. Second: 1 + 10 (.3863) + 10 (.3863)^2 = 6.355.
-    Not clicked: .3.
+    Not clicked: .3. With twice the weight of the last part: .0303 and 1.4922 more.
     """
-    towers = _escm2(estimator="dr", global_weight=0.0, least_propensity=0.1)
+    given: dict[str, Any] = {"estimator": "dr", "global_weight": 0.0, "least_propensity": 0.1}
+    towers = _escm2(**given)
     imputed = {"imputed/buy": jnp.array([0.1, 1.0, 0.3, 0.0, 0.0])}
     value, counts = _losses(towers, PROBABILITIES, imputed, **ROWS)["buy"]
     np.testing.assert_array_equal(counts, COUNTS)
     np.testing.assert_allclose(value[:3], [0.37661, 6.35517, 0.3], rtol=1e-4)
+    twice = _losses(_escm2(**given, imputation_weight=2.0), PROBABILITIES, imputed, **ROWS)
+    np.testing.assert_allclose(twice["buy"][0][:3] - value[:3], [0.03033, 1.49223, 0], atol=1e-4)
 
 
 def test_escm2_estimators_are_the_risk_over_everything_in_expectation() -> None:
@@ -489,11 +491,7 @@ def test_escm2_estimators_are_the_risk_over_everything_in_expectation() -> None:
         return np.asarray(inverse_propensity(jnp.array(error), jnp.array(w)))
 
     def dr(imputed: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        def estimate(w: np.ndarray) -> np.ndarray:  # without what teaches the imputation
-            found = doubly_robust(jnp.array(error), jnp.array(imputed), jnp.array(w))
-            return np.asarray(found) - w * (error - imputed) ** 2
-
-        return estimate
+        return lambda w: np.asarray(doubly_robust(*map(jnp.array, (error, imputed, w))))
 
     assert expected(ipw, 0.2, 0.2) == pytest.approx(0.7)
     assert expected(ipw, 0.2, 0.4) == pytest.approx(0.35)
@@ -533,7 +531,7 @@ def test_escm2_of_three_steps_is_seen_after_both() -> None:
             "click": TowerTask("binary"),
         }
     )
-    options = ESCM2(expert_hidden=(4,), global_weight=0.0)
+    options = ESCM2(expert_hidden=(4,), counterfactual_weight=1.0, global_weight=0.0)
     towers = options.make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
     found = _losses(
         towers,
@@ -663,7 +661,9 @@ def test_aitm_without_where_follows_the_declared_order() -> None:
     found = _losses(
         towers,
         {"view": [0.3, 0.9], "stay": [0.5, 0.2], "share": [0.6, 0.3]},
-        **{task: [(1, 1), (0, 1)] for task in ("view", "stay", "share")},
+        view=[(1, 1), (0, 1)],
+        stay=[(1, 1), (0, 1)],
+        share=[(1, 1), (0, 1)],
     )
     assert found.keys() == {"calibrator"}
     np.testing.assert_allclose(found["calibrator"][0], [0.15, 0.05], rtol=1e-5)
@@ -833,8 +833,8 @@ def test_every_kind_learns_with_static_weights_and_with_gradients(kind: str) -> 
     learned = {"click": TaskField(), "buy": TaskField()}
     nothing: dict[str, Any] = dict.fromkeys(("context_ids", "context_numbers", "item_ids"), ())
     nothing |= dict.fromkeys(("item_numbers", "history"), ())
-    none = {"items": 0, "trained_items": 0, "history_length": 0}
-    manifest = dataclasses.replace(tiny.manifest(), tasks=learned, **none, **nothing)
+    nothing |= {"items": 0, "trained_items": 0, "history_length": 0}
+    manifest = dataclasses.replace(tiny.manifest(), tasks=learned, **nothing)
     model, key, mesh = make_model(declared, manifest), jax.random.key(0), make_mesh((1, 1))
     assert model.names == ("click", "buy", *(["calibrator"] if kind == "aitm" else []))
     batch, catalogue = _impressions(16), tiny.catalogue()

@@ -38,12 +38,14 @@ class ESCM2:
 
         counterfactual_weight * R + global_weight * cross-entropy of p(click) p(purchase | click)
 
-    with R of `inverse_propensity` or `doubly_robust`.
+    with R of `inverse_propensity`, or of `doubly_robust` and `imputation_weight` times
+    `imputation_risk`.
     """
 
     kind: Literal["escm2"] = "escm2"
     estimator: Literal["ipw", "dr"] = "ipw"
-    counterfactual_weight: _Weight = 1.0
+    counterfactual_weight: _Weight = 0.1
+    imputation_weight: _Weight = 1.0  # of what teaches the imputed error, with "dr"
     global_weight: _Weight = 1.0
     least_propensity: Annotated[float, Field(gt=0, le=1)] = 0.05  # smaller ones are raised to it
     expert_hidden: MaybeHidden = (128, 64)  # of each task's network
@@ -113,7 +115,9 @@ class ESCM2Towers(nnx.Module):
             error = optax.sigmoid_binary_cross_entropy(logits[name], labels[name])
             weight = happened / jax.lax.stop_gradient(self._propensity(logits, name))
             if self.options.estimator == "dr":
-                risk = doubly_robust(error, logits[f"imputed/{name}"], weight)
+                imputed = logits[f"imputed/{name}"]
+                risk = doubly_robust(error, imputed, weight)
+                risk += self.options.imputation_weight * imputation_risk(error, imputed, weight)
             else:
                 risk = inverse_propensity(error, weight)
             whole = product_cross_entropy([logits[task] for task in path], label)
@@ -144,15 +148,21 @@ def inverse_propensity(error: Float[Array, "*B"], weight: Float[Array, "*B"]) ->
 def doubly_robust(
     error: Float[Array, "*B"], imputed: Float[Array, "*B"], weight: Float[Array, "*B"]
 ) -> Float[Array, "*B"]:
-    """The imputed error everywhere, corrected where the label is seen, plus what teaches the
-    imputation: e^ + w (e - e^) + w (e - e^)^2, with w the weight and e^ the imputed error.
+    """The imputed error everywhere, corrected where the label is seen: e^ + w (e - e^).
 
-    Its first two terms are the risk if either the propensities or the imputed errors are right.
-    Both towers learn from both parts, as in the paper; the imputed error does not depend on the
-    prediction, so that the first part teaches the prediction just what `inverse_propensity` does.
+    Its mean is the risk over everything if either the propensities or the imputed errors are right.
+    As an imputed error does not depend on the prediction, its slope at the prediction is that of
+    `inverse_propensity`; through `imputation_risk` alone the two differ.
 
     >>> x = jnp.array([1.0, 1.0])  # seen with propensity 1/2, and not seen
-    >>> doubly_robust(x, 0.5 * x, jnp.array([2.0, 0.0])).tolist()  # 0.5 + 2 (0.5) + 2 (0.25)
-    [2.0, 0.5]
+    >>> doubly_robust(x, 0.5 * x, jnp.array([2.0, 0.0])).tolist()  # 0.5 + 2 (0.5)
+    [1.5, 0.5]
     """
-    return imputed + weight * (error - imputed) + weight * jnp.square(error - imputed)
+    return imputed + weight * (error - imputed)
+
+
+def imputation_risk(
+    error: Float[Array, "*B"], imputed: Float[Array, "*B"], weight: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """What teaches the imputed error, w (e - e^)^2; as in the paper both sides of it learn."""
+    return weight * jnp.square(error - imputed)

@@ -68,7 +68,8 @@ class PLETowers(nnx.Module):
         self.heads = TaskHeads(inputs, outputs, options.tower_hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, given: TowerInput) -> TowerOutput:
-        mixed, shared, found = [given.x] * len(self.heads.names), given.x, {}
+        mixed, shared = [given.x] * len(self.heads.names), given.x
+        found: dict[str, jax.Array] = {}
         for number, level in enumerate(self.levels, 1):
             mixed, shared, gates = level(mixed, shared)
             found |= {f"{name}_{number}" if number > 1 else name: g for name, g in gates.items()}
