@@ -1,7 +1,7 @@
 """How long does an epoch of a small multi-task model take, and what does balancing add?
 
 The model is an MMoE of 8 experts of 16 and towers of 8 over 33 categories, each 4 wide, and 7
-numbers. A call is an epoch of 131,072 generated rows from opening the Parquet file on: reading,
+numbers. A call is an epoch of 65,536 generated rows from opening the Parquet file on: reading,
 shuffling, every step. torch-rechub has its own loader and trainer; the torch loops have all rows as
 tensors before the first call, and only shuffle them. The second set has four tasks and one
 contestant a balancing method: what each costs beside the static weighting. Its methods with
@@ -34,7 +34,7 @@ class Size(NamedTuple):
     """Batches of a call."""
 
     batch: int
-    rows: int = 131_072
+    rows: int = 65_536
     tasks: int = 2
     balances: bool = False  # the contestants are balancing methods
 
@@ -42,7 +42,7 @@ class Size(NamedTuple):
 CASES = {
     "quick": (Size(1024, 8_192),),
     "step": (Size(1024), Size(8192)),
-    "balance": (Size(1024, 65_536, 4, True), Size(8192, 65_536, 4, True)),
+    "balance": (Size(1024, tasks=4, balances=True), Size(8192, tasks=4, balances=True)),
 }
 BLAS: tuple[str, ...] = ()
 BOUNDS: tuple[str, ...] = ()

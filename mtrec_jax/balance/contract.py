@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtrec_jax.types import PyTree
 
@@ -31,7 +32,10 @@ class Gradients(NamedTuple):
     carried: PyTree = ()
 
 
-Pullback = Callable[[jax.Array], Gradients]  # weights [T] -> gradients: one backward pass
+# Of the losses [T]. Those in a NumPy array are known when the program is made: where they are 0,
+# nothing is computed that belongs to that task alone.
+Weights = jax.Array | np.ndarray
+Pullback = Callable[[Weights], Gradients]  # one backward pass
 
 
 class Balancer(NamedTuple):
@@ -57,7 +61,15 @@ def losses_of(pullback: Pullback, like: jax.Array) -> jax.Array:
 
 def each_alone(pullback: Pullback, weights: jax.Array) -> list[Gradients]:
     """The gradients of each task by itself, with its weight: T backward passes."""
-    return [pullback(jnp.where(jnp.arange(len(weights)) == t, w, 0)) for t, w in enumerate(weights)]
+    alone = [pullback(one) for one in np.eye(len(weights))]
+
+    def weighted(part: Gradients, weight: jax.Array) -> Gradients:
+        def times(gradient: jax.Array) -> jax.Array:
+            return gradient * weight.astype(gradient.dtype)
+
+        return Gradients(part.losses, *jax.tree.map(times, tuple(part)[1:]))
+
+    return list(map(weighted, alone, weights))
 
 
 def with_shares(

@@ -115,13 +115,26 @@ class MLP(nnx.Module):
             x = jax.nn.silu(layer(x))
         return x
 
+    def behind(self, x: jax.Array) -> jax.Array:
+        """The layers behind the first one."""
+        for layer in list(self.layers)[1:]:
+            x = jax.nn.silu(layer(x))
+        return x
+
+
+def product(x: Float[Array, "n in"], layers: Sequence[nnx.Linear]) -> Float[Array, "n out"]:
+    """The outputs of dense layers with one input, side by side: one large product for many small
+    ones."""
+    kernels = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+    return x @ kernels + jnp.concatenate([layer.bias[...] for layer in layers])
+
 
 class Experts(nnx.Module):
     """E independent MLPs on one input: [n, in] -> E times [n, hidden[-1]].
 
     Each expert's output is normalised, which keeps experts from collapsing into one (HoME, Wang et
-    al. 2024). Experts are a list of plain matrix products: batched products of small matrices are
-    slow on CPUs.
+    al. 2024). The first layers are one product, as they have one input; those behind are a product
+    each: batched products of small matrices are slow on CPUs.
     """
 
     def __init__(
@@ -142,12 +155,34 @@ class Experts(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        return [norm(mlp(x)) for mlp, norm in zip(self.mlps, self.norms, strict=True)]
+        every = self.behind(product(x, self.firsts))
+        return [part[:, 0] for part in jax.lax.split(every, [1] * every.shape[1], axis=1)]
+
+    @property
+    def firsts(self) -> list[nnx.Linear]:
+        """The first layers, whose input is that of all experts."""
+        return [mlp.layers[0] for mlp in self.mlps]
+
+    def behind(self, firsts: Float[Array, "n E_times_first"]) -> Float[Array, "n E H"]:
+        """The experts, given the product of their first layers."""
+        h, count = jax.nn.silu(firsts), len(self.mlps)
+        if len(self.mlps[0].layers) > 1:
+            parts = jax.lax.split(h, [h.shape[1] // count] * count, axis=1)
+            parts = [mlp.behind(part) for mlp, part in zip(self.mlps, parts, strict=True)]
+            h = jnp.concatenate(parts, axis=1)
+        h = h.reshape(len(h), count, -1)
+        scale = jnp.stack([norm.scale[...] for norm in self.norms])
+        square = jnp.mean(h * h, axis=-1, keepdims=True)
+        return h * (jax.lax.rsqrt(square + self.norms[0].epsilon) * scale)
 
 
-def mix(weights: Float[Array, "n E"], experts: list[Float[Array, "n H"]]) -> Float[Array, "n H"]:
+def mix(
+    weights: Float[Array, "n E"], experts: Float[Array, "n E H"] | list[Float[Array, "n H"]]
+) -> Float[Array, "n H"]:
     """Weighted sum of the experts' outputs, example by example."""
-    return sum((weights[:, e, None] * h for e, h in enumerate(experts)), jnp.zeros_like(experts[0]))
+    if isinstance(experts, list):
+        experts = jnp.stack(experts, axis=1)
+    return jnp.sum(weights[:, :, None] * experts, axis=1)
 
 
 class TaskHeads(nnx.Module):

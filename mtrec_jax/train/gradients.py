@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from mtrec_jax.balance import Gradients, Pullback
-from mtrec_jax.balance.contract import At
+from mtrec_jax.balance.contract import At, Weights
 from mtrec_jax.models.model import Model
 from mtrec_jax.sharding import cut_examples, joined_examples, replicated
 from mtrec_jax.types import Batch, Catalogue, PyTree, Wanted
@@ -127,8 +128,13 @@ def _at_representation(halves: _Halves, given: Given, to_dense: ToDense) -> Back
     shared, through_encoder = jax.vjp(halves.encode, given.network, given.rows)
     losses, through_heads, fusing = jax.vjp(halves.behind, given.network, shared, has_aux=True)
 
-    def pullback(weights: jax.Array) -> Gradients:
-        return Gradients(jnp.stack(losses), *through_heads(tuple(weights)))
+    def pullback(weights: Weights) -> Gradients:
+        def some(network: PyTree, shared: PyTree) -> tuple[jax.Array, ...]:
+            return _parts_of(halves.behind(network, shared)[0], weights)
+
+        known = isinstance(weights, np.ndarray)
+        through = jax.vjp(some, given.network, shared)[1] if known else through_heads
+        return Gradients(jnp.stack(losses), *through(_cotangents(losses, weights)))
 
     def finish(combined: Gradients) -> tuple[PyTree, dict[str, jax.Array], jax.Array]:
         of_encoder, of_rows = through_encoder(combined.shared)
@@ -149,8 +155,13 @@ def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense) -> Back:
     losses, through, (shared, fusing) = made
     common = used_by_several(lambda network: everything(network, given.rows)[0], given.network)
 
-    def pullback(weights: jax.Array) -> Gradients:
-        of_network, of_rows = through(tuple(weights))
+    def pullback(weights: Weights) -> Gradients:
+        def some(network: PyTree, rows: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+            return _parts_of(everything(network, rows)[0], weights)
+
+        known = isinstance(weights, np.ndarray)
+        back = jax.vjp(some, given.network, given.rows)[1] if known else through
+        of_network, of_rows = back(_cotangents(losses, weights))
         of_dense = to_dense(of_rows)
 
         def those(wanted: bool) -> PyTree:
@@ -168,6 +179,18 @@ def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense) -> Back:
         return to_params | {"network": of_network}, combined.carried, loss
 
     return Back(pullback, finish)
+
+
+def _parts_of(losses: tuple[jax.Array, ...], weights: Weights) -> tuple[jax.Array, ...]:
+    """The losses with a weight, if it is known which; XLA computes what they share once."""
+    pairs = zip(losses, weights, strict=True)
+    known = isinstance(weights, np.ndarray)
+    return tuple(loss for loss, weight in pairs if not known or weight != 0)
+
+
+def _cotangents(losses: tuple[jax.Array, ...], weights: Weights) -> tuple[jax.Array, ...]:
+    cast = tuple(jnp.asarray(w, loss.dtype) for w, loss in zip(weights, losses, strict=True))
+    return _parts_of(cast, weights)
 
 
 def _with_fusion(
@@ -226,7 +249,7 @@ def _in_parts(
     places = given.wanted.items if listed else cut_examples(given.wanted.items, parts, mesh)
     keys = [jax.random.split(key, parts) for key in (draws.users, draws.rank)]
 
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
         def of_part(part: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
             (own_rows, batch, lottery), key_users, key_rank, own_places = part
             wanted = given.wanted._replace(ids={}, items=places if listed else own_places)

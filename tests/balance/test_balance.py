@@ -12,6 +12,7 @@ import pytest
 
 from mtrec_jax.balance import BALANCERS, Balancer, Gradients, Pullback
 from mtrec_jax.balance.cagrad import CAGrad, worst_weights
+from mtrec_jax.balance.contract import Weights
 from mtrec_jax.balance.dbmtl import DBMTL
 from mtrec_jax.balance.dwa import DWA
 from mtrec_jax.balance.famo import FAMO
@@ -32,7 +33,7 @@ TO_HEADS = np.diag([1.0, 10.0, 100.0])
 def pullback_of(to_shared: np.ndarray, losses: Any = LOSSES) -> Pullback:
     """Linear in the weights, as every backward pass is."""
 
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
         shared, heads = weights @ jnp.asarray(to_shared), weights @ jnp.asarray(TO_HEADS)
         return Gradients(jnp.asarray(losses), {"a": heads}, (shared[:1], shared[1:]))
 
@@ -56,7 +57,8 @@ def _weights_over(balancer: Balancer, steps: int) -> np.ndarray:
 def given(gradients: Any, losses: Any) -> Pullback:
     """Of tasks with these gradients [T, D] at the shared part, and heads of one number each."""
 
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
+        weights = jnp.asarray(weights)
         shared = weights @ jnp.asarray(np.asarray(gradients), weights.dtype)
         return Gradients(jnp.asarray(losses, weights.dtype), weights, shared, {"row": shared * 2})
 
@@ -304,7 +306,7 @@ def test_gradnorm_moves_the_weights_and_scales_them_to_the_declared_sum() -> Non
     w = (0.5, 1.1), times 2 / 1.6: (0.625, 1.375). The step itself still has the old weights."""
     gradients = np.array([[3.0, 4.0], [0.0, 1.0]])
 
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
         return Gradients(jnp.array([2.0, 8.0]), (), weights @ jnp.asarray(gradients, jnp.float32))
 
     seen = jnp.array([True, True])
@@ -320,7 +322,7 @@ def test_gradnorm_moves_the_weights_and_scales_them_to_the_declared_sum() -> Non
 def test_gradnorm_gives_a_slow_task_more_weight() -> None:
     """Equal norms; the first task has halved its loss, the second has not moved."""
 
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
         return Gradients(jnp.array([1.0, 2.0]), (), weights * jnp.ones(2))
 
     state = State(jnp.ones(2), jnp.array([2.0, 2.0]))
@@ -340,7 +342,7 @@ def test_gradnorm_lets_tasks_rest_that_are_not_observed() -> None:
     gradients = np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]])
     observed = jnp.array([True, False, True])
 
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
         losses = jnp.array([2.0, 0.0, 8.0])
         return Gradients(losses, (), weights @ jnp.asarray(gradients, jnp.float32))
 
@@ -356,7 +358,7 @@ def test_gradnorm_leaves_out_a_task_that_is_switched_off() -> None:
     """The others move as if it were not there: w = (0.5, 1.1) as above, scaled to their sum, 2."""
     gradients = np.array([[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]])
 
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
         losses = jnp.array([2.0, 5.0, 8.0])
         return Gradients(losses, (), weights @ jnp.asarray(gradients, jnp.float32))
 
@@ -366,7 +368,7 @@ def test_gradnorm_leaves_out_a_task_that_is_switched_off() -> None:
 
 
 def test_gradnorm_keeps_weights_above_zero() -> None:
-    def pullback(weights: jax.Array) -> Gradients:
+    def pullback(weights: Weights) -> Gradients:
         return Gradients(jnp.ones(2), (), weights * jnp.array([1e6, 1.0]))
 
     balancer = GradNorm().make(jnp.ones(2))

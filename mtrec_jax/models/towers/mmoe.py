@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from mtrec_jax.models.layers import Experts, Hidden, MaybeHidden, TaskHeads, linear, mix
+from mtrec_jax.models.layers import Experts, Hidden, MaybeHidden, TaskHeads, linear, mix, product
 from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
 
 
@@ -41,7 +41,10 @@ class MMoETowers(nnx.Module):
 
     def __call__(self, given: TowerInput) -> TowerOutput:
         tasks = len(self.heads.names)
-        gates = jax.nn.softmax(self.gate(given.x).reshape(-1, tasks, self.count), axis=-1)
-        experts = self.experts(given.x)
+        both = product(given.x, [*self.experts.firsts, self.gate])
+        sizes = [both.shape[1] - tasks * self.count, tasks * self.count]
+        firsts, gates = jax.lax.split(both, sizes, axis=1)
+        gates = jax.nn.softmax(gates.reshape(-1, tasks, self.count), axis=-1)
+        experts = self.experts.behind(firsts)
         mixed = [mix(gates[:, t], experts) for t in range(tasks)]
         return TowerOutput(*self.heads(mixed), {"gates": gates})
