@@ -25,6 +25,7 @@ from mtrec_jax.evaluation.collect import Collected, rank_in_list, seen_items
 from mtrec_jax.evaluation.comparison import _reference
 from mtrec_jax.evaluation.evaluate import Evaluation, _intervals, _orders, evaluate
 from mtrec_jax.evaluation.metrics import mean_statistic
+from mtrec_jax.evaluation.picture import draw_reliability
 from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.evaluation.segments import _by_value
 from mtrec_jax.evaluation.tables import print_evaluation
@@ -267,11 +268,12 @@ def test_segments_are_the_metrics_of_their_targets_alone(
 ) -> None:
     """By the category of the item, read from the raw ids, and for items that never trained."""
     prepared = shop_run.prepared
-    rules = replace(shop_run.experiment.evaluate, segments=("segment", "category", "cold_items"))
+    asked = ("segment", "category", "cold_items")
+    rules = replace(shop_run.experiment.evaluate, segments=asked, bootstrap=0, baselines=())
     params, tables, _ = load_best(shop_run)
     experiment = replace(shop_run.experiment, evaluate=rules)
     found = evaluate(experiment, prepared, serving, params, tables, "test").segments
-    assert list(found) == ["segment", "category", "cold_items"]
+    assert tuple(found) == asked
     labels = labels_by_row(prepared)
     click = np.array([labels[row]["click"] for row in targets["row"].tolist()])
     vocabulary = ["missing", "unknown", *prepared.vocabulary("category")["value"].to_pylist()]
@@ -293,7 +295,25 @@ def test_segments_are_the_metrics_of_their_targets_alone(
     assert list(by_user.values()) == sorted(by_user.values(), reverse=True)
 
 
-def test_values_of_a_segment(shop_run: Run) -> None:
+def test_a_picture_of_reliability(evaluation: Evaluation, tmp_path: Path) -> None:
+    """A line a binary task through its bins, beside the diagonal."""
+    pytest.importorskip("matplotlib")
+    for task in ("click", "buy"):
+        bins = evaluation.reliability[task]
+        gaps = [abs(b["predicted"] - b["observed"]) * b["targets"] for b in bins]
+        error = evaluation.tasks[task]["calibration_error"]
+        assert sum(gaps) / evaluation.targets[task] == pytest.approx(error)
+    draw_reliability(evaluation, tmp_path / "bins.svg")
+    drawn = (tmp_path / "bins.svg").read_text("utf-8")
+    assert drawn.count('<g id="axes_') == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "bins.svg"]
+    with pytest.raises(DataError, match="must end in"):
+        draw_reliability(evaluation, tmp_path / "bins.txt")
+    with pytest.raises(ConfigError, match="no binary task"):
+        draw_reliability(replace(evaluation, reliability={}), tmp_path / "bins.png")
+
+
+def test_values_of_a_segment() -> None:
     """Tags of five targets, 0 fills: one has two, one none, and the rare ones are one part."""
     ids = np.array([[2, 3], [2, 0], [0, 0], [3, 2], [4, 1]])
     names = ["missing", "unknown", "red", "blue", "green"]

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-import mtrec_jax
-from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import judged
@@ -27,18 +26,20 @@ def own_run(shop_run: Run, tmp_path: Path) -> Run:
     return replace(shop_run, folder=tmp_path / "run")
 
 
-@pytest.fixture(scope="module")
-def prepared_by(
-    shop_data: Path, shop_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Prepared]:
-    """The small shop, prepared by other rules."""
+@pytest.fixture
+def prepared_by(shop_prepared: Prepared, tmp_path: Path) -> Callable[..., Path]:
+    """The folder of the small shop as if other rules had made it: {section: {key: value}}."""
 
-    def prepare(**sections: dict[str, object]) -> Prepared:
-        changed = {n: replace(getattr(shop_experiment, n), **v) for n, v in sections.items()}
-        folder = tmp_path_factory.mktemp("other")
-        return mtrec_jax.prepare(replace(shop_experiment, **changed), shop_data, folder / "out")
+    def make(section: str, **keys: object) -> Path:
+        folder = tmp_path / f"by {section}"
+        shutil.copytree(shop_prepared.folder, folder)
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest["config"][section] |= keys
+        manifest["fingerprint"] = "f" * 16
+        (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+        return folder
 
-    return prepare
+    return make
 
 
 def test_rules_of_the_evaluation_need_nothing_else(own_run: Run) -> None:
@@ -55,12 +56,12 @@ def test_rules_of_the_evaluation_need_nothing_else(own_run: Run) -> None:
 
 
 def test_a_frozen_past_is_a_folder_of_its_own(
-    shop_run: Run, prepared_by: Callable[..., Prepared]
+    shop_run: Run, prepared_by: Callable[..., Path]
 ) -> None:
     """The same targets by the same ids, of which less is known."""
-    frozen = prepared_by(data={"past": "frozen"})
-    found = measured_under(shop_run, ["data.past=frozen"], frozen.folder, "test")
-    assert found.prepared.folder == frozen.folder
+    frozen = prepared_by("data", past="frozen")
+    found = measured_under(shop_run, ["data.past=frozen"], frozen, "test")
+    assert found.prepared.folder == frozen
     protocols = {
         name: protocol_of(run.experiment, run.prepared.manifest)
         for name, run in {"usual": shop_run, "found": found}.items()
@@ -72,7 +73,7 @@ def test_a_frozen_past_is_a_folder_of_its_own(
 
 
 def test_what_cannot_be_measured_is_refused_with_the_reason(
-    shop_run: Run, prepared_by: Callable[..., Prepared]
+    shop_run: Run, prepared_by: Callable[..., Path]
 ) -> None:
     def refused(under: list[str], prepared: Path | None = None) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -87,10 +88,13 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(
     assert "data.past: 'rolling' there, 'frozen' here" in refused(["data.past=frozen"], there)
     assert "unknown key. Did you mean 'ks'" in refused(["evaluate.kss=[3]"])
     assert "segments: 'x' is none of" in refused(['evaluate.segments=["x"]'])
-    other = prepared_by(split={"kind": "leave_one_out"})
-    message = refused(["split=leave_one_out"], other.folder)
+    other = prepared_by("split", kind="leave_one_out")
+    path = other / "vocabularies" / "segment.parquet"
+    known = pq.read_table(path)
+    pq.write_table(known.take(list(range(len(known)))[::-1]), path)
+    message = refused(["split=leave_one_out"], other)
     assert "has learned other things from its training rows" in message
-    assert "items" in message
+    assert "(values of segment)" in message
 
 
 def test_judges_that_have_trained_the_model_are_refused(
