@@ -55,8 +55,8 @@ def test_features_of_a_moment_hold_their_numbers_embedded_and_cut_off() -> None:
     inputs = Inputs(layout, {"request": (1,)}, (), {}, {}, None, {}, False, False)
     side = SideFeatures(inputs, "request", LinearNumbers(), dtype=FLOAT, rngs=nnx.Rngs(1))
     batch = tiny.batch(0, size=2)
-    request = dict(batch.request) | {"numbers": np.full((2, tiny.POSITIONS, 1), 9.0, np.float32)}
-    found = side(batch._replace(request=request), {}, FLOAT)
+    numbers = np.full((2, tiny.POSITIONS, 1), 9.0, np.float32)
+    found = side(batch._replace(request={"numbers": numbers}), {}, FLOAT)
     layer = side.numbers.layers[0]
     expected = np.maximum(5 * np.asarray(layer.kernel[...])[0], 0)
     np.testing.assert_allclose(found[1, 2], expected, rtol=1e-6)
