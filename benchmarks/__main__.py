@@ -38,7 +38,10 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="census: folder of the raw data (data)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="social, requests, census, funnel, …: other than theirs"
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="social, requests, census, funnel, …: other than theirs",
     )
     parser.add_argument(
         "--against", metavar="COMMIT", help="first_result, serving_latency: beside this commit"

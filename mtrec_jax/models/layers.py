@@ -126,7 +126,7 @@ def product(x: Float[Array, "n in"], layers: Sequence[nnx.Linear]) -> Float[Arra
     """The outputs of dense layers with one input, side by side: one large product for many small
     ones."""
     kernels = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
-    return x @ kernels + jnp.concatenate([layer.bias[...] for layer in layers])
+    return x @ kernels + jnp.concatenate([layer.bias[...] for layer in layers])[None]
 
 
 class Experts(nnx.Module):
@@ -173,7 +173,7 @@ class Experts(nnx.Module):
         h = h.reshape(len(h), count, -1)
         scale = jnp.stack([norm.scale[...] for norm in self.norms])
         square = jnp.mean(h * h, axis=-1, keepdims=True)
-        return h * (jax.lax.rsqrt(square + self.norms[0].epsilon) * scale)
+        return h * (jax.lax.rsqrt(square + self.norms[0].epsilon) * scale[None])
 
 
 def mix(

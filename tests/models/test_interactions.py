@@ -100,6 +100,7 @@ def test_fields_are_the_embedded_features_the_user_and_the_candidate() -> None:
         UserStates(user, context, request, none, none, jnp.zeros((1, 1), int)), item, None
     )
     unit = [0.6 * 2**0.5, 0.8 * 2**0.5]
-    np.testing.assert_allclose(seen["fields"][0], [[1, 2], [3, 4], [5, 6], unit], rtol=1e-5)
+    expected = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], unit])
+    np.testing.assert_allclose(seen["fields"][0], expected, rtol=1e-5)
     np.testing.assert_allclose(seen["x"][0, :5], [1, 2, 9, 3, 4])
     np.testing.assert_allclose(seen["towers"], 2 * seen["x"])

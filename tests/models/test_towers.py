@@ -424,8 +424,10 @@ def test_esmm_learns_where_it_is_confidently_wrong() -> None:
 
 
 def _escm2(**given: Any) -> ESCM2Towers:
-    small = {"expert_hidden": (4,), "tower_hidden": (), "counterfactual_weight": 1.0}
-    return ESCM2(**(small | given)).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+    small: dict[str, Any] = {"expert_hidden": (4,), "tower_hidden": ()}
+    return ESCM2(**(small | {"counterfactual_weight": 1.0} | given)).make(
+        SIZES, dtype=FLOAT, rngs=nnx.Rngs(0)
+    )
 
 
 CLICKS = {"click": [(1, 1), (1, 1), (0, 1), (1, 1), (0, 0)]}  # label, known
@@ -848,12 +850,13 @@ def test_every_kind_learns_with_static_weights_and_with_gradients(kind: str) -> 
     def step(network: Any) -> tuple[jax.Array, dict[str, Any]]:
         weights = model.weights(batch, jnp.asarray(batch.weight))
         given = Given(network, rows, batch, wanted, draw(key, batch))
-        back = backward(model, given, catalogue, weights, 1, mesh)
+        back = backward(model, given, catalogue, weights, 1, mesh, lambda to_rows: {})
         found = {
-            name: balancer.combine(back.pullback, ones > 0, balancer.init(), key)[0]
+            name: balancer.combine(back.pullback, ones > 0, balancer.init(network), key)[0]
             for name, balancer in balancers.items()
         }
-        return found["static"].losses, {name: back.finish(g)[0] for name, g in found.items()}
+        slopes = {name: back.finish(g)[0]["network"] for name, g in found.items()}
+        return found["static"].losses, slopes
 
     network = model.init(0)["network"]
     losses, slopes = step(network)
