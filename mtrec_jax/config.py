@@ -39,6 +39,7 @@ Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Part = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Worth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ANY = "any"  # of `evaluate.seen`: every event
 COLD_USERS, COLD_ITEMS = "cold_users", "cold_items"  # of `evaluate.segments`: new to training
@@ -177,12 +178,27 @@ class Task:
     """One thing to predict."""
 
     __pydantic_config__ = _STRICT
-    kind: Literal["retrieval", "binary", "regression", "multiclass"]
+    kind: Literal["retrieval", "binary", "regression", "multiclass", "ordinal", "watch_time"]
     column: str = ""  # label column; "": the task's own name (unused by retrieval)
     at_least: float | None = None  # binary: label 1 where the column is >= this
     equals: str | None = None  # binary: label 1 where the column equals this text
     where: str = ""  # sample space: only rows where this binary task's label is 1
     weight: Amount = 1.0  # static loss weight, and the start of every balancing method
+    weight_column: str = ""  # column with the weight of each training example in the loss
+    loss: Literal[
+        "",  # the first of its kind (`losses.tasks`)
+        "pointwise",  # binary, regression, multiclass
+        "proportional_odds",  # ordinal
+        "coral",
+        "weighted_logistic",  # watch_time
+        "duration_quantiles",
+        "pairwise",  # binary, regression, ordinal: over the lists that users were shown
+        "listwise",  # binary, ordinal
+    ] = ""
+    lists: Literal["user", "request"] = "user"  # a list: the positions of an example, or of them
+    # those of one time, where data.hide_ties is true
+    pointwise: Share = 0.0  # with a loss over lists: this part of the loss is the kind's own
+    duration: str = ""  # watch_time: the items' feature whose values are groups of durations
     reference: str = ""  # column with an existing system's prediction, evaluated beside the model
 
 

@@ -19,6 +19,7 @@ from mtrec_jax.config import (
     COLD_USERS,
     Experiment,
     Select,
+    Task,
     Values,
     seen_behaviours,
     selection,
@@ -26,6 +27,8 @@ from mtrec_jax.config import (
 )
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
+from mtrec_jax.losses.lists import LISTS
+from mtrec_jax.losses.tasks import KINDS, labelled
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
 RESERVED = (
@@ -370,7 +373,7 @@ def _split(e: Experiment) -> Iterator[str]:
 def _features(e: Experiment) -> Iterator[str]:
     labels = {t.column or n: n for n, t in e.tasks.items() if t.kind != "retrieval"}
     labels |= {t.reference: n for n, t in e.tasks.items() if t.reference}
-    numbers = [n for n, t in e.tasks.items() if t.kind in ("binary", "regression")]
+    numbers = [n for n, t in e.tasks.items() if t.kind in labelled("numbers", "levels")]
     for name, feature in e.features.items():
         yield from (f"features.{name}{problem}" for problem in feature.problems(name, e.data))
         label, column = getattr(feature, "label", None), feature.column or name
@@ -415,8 +418,10 @@ def _tasks(e: Experiment) -> Iterator[str]:
     binary = [n for n, t in e.tasks.items() if t.kind == "binary"]
     for name, task in e.tasks.items():
         key, seen, where = f"tasks.{name}", {name}, task.where
-        if task.reference and task.kind not in ("binary", "regression"):
-            yield f"{key}.reference: for binary and regression tasks; remove it"
+        if task.reference and task.kind not in labelled("numbers", "levels"):
+            kinds = ", ".join(labelled("numbers", "levels"))
+            yield f"{key}.reference: for tasks of kind {kinds}; remove it"
+        yield from (f"{key}{problem}" for problem in _loss(e, task))
         if where and where not in binary:
             yield f"{key}.where: '{where}' is no binary task.{nearest(where, binary)}"
         while where in e.tasks and where not in seen:
@@ -432,6 +437,46 @@ def _tasks(e: Experiment) -> Iterator[str]:
             yield f"{key}: at_least and equals are for binary tasks"
     if sum(t.kind == "retrieval" for t in e.tasks.values()) > 1:
         yield "tasks: one retrieval task at most"
+
+
+def _loss(e: Experiment, task: Task) -> Iterator[str]:
+    """What the loss of a task asks for."""
+    kind, listed = KINDS.get(task.kind), task.loss in LISTS
+    known = [*kind.heads, *kind.lists] if kind else []
+    if task.loss and task.loss not in known:
+        has = f"has {', '.join(known)}" if known else "has one loss, which is not chosen"
+        yield f".loss: '{task.loss}' is none of kind '{task.kind}', which {has}"
+    elif listed and (e.data.length < 2 or e.data.positions == 1):
+        yield (
+            f".loss: '{task.loss}' is over lists of a user's impressions, and a training example "
+            "has one position here. It needs data.user, data.item and data.history_length above "
+            "1, and data.positions other than 1; or set it to 'pointwise'"
+        )
+    if not listed and (task.pointwise or task.lists != "user"):
+        yield ".pointwise, .lists: of loss = 'pairwise' or 'listwise'; remove them"
+    if task.lists == "request" and (not e.data.hide_ties or e.data.queries is not None):
+        yield (
+            ".lists: 'request' puts together what a user was shown at one time, which is told by "
+            "data.hide_ties = true, without data.queries; set these so, or lists = 'user'"
+        )
+    if task.loss == "duration_quantiles" and not task.duration:
+        yield ".duration: needed by loss = 'duration_quantiles', a feature of the items"
+    if task.duration:
+        yield from (f".duration: {problem}" for problem in _duration(e, task))
+
+
+def _duration(e: Experiment, task: Task) -> Iterator[str]:
+    """Why a feature is no group of durations."""
+    feature = e.features.get(task.duration)
+    if task.kind != "watch_time":
+        yield "for tasks of kind 'watch_time'; remove it"
+    elif feature is None:
+        yield f"there is no feature '{task.duration}'.{nearest(task.duration, e.features)}"
+    elif feature.on != "item" or feature.gives_numbers or hasattr(feature, "max_values"):
+        yield (
+            f"'{task.duration}' does not put each item in one group; name a feature with "
+            "on = 'item' and kind = 'binned'"
+        )
 
 
 def _model(e: Experiment) -> Iterator[str]:

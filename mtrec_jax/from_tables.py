@@ -189,7 +189,7 @@ def _past_labels(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     kinds = {}
     for name, task in tasks.items():
         if task.get("kind") not in (None, "retrieval"):
-            numbers = task["kind"] == "regression" or "at_least" in task
+            numbers = task["kind"] in ("regression", "watch_time") or "at_least" in task
             kinds[str(task.get("column") or name)] = "binned" if numbers else "categorical"
     features: dict[str, dict[str, str]] = {}
     for column, kind in kinds.items():

@@ -114,7 +114,7 @@ def plan(
       devices: how many there are; 0: those of this machine.
       prepared: data; without `rows`, its first batches say how many ids are distinct.
       rows: {feature, or "item": values}, instead of those of the data; without prepared data, all
-        that the configuration does not fix, and the classes of multiclass tasks.
+        that the configuration does not fix, and the classes of multiclass and ordinal tasks.
       device_memory: bytes of one device.
 
     Raises:

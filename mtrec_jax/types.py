@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     user: Array  # [B] int32
     weight: Array  # [B, P] 0 on padding
     row: Array | None  # [B, P] int64 source row, -1 on padding; None on devices
+    weights: Mapping[str, Array] = {}  # {task: [B, P]} of examples in its loss; 1 of other tasks
 
 
 class Catalogue(NamedTuple):

@@ -23,7 +23,7 @@ LAYERS = (
     (
         *("data.features", "balance", "models.layers", "models.encoders", "models.towers"),
         *("models.interactions", "models.numbers"),
-        *("baselines", "evaluation.metrics"),
+        *("baselines", "evaluation.metrics", "losses.tasks", "losses.lists"),
     ),
     ("config", "experiments"),
     ("data", "tables"),

@@ -243,11 +243,11 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
         ({"data": {"history_length": 0}, "features": {"a": {"on": "request"}}}, "nothing is"),
         (
             {"tasks": {"next": {**RETRIEVAL, "reference": "theirs"}}},
-            "tasks.next.reference: for binary and regression tasks",
+            "tasks.next.reference: for tasks of kind binary, regression, o",
         ),
         (
             {"tasks": {"genre": {"kind": "multiclass", "reference": "theirs"}}},
-            "tasks.genre.reference: for binary and regression tasks",
+            "tasks.genre.reference: for tasks of kind binary, regression, o",
         ),
         (
             {"model": {"fusion_objective": {"next": 0.0, "like": 0.0}}},
@@ -263,6 +263,48 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
         (
             {"tasks": {"stars": {"kind": "regression", "at_least": 4}}},
             "tasks.stars: at_least and equals are for binary tasks",
+        ),
+        (
+            {"tasks": {"stars": {"kind": "regression", "loss": "listwise"}}},
+            "tasks.stars.loss: 'listwise' is none of kind 'regression', which has pointwise, pair",
+        ),
+        (
+            {"tasks": {"next": {**RETRIEVAL, "loss": "pointwise"}}},
+            "tasks.next.loss: 'pointwise' is none of kind 'retrieval', which has one loss",
+        ),
+        (
+            {"tasks": {"like": {**LIKE, "loss": "pairwise"}}, "data": {"positions": 1}},
+            "tasks.like.loss: 'pairwise' is over lists of a user's impressions, and a training",
+        ),
+        (
+            {"tasks": {"like": {**LIKE, "pointwise": 0.5}}},
+            "tasks.like.pointwise, .lists: of loss = 'pairwise' or 'listwise'",
+        ),
+        (
+            {"tasks": {"like": {**LIKE, "loss": "listwise", "lists": "request"}}},
+            "tasks.like.lists: 'request' puts together what a user was shown at one time",
+        ),
+        (
+            {"tasks": {"watch": {"kind": "watch_time", "loss": "duration_quantiles"}}},
+            "tasks.watch.duration: needed by loss = 'duration_quantiles'",
+        ),
+        (
+            {"tasks": {"watch": {"kind": "watch_time", "duration": "length"}}},
+            "tasks.watch.duration: there is no feature 'length'",
+        ),
+        (
+            {
+                "tasks": {"watch": {"kind": "watch_time", "duration": "length"}},
+                "features": {"length": {"on": "item", "kind": "numeric"}},
+            },
+            "tasks.watch.duration: 'length' does not put each item in one group",
+        ),
+        (
+            {
+                "tasks": {"like": {**LIKE, "duration": "length"}},
+                "features": {"length": {"on": "item", "kind": "binned"}},
+            },
+            "tasks.like.duration: for tasks of kind 'watch_time'",
         ),
         ({"model": {"fusion_objective": {"lik": 1.0}}}, "there is no such task. Did you mean"),
         (

@@ -18,12 +18,12 @@ from mtrec_jax.data.dataset import (
     Manifest,
     NumberField,
     SplitInfo,
-    TaskField,
     grouped,
 )
 from mtrec_jax.data.features import Feature, Text
 from mtrec_jax.data.pipeline import to_batch
 from mtrec_jax.errors import ConfigError, nearest
+from mtrec_jax.losses.tasks import TaskField, labelled
 from mtrec_jax.types import FIRST, Batch
 
 
@@ -32,14 +32,15 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
 
     Args:
       experiment: says which features, tasks and positions there are.
-      rows: {feature: values}, "item": trained items, and for a multiclass task its classes. What
-        the configuration fixes (hashed, binned, hours, capacities) need not be named.
+      rows: {feature: values}, "item": trained items, and for a multiclass or ordinal task its
+        classes. What the configuration fixes (hashed, binned, hours, capacities) need not be named.
 
     Raises:
       ConfigError: a size is missing, or belongs to nothing.
     """
     length, has_items = experiment.data.length, bool(experiment.data.item)
-    classes = [name for name, task in experiment.tasks.items() if task.kind == "multiclass"]
+    several = labelled("classes", "levels")
+    classes = [name for name, task in experiment.tasks.items() if task.kind in several]
     chosen = {n: f for n, f in experiment.features.items() if not isinstance(f, Text)}
     _check_names(rows, [*["item"] * has_items, *chosen, *classes])
     rooms = {name: feature.room for name, feature in chosen.items()}
@@ -76,8 +77,11 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
         targets={"train": 0},
         **given,
         tasks={
-            name: TaskField(classes=tuple(map(str, range(rooms[name] if name in classes else 0))))
-            for name in experiment.tasks
+            name: TaskField(
+                classes=tuple(map(str, range(rooms[name] if name in classes else 0))),
+                quantiles=((0.0, 1.0),) * (FIRST + rooms[task.duration] if task.duration else 0),
+            )
+            for name, task in experiment.tasks.items()
         },
     )
 

@@ -280,7 +280,8 @@ def fingerprint(
         "clean": config["clean"],
         "split": {k: v for k, v in config["split"].items() if fits_bounds(e) or k in given},
         "tasks": {
-            n: {k: v for k, v in t.items() if k != "where"} for n, t in config["tasks"].items()
+            n: {k: v for k, v in t.items() if k not in ("where", "duration")}
+            for n, t in config["tasks"].items()
         },
         "features": {
             n: [*f.origin(n, e.data), isinstance(f, Clock) and f.kind]

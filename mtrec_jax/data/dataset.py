@@ -15,6 +15,7 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     candidate     int32[P]        item at position p, 0: none or padding
     label_<task>  float32[P]      NaN where missing, outside the sample space, or padding
     reference_<task> float32[P]   only where the task declares a reference
+    weight_<task> float32[P]      only where the task declares a weight_column
     row           int64[P]        source row (0-based, over the event files in order), -1: padding
 items.parquet                     the catalogue, row r is item id r + 2; trained items come first,
                                   new ones, which no event has, last:
@@ -60,6 +61,7 @@ from mtrec_jax.arguments import a_path
 from mtrec_jax.config import Experiment, Task, to_dict
 from mtrec_jax.data.features import KINDS, IdField, NumberField, one_array
 from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.losses.tasks import TaskField
 from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
 
 FORMAT = 4
@@ -72,15 +74,6 @@ BLOCK = 4096  # examples a Parquet row group holds
 SPLITS = ("train", "validation", "test")
 NEWER = "newer"  # events of `Recommender.with_events`, which stand in no folder
 SHOWN = 3  # the split of events that are seen in histories, and neither train nor judge
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskField:
-    """What preparation learned about a task from the training rows."""
-
-    classes: tuple[str, ...] = ()  # multiclass: class c is classes[c], stored as label c
-    mean: float = 0.0  # of the training labels
-    std: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,9 +238,9 @@ class Prepared:
             names += [f"{side}_{field.name}" for field in (*ids, *numbers)]
         names += ["event_item"] * (m.history_length > 0) + [f"event_{f.name}" for f in m.history]
         names += ["cutoff", "candidate", *(f"label_{task}" for task in m.tasks)]
-        if references:
-            tasks = m.config.get("tasks", {})
-            names += [f"reference_{t}" for t in m.tasks if tasks.get(t, {}).get("reference")]
+        declared = m.config.get("tasks", {})
+        for key, role in (("weight_column", "weight"), *[("reference", "reference")] * references):
+            names += [f"{role}_{t}" for t in m.tasks if declared.get(t, {}).get(key)]
         return [*names, "row"]
 
     def parquet(self, split: str) -> pq.ParquetFile:
@@ -431,7 +424,11 @@ def configuration(experiment: Experiment) -> dict[str, Any]:
     """The part of the experiment that preparation depends on."""
     kept = {k: to_dict(experiment)[k] for k in ("data", "clean", "split", "features", "tasks")}
     for task in kept["tasks"].values():
-        del task["weight"]
+        for key in ("weight", "loss", "lists", "pointwise"):
+            del task[key]
+        for key in ("weight_column", "duration"):  # nothing has changed where there is none
+            if not task[key]:
+                del task[key]
     return kept
 
 

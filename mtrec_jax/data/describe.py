@@ -9,6 +9,7 @@ from typing import Any
 from mtrec_jax.config import Experiment, Split
 from mtrec_jax.data.dataset import FORMAT, FREE, configuration
 from mtrec_jax.errors import DataError
+from mtrec_jax.losses.tasks.ordinal import MOST
 
 
 def fingerprint(experiment: Experiment, digests: list[str]) -> str:
@@ -110,7 +111,18 @@ def check_labels(experiment: Experiment, name: str, counts: dict[Any, int]) -> N
             f"task '{name}': no training row has a label in column '{column}'{where}. Check the "
             f"column, or remove the task"
         )
-    if task.kind in ("binary", "multiclass") and len(counts) < 2:
+    if task.kind == "watch_time" and (min(counts) < 0 or not max(counts)):
+        raise DataError(
+            f"task '{name}': watch time is 0 or more, and above 0 in some training rows; column "
+            f"'{column}' has {min(counts):g} .. {max(counts):g}. Remove other rows (clean.values), "
+            "or set kind = 'regression'"
+        )
+    if task.kind == "ordinal" and len(counts) > MOST:
+        raise DataError(
+            f"task '{name}': column '{column}' has {len(counts):,} numbers, more than the {MOST} "
+            "that can be classes in order. Round them (data.derive), or set kind = 'regression'"
+        )
+    if task.kind in ("binary", "multiclass", "ordinal") and len(counts) < 2:
         only = next(iter(counts))
         shown = f"{only:g}" if isinstance(only, float) else repr(only)
         key = (

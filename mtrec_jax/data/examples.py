@@ -23,7 +23,6 @@ from mtrec_jax.data.dataset import (
     SHOWN,
     SPLITS,
     Prepared,
-    TaskField,
     fixed_size,
     to_arrays,
 )
@@ -31,6 +30,7 @@ from mtrec_jax.data.engine import Engine
 from mtrec_jax.data.features import Encoding, one_array
 from mtrec_jax.data.schema import query_features
 from mtrec_jax.errors import DataError
+from mtrec_jax.losses.tasks import TaskField, class_numbers, labelled
 from mtrec_jax.types import FIRST, Lists
 
 MODULUS = 1 << 31
@@ -72,7 +72,7 @@ class Log:
     row: np.ndarray  # int64 source row
     time: np.ndarray  # float64 seconds
     events: dict[str, np.ndarray]  # {field: int32 ids [n], or [n, S]}: "item", history features
-    targets: dict[str, np.ndarray]  # {label_<task>, reference_<task>: float32}
+    targets: dict[str, np.ndarray]  # {label_<task>, reference_<task>, weight_<task>: float32}
     request: dict[str, np.ndarray]  # {request_<feature>: int32 ids or float32 numbers}
 
     def offsets(self, users: int) -> Int[np.ndarray, " n"]:
@@ -126,7 +126,7 @@ def event_log(
         done += len(part)
     engine.forget("ordered")
     fields = {n.removeprefix("event_"): v for n, v in whole.items() if n.startswith("event_")}
-    targets = {n: v for n, v in whole.items() if n.startswith(("label_", "reference_"))}
+    targets = {n: v for n, v in whole.items() if n.startswith(("label_", "reference_", "weight_"))}
     request = {n: v for n, v in whole.items() if n.startswith("request_")}
     user, split, row, time = (whole[name] for name in ("user", "split", "row", "time"))
     return Log(user, split, row, time, fields, targets, request)
@@ -184,23 +184,31 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _target_columns(experiment: Experiment) -> list[str]:
     """The columns that `_targets` reads."""
-    references = [f"reference_{name}" for name, task in experiment.tasks.items() if task.reference]
-    return [*(f"label_{name}" for name in experiment.tasks), *references]
+    tasks = experiment.tasks.items()
+    references = [f"reference_{name}" for name, task in tasks if task.reference]
+    weights = [f"weight_{name}" for name, task in tasks if task.weight_column]
+    return [*(f"label_{name}" for name in experiment.tasks), *references, *weights]
 
 
 def _targets(
     table: pa.Table, experiment: Experiment, tasks: dict[str, TaskField]
 ) -> dict[str, np.ndarray]:
-    """Labels and references `[n]` as float32, NaN where there is none."""
+    """Labels, references and weights `[n]` as float32, NaN where there is none."""
     arrays = {}
     for name, task in experiment.tasks.items():
         labels = table[f"label_{name}"]
-        if task.kind == "multiclass":
+        if task.kind in labelled("classes"):
             classes = pa.array(tasks[name].classes, pa.string())
             labels = pc.cast(pc.index_in(labels, value_set=classes), pa.float64())
+        elif task.kind in labelled("levels"):
+            numbers = pa.array(class_numbers(tasks[name].classes))
+            known = pc.is_in(labels, value_set=numbers)
+            labels = pc.if_else(known, labels, pa.scalar(None, pa.float64()))
         arrays[f"label_{name}"] = labels.to_numpy().astype(np.float32)
-        if task.reference:
-            arrays[f"reference_{name}"] = table[f"reference_{name}"].to_numpy().astype(np.float32)
+        for column, declared in (("reference", task.reference), ("weight", task.weight_column)):
+            if declared:
+                values = table[f"{column}_{name}"].to_numpy()
+                arrays[f"{column}_{name}"] = values.astype(np.float32)
     return arrays
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ import pyarrow.compute as pc
 from mtrec_jax.config import Experiment
 from mtrec_jax.data import describe, features
 from mtrec_jax.data.dataset import Prepared, Rule, TaskField
+from mtrec_jax.data.examples import Log
 from mtrec_jax.data.features import Encoding, Text, one_array
 from mtrec_jax.data.growth import earlier_task, grown
+from mtrec_jax.losses.tasks import KINDS, class_numbers
+from mtrec_jax.losses.tasks.watch_time import quantiles_of
+from mtrec_jax.types import FIRST
 
 # {task: {split: (its labels, their mean if they are numbers)}}
 Labels = dict[str, dict[int, tuple[int, float | None]]]
@@ -35,34 +41,80 @@ def fit_tasks(
             code: found.filter(pc.equal(found["split"], code))
             for code in sorted(found["split"].unique().to_pylist())
         }
-        numbers = task.kind != "multiclass"
+        kind = KINDS.get(task.kind)
+        numbers = kind is None or kind.labels != "classes"
         labels[name] = {
             code: (pc.sum(table["n"]).as_py(), _moments(table)[0] if numbers else None)
             for code, table in by_split.items()
         }
         train = by_split.get(0, found.slice(0, 0))
-        if task.kind == "retrieval":
+        if kind is None:
             tasks[name] = TaskField()
             continue
         counts = dict(zip(train["label"].to_pylist(), train["n"].to_pylist(), strict=True))
         describe.check_labels(experiment, name, counts)
         old = earlier_task(base, name)
-        if task.kind == "multiclass":
+        if kind.labels == "classes":
             first = old.classes if old else ()
             classes = (*first, *sorted(counts.keys() - set(first), key=_class_order))
             tasks[name] = TaskField(classes=classes)
-            learned = pc.is_in(found["label"], value_set=pa.array(classes, found["label"].type))
-            unseen = found.filter(pc.invert(learned))
-            if len(unseen):
-                shown = tuple(sorted(map(repr, unseen["label"].unique().to_pylist()))[:3])
-                rule = f"class of {name} without training rows (masked)"
-                rules.append(Rule(rule=rule, rows=pc.sum(unseen["n"]).as_py(), examples=shown))
+            rules += _unseen(name, found, classes)
             continue
         mean, std = _moments(train)
-        tasks[name] = TaskField(mean=mean, std=std or 1.0)
-        if old and task.kind == "regression":
-            tasks[name] = old
+        learned = TaskField(mean=mean, std=std or 1.0)
+        if kind.labels == "levels":
+            levels = sorted(counts.keys() | set(class_numbers(old.classes if old else ())))
+            rules += _unseen(name, found, levels)
+            shares = tuple(counts.get(level, 0) / sum(counts.values()) for level in levels)
+            classes = tuple(repr(float(level)).removesuffix(".0") for level in levels)
+            learned = dataclasses.replace(learned, classes=classes, shares=shares)
+        elif old and kind.judged == "regression":
+            learned = old
+        tasks[name] = learned
     return tasks, rules, labels
+
+
+def _unseen(name: str, found: pa.Table, known: Sequence[Any]) -> list[Rule]:
+    """The report of labels whose class no training row has."""
+    unseen = found.filter(
+        pc.invert(pc.is_in(found["label"], value_set=pa.array(known, found["label"].type)))
+    )
+    if not len(unseen):
+        return []
+    shown = tuple(sorted(map(repr, unseen["label"].unique().to_pylist()))[:3])
+    rule = f"class of {name} without training rows (masked)"
+    return [Rule(rule=rule, rows=pc.sum(unseen["n"]).as_py(), examples=shown)]
+
+
+def with_quantiles(
+    tasks: dict[str, TaskField],
+    experiment: Experiment,
+    log: Log,
+    groups: Mapping[str, tuple[np.ndarray, int]],
+    base: Prepared | None = None,
+) -> dict[str, TaskField]:
+    """The quantiles of watch time by duration group, of the training rows; groups that `base` knows
+    keep theirs.
+
+    Args:
+      tasks: what is known of the tasks so far.
+      experiment: which of them have a `duration`.
+      log: all events.
+      groups: {duration: its local ids by catalogue index, and how many of these there may be}.
+      base: the folder that grows.
+    """
+    found = dict(tasks)
+    for name, task in experiment.tasks.items():
+        if task.duration:
+            of_item, size = groups[task.duration]
+            label = log.targets[f"label_{name}"]
+            rows = np.flatnonzero((log.split == 0) & ~np.isnan(label))
+            own = of_item[log.events["item"][rows] - FIRST]
+            table = quantiles_of(label[rows].astype(np.float64), own, size)
+            old = earlier_task(base, name)
+            kept = old.quantiles if old else ()
+            found[name] = dataclasses.replace(tasks[name], quantiles=(*kept, *table[len(kept) :]))
+    return found
 
 
 def fit_side(

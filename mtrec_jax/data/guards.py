@@ -21,6 +21,7 @@ from mtrec_jax.config import Experiment, Feature
 from mtrec_jax.data.examples import Log, mix
 from mtrec_jax.data.features import MultiValued, as_numbers, one_array
 from mtrec_jax.errors import DataError
+from mtrec_jax.losses.tasks import KINDS, labelled
 
 LEAK = 0.999  # AUC, accuracy or R² on rows that the rates were not taken from
 _EVENTS = 500_000  # training events that are looked at
@@ -118,17 +119,18 @@ def _determined(
     texts = {name: joined(one_array(column)) for name, column in cells.items()}
     for task_name in tasks:
         task, label = experiment.tasks[task_name], one_array(part[f"label_{task_name}"])
-        if task.kind == "multiclass":
+        if task.kind in labelled("classes"):
             label = label.dictionary_encode().indices
         numbers = np.asarray(pc.fill_null(pc.cast(label, pa.float64()), np.nan))
-        outcome, counted, known = judged(task_name, task.kind, numbers, row)
+        kind = KINDS[task.kind].judged
+        outcome, counted, known = judged(task_name, kind, numbers, row)
         if outcome is None:
             continue
         for name, text in texts.items():
             feature = experiment.features[name]
             best = best_score(feature, text.filter(pa.array(known)), counted, outcome)
             if best >= LEAK and not _is_allowed(experiment, name, task_name):
-                measure = {"binary": "AUC", "regression": "R²"}.get(task.kind, "accuracy")
+                measure = {"binary": "AUC", "regression": "R²"}.get(kind, "accuracy")
                 problems.append(
                     f"feature '{name}' (column '{feature.column or name}') gives away the label of "
                     f"task '{task_name}' (column '{task.column or task_name}'): alone it reaches "
@@ -173,7 +175,7 @@ def next_event_known(log: Log, experiment: Experiment) -> None:
     named = {(retrieval or ["item"])[0]: ("multiclass", np.asarray(log.events["item"]))}
     for name, task in experiment.tasks.items():
         if task.kind != "retrieval":
-            named[name] = (task.kind, np.asarray(log.targets[f"label_{name}"]))
+            named[name] = (KINDS[task.kind].judged, np.asarray(log.targets[f"label_{name}"]))
     own = [array[here] for _, array in named.values()]
     problems: dict[str, str] = {}  # {"feature/task": message}; a feature may have several slots
     for task_name, (kind, array) in named.items() if len(here) and fields else ():
@@ -285,12 +287,12 @@ def _counts(events: Any, key: str, experiment: Experiment) -> pa.Table:
         n = inside.sum().cast("float64")
         columns[f"number of events//events|{which}"] = n
         for name, task in experiment.tasks.items():
-            if task.kind in ("binary", "regression"):
+            if task.kind in labelled("numbers", "levels"):
                 label = events[f"label_{name}"]
                 total = ibis.ifelse(inside, label.fill_null(0.0), 0.0).sum()
-                labelled = (inside & label.notnull()).sum().cast("float64")
+                known = (inside & label.notnull()).sum().cast("float64")
                 columns[f"sum of the label//{name}|{which}"] = total
-                columns[f"mean of the label//{name}|{which}"] = total / labelled.nullif(0.0)
+                columns[f"mean of the label//{name}|{which}"] = total / known.nullif(0.0)
                 columns[f"sum of the label by events//{name}|{which}"] = total / n.nullif(0.0)
     return events.group_by(key).agg(**columns).to_pyarrow()
 

@@ -200,6 +200,11 @@ def to_batch(arrays: dict[str, np.ndarray], manifest: Manifest, dtype: str = "fl
         user=arrays["user"],
         weight=(arrays["row"] >= 0).astype(dtype),
         row=arrays["row"],
+        weights={
+            task: np.nan_to_num(arrays[f"weight_{task}"]).astype(dtype)
+            for task in m.tasks
+            if f"weight_{task}" in arrays
+        },
     )
 
 

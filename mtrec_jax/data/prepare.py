@@ -47,10 +47,17 @@ from mtrec_jax.data.dataset import (
 )
 from mtrec_jax.data.engine import Engine, Name, count, open_engine
 from mtrec_jax.data.examples import Log, event_log, one_column, sequence_examples, to_table
-from mtrec_jax.data.features import Encoding, one_array
-from mtrec_jax.data.fit import fit_events, fit_side, fit_tasks, text_columns, values_report
+from mtrec_jax.data.features import Encoding, IdField, one_array
+from mtrec_jax.data.fit import (
+    fit_events,
+    fit_side,
+    fit_tasks,
+    text_columns,
+    values_report,
+    with_quantiles,
+)
 from mtrec_jax.data.growth import item_vocabulary, open_base, summary
-from mtrec_jax.data.rules import sample_spaces
+from mtrec_jax.data.rules import check_weights, sample_spaces
 from mtrec_jax.data.social import Tastes, fit_tastes, friend_lists, split_queries, with_queries
 from mtrec_jax.data.split import describe_split, split_events
 from mtrec_jax.errors import DataError
@@ -176,6 +183,16 @@ class _Fitted(NamedTuple):
         """{feature: ids or numbers [n] or [n, S]} of all users or items."""
         return {e.name: one_column(features.encode(e, self.cells[e.name])) for e in of}
 
+    def groups(self, experiment: Experiment) -> dict[str, tuple[np.ndarray, int]]:
+        """{feature of the items that is a task's duration: its ids, and how many there may be}."""
+        named = {task.duration for task in experiment.tasks.values()}
+        fields = {e.name: e.field for e in self.items if e.name in named}
+        return {
+            e.name: (self.encoded([e])[e.name], field.size)
+            for e in self.items
+            if isinstance(field := fields.get(e.name), IdField)
+        }
+
 
 def _build(
     engine: Engine,
@@ -197,6 +214,7 @@ def _build(
     rows = sum(divided.split.sizes.values())
     rows += count(divided.queries) if divided.queries is not None else 0
     log = event_log(engine, events, rows, experiment, fitted.events, divided.tasks)
+    tasks = with_quantiles(divided.tasks, experiment, log, fitted.groups(experiment), base)
     leaks = divided.leaks + guards.leaks(lambda: guards.next_event_known(log, experiment))
     if leaks:
         raise DataError("\n".join(leaks))
@@ -237,7 +255,7 @@ def _build(
         positions=positions,
         targets={name: n for name, (_, n) in written.items()},
         **grouped({role: [e.field for e in some] for role, some in on.items()}),
-        tasks=divided.tasks,
+        tasks=tasks,
         report=(*notes.rules, *divided.rules, *values_report(encodings)),
         bounds=notes.bounds,
         summary=divided.summary,
@@ -257,6 +275,7 @@ def _divide(
     split = describe_split(events, experiment)
     describe.check_splits(experiment, split.sizes)
     say("split: " + ", ".join(f"{name} {n:,}" for name, n in split.sizes.items()) + " events")
+    check_weights(events, experiment, notes.place)
     tasks, rules, labels = fit_tasks(events, experiment, base)
     users, items = (
         _indexed(engine, events, key, cleaned.table(engine, f"{key}s")) for key in ("user", "item")

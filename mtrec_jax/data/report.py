@@ -234,10 +234,11 @@ def _tasks(m: Manifest, splits: Sequence[str]) -> list[tuple[str, ...]]:
         cells = []
         for split in splits:
             n, mean = by_split.get(split, (0, None))
-            figure = f" · {mean:.1%}" if kind == "binary" and mean is not None else ""
-            figure = f" · mean {mean:.4g}" if kind == "regression" and mean is not None else figure
-            cells.append(f"{n:,}{figure}")
-        classes = f", {len(m.tasks[name].classes)} classes" if kind == "multiclass" else ""
+            shown = "{:.1%}" if kind == "binary" else "mean {:.4g}"
+            known = kind != "retrieval" and mean is not None
+            cells.append(f"{n:,}{' · ' + shown.format(mean) if known else ''}")
+        many = len(m.tasks[name].classes)
+        classes = f", {many} classes" if many else ""
         rows.append((name, kind + classes, *cells))
     return rows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ibis
@@ -39,8 +39,8 @@ def usable_events(
 
     Returns:
       The events with row, part (0 events, 1 test files, 2 validation files), user, item, time,
-      label_*, reference_* and feature_*; the report; the names of the engine's tables of removed
-      rows; the bounds that were fitted, by the name of their rule.
+      label_*, reference_*, weight_* and feature_*; the report; the names of the engine's tables of
+      removed rows; the bounds that were fitted, by the name of their rule.
 
     Raises:
       DataError: more rows are malformed than `clean.max_bad_fraction` allows.
@@ -294,6 +294,41 @@ def sample_spaces(events: Any, experiment: Experiment) -> Any:
         return final[name]
 
     return events.mutate(**{f"label_{name}": label(name) for name in experiment.tasks})
+
+
+def check_weights(
+    events: Any, experiment: Experiment, place: Callable[[int], str] = "row {}".format
+) -> None:
+    """Stop where a training row with a label has no weight of 0 or more, or none has one above.
+
+    Args:
+      events: Ibis table with row, split, label_* and weight_*, sample spaces taken into account.
+      experiment: its tasks; those with a `weight_column` are meant.
+      place: says where a source row is.
+
+    Raises:
+      DataError: with the number of such rows and the first one.
+    """
+    for name, task in experiment.tasks.items():
+        if not task.weight_column:
+            continue
+        key, taught = f"tasks.{name}.weight_column", events[f"label_{name}"].notnull()
+        taught = events.filter(taught & (events["split"] == 0))
+        taught = taught.select("row", w=taught[f"weight_{name}"])
+        bad = taught.filter(taught.w.isnull() | (taught.w < 0))
+        if found := rows(bad.order_by("row").limit(1)):
+            value = "no number" if found[0]["w"] is None else f"{found[0]['w']:g}"
+            raise DataError(
+                f"{key}: {count(bad):,} training rows with a label have no weight of 0 or more in "
+                f"'{task.weight_column}', e.g. {place(found[0]['row'])}: {value}. Give each one "
+                f"(data.derive: if_else(is_missing({task.weight_column}), 1, "
+                f"{task.weight_column})), or remove these rows (clean.values)"
+            )
+        if not rows(taught.filter(taught.w > 0).limit(1)):
+            raise DataError(
+                f"{key}: every training row with a label weighs 0 ('{task.weight_column}'). Check "
+                "the column, or remove the task"
+            )
 
 
 def missing_labels(events: Any, experiment: Experiment) -> list[Rule]:

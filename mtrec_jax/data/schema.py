@@ -92,7 +92,8 @@ def bound(text: str, key: str) -> float | None:
 
 
 def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
-    """Events as row, user, item, time, label_*, reference_*, feature_*: one name a meaning.
+    """Events as row, user, item, time, label_*, reference_*, weight_*, feature_*: one name a
+    meaning.
 
     New requests (`labels` false) may lack keys that nothing asks of them.
 
@@ -125,8 +126,9 @@ def typed(experiment: Experiment, table: Any, labels: bool = True) -> Any:
             text = table[task.column or name]
             columns[f"label_{name}"] = value = label(task, text)
             keyed.append((text.notnull() & value.isnull(), f"malformed label of {name}", text))
-        if task.reference:
-            columns[f"reference_{name}"] = number(table[task.reference])
+        for role, column in (("reference", task.reference), ("weight", task.weight_column)):
+            if column:
+                columns[f"{role}_{name}"] = number(table[column])
     for name, column in event_features(experiment, outcomes=labels).items():
         columns[f"feature_{name}"] = value = table[column]
         if isinstance(feature := experiment.features[name], Clock):
@@ -282,6 +284,7 @@ def uses(experiment: Experiment) -> list[Use]:
         column = "" if task.kind == "retrieval" else task.column or name
         found.append(Use("events", column, f"the label of task '{name}'", outcome=True))
         found.append(Use("events", task.reference, f"tasks.{name}.reference", outcome=True))
+        found.append(Use("events", task.weight_column, f"tasks.{name}.weight_column", outcome=True))
     found.append(Use("items", data.title, "data.title"))
     for name, feature in experiment.features.items():
         table, column = feature.origin(name, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -13,11 +13,12 @@ from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import SHOWN, SPLITS, Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
-from mtrec_jax.models.inputs import class_numbers
+from mtrec_jax.losses.tasks import Head, TaskField, class_numbers, head_of
 from mtrec_jax.models.serve import Answer, Serving, pad_rows
 from mtrec_jax.types import FIRST, Batch, Lists, PyTree, UserStates
 
 ABSENT = np.iinfo(np.int32).max  # rank of a target that is not among the candidates
+OrderOf = Callable[[np.ndarray], np.ndarray]
 QUERIES = 256  # targets that are ranked at once, in one program of the index
 
 
@@ -28,7 +29,7 @@ class Collected:
     user: np.ndarray  # [n]
     candidate: np.ndarray  # [n]
     labels: dict[str, np.ndarray]  # {task: [n]}, nan where there is none
-    logits: dict[str, np.ndarray]  # {task: [n] or [n, C]}
+    logits: dict[str, np.ndarray]  # {task: [n] or [n, C]} as in `Answer`
     fused: np.ndarray  # [n]
     retrieved: np.ndarray  # [n] bool: a target of the retrieval task
     ranks: np.ndarray  # [n] among all items by cosine, ABSENT where not retrieved, or seen before
@@ -50,7 +51,7 @@ def collect(
     own_params = serving.own(params)
     index = ItemIndex(own_vectors[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
-    classes = ordering(experiment, prepared.manifest)
+    sorted_by = ordering(experiment, prepared.manifest)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
     behaviours = seen_behaviours(experiment)
     everyone = np.arange(prepared.manifest.users) + FIRST
@@ -65,7 +66,7 @@ def collect(
             observed = np.asarray(batch.mask[retrieval])[r, p] > 0
             part.retrieved = observed & (part.candidate >= FIRST)
             if orders:
-                names = ["fused", *classes]
+                names = ["fused", *sorted_by]
                 part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in names}
             rows = np.flatnonzero(part.retrieved)
             for start in range(0, len(rows), QUERIES):
@@ -79,7 +80,8 @@ def collect(
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
                     found = index.search(queries.vectors[:, 0], k, exclude)[1]
-                    _rerank(serving, own_params, part, chosen, queries, own_vectors, found, classes)
+                    given = serving, own_params, part, chosen, queries, own_vectors, found
+                    _rerank(*given, sorted_by)
         parts.append(part)
     return _in_file_order(parts)
 
@@ -234,38 +236,35 @@ def _rerank(
     queries: UserStates,
     vectors: jax.Array | np.ndarray,
     found: np.ndarray,
-    classes: dict[str, tuple[str, ...]],
+    sorted_by: Mapping[str, OrderOf],
 ) -> None:
     """Fill in the rank of each chosen target among its retrieved candidates, in each order."""
     ids = (found + FIRST).astype(np.int32)  # the filling -1 becomes unknown
     answer = serving.answer(params, queries, vectors, ids)
     scores = {"fused": np.asarray(answer.fused)}
-    for name, of in classes.items():
-        scores[name] = order_score(np.asarray(answer.logits[name]), of)
+    for name, order in sorted_by.items():
+        scores[name] = order(np.asarray(answer.logits[name]))
     n = len(chosen)
     hit, real = ids[:n] == part.candidate[chosen][:, None], ids[:n] >= FIRST
     for name, score in scores.items():
         part.order_ranks[name][chosen] = rank_in_list(score[:n], hit, real)
 
 
-def ordering(experiment: Experiment, manifest: Manifest) -> dict[str, tuple[str, ...]]:
-    """The tasks that can put items in order, and their classes; () of other kinds. Classes that are
-    not all numbers have no order."""
-    found = {name: manifest.tasks[name].classes for name in experiment.tasks}
-    return {name: of for name, of in found.items() if not of or class_numbers(of)}
+def ordering(experiment: Experiment, manifest: Manifest) -> dict[str, OrderOf]:
+    """The tasks that can put items in order, and what makes one number [...] to sort by of their
+    logits: of classes the expected number. Classes that are not all numbers have no order."""
+    found: dict[str, OrderOf] = {}
+    for name, task in experiment.tasks.items():
+        learned = manifest.tasks[name]
+        if task.kind == "retrieval":
+            found[name] = np.asarray
+        elif not learned.classes or class_numbers(learned.classes):
+            found[name] = _order_of(head_of(task.kind, task.loss), learned)
+    return found
 
 
-def order_score(logits: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
-    """One number to sort by of logits [...], or [..., C] of classes: the expected number.
-
-    >>> round(float(order_score(np.log([0.2, 0.5, 0.3]), ("1", "5", "3"))), 6)
-    3.6
-    """
-    if not classes:
-        return logits
-    exponential = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights = exponential / exponential.sum(axis=-1, keepdims=True)
-    return np.asarray(weights @ np.array(class_numbers(classes)))
+def _order_of(head: Head, learned: TaskField) -> OrderOf:
+    return lambda logits: np.asarray(head.order(logits, learned))
 
 
 def rank_in_list(scores: np.ndarray, hit: np.ndarray, real: np.ndarray) -> np.ndarray:

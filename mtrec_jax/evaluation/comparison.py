@@ -15,6 +15,7 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import ABSENT, Collected, people, seen_items
 from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import target_ranks
+from mtrec_jax.losses.tasks import KINDS, labelled
 from mtrec_jax.types import FIRST
 
 Metrics = dict[str, float]
@@ -57,7 +58,7 @@ def training_interactions(experiment: Experiment, prepared: Prepared) -> Interac
     """The training split as baselines are fitted on it."""
     train, tasks = prepared.interactions("train"), experiment.tasks
     kinds: dict[str, str] = {
-        n: t.kind for n, t in tasks.items() if t.kind in ("binary", "regression")
+        n: KINDS[t.kind].judged for n, t in tasks.items() if t.kind in labelled("numbers", "levels")
     }
     retrieval = next((n for n, t in tasks.items() if t.kind == "retrieval"), None)
     none = np.zeros(len(train["user"]), bool)

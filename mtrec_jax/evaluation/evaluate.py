@@ -15,7 +15,7 @@ import pyarrow as pa
 from mtrec_jax.config import Experiment, fusion_objective
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import Collected, collect, order_score, ordering, people
+from mtrec_jax.evaluation.collect import Collected, collect, ordering, people
 from mtrec_jax.evaluation.comparison import Metrics, compare
 from mtrec_jax.evaluation.metrics import (
     Linear,
@@ -30,6 +30,7 @@ from mtrec_jax.evaluation.metrics import (
 from mtrec_jax.evaluation.paired import user_sums
 from mtrec_jax.evaluation.protocol import Protocol, protocol_from, protocol_of
 from mtrec_jax.evaluation.segments import segments
+from mtrec_jax.losses.tasks import class_numbers
 from mtrec_jax.models.serve import Serving, predictions
 from mtrec_jax.types import FIRST, PyTree
 
@@ -101,7 +102,8 @@ def evaluate(
         raise ConfigError(f"split {split!r}: it must be one of {', '.join(SPLITS)}")
     collected = collect(experiment, prepared, serving, params, tables, split, orders=full)
     values = _values(experiment, prepared, collected)
-    measured = _measured(experiment, collected, values, np.arange(len(collected.user)))
+    everything = np.arange(len(collected.user))
+    measured = _measured(experiment, prepared.manifest, collected, values, everything)
     result = Evaluation(
         split=split,
         protocol=protocol_of(experiment, prepared.manifest),
@@ -143,7 +145,11 @@ def _values(
 
 
 def _measured(
-    experiment: Experiment, collected: Collected, values: dict[str, np.ndarray], of: np.ndarray
+    experiment: Experiment,
+    manifest: Manifest,
+    collected: Collected,
+    values: dict[str, np.ndarray],
+    of: np.ndarray,
 ) -> Measured:
     """The statistics of each task on some of the targets, and those of them that they are of."""
     found: Measured = {}
@@ -156,7 +162,8 @@ def _measured(
             rows = of[~np.isnan(collected.labels[name][of])]
             labels, predicted = collected.labels[name][rows], values[name][rows]
             users = who[rows] if experiment.data.user else None
-            statistics = task_statistics(task.kind, labels, predicted, users, ks)
+            numbers = class_numbers(manifest.tasks[name].classes)
+            statistics = task_statistics(task.kind, labels, predicted, users, ks, numbers)
         found[name] = statistics, rows
     return found
 
@@ -179,7 +186,7 @@ def _segments(
     for name, by_value in parts.items():
         found[name] = {}
         for value, places in by_value.items():
-            measured = _measured(experiment, collected, values, places)
+            measured = _measured(experiment, prepared.manifest, collected, values, places)
             found[name][value] = {
                 task: {"targets": len(rows), **_at_ones(statistics, rows)}
                 for task, (statistics, rows) in measured.items()
@@ -231,8 +238,8 @@ def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) ->
     objective = fusion_objective(experiment)
     binary = [n for n in objective if experiment.tasks[n].kind == "binary"]
     scores = {"fused": collected.fused}
-    for name, classes in ordering(experiment, prepared.manifest).items():
-        scores[name] = order_score(collected.logits[name], classes)
+    for name, order in ordering(experiment, prepared.manifest).items():
+        scores[name] = order(collected.logits[name])
     found: dict[str, Metrics] = {name: {} for name in scores}
     chosen = collected.retrieved
     if collected.order_ranks and chosen.any():

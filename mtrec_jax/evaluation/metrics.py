@@ -12,7 +12,7 @@ the bins of the calibration error need the order of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Metric(NamedTuple):
     larger_is_better: bool = True
     resampled: bool = True  # has an interval; resampling moves absolute values of means upwards
     ideal: float | None = None  # the best value, where neither larger nor lower is better
+    of_places: bool = False  # ordinal: of the classes' places and probabilities, not of numbers
 
 
 def auc(
@@ -442,6 +443,55 @@ def _mae(labels: np.ndarray, predictions: np.ndarray) -> Statistic:
     return mean_statistic(np.abs(predictions.astype(np.float64) - labels))
 
 
+def xauc(labels: Num[np.ndarray, " n"], predictions: Num[np.ndarray, " n"]) -> float:
+    """Of the pairs with different labels, the share that the predictions put in the same order.
+
+    Ties of the predictions count one half. XAUC (Zhan et al., "Deconfounding duration bias in
+    watch-time prediction", KDD 2022) over all pairs; for labels 0 and 1 it is the AUC.
+
+    >>> xauc(np.array([0.0, 10, 10, 30]), np.array([1.0, 5, 2, 3]))
+    0.8
+    """
+    return xauc_statistic(labels, predictions)(np.ones(len(labels)))
+
+
+def xauc_statistic(labels: Num[np.ndarray, " n"], predictions: Num[np.ndarray, " n"]) -> Statistic:
+    """`xauc` as a function of row weights: pairs weigh the product of those of their rows.
+
+    Two labels differ in a highest binary digit of their ranks. So the pairs are counted digit by
+    digit: among rows that agree in all higher digits, those with a 1 against those with a 0, of
+    which the ones with lower predictions are in order. O(n log² n), for each vector of weights.
+    """
+    _check(labels, predictions)
+    order = np.argsort(predictions, kind="stable")
+    ordered = predictions[order]
+    run = np.cumsum(np.append(0, ordered[1:] != ordered[:-1])[: len(ordered)])
+    levels, rank = np.unique(labels[order], return_inverse=True)
+    undefined = not len(ordered) or bool(np.isnan(ordered[-1]))
+
+    def value(weights: np.ndarray) -> float:
+        weight = _a_row_each(weights, len(order))[order]
+        if undefined:
+            return float("nan")
+        good = pairs = 0.0
+        for digit in range(int(len(levels) - 1).bit_length()):
+            above = rank >> digit + 1
+            by = np.argsort(above, kind="stable")  # predictions rise inside of each
+            high = (rank[by] >> digit & 1) * weight[by]
+            low = weight[by] - high
+            first = np.append(True, np.diff(above[by]) != 0)
+            ties = np.flatnonzero(first | np.append(True, np.diff(run[by]) != 0))
+            group = np.cumsum(first[ties]) - 1
+            won, lost = np.add.reduceat(high, ties), np.add.reduceat(low, ties)
+            total = np.bincount(group, lost)
+            before = np.cumsum(lost) - lost / 2 - (np.cumsum(total) - total)[group]
+            good += float(won @ before)
+            pairs += float(np.bincount(group, won) @ total)
+        return good / pairs if pairs > 0 else float("nan")
+
+    return value
+
+
 # {kind of task: {name: metric}}; the first one chooses the best checkpoint unless told otherwise
 METRICS: dict[str, dict[str, Metric]] = {
     "binary": {
@@ -460,6 +510,17 @@ METRICS: dict[str, dict[str, Metric]] = {
     "multiclass": {
         "accuracy": Metric(_accuracy),
         "log_loss": Metric(_class_log_loss, larger_is_better=False),
+    },
+    "ordinal": {
+        "rmse": Metric(_rmse, larger_is_better=False),
+        "mae": Metric(_mae, larger_is_better=False),
+        "log_loss": Metric(_class_log_loss, larger_is_better=False, of_places=True),
+        "accuracy": Metric(_accuracy, of_places=True),
+    },
+    "watch_time": {
+        "mae": Metric(_mae, larger_is_better=False),
+        "rmse": Metric(_rmse, larger_is_better=False),
+        "xauc": Metric(xauc_statistic, resampled=False),  # slow
     },
 }
 # {name: of each query, from the rank (0 = first) of its one relevant item}, 0 from rank k on
@@ -500,6 +561,7 @@ def task_statistics(
     predictions: Float[np.ndarray, "n ..."],
     users: Int[np.ndarray, " n"] | None = None,
     ks: Iterable[int] = (),
+    numbers: Sequence[float | int] = (),
 ) -> dict[str, Statistic]:
     """`task_metrics` as functions of row weights `[n]`; same arguments, same errors."""
     if kind not in METRICS:
@@ -507,7 +569,15 @@ def task_statistics(
             f"task_metrics: kind {kind!r} is not one of {', '.join(METRICS)}; retrieval is "
             "measured by ranking_metrics"
         )
-    found = {name: m.statistic(labels, predictions) for name, m in METRICS[kind].items()}
+    given = of_places = labels, predictions
+    if kind == "ordinal" and predictions.ndim == 2:
+        places, values = _places(labels, predictions, numbers), np.asarray(numbers)
+        given, of_places = (labels, predictions @ values), (places, predictions)
+    found = {
+        name: m.statistic(*(of_places if m.of_places else given))
+        for name, m in METRICS[kind].items()
+        if not m.of_places or of_places is not given
+    }
     if users is not None and kind == "binary":
         found["gauc"] = gauc_statistic(labels, predictions, users)
         for k in ks:
@@ -521,15 +591,18 @@ def task_metrics(
     predictions: Float[np.ndarray, "n ..."],
     users: Int[np.ndarray, " n"] | None = None,
     ks: Iterable[int] = (),
+    numbers: Sequence[float | int] = (),
 ) -> dict[str, float]:
     """All metrics of a task, by the names of `metrics_of`.
 
     Args:
-      kind: "binary", "regression" or "multiclass".
+      kind: "binary", "regression", "multiclass", "ordinal" or "watch_time".
       labels: one per example that has one: 0 or 1, a number, or a class number.
-      predictions: probability of label 1 `[n]`, a number `[n]`, or class probabilities `[n, C]`.
+      predictions: probability of label 1 `[n]`, a number `[n]`, or class probabilities `[n, C]`;
+        for "ordinal" either of the two last, of numbers `rmse` and `mae` alone.
       users: of the examples, any numbers; None leaves out the metrics within users.
       ks: cut-offs of nDCG inside of a user's impressions, of binary tasks.
+      numbers: "ordinal": the C numbers that labels are, in rising order.
 
     Raises:
       ConfigError: another kind.
@@ -539,7 +612,7 @@ def task_metrics(
     >>> task_metrics("regression", np.array([3.0, 5.0]), np.array([4.0, 4.0]))
     {'rmse': 1.0, 'mae': 1.0}
     """
-    return _values(task_statistics(kind, labels, predictions, users, ks), len(labels))
+    return _values(task_statistics(kind, labels, predictions, users, ks, numbers), len(labels))
 
 
 def ranking_statistics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[str, Statistic]:
@@ -651,6 +724,19 @@ def _a_row_each(weights: np.ndarray, rows: int) -> Float[np.ndarray, " n"]:
             f"weights {weights.shape} and {rows} rows; pass one weight per row, or None for all 1"
         )
     return weights.astype(np.float64, copy=False)
+
+
+def _places(
+    labels: np.ndarray, predictions: np.ndarray, numbers: Sequence[float | int]
+) -> Int[np.ndarray, " n"]:
+    """The place of each label among the numbers of ordered classes."""
+    if predictions.shape != (len(labels), len(numbers)):
+        raise DataError(
+            f"ordinal: labels {labels.shape}, predictions {predictions.shape} and {len(numbers)} "
+            "numbers; pass [n] labels, [n, C] probabilities and the C numbers"
+        )
+    found = np.abs(labels[:, None] - np.asarray(numbers, labels.dtype)).argmin(axis=1)
+    return found
 
 
 def _check_classes(labels: np.ndarray, probabilities: np.ndarray) -> None:

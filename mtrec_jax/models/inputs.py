@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from mtrec_jax.config import Experiment, table_of
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.retrieval import sample_negatives
+from mtrec_jax.losses.tasks import KINDS, class_levels, head_of
 from mtrec_jax.mixing import mixed_bits
 from mtrec_jax.models.layers import layer_norm, linear
 from mtrec_jax.models.numbers import NumberSizes
@@ -33,11 +33,12 @@ class Inputs(NamedTuple):
     numbers: dict[str, tuple[int, ...]]  # {side: numbers of each feature}
     order: tuple[str, ...]  # all tasks
     tasks: dict[str, TowerTask]  # tasks with a tower: all but retrieval
-    levels: dict[str, tuple[float, ...]]  # {multiclass task: what each class counts as}
+    levels: dict[str, tuple[float, ...]]  # {task with classes: what each of them counts as}
     retrieval: str | None
     id_dropout: dict[str, float]  # {table: share of ids that training takes for unknown}
     has_items: bool
     has_events: bool
+    thresholds: dict[str, tuple[float, ...]]  # {ordinal task: of a fresh model}
 
     @property
     def lists_items(self) -> bool:
@@ -48,31 +49,6 @@ class Inputs(NamedTuple):
         batch has its own, so that no device needs another's.
         """
         return self.has_items and self.layout.places[ITEM].stack == DENSE
-
-
-def class_numbers(classes: Sequence[str]) -> list[float]:
-    """The numbers that classes are; [] where not all are numbers, so that they have no order.
-
-    >>> class_numbers(("1", "5", "2.5")), class_numbers(("red", "2"))
-    ([1.0, 5.0, 2.5], [])
-    """
-    try:
-        found = [float(name) for name in classes]
-    except ValueError:
-        return []
-    return found if all(map(math.isfinite, found)) else []
-
-
-def class_levels(classes: Sequence[str]) -> tuple[float, ...]:
-    """What each of C classes counts as in a fusion, between 0 and C - 1: in proportion to their
-    numbers, or their places where not all are numbers.
-
-    >>> class_levels(("1", "5", "3")), class_levels(("red", "2"))
-    ((0.0, 2.0, 1.0), (0.0, 1.0))
-    """
-    numbers = class_numbers(classes) or list(range(len(classes)))
-    low, high = min(numbers, default=0), max(numbers, default=0)
-    return tuple((x - low) * (len(classes) - 1) / ((high - low) or 1) for x in numbers)
 
 
 def side_group(side: str) -> str:
@@ -109,23 +85,19 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
         if side != "history" or has_events:
             tables |= {f.name: _size(experiment, f.name, f.size) for f in ids}
     kinds = {name: task.kind for name, task in experiment.tasks.items()}
+    learned = {name: manifest.tasks[name] for name, kind in kinds.items() if kind in KINDS}
     return Inputs(
         layout=make_layout(tables, groups, experiment.model.width),
         numbers={s: tuple(f.slots for f in numbers) for s, (_, numbers) in sides.items()},
         order=tuple(experiment.tasks),
         tasks={
-            name: TowerTask(
-                task.kind,
-                len(manifest.tasks[name].classes) if task.kind == "multiclass" else 1,
-                task.where,
-            )
-            for name, task in experiment.tasks.items()
-            if task.kind != "retrieval"
+            name: TowerTask(kinds[name], KINDS[kinds[name]].outputs(of), task.where, task.loss)
+            for name, of in learned.items()
+            for task in (experiment.tasks[name],)
         },
-        levels={
-            name: class_levels(manifest.tasks[name].classes)
-            for name, kind in kinds.items()
-            if kind == "multiclass"
+        levels={name: class_levels(of.classes) for name, of in learned.items() if of.classes},
+        thresholds={
+            name: cut(of) for name, of in learned.items() if (cut := KINDS[kinds[name]].thresholds)
         },
         retrieval=next((name for name, kind in kinds.items() if kind == "retrieval"), None),
         id_dropout={
@@ -149,6 +121,23 @@ def _check_moments(experiment: Experiment) -> None:
                 "target away. Leave the feature out (features = [...]), use on = 'history', or "
                 "train without the retrieval task (tasks = [...])"
             )
+
+
+def group_slots(experiment: Experiment, manifest: Manifest) -> dict[str, int]:
+    """{task whose head is `grouped`: which of an item's ids is that of its `duration`}."""
+    fields = manifest.item_ids
+    starts = np.cumsum([0, *(field.slots for field in fields)]).tolist()
+    slots = dict(zip((field.name for field in fields), starts, strict=False))
+    return {
+        name: slots[task.duration]
+        for name, task in experiment.tasks.items()
+        if task.kind in KINDS and head_of(task.kind, task.loss).grouped
+    }
+
+
+def with_group(logits: jax.Array, group: jax.Array) -> jax.Array:
+    """Logits [...] of a task and its items' groups [...] as [..., 2], which its head reads."""
+    return jnp.stack([logits, group.astype(logits.dtype)], axis=-1)
 
 
 def _size(experiment: Experiment, name: str, ids: int) -> TableSize:

@@ -185,6 +185,20 @@ def mix(
     return jnp.sum(weights[:, :, None] * experts, axis=1)
 
 
+class Thresholds(nnx.Module):
+    """C - 1 thresholds in rising order: a score [...] to how far it is above each, [..., C - 1]."""
+
+    def __init__(self, first: Sequence[float], *, dtype: jnp.dtype):
+        gaps = np.log(np.expm1(np.diff(first)))  # which softplus undoes
+        self.free = nnx.Param(jnp.asarray(np.append(first[:1], gaps), dtype))
+
+    def __call__(self, score: jax.Array) -> jax.Array:
+        free = self.free[...]
+        gaps = jax.nn.softplus(free[1:])
+        cuts = jnp.cumsum(jnp.concatenate([free[:1], gaps]))
+        return score[..., None] - jnp.broadcast_to(cuts, (*score.shape, len(cuts)))
+
+
 class TaskHeads(nnx.Module):
     """A tower and a head a task: T inputs [n, in] to logits [n] or [n, C], and the towers' ends."""
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtrec_jax.losses.tasks import head_of
 from mtrec_jax.models.layers import normal, signs
 from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerTask
 
@@ -32,7 +33,8 @@ class Members(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.count, self.kinds = count, tuple((name, task.kind) for name, task in tasks.items())
+        self.count = count
+        self.kinds = tuple((name, task.kind, task.loss) for name, task in tasks.items())
         self.scales = nnx.Param(signs(rngs, (count, inputs), dtype))
         self.names = tuple(hidden)
         shapes = [(count, size, tasks[name].outputs) for name, size in hidden.items()]
@@ -62,7 +64,7 @@ class Members(nnx.Module):
             return jnp.mean(self._by_member(array), axis=1)
 
         return TowerOutput(
-            {task: mean_answer(kind, each[task]) for task, kind in self.kinds},
+            {task: mean_answer(kind, each[task], loss) for task, kind, loss in self.kinds},
             jax.tree.map(mean, found.hidden),
             jax.tree.map(mean, found.diagnostics),
         )
@@ -71,7 +73,7 @@ class Members(nnx.Module):
         return array.reshape(-1, self.count, *array.shape[1:])
 
 
-def mean_answer(kind: str, logits: jax.Array) -> jax.Array:
+def mean_answer(kind: str, logits: jax.Array, loss: str = "") -> jax.Array:
     """The logits [n] of the mean of K members' probabilities, given logits [n, K]; of classes [n,
     C] of [n, K, C]. Other predictions are averaged themselves.
 
@@ -79,9 +81,4 @@ def mean_answer(kind: str, logits: jax.Array) -> jax.Array:
     >>> round(float(jax.nn.sigmoid(mean_answer("binary", jnp.array([[even, sure]])))[0]), 4)
     0.7
     """
-    if kind == "binary":
-        yes, no = (jax.nn.logsumexp(jax.nn.log_sigmoid(s * logits), axis=1) for s in (1, -1))
-        return yes - no
-    if kind == "multiclass":
-        return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1) - jnp.log(logits.shape[1])
-    return jnp.mean(logits, axis=1)
+    return jnp.asarray(head_of(kind, loss).mean(logits))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,12 +12,13 @@ from flax import nnx
 
 from mtrec_jax.config import Model as ModelConfig
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.losses.tasks import head_of
 from mtrec_jax.models.attention import LastSearch, TargetAttention
 from mtrec_jax.models.encoders import EncoderSizes
 from mtrec_jax.models.fusion import AttentionFusion
 from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped
 from mtrec_jax.models.interactions import InteractionSizes
-from mtrec_jax.models.layers import dropout, linear, normal, unit_length
+from mtrec_jax.models.layers import Thresholds, dropout, linear, normal, unit_length
 from mtrec_jax.models.members import Members
 from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerSizes
 from mtrec_jax.tables.layout import pool
@@ -75,6 +76,7 @@ class Network(nnx.Module):
             )
         own = config.members, sizes.inputs, hidden, inputs.tasks
         self.members = Members(*own, dtype=dtype, rngs=rngs) if config.members > 1 else None
+        self.thresholds = nnx.List([Thresholds(t, dtype=dtype) for t in inputs.thresholds.values()])
         if config.fusion == "attention":
             state = sizes.context + sizes.request + sizes.width
             of_task = next(iter(hidden.values()), 1)
@@ -163,7 +165,7 @@ class Network(nnx.Module):
         fusing = Fusing(
             jnp.concatenate([context, request, user], axis=-1),
             {t: found.hidden[t] for t in names if t in found.hidden},
-            {t: expected(logits[t], self.inputs.levels.get(t, ())) for t in names},
+            {t: self.score_of(t, logits[t]) for t in names},
         )
         fused, weights = self.fuse(fusing)
         looks = {n: v.reshape(b, p, *v.shape[1:]) for n, v in found.diagnostics.items()}
@@ -181,11 +183,17 @@ class Network(nnx.Module):
         """What the towers say of n pairs, and what each member of an ensemble says."""
         rate = self.config.dropout
         if self.members is None:
-            return self.towers(given._replace(x=dropout(given.x, rate, key))), {}
+            found = self.towers(given._replace(x=dropout(given.x, rate, key)))
+            return found._replace(logits=self._cut(found.logits)), {}
         given = self.members.given(given)
         found = self.towers(given._replace(x=dropout(given.x, rate, key)))
-        each = self.members.logits(found)
+        each = self._cut(self.members.logits(found))
         return self.members.together(found, each), each
+
+    def _cut(self, logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Scores of ordinal tasks as logits, one a threshold."""
+        cuts = zip(self.inputs.thresholds, self.thresholds, strict=True)
+        return logits | {task: cut(logits[task]) for task, cut in cuts}
 
     def fuse(self, fusing: Fusing) -> tuple[jax.Array, jax.Array]:
         """Fused score [n] and task weights [n, T]; without fusion it is the mean of `in_unit`."""
@@ -196,21 +204,22 @@ class Network(nnx.Module):
             return jnp.sum(weights * stacked, axis=-1), weights
         return self.fusion(fusing)
 
+    def score_of(self, name: str, logits: jax.Array) -> jax.Array:
+        """One number an example [n], of logits [n] or [n, C]; of classes the expected level."""
+        if name == self.inputs.retrieval:
+            return logits
+        task = self.inputs.tasks[name]
+        return head_of(task.kind, task.loss).score(logits, self.inputs.levels.get(name, ()))
+
     def in_unit(self, name: str, score: jax.Array) -> jax.Array:
         """A task's score [n] between 0 and 1, so that a mean over tasks means something.
 
-        The probability of a binary task; (1 + cosine) / 2; the share of the training labels of a
-        regression that lie lower, were they normal; the expected level of the classes over the
-        largest.
+        (1 + cosine) / 2 of the retrieval; of the others see `losses.tasks`.
         """
         if name == self.inputs.retrieval:
             return (1 + self.config.temperature * score) / 2
         task = self.inputs.tasks[name]
-        if task.kind == "binary":
-            return jax.nn.sigmoid(score)
-        if task.kind == "regression":
-            return jax.scipy.stats.norm.cdf(score)
-        return score / max(1, task.outputs - 1)
+        return head_of(task.kind, task.loss).unit(score, self.inputs.levels.get(name, ()))
 
 
 def tower_sizes(inputs: Inputs, context: int, request: int, d: int) -> TowerSizes:
@@ -232,10 +241,3 @@ def _hidden_sizes(towers: nnx.Module, sizes: TowerSizes, dtype: jnp.dtype) -> di
     shapes: list[Any] = [jax.ShapeDtypeStruct((1, width), dtype) for width in widths]
     found = nnx.eval_shape(lambda towers, given: towers(given), towers, TowerInput(*shapes))
     return {task: hidden.shape[-1] for task, hidden in found.hidden.items()}
-
-
-def expected(logits: jax.Array, levels: Sequence[float]) -> jax.Array:
-    """One number an example [n]; of classes [n, C] the expected level."""
-    if logits.ndim == 1:
-        return logits
-    return jax.nn.softmax(logits) @ jnp.array(levels, logits.dtype)

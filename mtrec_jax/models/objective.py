@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtrec_jax.config import Experiment, fusion_objective
+from mtrec_jax.config import Experiment, Task, fusion_objective
 from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses import fusion as order
+from mtrec_jax.losses.lists import LISTS
 from mtrec_jax.losses.retrieval import sampled_softmax
-from mtrec_jax.losses.tasks import TASK_LOSSES
-from mtrec_jax.models.inputs import Inputs
+from mtrec_jax.losses.tasks import TaskField, class_numbers, head_of
+from mtrec_jax.models.inputs import Inputs, group_slots, with_group
 from mtrec_jax.models.network import Network
 from mtrec_jax.types import Batch, Catalogue, Fusing, Outputs, PyTree, Shared, UserStates, Wanted
 
@@ -46,14 +48,18 @@ def make_objective(
       inputs: of the model.
       network: dense parameters -> layers.
       abstract: the layers without values, for what does not depend on any.
+
+    Raises:
+      ConfigError: a loss over lists, where no example has two positions.
     """
+    _check_lists(experiment, manifest)
     towers = getattr(abstract, "towers", None)
     brings, asked = getattr(towers, "losses", None), getattr(towers, "loss_inputs", ())
     names = (*experiment.tasks, *getattr(towers, "extra_losses", ()))
     fusion = _make_fusion(experiment, inputs, network)
 
     def weights(batch: Batch, lottery: jax.Array) -> dict[str, jax.Array]:
-        found = {n: jnp.asarray(batch.weight * batch.mask[n]) for n in experiment.tasks}
+        found = {n: jnp.asarray(batch.mask[n]) * _weight(batch, n) for n in experiment.tasks}
         if brings is not None:  # their masks do not depend on the logits
             zeros = {
                 n: jnp.zeros((*batch.weight.shape, *([t.outputs] * (t.outputs > 1))))
@@ -61,7 +67,8 @@ def make_objective(
             }
             zeros |= {n: jnp.zeros(batch.weight.shape) for n in asked}
             own = brings(zeros, *_labels(batch))
-            found |= {n: batch.weight * counts for n, (_, counts) in own.items()}
+            _check_brought(experiment, own)
+            found |= {n: counts * _weight(batch, n) for n, (_, counts) in own.items()}
         totals = {name: jnp.sum(found[name]) for name in names}
         return totals | ({FUSION: fusion.weight(batch, lottery)} if fusion else {})
 
@@ -87,7 +94,8 @@ def make_objective(
             if brings is not None:
                 found = logits | {n: outputs.diagnostics[n] for n in asked}
                 own = layers.towers.losses(found, *_labels(batch))
-                sums |= {n: jnp.sum(v * counts * batch.weight) for n, (v, counts) in own.items()}
+                for n, (values, counts) in own.items():
+                    sums[n] = jnp.sum(values * counts * _weight(batch, n))
             return sums
 
         sums = of_tasks(experiment.tasks.keys() - inputs.tasks.keys(), outputs.logits)
@@ -110,11 +118,14 @@ def _task_sum(
     wanted: Wanted,
 ) -> jax.Array:
     """The weighted sum of a task's own loss."""
-    task, weight = experiment.tasks[name], jnp.asarray(batch.weight * batch.mask[name])
+    task, weight = experiment.tasks[name], jnp.asarray(batch.mask[name]) * _weight(batch, name)
     if task.kind != "retrieval":
-        labels = jnp.asarray(batch.labels[name])
-        loss = TASK_LOSSES[task.kind](outputs.logits[name], labels, manifest.tasks[name])
-        return jnp.sum(loss * weight)
+        logits = outputs.logits[name]
+        if (slot := group_slots(experiment, manifest).get(name)) is not None:
+            group = jnp.asarray(catalogue.ids)[:, slot][jnp.asarray(batch.candidate)]
+            logits = with_group(logits, group)
+        losses = _losses(task, manifest.tasks[name], logits, batch, name, weight)
+        return jnp.sum(losses * weight)
     return sampled_softmax(
         shared.users,
         shared.candidates,
@@ -125,6 +136,53 @@ def _task_sum(
         experiment.model.temperature,
         weight,
     )
+
+
+def _losses(
+    task: Task,
+    learned: TaskField,
+    logits: jax.Array,
+    batch: Batch,
+    name: str,
+    weight: jax.Array,
+) -> jax.Array:
+    """The loss at each position [B, P], before its weight: its own, or that of its list."""
+    labels = jnp.asarray(batch.labels[name])
+    own = head_of(task.kind, task.loss).loss(logits, labels, learned)
+    if task.loss not in LISTS:
+        return own
+    score = logits if logits.ndim == 2 else logits[..., 0]  # thresholds cancel
+    cutoff = jnp.asarray(batch.cutoff if task.lists == "request" else 0 * batch.cutoff)
+    together = (cutoff[:, :, None] == cutoff[:, None, :]).astype(score.dtype)
+    least = min(class_numbers(learned.classes), default=0.0)
+    listed = LISTS[task.loss](score, labels - least, weight, together)
+    return (1 - task.pointwise) * listed + task.pointwise * own if task.pointwise else listed
+
+
+def _weight(batch: Batch, name: str) -> jax.Array:
+    """What each position [B, P] weighs in a loss, wherever it has a label."""
+    return jnp.asarray(batch.weight * batch.weights.get(name, 1))
+
+
+def _check_lists(experiment: Experiment, manifest: Manifest) -> None:
+    listed = [name for name, task in experiment.tasks.items() if task.loss in LISTS]
+    if listed and manifest.positions["train"] < 2:
+        raise ConfigError(
+            f"tasks.{listed[0]}.loss: '{experiment.tasks[listed[0]].loss}' is over lists, and no "
+            "training example has more than one position (no user has two training events); set "
+            "it to 'pointwise'"
+        )
+
+
+def _check_brought(experiment: Experiment, own: dict[str, tuple[jax.Array, jax.Array]]) -> None:
+    """Losses that towers bring stand in the place of the task's own."""
+    for name in own:
+        if name in experiment.tasks and experiment.tasks[name].loss in LISTS:
+            kind = experiment.model.towers.kind
+            raise ConfigError(
+                f"tasks.{name}.loss: model.towers.kind = '{kind}' brings a loss of its own for "
+                "this task; set it to 'pointwise', or take other towers"
+            )
 
 
 class _Fusion(NamedTuple):

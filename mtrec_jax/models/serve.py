@@ -22,6 +22,8 @@ from jaxtyping import Float
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, Prepared
+from mtrec_jax.losses.tasks import head_of
+from mtrec_jax.models.inputs import group_slots, with_group
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.tables.layout import DENSE
@@ -38,7 +40,7 @@ class Answer(NamedTuple):
     predictions: dict[str, jax.Array]  # {task: [B, K], or [B, K, C]}: see `predictions`
     fused: jax.Array  # [B, K]: the final order, larger is better
     weights: jax.Array  # [B, K, T] of the tasks in it
-    logits: dict[str, jax.Array]  # {task: [B, K], or [B, K, C]}
+    logits: dict[str, jax.Array]  # {task: [B, K], or [B, K, C]} as the task's head reads them
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,25 @@ def make_serving(
         events = none if past is None else jnp.take(vectors, jnp.asarray(past), axis=0)
         return model.users(params, rows, events, batch, None)
 
+    slots = group_slots(experiment, manifest)
+    groups = {task: np.asarray(catalogue.ids)[:, slot] for task, slot in slots.items()}
+
     @jax.jit
-    def answer(params: PyTree, states: UserStates, vectors: Array, candidates: Array) -> Answer:
+    def answer(
+        groups: dict[str, Array],
+        params: PyTree,
+        states: UserStates,
+        vectors: Array,
+        candidates: Array,
+    ) -> Answer:
         """Users [B, P] and as many candidates, or one moment a user and any number of them."""
         found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
         outputs = model.score(params, repeated(states, candidates.shape[1]), found)
-        read = predictions(experiment, manifest, outputs.logits, jnp)
-        return Answer(read, outputs.fused, outputs.fusion, outputs.logits)
+        logits = dict(outputs.logits)
+        for task, of in groups.items():
+            logits[task] = with_group(logits[task], jnp.take(of, candidates, axis=0))
+        read = predictions(experiment, manifest, logits, jnp)
+        return Answer(read, outputs.fused, outputs.fusion, logits)
 
     @jax.jit
     def moments(states: UserStates, places: Array) -> UserStates:
@@ -135,7 +149,8 @@ def make_serving(
         return picked._replace(vectors=vectors, request=request, cutoff=cutoff)
 
     of_items, of_users = (functools.partial(passed, catalogue) for passed in (items, users))
-    return Serving(model, catalogue, of_items, of_users, answer, moments, mesh)
+    of_pairs = functools.partial(answer, groups)
+    return Serving(model, catalogue, of_items, of_users, of_pairs, moments, mesh)
 
 
 def _stacks(params: PyTree, tables: Tables) -> Tables:
@@ -185,25 +200,20 @@ def predictions(
     experiment: Experiment, manifest: Manifest, logits: Mapping[str, Any], xp: Any = np
 ) -> dict[str, Any]:
     """Logits to what people read: probabilities, class probabilities, values in the label's unit,
-    and the cosine for retrieval. Shapes and types stay.
+    and the cosine for retrieval. Types stay.
 
     Args:
       experiment, manifest: tasks and what preparation has learned of them.
-      logits: {task: array}.
+      logits: {task: array} as in `Answer`.
       xp: NumPy, or `jax.numpy` inside of a compiled function.
     """
     found = {}
     for name, x in logits.items():
-        kind, learned = experiment.tasks[name].kind, manifest.tasks[name]
-        if kind == "binary":
-            found[name] = 0.5 * (1 + xp.tanh(x / 2))
-        elif kind == "regression":
-            found[name] = x * learned.std + learned.mean
-        elif kind == "retrieval":
+        task = experiment.tasks[name]
+        if task.kind == "retrieval":
             found[name] = x * experiment.model.temperature
         else:
-            exponential = xp.exp(x - x.max(axis=-1, keepdims=True))
-            found[name] = exponential / exponential.sum(axis=-1, keepdims=True)
+            found[name] = head_of(task.kind, task.loss).predict(x, manifest.tasks[name], xp)
     return found
 
 

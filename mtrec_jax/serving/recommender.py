@@ -24,8 +24,9 @@ from mtrec_jax.config import seen_behaviours
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError, DataError, nearest
-from mtrec_jax.evaluation.collect import order_score, ordering
+from mtrec_jax.evaluation.collect import ordering
 from mtrec_jax.kernels import ItemIndex
+from mtrec_jax.losses.tasks import class_numbers, labelled
 from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
 from mtrec_jax.result import Result
 from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
@@ -315,8 +316,9 @@ class Recommender:
         Returns:
           A `Result`, a row a pair in the given order: user, item, known (both are in the data),
           every task's prediction: probability, value in the label's unit, cosine, or one column
-          per class; new (the item has never trained); and reason: why the predictions are null,
-          as they are for a new item of which no feature is known.
+          per class, of ordered classes beside their expected number; new (the item has never
+          trained); and reason: why the predictions are null, as they are for a new item of which
+          no feature is known.
 
         Raises:
           ConfigError: the data has no users or no items, use `predict_rows`; or `on_unknown` is
@@ -520,10 +522,9 @@ class Recommender:
             fused = np.asarray(answer.fused)[:n]
             return fused, fused
         logits = np.asarray(answer.logits[order_by])[:n]
-        if logits.ndim == 2:
-            return logits, np.asarray(answer.predictions[order_by])[:n]
-        expected = order_score(logits, self.prepared.manifest.tasks[order_by].classes)
-        return expected, expected
+        score = ordering(self.experiment, self.prepared.manifest)[order_by](logits)
+        predicted = np.asarray(answer.predictions[order_by])[:n]
+        return score, predicted if predicted.ndim == 2 else score
 
     def _popular(self, seen: np.ndarray, mask: np.ndarray, width: int) -> np.ndarray:
         """Item ids [width] by falling number of training events, unknown where there are fewer."""
@@ -553,15 +554,19 @@ class Recommender:
         self, answer: Answer, where: tuple[np.ndarray, np.ndarray], told: np.ndarray
     ) -> dict[str, pa.Array]:
         """Predictions at (rows, places) as columns, in the order of the tasks, null where nothing
-        can be told; a column per class for multiclass."""
+        can be told; a column per class for multiclass and ordinal, beside the expected number."""
         columns = {}
         for task in self.experiment.tasks:
             values = np.asarray(answer.predictions[task])[where].astype(np.float32)
             if values.ndim == 1:
                 columns[task] = pa.array(values, mask=~told)
-            else:
-                for c, name in enumerate(self.prepared.manifest.tasks[task].classes):
-                    columns[f"{task} {name}"] = pa.array(values[:, c].copy(), mask=~told)
+                continue
+            classes = self.prepared.manifest.tasks[task].classes
+            if self.experiment.tasks[task].kind in labelled("levels"):
+                expected = values @ np.array(class_numbers(classes), np.float32)
+                columns[task] = pa.array(expected, mask=~told)
+            for c, name in enumerate(classes):
+                columns[f"{task} {name}"] = pa.array(values[:, c].copy(), mask=~told)
         return columns
 
     def _checked(self, k: int, exclude_seen: bool) -> int:

@@ -127,6 +127,30 @@ def test_every_target_once_and_only_events_that_it_may_see(
         assert sorted(seen) == np.flatnonzero(split == part).tolist()
 
 
+@given(
+    data=st.data(),
+    pages=st.lists(st.integers(1, 7), min_size=1, max_size=6),
+    history=st.integers(2, 8),
+    positions=st.integers(2, 8),
+)
+@settings(max_examples=60, deadline=None)
+def test_positions_of_one_time_are_those_of_one_cutoff_where_ties_are_hidden(
+    data: st.DataObject, pages: list[int], history: int, positions: int
+) -> None:
+    """Which is what a loss over the lists of requests goes by; events of other splits, too, stand
+    between them."""
+    time = np.repeat(np.arange(len(pages), dtype=np.float64), pages)
+    n = len(time)
+    split = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)), np.int8)
+    user, item = np.full(n, 2, np.int32), np.arange(n, dtype=np.int32) + 2
+    log = Log(user, split, np.arange(n), time, {"item": item}, {}, {})
+    for block in sequence_examples(log, {}, 0, min(positions, history), history, hide_ties=True):
+        for row, cutoff in zip(block["row"], block["cutoff"], strict=True):
+            times, cutoffs = time[row[row >= 0]], cutoff[row >= 0]
+            same = times[:, None] == times[None]
+            np.testing.assert_array_equal(cutoffs[:, None] == cutoffs[None], same)
+
+
 @pytest.mark.parametrize("users", [False, True])
 def test_without_a_history_every_target_stands_alone_in_mixed_order(users: bool) -> None:
     n = 5000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pyarrow as pa
 import pytest
 
 from mtrec_jax.config import Experiment
-from mtrec_jax.data import features
-from mtrec_jax.data.dataset import SPLITS
+from mtrec_jax.data import describe, features
+from mtrec_jax.data.dataset import SPLITS, open_prepared
 from mtrec_jax.data.features import KINDS
 from mtrec_jax.data.fit import values_report
 from mtrec_jax.data.new_rows import encode_requests, read_columns
+from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import DataError
 from tests.data.small import LOG, example_of, joined, make, rows, rules, run
 
@@ -94,6 +96,114 @@ def test_labels_that_cannot_be_learned_or_read(tmp_path: Path) -> None:
     assert "malformed label of like: 5; row 200 (log.csv line 202): 'nan'; row 201" in str(
         error.value
     )
+
+
+def test_ordered_classes_are_the_numbers_of_the_training_rows(tmp_path: Path) -> None:
+    """Labels stay numbers. Of 9 training rows one has 0.5 stars, 2 have 10, 6 have 4; a number that
+    no training row has is masked."""
+    split = {"kind": "files", "test_files": ["more.csv"], "validation": 0, "test": 0.1}
+    experiment = rows(tasks={"stars": {"kind": "ordinal"}}, features={"size": {}}, split=split)
+    text = "stars,size\n" + "".join(f"{x},{n}\n" for n, x in enumerate([10, 0.5, 10, *6 * [4]]))
+    prepared = run(tmp_path, experiment, text, more_csv="stars,size\n4.0,1\n7,1\n,1\n")
+    task = prepared.manifest.tasks["stars"]
+    assert task.classes == ("0.5", "4", "10")
+    assert task.shares == pytest.approx((1 / 9, 6 / 9, 2 / 9))
+    assert task.mean == pytest.approx(44.5 / 9)
+    assert sorted(prepared.interactions("train")["label_stars"]) == [0.5, *6 * [4], 10, 10]
+    test = prepared.interactions("test")
+    np.testing.assert_array_equal(test["label_stars"][np.argsort(test["row"])], [4, np.nan, np.nan])
+    assert rules(prepared)["class of stars without training rows (masked)"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "problem"),
+    [
+        ("ordinal", [3], "every training label is 3"),
+        ("ordinal", range(200), "200 numbers, more than the 128 that can be classes in order"),
+        ("watch_time", [0], r"above 0 in some training rows.* has 0 \.\. 0"),
+        ("watch_time", [4, -1], r"watch time is 0 or more.*has -1 \.\. 4"),
+    ],
+)
+def test_numbers_that_are_not_of_their_kind(kind: str, labels: Any, problem: str) -> None:
+    experiment = rows(tasks={"seen": {"kind": kind}}, features={"size": {}})
+    with pytest.raises(DataError, match=problem):
+        describe.check_labels(experiment, "seen", dict.fromkeys(map(float, labels), 2))
+
+
+def test_watch_time_has_quantiles_by_the_duration_of_the_item(tmp_path: Path) -> None:
+    """Of the training rows alone: items x and y are short, z and v are long, and w has no duration
+    and too few rows, so that its quantiles are those of all."""
+    features = {"length": {"on": "item", "kind": "binned", "bins": 2}}
+    tasks = {"watch": {"kind": "watch_time", "duration": "length"}, "next": {"kind": "retrieval"}}
+    lines, seconds = ["user,item,watch,time"], {"x": 1, "y": 2, "z": 10, "v": 11, "w": 500}
+    for user in range(80):
+        for place, item in enumerate("xyzvw" if user < 10 else "xyzv"):
+            lines.append(f"u{user},{item},{seconds[item] * (user % 5)},{place}")
+        lines += [f"u{user},x,9999,8", f"u{user},x,9999,9"]  # validation and test
+    experiment = make(
+        data={"items": {"files": ["items.csv"]}}, features=features, tasks=tasks,
+        clean={"duplicates": "keep"}, guard={"allow": ["length"]},
+    )  # fmt: skip
+    items = "item,length\nx,60\ny,61\nz,900\nv,901\nw,\n"
+    prepared = run(tmp_path, experiment, "\n".join(lines) + "\n", items_csv=items)
+    ids = dict(zip(prepared.item_names, prepared.items["item_length"].to_pylist(), strict=True))
+    table = prepared.manifest.tasks["watch"].quantiles
+    assert ids["x"] == ids["y"] != ids["z"] == ids["v"]
+    assert ids["w"] == 0
+    assert len(table) == prepared.manifest.item_ids[0].size
+    raw = np.array([line.split(",")[:3] for line in lines[1:] if ",9999," not in line])
+    of = {item: raw[raw[:, 1] == item, 2].astype(float) for item in "xyzvw"}
+    steps = np.linspace(0, 1, 101)
+    for pair in ("xy", "zv"):
+        expected = np.quantile(np.concatenate([of[item] for item in pair]), steps)
+        np.testing.assert_allclose(table[ids[pair[0]]], expected, rtol=1e-6)
+    np.testing.assert_allclose(table[0], np.quantile(np.concatenate([*of.values()]), steps))
+    assert open_prepared(prepared.folder).manifest.tasks == prepared.manifest.tasks
+
+
+WEIGHTED = """click,buy,w,size
+1,1,2,1
+0,,0,2
+1,0,0.5,3
+1,1,1,4
+0,0,{bad},5
+"""
+
+
+def test_weights_of_examples_reach_the_batch_as_they_are(tmp_path: Path) -> None:
+    """A weight is needed where its task has a label in training: not by the last row, which nobody
+    clicked. Evaluation has the labels without weights."""
+    tasks = {
+        "click": {"kind": "binary"},
+        "buy": {"kind": "binary", "where": "click", "weight_column": "w"},
+    }
+    split = {"kind": "random", "validation": 0, "test": 0}
+    experiment = rows(tasks=tasks, features={"size": {}}, split=split)
+    prepared = run(tmp_path, experiment, WEIGHTED.format(bad=""))
+    batch = BatchSource(prepared, "train", 8)[0]
+    order = np.argsort(np.asarray(batch.row)[:5, 0])
+    found = batch.weights["buy"][order, 0]
+    np.testing.assert_array_equal(found, [2, 0, 0.5, 1, 0])
+    np.testing.assert_array_equal(batch.mask["buy"][order, 0], [1, 0, 1, 1, 0])
+    np.testing.assert_array_equal(batch.mask["click"][order, 0], 1)
+    assert set(batch.weights) == {"buy"}
+    again = dataclasses.replace(experiment, tasks={"click": experiment.tasks["click"]})
+    assert not BatchSource(prepared.chosen(again), "train", 8)[0].weights
+
+
+def test_a_weight_that_is_none_is_refused_with_its_place(tmp_path: Path) -> None:
+    tasks = {"click": {"kind": "binary", "weight_column": "w"}}
+    split = {"kind": "random", "validation": 0, "test": 0}
+    experiment = rows(tasks=tasks, features={"size": {}}, split=split)
+    for bad, shown in (("", "no number"), ("-1", "-1"), ("nan", "no number")):
+        place = rf"1 training rows .* in 'w', e\.g\. row 4 \(log\.csv line 6\): {shown}\. Give"
+        with pytest.raises(DataError, match=rf"tasks\.click\.weight_column: {place}"):
+            run(tmp_path, experiment, WEIGHTED.format(bad=bad))
+    nothing = "\n".join(f"{n % 2},1,0,{n}" for n in range(6))
+    with pytest.raises(DataError, match="every training row with a label weighs 0"):
+        run(tmp_path, experiment, f"click,buy,w,size\n{nothing}\n")
+    with pytest.raises(DataError, match=r"no column 'w' \(tasks\.click\.weight_column\)"):
+        run(tmp_path, experiment, "click,size\n1,1\n0,2\n")
 
 
 def test_features_are_fitted_on_training_rows_only(tmp_path: Path) -> None:

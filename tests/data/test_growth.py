@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.examples import Log
+from mtrec_jax.data.fit import with_quantiles
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.losses.tasks import TaskField
+from tests import tiny
 from tests.data.small import make
 
 HEADER = "user,item,shade,price,time"
@@ -51,6 +56,7 @@ def experiment(**changes: dict[str, Any]) -> Experiment:
     features = {name: declared | changes.get(name, {}) for name, declared in FEATURES.items()}
     tasks = {"next": {"kind": "retrieval"}, "tone": {"kind": "multiclass", "column": "shade"}}
     tasks["cost"] = {"kind": "regression", "column": "price"}
+    tasks["grade"] = {"kind": "ordinal", "column": "price"}
     items = {"items": {"files": ["items.csv"]}}
     return make(data=items, features=features, tasks=tasks)
 
@@ -115,6 +121,36 @@ def test_bins_scales_and_classes_stay(first: Prepared, second: Prepared) -> None
     assert missing == [1, 5]
     assert second.manifest.tasks["tone"].classes == ("dark", "light", "grey")
     assert second.manifest.tasks["cost"] == first.manifest.tasks["cost"]
+    grades = [m.manifest.tasks["grade"] for m in (first, second)]
+    assert grades[0].classes == ("1", "2", "3", "5", "6")
+    assert grades[1].classes == ("1", "2", "3", "5", "6", "100", "300", "500", "600")  # in order
+    assert grades[1].shares == pytest.approx([0] * 5 + [1 / 4] * 4)
+
+
+def test_known_groups_of_durations_keep_their_quantiles() -> None:
+    """Of three groups the earlier folder has known two."""
+    n, steps = 60, np.linspace(0, 1, 101)
+    seconds = np.arange(n, dtype=np.float32)
+    log = Log(
+        user=np.full(n, 2, np.int32),
+        split=np.zeros(n, np.int8),
+        row=np.arange(n),
+        time=np.arange(n, dtype=float),
+        events={"item": np.full(n, 2, np.int32)},
+        targets={"label_watch": seconds},
+        request={},
+    )
+    watch = {"kind": "watch_time", "duration": "length"}
+    features = {"length": {"on": "item", "kind": "binned"}}
+    grown = make(tasks={"watch": watch}, features=features)
+    old = TaskField(mean=9.0, quantiles=((0.0, 1.0), (2.0, 3.0)))
+    base = Prepared(Path(), dataclasses.replace(tiny.manifest(), tasks={"watch": old}))
+    groups = {"length": (np.array([2], np.int32), 3)}
+    found = with_quantiles({"watch": TaskField(mean=9.0)}, grown, log, groups, base)["watch"]
+    assert found.quantiles[:2] == old.quantiles
+    np.testing.assert_allclose(found.quantiles[2], 59 * steps, rtol=1e-6)
+    alone = with_quantiles({"watch": TaskField()}, grown, log, groups)["watch"]
+    assert [len(alone.quantiles), alone.quantiles[2]] == [3, found.quantiles[2]]
 
 
 def test_items_keep_their_rows_whatever_their_ids(first: Prepared, second: Prepared) -> None:

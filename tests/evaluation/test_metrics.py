@@ -96,6 +96,61 @@ def test_log_loss_of_certain_and_wrong_predictions_is_finite() -> None:
     assert wrong["log_loss"] == pytest.approx(-np.log(np.finfo(np.float32).eps))
 
 
+def _concordant(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> float:
+    """XAUC by its definition, pair by pair."""
+    good = pairs = 0.0
+    for i in range(len(labels)):
+        for j in range(len(labels)):
+            if labels[i] > labels[j]:
+                weight = weights[i] * weights[j]
+                pairs += weight
+                above = predictions[i] > predictions[j]
+                good += weight * (above + 0.5 * (predictions[i] == predictions[j]))
+    return good / pairs if pairs else float("nan")
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=40
+    )
+)
+def test_xauc_is_the_share_of_pairs_in_order(rows: list) -> None:
+    labels, predictions, weights = _columns(rows)
+    found = metrics.xauc_statistic(labels, predictions)(weights)
+    np.testing.assert_allclose(found, _concordant(labels, predictions, weights), rtol=1e-12)
+    binary = (labels > 4).astype(np.float32)
+    found = metrics.xauc_statistic(binary, predictions)(weights)
+    np.testing.assert_allclose(found, metrics.auc(binary, predictions, weights), rtol=1e-12)
+
+
+def test_xauc_by_hand() -> None:
+    """Of 60, 30, 30 and 0 seconds five pairs differ. Predicted are 40, 50, 10 and 10: 60 above the
+    second 30 and above 0, the first 30 above 0, and the other ties with it: 3.5 of 5."""
+    watched, predicted = np.array([60.0, 30, 30, 0]), np.array([40.0, 50, 10, 10])
+    found = metrics.task_metrics("watch_time", watched, predicted)
+    assert list(found) == metrics_of("watch_time", ())
+    assert found == pytest.approx({"mae": 17.5, "rmse": 325**0.5, "xauc": 0.7})
+    undefined = metrics.xauc_statistic(watched, np.array([1.0, 2, 3, np.nan]))(np.ones(4))
+    assert np.isnan(undefined)
+
+
+def test_ordered_classes_are_judged_as_numbers_and_as_classes() -> None:
+    """Labels 1 and 5 of 1, 2 and 5. Expected are .5 + .6 + 1 = 2.1 and .1 + .2 + 4 = 4.3; the most
+    probable classes are the right ones."""
+    labels = np.array([1.0, 5.0], np.float32)
+    p = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    found = metrics.task_metrics("ordinal", labels, p, numbers=(1, 2, 5))
+    assert list(found) == metrics_of("ordinal", ())
+    expected = {"rmse": ((1.1**2 + 0.7**2) / 2) ** 0.5, "mae": 0.9}
+    classes = {"log_loss": -(np.log(0.5) + np.log(0.8)) / 2, "accuracy": 1.0}
+    assert found == pytest.approx(expected | classes)
+    numbers = metrics.task_metrics("ordinal", labels, np.array([2.1, 4.3]), numbers=(1, 2, 5))
+    assert numbers == pytest.approx(expected)  # of a prediction that is a number these alone
+    with pytest.raises(DataError, match=r"ordinal: labels \(2,\), predictions \(2, 3\) and 0 num"):
+        metrics.task_metrics("ordinal", labels, p)
+
+
 @pytest.mark.parametrize("kind", ["binary", "regression", "multiclass"])
 def test_task_metrics_have_the_names_of_the_configuration(kind: str) -> None:
     shape = (4, 3) if kind == "multiclass" else (4,)

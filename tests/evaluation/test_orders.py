@@ -14,15 +14,17 @@ import pytest
 from mtrec_jax.baselines import BASELINES
 from mtrec_jax.data.examples import past_items
 from mtrec_jax.evaluation import collect as collecting
-from mtrec_jax.evaluation.collect import ABSENT, Collected, _rerank, collect
+from mtrec_jax.evaluation.collect import ABSENT, Collected, _rerank, collect, ordering
 from mtrec_jax.evaluation.comparison import compare, training_interactions
 from mtrec_jax.evaluation.evaluate import _orders
+from mtrec_jax.losses.tasks import TaskField
 from mtrec_jax.models.model import make_model
 from mtrec_jax.models.serve import Answer, Serving, prepared_serving
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.tables.layout import DENSE, initial_stacks
 from mtrec_jax.train.run import Run, load_best
 from mtrec_jax.types import Array, PyTree, UserStates
+from tests import tiny
 from tests.data import small
 from tests.serving.test_recommender import stored_history
 
@@ -56,7 +58,10 @@ def test_the_fused_order_puts_the_largest_first(
     2 gets class 5, item 4 class 3 and the others class 1: the third class is not the best."""
     stars = np.log(np.full((6, 3), 0.01))
     stars[[2, 3, 4, 5], [1, 0, 2, 0]] = np.log(0.98)
-    classes = {"click": (), "stars": ("1", "5", "3")}
+    tasks = {"click": {"kind": "binary"}, "stars": {"kind": "multiclass"}}
+    learned = {"click": TaskField(), "stars": TaskField(classes=("1", "5", "3"))}
+    manifest = replace(tiny.manifest(), tasks=learned)
+    sorted_by = ordering(tiny.experiment(tasks=tasks), manifest)
 
     def answer(params: PyTree, states: UserStates, vectors: Array, ids: Array) -> Answer:
         score: Any = np.asarray(ids, float)
@@ -64,12 +69,12 @@ def test_the_fused_order_puts_the_largest_first(
 
     monkeypatch.setattr(collecting, "QUERIES", 3)
     part = replace(empty(4), candidate=np.array([9, 4, 5, 8]))
-    part.order_ranks = {name: np.full(4, ABSENT) for name in ("fused", *classes)}
+    part.order_ranks = {name: np.full(4, ABSENT) for name in ("fused", *sorted_by)}
     states = UserStates(*[np.zeros((3, 1))] * 6)
     found = np.tile(np.array([[0, 3, 1, 2]]), (3, 1))
     own: Any = replace(serving, answer=answer)
     chosen = np.array([1, 2, 3])
-    _rerank(own, {}, part, chosen, states, np.zeros((1, 1)), found, classes)
+    _rerank(own, {}, part, chosen, states, np.zeros((1, 1)), found, sorted_by)
     assert part.order_ranks["fused"].tolist() == [ABSENT, 1, 0, ABSENT]
     assert part.order_ranks["click"].tolist() == [ABSENT, 2, 3, ABSENT]
     assert part.order_ranks["stars"].tolist() == [ABSENT, 1, 2, ABSENT]

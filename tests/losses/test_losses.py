@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtrec_jax.data.dataset import TaskField
 from mtrec_jax.kernels.softmax import softmax_loss
 from mtrec_jax.losses import retrieval
 from mtrec_jax.losses.fusion import chosen_position, hardest, listwise, utility
 from mtrec_jax.losses.retrieval import sample_negatives, sampled_softmax
-from mtrec_jax.losses.tasks import TASK_LOSSES
+from mtrec_jax.losses.tasks import TaskField, head_of
 from mtrec_jax.models.model import make_catalogue
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.types import FIRST, Catalogue
@@ -162,17 +161,17 @@ def test_padding_and_extreme_scores_stay_finite() -> None:
 def test_regression_is_the_squared_error_of_the_standardised_label() -> None:
     learned = TaskField(mean=10.0, std=4.0)
     logits, labels = jnp.array([[0.0, 1.0, -0.5]]), jnp.array([[10.0, 2.0, 12.0]])
-    found = TASK_LOSSES["regression"](logits, labels, learned)
+    found = head_of("regression").loss(logits, labels, learned)
     np.testing.assert_allclose(found, [[0.0, 9.0, 1.0]])
 
 
 def test_binary_and_multiclass_are_the_negative_log_likelihood() -> None:
     p = np.array([[0.9, 0.2]])
     logits = jnp.asarray(np.log(p / (1 - p)), jnp.float32)
-    found = TASK_LOSSES["binary"](logits, jnp.array([[1.0, 0.0]]), TaskField())
+    found = head_of("binary").loss(logits, jnp.array([[1.0, 0.0]]), TaskField())
     np.testing.assert_allclose(found, -np.log([[0.9, 0.8]]), rtol=1e-5)
     classes = np.array([[[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]])
-    found = TASK_LOSSES["multiclass"](
+    found = head_of("multiclass").loss(
         jnp.asarray(np.log(classes) + 3, jnp.float32),
         jnp.array([[1.0, 2.0]]),
         TaskField(classes=("a", "b", "c")),

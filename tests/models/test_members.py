@@ -36,6 +36,13 @@ def test_the_answer_is_the_mean_of_probabilities() -> None:
     classes = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]]])) + 3
     np.testing.assert_allclose(jnp.exp(mean_answer("multiclass", classes)), [[0.7, 0.3]], rtol=1e-5)
     np.testing.assert_allclose(mean_answer("regression", jnp.array([[1.0, 4.0]])), [2.5])
+    above = jnp.array([[[0.8, 0.5], [0.4, 0.1]]])  # thresholds: each .6 and .3 on average
+    above = mean_answer("ordinal", jnp.log(above / (1 - above)))
+    np.testing.assert_allclose(jax.nn.sigmoid(above), [[0.6, 0.3]], rtol=1e-5)
+    times = mean_answer("watch_time", jnp.log(jnp.array([[1.0, 4.0]])))
+    np.testing.assert_allclose(jnp.exp(times), [2.5], rtol=1e-5)
+    quantiles = mean_answer("watch_time", logits, "duration_quantiles")
+    np.testing.assert_allclose(jax.nn.sigmoid(quantiles), [0.7], rtol=1e-6)
 
 
 def _answers(graph: Any, own_graph: Any, state: Any, own: Any) -> Any:
@@ -97,7 +104,16 @@ def test_the_loss_is_the_mean_of_the_members_losses() -> None:
             return {"size": (jnp.square(logits["click"]), mask["click"])}
 
     inputs = Inputs(
-        make_layout({}, {}, 1), {}, (), {"click": TowerTask("binary")}, {}, None, {}, False, False
+        make_layout({}, {}, 1),
+        {},
+        (),
+        {"click": TowerTask("binary")},
+        {},
+        None,
+        {},
+        False,
+        False,
+        {},
     )
     layers = made(inputs, towers=Towers(), outputs=lambda *_: (outputs, None))
     experiment = tiny.experiment(tasks={"click": {"kind": "binary"}}, model={"fusion": "none"})

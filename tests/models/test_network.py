@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mtrec_jax.config import Model
+from mtrec_jax.losses.tasks import class_levels
 from mtrec_jax.models import network
-from mtrec_jax.models.inputs import class_levels
 from mtrec_jax.models.model import make_model
 from mtrec_jax.models.network import Network
 from mtrec_jax.models.towers import TowerOutput, TowerTask
@@ -31,6 +31,7 @@ class _Inputs:
         "stars": TowerTask("regression"),
         "genre": TowerTask("multiclass", 4),
     }
+    levels: ClassVar = {"genre": (0.0, 1.0, 2.0, 3.0)}
 
 
 class _Classes:
@@ -40,6 +41,7 @@ class _Classes:
     retrieval, order = None, ("stars",)
     tasks: ClassVar = {"stars": TowerTask("multiclass", 3)}
     levels: ClassVar = {"stars": class_levels(("1", "5", "3"))}
+    thresholds: ClassVar[dict[str, Any]] = {}
 
 
 def made(inputs: Any, **parts: Any) -> Network:
@@ -79,6 +81,7 @@ def test_classes_count_by_their_numbers_in_any_order() -> None:
         request=side,
         interaction=lambda x, fields: x,
         members=None,
+        thresholds=[],
         towers=lambda given: TowerOutput({"stars": logits}, {}, {}),
     )
     none = jnp.zeros((2, 0, 8))

@@ -13,6 +13,7 @@ class TowerTask(NamedTuple):
     kind: str
     outputs: int = 1  # logits an example; C for multiclass
     where: str = ""  # its sample space: the binary task that has to be 1
+    loss: str = ""  # tasks.NAME.loss
 
 
 class TowerSizes(NamedTuple):
