@@ -26,6 +26,7 @@ from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.encoders.transformer import Transformer
 from mtrec_jax.models.interactions import INTERACTIONS
 from mtrec_jax.models.interactions.none import NoInteraction
+from mtrec_jax.models.layers import MaybeHidden
 from mtrec_jax.models.numbers import NUMBERS
 from mtrec_jax.models.numbers.plain import PlainNumbers
 from mtrec_jax.models.towers import TOWERS
@@ -219,6 +220,18 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bias:
+    """What made people act beside what was shown, such as the place on the page: see
+    `models.bias`."""
+
+    __pydantic_config__ = _STRICT
+    features: Annotated[tuple[str, ...], Field(min_length=1)]  # on = "request"; nothing else reads
+    tasks: tuple[str, ...] = ()  # whose logits it explains; (): of all but retrieval
+    hidden: MaybeHidden = (16,)
+    dropout: Fraction = 0.1  # share of the positions that training takes without it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """Architecture."""
 
@@ -232,6 +245,7 @@ class Model:
     interaction: Annotated[Any, Choice(INTERACTIONS, "none")] = field(default_factory=NoInteraction)
     towers: Annotated[Any, Choice(TOWERS, "mmoe")] = field(default_factory=MMoE)
     members: Count = 1  # K, of an ensemble that shares all weights but a few of each one's own
+    bias: Bias | None = None
     fusion: Literal["attention", "none"] = "attention"
     fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: all 1
 

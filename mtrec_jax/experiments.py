@@ -17,6 +17,7 @@ from mtrec_jax.config import (
     ANY,
     COLD_ITEMS,
     COLD_USERS,
+    Bias,
     Experiment,
     Select,
     Task,
@@ -239,12 +240,29 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
             e.guard,
             allow=tuple(p for p in e.guard.allow if p.partition("/")[0] in kept["features"]),
         ),
-        model=dataclasses.replace(e.model, fusion_objective=worths if any(worths.values()) else {}),
+        model=dataclasses.replace(
+            e.model,
+            fusion_objective=worths if any(worths.values()) else {},
+            bias=_chosen_bias(e.model.bias, kept),
+        ),
         select=select,
         published=tuple(figure for figure in e.published if known(figure.task)),
     )
     check(found)
     return found
+
+
+def _chosen_bias(bias: Bias | None, kept: Mapping[str, list[str]]) -> Bias | None:
+    """What is left of the bias with these features and tasks; None: nothing to explain, or by."""
+    if bias is None:
+        return None
+    features, tasks = (
+        tuple(name for name in getattr(bias, section) if name in kept[section])
+        for section in ("features", "tasks")
+    )
+    if not features or (bias.tasks and not tasks):
+        return None
+    return dataclasses.replace(bias, features=features, tasks=tasks)
 
 
 def check(experiment: Experiment, trained: bool = True) -> None:
@@ -506,6 +524,7 @@ def _model(e: Experiment) -> Iterator[str]:
     heads = getattr(e.model.encoder, "heads", 1)
     if e.model.width % heads:
         yield f"model.width: {e.model.width} is no multiple of model.encoder.heads = {heads}"
+    yield from _bias(e)
     worths = e.model.fusion_objective
     for name in worths:
         key = f"model.fusion_objective.{name}"
@@ -531,6 +550,24 @@ def _segments(e: Experiment) -> Iterator[str]:
                 "context, the request or the item that have values, as 'binned' ones of numbers "
                 f"do.{nearest(name, usable)}"
             )
+
+
+def _bias(e: Experiment) -> Iterator[str]:
+    if e.model.bias is None:
+        return
+    inputs = {name: feature for name, feature in e.features.items() if feature.fitted}
+    moments = [name for name, feature in inputs.items() if feature.on == "request"]
+    taught = [name for name, task in e.tasks.items() if task.kind != "retrieval"]
+    for name in e.model.bias.features:
+        if name not in moments:
+            hint = nearest(name, moments)
+            yield f"model.bias.features: '{name}' is no feature on = 'request'.{hint}"
+    for name in e.model.bias.tasks:
+        if name not in taught:
+            hint = nearest(name, taught)
+            yield f"model.bias.tasks: '{name}' is no task with a tower (all but retrieval).{hint}"
+    if not taught:
+        yield "model.bias: a retrieval task alone has no tower to correct; remove it"
 
 
 def _train(e: Experiment) -> Iterator[str]:

@@ -29,6 +29,7 @@ from mtrec_jax.data.assumed import assumed_manifest, batch_shapes, resized
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.models.inputs import shared_name
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.models.serve import load_catalogue
 from mtrec_jax.sharding import AXES, ROW_MULTIPLE, check_batch_size, check_mesh, make_mesh
@@ -221,7 +222,9 @@ def _tables(experiment: Experiment, layout: Layout, state: TrainState, shards: i
             whole = copies * _on_device(state.params[DENSE])
         else:
             whole = _on_device([part[stack] for part in (state.tables, state.slots, state.scratch)])
-        of = experiment.train.optimizer if is_dense else table_of(experiment, name).rule
+        of = (
+            experiment.train.optimizer if is_dense else table_of(experiment, shared_name(name)).rule
+        )
         size = whole * place.size // layout.rows[stack]
         found.append(Table(name, stack, place.size, of, 1 if is_dense else shards, size))
     return found

@@ -79,19 +79,20 @@ class Shared(NamedTuple):
     """
 
     users: jax.Array  # [B, P, D]: compared with item vectors by cosine
-    context: jax.Array  # [B, F]
-    request: jax.Array  # [B, P, R]
+    context: jax.Array  # [B, F], those of the shared tables, then those of each task's own
+    request: jax.Array  # [B, P, R], likewise
     events: jax.Array  # [B, L, D]
     outcomes: jax.Array  # [B, L, D]
-    candidates: jax.Array  # [B, P, D]; [B, 0, D] where the data has no items
-    negatives: jax.Array  # [n, D]
+    candidates: jax.Array  # [B, P, W]; [B, 0, D] where the data has no items
+    negatives: jax.Array  # [n, W]: D that retrieval compares, and what towers alone read
+    bias: jax.Array  # [B, P, F]: of each position's moment, for the bias tower alone
 
 
 class UserStates(NamedTuple):
     """What the encoder knows about the user at each position."""
 
     vectors: Array  # [B, P, D]: compared with item vectors by cosine
-    context: Array  # [B, F]: the user's features, for the ranking towers
+    context: Array  # [B, F]: the user's features, for the ranking towers, as in `Shared`
     request: Array  # [B, P, R]: those of the moment
     events: Array  # [B, L, D]: item vectors of the past, which candidates are compared with
     outcomes: Array  # [B, L, D]: what happened at each event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -66,6 +67,15 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
         }
         | {name: values | sections.get(name, {}) for name, values in base.items()}
     )
+
+
+def without_history(**sections: dict[str, Any]) -> tuple[Experiment, Manifest, Batch]:
+    """The same without a past, which has no encoder to compile, and a batch of it."""
+    features = {name: of for name, of in FEATURES.items() if of["on"] != "history"}
+    declared = experiment(features=features, data={"history_length": 0}, **sections)
+    learned = dataclasses.replace(manifest(), history_length=0, history=())
+    examples = batch(0)
+    return declared, learned, examples._replace(events={}, cutoff=examples.cutoff * 0)
 
 
 def manifest(features: bool = True) -> Manifest:
@@ -183,7 +193,8 @@ def forward(
     vectors = model.items(params, rows, items, everything)
     wanted = model.ids(examples, items, None)
     rows = fetch(model.layout, stacks, wanted.ids)
-    past = jax.numpy.take(vectors, examples.events["item"], axis=0)
-    states = model.users(params, rows, past, examples, None)
+    none = np.zeros((len(examples.user), 0), np.int32)
+    past = jax.numpy.take(vectors, examples.events.get("item", none), axis=0)
+    states = model.users(params, rows, past[..., : model.layout.width], examples, None)
     candidates = jax.numpy.take(vectors, examples.candidate, axis=0)
     return vectors, states, model.score(params, states, candidates)

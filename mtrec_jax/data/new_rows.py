@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import FIRST, UNKNOWN, Lists
 
 
-def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
+def encode_requests(
+    prepared: Prepared, table: Any, unread: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Encode new raw rows, a request each, with the vocabularies and scales of a folder.
 
     Args:
@@ -48,6 +50,7 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
       table: a file, or an in-memory table, with the columns of these features, and of the user and
         the item where the data has them. The suffix .csv, .tsv, .jsonl or .parquet (before .gz or
         .zst) says the format, otherwise `data.events` does.
+      unread: features that need no column; they are missing in every row.
 
     Returns:
       In the order of the input: {"request_ids" [n, M], "request_numbers" [n, C], "candidate" [n, 1]
@@ -57,8 +60,9 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
       DataError: a column is missing, a line is malformed, a cell is no number or time where one is
         needed, or the times are of another unit.
     """
-    manifest = prepared.manifest
-    experiment = described(prepared)
+    manifest, declared = prepared.manifest, described(prepared)
+    read = {name: of for name, of in declared.features.items() if name not in unread}
+    experiment = dataclasses.replace(declared, features=read)
     needed = columns_of(experiment, "events", outcomes=False)
     with tempfile.TemporaryDirectory() as work, open_engine(Path(work)) as opened:
         source = _read_new(opened, experiment, table, needed)
@@ -69,9 +73,10 @@ def encode_requests(prepared: Prepared, table: Any) -> dict[str, np.ndarray]:
         rows = asked.order_by("row").to_pyarrow()
     _check_cells(experiment, source.staged, rows)
     rows = past.look_up(rows, prepared, experiment)
-    names = [name for name, feature in experiment.features.items() if feature.on == "request"]
+    names = [name for name, feature in declared.features.items() if feature.on == "request"]
     encodings = [features.restore(prepared, name) for name in names]
-    ids, numbers = features.encode_all(encodings, _feature_cells(rows), len(rows))
+    cells = dict.fromkeys(unread, pa.nulls(len(rows), pa.string())) | _feature_cells(rows)
+    ids, numbers = features.encode_all(encodings, cells, len(rows))
     return {
         "request_ids": ids,
         "request_numbers": numbers,

@@ -49,7 +49,7 @@ def collect(
     vectors = serving.item_vectors(params, tables)
     own_vectors = serving.own(vectors) if prepared.manifest.items else vectors
     own_params = serving.own(params)
-    index = ItemIndex(own_vectors[FIRST:])
+    index = ItemIndex(serving.compared(own_vectors)[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
     sorted_by = ordering(experiment, prepared.manifest)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen

@@ -13,7 +13,7 @@ from flax import nnx
 from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, table_of
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField
-from mtrec_jax.errors import ConfigError
+from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.losses.retrieval import sample_negatives
 from mtrec_jax.losses.tasks import KINDS, class_levels, head_of
 from mtrec_jax.mixing import mixed_bits
@@ -39,6 +39,11 @@ class Inputs(NamedTuple):
     has_items: bool
     has_events: bool
     thresholds: dict[str, tuple[float, ...]]  # {ordinal task: of a fresh model}
+    # {side: {"ids", "numbers": which of the batch's moments are its}}, where the moments are those
+    # of two sides, "request" and "bias"; {}: all are of the former
+    places: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
+    read: Mapping[str, tuple[str, int]] = {}  # {feature that towers read by name: (side, place)}
+    own: tuple[str, ...] = ()  # tasks with tables of their own beside the shared ones
 
     @property
     def lists_items(self) -> bool:
@@ -56,18 +61,28 @@ def side_group(side: str) -> str:
     return "item_features" if side == "item" else side
 
 
+def of_task(name: str, task: str) -> str:
+    """A task's own table or group of lookups, in the place of the shared one; "": the shared one.
+
+    >>> of_task("brand", "click"), shared_name("brand:click"), of_task("brand", "")
+    ('brand:click', 'brand', 'brand')
+    """
+    return f"{name}:{task}" if task else name
+
+
+def shared_name(name: str) -> str:
+    """The table or group beside which a task has one of its own; features have no ":" in theirs."""
+    return name.partition(":")[0]
+
+
 def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
     """Lay out the tables and collect the sizes of a model.
 
     Raises:
       ConfigError: there are more values than a table's capacity.
     """
-    sides: dict[str, tuple[tuple[IdField, ...], tuple[NumberField, ...]]] = {
-        "context": (manifest.context_ids, manifest.context_numbers),
-        "request": (manifest.request_ids, manifest.request_numbers),
-        "item": (manifest.item_ids, manifest.item_numbers),
-        "history": (manifest.history, ()),
-    }
+    biased = experiment.model.bias.features if experiment.model.bias else ()
+    sides = _sides(manifest, biased)
     _check_moments(experiment)
     has_items = manifest.items > 0
     has_events = experiment.model.encoder.kind != "none" and manifest.history_length > 0
@@ -86,6 +101,11 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
             tables |= {f.name: _size(experiment, f.name, f.size) for f in ids}
     kinds = {name: task.kind for name, task in experiment.tasks.items()}
     learned = {name: manifest.tasks[name] for name, kind in kinds.items() if kind in KINDS}
+    towers = experiment.model.towers
+    own: tuple[str, ...] = ()
+    if getattr(towers, "task_tables", False):
+        own = tuple(name for name, kind in kinds.items() if kind != "retrieval")
+        _add_own(tables, groups, own)
     return Inputs(
         layout=make_layout(tables, groups, experiment.model.width),
         numbers={s: tuple(f.slots for f in numbers) for s, (_, numbers) in sides.items()},
@@ -105,7 +125,79 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
         },
         has_items=has_items,
         has_events=has_events,
+        places=_places(manifest, biased) if biased else {},
+        read=_read(getattr(towers, "reads", ()), groups),
+        own=own,
     )
+
+
+def _sides(
+    manifest: Manifest, biased: tuple[str, ...]
+) -> dict[str, tuple[tuple[IdField, ...], tuple[NumberField, ...]]]:
+    """The features of each side; those of the moments are of two where some are of the bias."""
+    ids, numbers = manifest.request_ids, manifest.request_numbers
+    return {
+        "context": (manifest.context_ids, manifest.context_numbers),
+        "request": (
+            tuple(f for f in ids if f.name not in biased),
+            tuple(f for f in numbers if f.name not in biased),
+        ),
+        "bias": (
+            tuple(f for f in ids if f.name in biased),
+            tuple(f for f in numbers if f.name in biased),
+        ),
+        "item": (manifest.item_ids, manifest.item_numbers),
+        "history": (manifest.history, ()),
+    }
+
+
+def _add_own(
+    tables: dict[str, TableSize], groups: dict[str, list[tuple[str, int]]], own: tuple[str, ...]
+) -> None:
+    """Tables of each task beside all that towers read, and groups that look them up."""
+    for group in [group for group in groups if group not in ("history", "bias")]:
+        for task in own:
+            groups[of_task(group, task)] = [(of_task(n, task), slots) for n, slots in groups[group]]
+            tables |= {of_task(name, task): tables[name] for name, _ in groups[group]}
+
+
+def _read(
+    names: Sequence[str], groups: Mapping[str, Sequence[tuple[str, int]]]
+) -> dict[str, tuple[str, int]]:
+    """Where the features that towers read by their names stand among those of their side."""
+    known = {
+        name: (side, place)
+        for side in ("context", "request", "item")
+        for place, (name, _) in enumerate(groups.get(side_group(side), ()))
+    }
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"model.towers: it reads '{name}', which is no feature of the context, the request "
+                f"or the item with an embedding.{nearest(name, known)} Such features are "
+                f"{', '.join(known) or 'missing here'}"
+            )
+    return {name: known[name] for name in names}
+
+
+def _places(manifest: Manifest, biased: tuple[str, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Which slots of the moments are features of the request, and which of the bias."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {"request": {}, "bias": {}}
+    for part, fields in (("ids", manifest.request_ids), ("numbers", manifest.request_numbers)):
+        of_slot = [f.name in biased for f in fields for _ in range(f.slots)]
+        for side, chosen in (("request", False), ("bias", True)):
+            places = tuple(i for i, is_biased in enumerate(of_slot) if is_biased == chosen)
+            found[side] |= {part: places} if places else {}
+    return found
+
+
+def side_of(inputs: Inputs, batch: Batch, side: str) -> Mapping[str, Array]:
+    """The ids and numbers of a side, as far as it has any: "context", "request", "bias" or
+    "history"."""
+    if side in inputs.places:
+        places = inputs.places[side]
+        return {part: jnp.asarray(batch.request[part])[..., at] for part, at in places.items()}
+    return batch.events if side == "history" else getattr(batch, side)
 
 
 def _check_moments(experiment: Experiment) -> None:
@@ -176,13 +268,24 @@ def find_ids(
             listed = jnp.concatenate([*places, candidate], axis=1)
             ids |= item_ids(inputs, drawn, catalogue, "negative")
         ids |= item_ids(inputs, listed, catalogue)
-    for side in ("context", "request", "history"):
+    for side in ("context", "request", "bias", "history"):
         if side in inputs.layout.groups:
-            part = batch.events if side == "history" else getattr(batch, side)
-            ids[side] = jnp.asarray(part["ids"])
+            ids[side] = jnp.asarray(side_of(inputs, batch, side)["ids"])
     if key is not None and inputs.id_dropout:
         ids = _dropped(inputs, ids, jax.random.fold_in(key, 1))
-    return Wanted(ids, listed, drawn)
+    events = listed.shape[1] - candidate.shape[1] if listed.ndim == 2 else 0
+    return Wanted(own_too(inputs, ids, events), listed, drawn)
+
+
+def own_too(inputs: Inputs, ids: Mapping[str, jax.Array], events: int = 0) -> dict[str, jax.Array]:
+    """The same ids in the tables of each task as well; of items [B, L + P] those of the candidates,
+    behind so many events, which no tower reads."""
+    found = dict(ids)
+    for group, of in ids.items():
+        part = of[:, events:] if events and group in (ITEM, "item_features") else of
+        own = (of_task(group, task) for task in inputs.own)
+        found |= {name: part for name in own if name in inputs.layout.groups}
+    return found
 
 
 def item_ids(
@@ -224,9 +327,17 @@ class SideFeatures(nnx.Module):
     """
 
     def __init__(
-        self, inputs: Inputs, side: str, numbers: Any, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        inputs: Inputs,
+        side: str,
+        numbers: Any,
+        task: str = "",
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
-        self.side, self.group = side, inputs.layout.groups.get(side, ())
+        self.inputs, self.side, self.rows = inputs, side, of_task(side, task)
+        self.group = inputs.layout.groups.get(self.rows, ())
         self.numbers = _numbers(inputs, side, numbers, dtype, rngs)
         embedded = len(self.group) * inputs.layout.width
         self.norm = layer_norm(embedded, dtype=dtype, rngs=rngs) if embedded else None
@@ -235,11 +346,11 @@ class SideFeatures(nnx.Module):
 
     def __call__(self, batch: Batch, rows: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """[B, F] of the user, [B, P, F] of the moments; F may be 0."""
-        part = getattr(batch, self.side)
+        part = side_of(self.inputs, batch, self.side)
         shape = batch.cutoff.shape[: 1 if self.side == "context" else 2]
         parts = [jnp.zeros((*shape, 0), dtype)]
         if self.norm is not None:
-            pooled = pool(self.group, jnp.asarray(part["ids"]), rows[self.side])
+            pooled = pool(self.group, jnp.asarray(part["ids"]), rows[self.rows])
             parts.append(self.norm(pooled.reshape(*shape, -1)))
         if self.numbers is not None:
             parts.append(self.numbers(clipped(part["numbers"])))
@@ -263,10 +374,17 @@ class ItemTower(nnx.Module):
     """An item's own row and its features to its vector."""
 
     def __init__(
-        self, inputs: Inputs, id_scale: float, numbers: Any, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        inputs: Inputs,
+        id_scale: float,
+        numbers: Any,
+        task: str = "",
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.id_scale = id_scale
-        self.group = inputs.layout.groups.get("item_features", ())
+        self.group = inputs.layout.groups.get(of_task("item_features", task), ())
         self.numbers = _numbers(inputs, "item", numbers, dtype, rngs)
         width = inputs.layout.width
         size = len(self.group) * width + (self.numbers.outputs if self.numbers else 0)

@@ -43,8 +43,13 @@ class Members(nnx.Module):
     def given(self, pairs: TowerInput) -> TowerInput:
         """The pairs of each member, [n, ...] -> [n K, ...]: those of an example stay together."""
         repeated = jax.tree.map(lambda array: jnp.repeat(array, self.count, axis=0), pairs)
-        scaled = pairs.x[:, None] * self.scales[...][None]  # (n, K, I)
-        return repeated._replace(x=scaled.reshape(-1, scaled.shape[-1]))
+
+        def scaled(x: jax.Array) -> jax.Array:
+            each = x[:, None] * self.scales[...][None]  # (n, K, I)
+            return each.reshape(-1, x.shape[-1])
+
+        own = {task: scaled(x) for task, x in pairs.own.items()}
+        return repeated._replace(x=scaled(pairs.x), own=own)
 
     def logits(self, found: TowerOutput) -> dict[str, jax.Array]:
         """What each member says: {task: [n, K]}, or [n, K, C]."""

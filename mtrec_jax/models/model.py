@@ -23,10 +23,19 @@ from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
-from mtrec_jax.models.inputs import ITEM, Inputs, find_ids, item_ids, make_inputs
+from mtrec_jax.models.inputs import (
+    ITEM,
+    Inputs,
+    find_ids,
+    item_ids,
+    make_inputs,
+    of_task,
+    own_too,
+    shared_name,
+)
 from mtrec_jax.models.network import Network
 from mtrec_jax.models.objective import make_objective
-from mtrec_jax.tables.layout import Layout
+from mtrec_jax.tables.layout import Layout, pool
 from mtrec_jax.types import (
     FIRST,
     UNKNOWN,
@@ -64,9 +73,10 @@ class Model(NamedTuple):
     weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
     losses: Callable[..., tuple[dict[str, jax.Array], Fusing | None]]
     fusion_loss: Callable[..., jax.Array] | None  # None where no fused order is taught
-    items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]  # item ids [...] -> [..., D]
+    # item ids [...] -> [..., W]: D that retrieval compares, and what towers alone read
+    items: Callable[[PyTree, Rows, Catalogue, Array], jax.Array]
     users: Callable[[PyTree, Rows, Array, Batch, jax.Array | None], UserStates]  # events [B, L, D]
-    score: Callable[[PyTree, UserStates, jax.Array | None], Outputs]  # candidates [B, P, D]
+    score: Callable[[PyTree, UserStates, jax.Array | None], Outputs]  # candidates [B, P, W]
     item_ids: Callable[[Array, Catalogue], dict[str, jax.Array]]
 
 
@@ -84,7 +94,9 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         return find_ids(inputs, batch, catalogue, experiment.train.negatives, key)
 
     def items(params: PyTree, rows: Rows, catalogue: Catalogue, item: Array) -> jax.Array:
-        return _items(network(params), rows, catalogue, item, ITEM)
+        layers = network(params)
+        found = _items(layers, rows, catalogue, item, ITEM)
+        return _with_more(found, layers, inputs, rows, catalogue, item, ITEM)
 
     def encode(
         params: PyTree,
@@ -98,7 +110,10 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         events, candidates, negatives = _batch_items(layers, inputs, rows, batch, catalogue, wanted)
         states = layers.users(batch, rows, events, key)
         of_users = tuple(map(jnp.asarray, states[:-1]))  # all but the cutoff
-        return Shared._make((*of_users, candidates, negatives))
+        bias = jnp.zeros((*batch.cutoff.shape, 0), layers.dtype)
+        if layers.bias is not None:
+            bias = layers.bias.features(batch, rows, layers.dtype)
+        return Shared._make((*of_users, candidates, negatives, bias))
 
     def users(
         params: PyTree, rows: Rows, events: Array, batch: Batch, key: jax.Array | None
@@ -125,7 +140,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         items=items,
         users=users,
         score=score,
-        item_ids=lambda item, catalogue: item_ids(inputs, item, catalogue),
+        item_ids=lambda item, catalogue: own_too(inputs, item_ids(inputs, item, catalogue)),
     )
 
 
@@ -160,14 +175,39 @@ def _by_example(inputs: Inputs) -> frozenset[str]:
     shared = {"negative", "negative_features"}
     if inputs.lists_items:
         shared |= {ITEM, "item_features"}
-    return frozenset(inputs.layout.groups) - shared
+    return frozenset(group for group in inputs.layout.groups if shared_name(group) not in shared)
 
 
-def _items(layers: Network, rows: Rows, catalogue: Catalogue, item: Array, group: str) -> jax.Array:
-    """Vectors [..., D] of items [...] whose rows are those of `group`."""
+def _items(
+    layers: Network, rows: Rows, catalogue: Catalogue, item: Array, group: str, task: str = ""
+) -> jax.Array:
+    """Vectors [..., D] of items [...] whose rows are those of `group`, or a task's own."""
     ids, numbers = (jnp.asarray(table)[item] for table in (catalogue.ids, catalogue.numbers))
-    features = rows.get(f"{group}_features")
-    return layers.items(rows[group].squeeze(-2), features, ids, numbers)
+    features = rows.get(of_task(f"{group}_features", task))
+    tower = layers.own_items[layers.inputs.own.index(task)] if task else layers.items
+    return tower(rows[of_task(group, task)].squeeze(-2), features, ids, numbers)
+
+
+def _with_more(
+    vectors: jax.Array,
+    layers: Network,
+    inputs: Inputs,
+    rows: Rows,
+    catalogue: Catalogue,
+    item: Array,
+    group: str,
+) -> jax.Array:
+    """Vectors [..., D] of items [...] with what towers alone read of them, [..., W]: the vector of
+    each task's own tables, then the features that they read by name."""
+    parts = [vectors]
+    parts += [_items(layers, rows, catalogue, item, group, task) for task in inputs.own]
+    if places := [place for side, place in inputs.read.values() if side == "item"]:
+        features = rows[f"{group}_features"]
+        features = features[:, features.shape[1] - item.shape[1] :] if item.ndim == 2 else features
+        ids = jnp.asarray(catalogue.ids)[item]
+        pooled = pool(inputs.layout.groups["item_features"], ids, features)
+        parts += [pooled[..., place, :] for place in places]
+    return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else vectors
 
 
 def _batch_items(
@@ -178,19 +218,28 @@ def _batch_items(
     catalogue: Catalogue,
     wanted: Wanted,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Vectors of the events [B, L, D], the candidates [B, P, D] and the negatives [n, D]."""
+    """Vectors of the events [B, L, D], the candidates [B, P, W] and the negatives [n, W]."""
     if not inputs.has_items:
         none = jnp.zeros((batch.user.shape[0], 0, inputs.layout.width), layers.dtype)
         return none, none, none.reshape(0, inputs.layout.width)
     found = _items(layers, rows, catalogue, wanted.items, ITEM)
     candidate = jnp.asarray(batch.candidate)
+
+    def more(vectors: jax.Array, item: Array, group: str) -> jax.Array:
+        return _with_more(vectors, layers, inputs, rows, catalogue, item, group)
+
     if inputs.lists_items:
         events = jnp.asarray(batch.events["item"]) if inputs.has_events else candidate[:, :0]
-        taken = (jnp.take(found, ids, axis=0) for ids in (events, candidate, wanted.negatives))
-        return tuple(taken)  # type: ignore[return-value]
+        whole = more(found, wanted.items, ITEM)
+        taken = (jnp.take(whole, ids, axis=0) for ids in (candidate, wanted.negatives))
+        return jnp.take(found, events, axis=0), *taken  # type: ignore[return-value]
     negatives = _items(layers, rows, catalogue, wanted.negatives, "negative")
     length = found.shape[1] - candidate.shape[1]
-    return found[:, :length], found[:, length:], negatives
+    return (
+        found[:, :length],
+        more(found[:, length:], candidate, ITEM),
+        more(negatives, wanted.negatives, "negative"),
+    )
 
 
 def make_catalogue(

@@ -14,6 +14,7 @@ from mtrec_jax.config import Model as ModelConfig
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.tasks import head_of
 from mtrec_jax.models.attention import LastSearch, TargetAttention
+from mtrec_jax.models.bias import BiasTower
 from mtrec_jax.models.encoders import EncoderSizes
 from mtrec_jax.models.fusion import AttentionFusion
 from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped
@@ -47,16 +48,19 @@ class Network(nnx.Module):
         self.items = ItemTower(inputs, config.item_id_scale, taken, dtype=dtype, rngs=rngs)
         self.context = SideFeatures(inputs, "context", taken, dtype=dtype, rngs=rngs)
         self.request = SideFeatures(inputs, "request", taken, dtype=dtype, rngs=rngs)
+        self._make_own(dtype, rngs)
+        shown = config.bias
+        self.bias = BiasTower(inputs, shown, taken, dtype=dtype, rngs=rngs) if shown else None
         context, numbers = self.context.outputs, sum(inputs.numbers["context"])
         self.user_numbers = made(numbers, d) if numbers and inputs.has_events else None
         self.user_context = made(context, d) if context and inputs.has_items else None
-        self.search = None
+        searches = searches and inputs.has_events and "history" in inputs.layout.groups
+        self.search = LastSearch(d, dtype=dtype, rngs=rngs) if searches else None
         if inputs.has_events:
             self.start = nnx.Param(normal(rngs, (d,), 0.02, dtype))
             self.target_attention = TargetAttention(d, dtype=dtype, rngs=rngs)
             if "history" in inputs.layout.groups:
                 self.behaviour = made(d, d)
-                self.search = LastSearch(d, dtype=dtype, rngs=rngs) if searches else None
             seen = EncoderSizes(d, history_length + 1, config.dropout)
             self.encoder = config.encoder.make(seen, dtype=dtype, rngs=rngs)
         if not inputs.tasks:
@@ -82,21 +86,35 @@ class Network(nnx.Module):
             of_task = next(iter(hidden.values()), 1)
             self.fusion = AttentionFusion(state, inputs.order, of_task, dtype=dtype, rngs=rngs)
 
+    def _make_own(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        """What reads the tables of each task, as `items`, `context` and `request` read the shared
+        ones."""
+        inputs, scale, taken = self.inputs, self.config.item_id_scale, self.config.numbers
+        with_items, made = inputs.own if inputs.has_items else (), {"dtype": dtype, "rngs": rngs}
+        self.own_items = nnx.List([ItemTower(inputs, scale, taken, t, **made) for t in with_items])
+        self.own_context, self.own_request = (
+            nnx.List([SideFeatures(inputs, side, taken, t, **made) for t in inputs.own])
+            for side in ("context", "request")
+        )
+
     def users(
         self, batch: Batch, rows: Mapping[str, jax.Array], events: Array, key: jax.Array | None
     ) -> UserStates:
         """Encode context, moments and the events' item vectors [B, L, D]."""
         b, p = batch.cutoff.shape
         d, cutoff = self.config.width, jnp.asarray(batch.cutoff)
-        context = self.context(batch, rows, self.dtype)
-        request = self.request(batch, rows, self.dtype)
+        context, request = (
+            [of(batch, rows, self.dtype) for of in (shared, *own)]
+            for shared, own in ((self.context, self.own_context), (self.request, self.own_request))
+        )
         projected = jnp.zeros((b, d), self.dtype)
         if self.user_context is not None:
-            projected = self.user_context(context)
+            projected = self.user_context(context[0])
+        features = jnp.concatenate(context, axis=-1), jnp.concatenate(request, axis=-1)
         if not self.inputs.has_events:
             none = jnp.zeros((b, 0, d), self.dtype)
             states = jnp.broadcast_to(projected[:, None], (b, p, d))
-            return UserStates(states, context, request, none, none, cutoff)
+            return UserStates(states, *features, none, none, cutoff)
         tokens, events, behaviour = self._tokens(batch, rows, jnp.asarray(events))
         start = self.start[...][None] + projected
         # (B, 1 + L, D): state s has seen s events
@@ -108,7 +126,7 @@ class Network(nnx.Module):
             states = states + self.search(behaviour, searched, cutoff)
         if self.user_numbers is not None:  # they belong to this example's time, not to the start
             states = states + self.user_numbers(clipped(batch.context["numbers"]))[:, None]
-        return UserStates(states, context, request, events, tokens, cutoff)
+        return UserStates(states, *features, events, tokens, cutoff)
 
     def _tokens(
         self, batch: Batch, rows: Mapping[str, jax.Array], events: jax.Array
@@ -133,33 +151,37 @@ class Network(nnx.Module):
     def outputs(
         self, states: UserStates, candidates: jax.Array | None, key: jax.Array | None
     ) -> tuple[Outputs, Fusing | None]:
-        """Score candidates [B, P, D] for the states: every task's logits and the fused order; and
+        """Score candidates [B, P, W] for the states: every task's logits and the fused order; and
         what the fusion was given."""
         b, p, d = states.vectors.shape
-        n = b * p
+        n, versions = b * p, 1 + len(self.inputs.own)  # the shared tables, then those of each task
         context = jnp.broadcast_to(states.context[:, None], (b, p, states.context.shape[1]))
-        context, request = context.reshape(n, -1), jnp.asarray(states.request).reshape(n, -1)
-        user = item = jnp.zeros((n, 0), self.dtype)
-        parts, logits = [context, request], {}
+        contexts, requests = (
+            jnp.split(jnp.asarray(side).reshape(n, -1), versions, axis=-1)
+            for side in (context, states.request)
+        )
+        user = jnp.zeros((n, 0), self.dtype)
+        items, pairs, logits = [user], [list[jax.Array]()] * versions, {}
         if self.inputs.has_items and candidates is not None:
-            user, item = jnp.asarray(states.vectors).reshape(n, d), candidates.reshape(n, d)
-            user_unit, item_unit = unit_length(user), unit_length(item)
-            cosine = jnp.sum(user_unit * item_unit, axis=-1, keepdims=True)
-            parts += [user, item_unit * d**0.5, user_unit * item_unit * d, cosine]
+            user = jnp.asarray(states.vectors).reshape(n, d)
+            items = jnp.split(candidates.reshape(n, -1), candidates.shape[-1] // d, axis=-1)
+            pairs = [_paired(user, item) for item in items[:versions]]
             if self.inputs.retrieval:
-                logits[self.inputs.retrieval] = cosine[:, 0] / self.config.temperature
+                logits[self.inputs.retrieval] = pairs[0][-1][:, 0] / self.config.temperature
             if self.inputs.has_events:
                 past = [jnp.asarray(x) for x in (states.events, states.outcomes, states.cutoff)]
-                parts.append(self.target_attention(candidates, *past).reshape(n, d))
+                met = self.target_attention(candidates[..., :d], *past).reshape(n, d)
+                pairs = [[*pair, met] for pair in pairs]
         if not self.inputs.tasks:
             score = logits[str(self.inputs.retrieval)].reshape(b, p)
             name = str(self.inputs.retrieval)
             return Outputs({name: score}, score, jnp.ones((b, p, 1), score.dtype), {}, {}), None
-        fields = [context[:, : self.context.fields * d], request[:, : self.request.fields * d]]
-        fields += parts[2:4] if self.inputs.has_items else []  # the user, the candidate
-        crossed = jnp.concatenate(fields, axis=-1).reshape(n, -1, d)
-        x = self.interaction(jnp.concatenate(parts, axis=-1), crossed)
-        found, each = self._answers(TowerInput(x, context, request, user, item), key)
+        x, *own = map(self._known, contexts, requests, pairs)
+        context, request, item = contexts[0], requests[0], items[0]
+        read = self._read_by_name(context, request, items[versions:])
+        of_tasks = dict(zip(self.inputs.own, own, strict=True))
+        given = TowerInput(x, context, request, user, item, read, of_tasks)
+        found, each = self._answers(given, key)
         logits |= found.logits
         names = self.inputs.order
         fusing = Fusing(
@@ -177,16 +199,36 @@ class Network(nnx.Module):
             {t: v.reshape(b, p, *v.shape[1:]) for t, v in each.items()},
         ), fusing
 
+    def _known(self, context: jax.Array, request: jax.Array, pair: list[jax.Array]) -> jax.Array:
+        """All that towers know of n pairs, behind the interaction: [n, I]."""
+        d = self.config.width
+        fields = [context[:, : self.context.fields * d], request[:, : self.request.fields * d]]
+        fields += pair[:2]  # the user, the candidate
+        crossed = jnp.concatenate(fields, axis=-1).reshape(len(context), -1, d)
+        return self.interaction(jnp.concatenate([context, request, *pair], axis=-1), crossed)
+
+    def _read_by_name(
+        self, context: jax.Array, request: jax.Array, items: list[jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The features [n, D] that the towers read by their names; of items in their order."""
+        sides, of_items = {"context": context, "request": request}, iter(items)
+        d = self.config.width
+        return {
+            name: next(of_items) if side == "item" else sides[side][:, place * d : (place + 1) * d]
+            for name, (side, place) in self.inputs.read.items()
+        }
+
     def _answers(
         self, given: TowerInput, key: jax.Array | None
     ) -> tuple[TowerOutput, dict[str, jax.Array]]:
         """What the towers say of n pairs, and what each member of an ensemble says."""
-        rate = self.config.dropout
+        given = given if self.members is None else self.members.given(given)
+        x, own = jax.tree.map(
+            lambda known: dropout(known, self.config.dropout, key), (given.x, given.own)
+        )
+        found = self.towers(given._replace(x=x, own=own))
         if self.members is None:
-            found = self.towers(given._replace(x=dropout(given.x, rate, key)))
             return found._replace(logits=self._cut(found.logits)), {}
-        given = self.members.given(given)
-        found = self.towers(given._replace(x=dropout(given.x, rate, key)))
         each = self._cut(self.members.logits(found))
         return self.members.together(found, each), each
 
@@ -232,12 +274,23 @@ def tower_sizes(inputs: Inputs, context: int, request: int, d: int) -> TowerSize
         request=request,
         width=d * inputs.has_items,
         tasks=inputs.tasks,
+        features=dict.fromkeys(inputs.read, d),
+        own=inputs.own,
     )
+
+
+def _paired(user: jax.Array, item: jax.Array) -> list[jax.Array]:
+    """A user's state and an item's vector [n, D] for towers: as they are, their product, and last
+    their cosine [n, 1]."""
+    d, user_unit, item_unit = user.shape[1], unit_length(user), unit_length(item)
+    cosine = jnp.sum(user_unit * item_unit, axis=-1, keepdims=True)
+    return [user, item_unit * d**0.5, user_unit * item_unit * d, cosine]
 
 
 def _hidden_sizes(towers: nnx.Module, sizes: TowerSizes, dtype: jnp.dtype) -> dict[str, int]:
     """H of each task's hidden vectors, from an abstract pass."""
     widths = sizes.inputs, sizes.context, sizes.request, sizes.width, sizes.width
-    shapes: list[Any] = [jax.ShapeDtypeStruct((1, width), dtype) for width in widths]
-    found = nnx.eval_shape(lambda towers, given: towers(given), towers, TowerInput(*shapes))
+    named = sizes.features, dict.fromkeys(sizes.own, sizes.inputs)
+    given: Any = jax.tree.map(lambda w: jax.ShapeDtypeStruct((1, w), dtype), (*widths, *named))
+    found = nnx.eval_shape(lambda towers, given: towers(given), towers, TowerInput(*given))
     return {task: hidden.shape[-1] for task, hidden in found.hidden.items()}

@@ -83,6 +83,9 @@ def make_objective(
         layers = network(params)
         candidates = shared.candidates if inputs.has_items else None
         outputs, fusing = layers.outputs(states_of(shared, batch), candidates, key)
+        if layers.bias is not None:
+            own = None if key is None else jax.random.fold_in(key, 1)
+            outputs = layers.bias.added(outputs, shared.bias, own)
         given = shared, batch, catalogue, wanted
 
         def of_tasks(names: Iterable[str], logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -126,11 +129,12 @@ def _task_sum(
             logits = with_group(logits, group)
         losses = _losses(task, manifest.tasks[name], logits, batch, name, weight)
         return jnp.sum(losses * weight)
+    d = shared.users.shape[-1]
     return sampled_softmax(
         shared.users,
-        shared.candidates,
+        shared.candidates[..., :d],
         jnp.asarray(batch.candidate),
-        shared.negatives,
+        shared.negatives[:, :d],
         wanted.negatives,
         catalogue,
         experiment.model.temperature,
@@ -263,15 +267,15 @@ def _list_loss(
         place = chosen.reshape(*chosen.shape, *[1] * (array.ndim - 2))
         return jnp.take_along_axis(array, place, axis=1)
 
-    user, own = at_chosen(shared.users), at_chosen(shared.candidates)  # (B, 1, D)
-    target = at_chosen(jnp.asarray(batch.candidate))
+    user, own = at_chosen(shared.users), at_chosen(shared.candidates)  # (B, 1, D), (B, 1, W)
+    target, d = at_chosen(jnp.asarray(batch.candidate)), user.shape[-1]
     places, retrieved = order.hardest(
-        user[:, 0], own[:, 0], target, shared.negatives, wanted.negatives, mesh
+        user[:, 0], own[:, 0, :d], target, shared.negatives[:, :d], wanted.negatives, mesh
     )
     candidates = jnp.concatenate([own, jnp.take(shared.negatives, places, axis=0)], axis=1)
     shape = candidates.shape[:2]  # (B, K)
     states = states_of(shared, batch)._replace(
-        vectors=jnp.broadcast_to(user, candidates.shape),
+        vectors=jnp.broadcast_to(user, (*shape, d)),
         request=jnp.broadcast_to(at_chosen(shared.request), (*shape, shared.request.shape[-1])),
         cutoff=jnp.broadcast_to(at_chosen(jnp.asarray(batch.cutoff)), shape),
     )

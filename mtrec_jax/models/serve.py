@@ -24,6 +24,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.losses.tasks import head_of
 from mtrec_jax.models.inputs import group_slots, with_group
+from mtrec_jax.models.inputs import shared_name
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.tables.layout import DENSE
@@ -53,7 +54,7 @@ class Serving:
 
     model: Model
     catalogue: Catalogue
-    items: Callable[[PyTree, Tables, Array], jax.Array]  # item ids -> [n, D]
+    items: Callable[[PyTree, Tables, Array], jax.Array]  # item ids -> [n, W]
     users: Callable[[PyTree, Tables, Array, Batch], UserStates]
     answer: Callable[[PyTree, UserStates, Array, Array], Answer]  # candidate ids [B, K]
     moments: Callable[[UserStates, Array], UserStates]  # of [n, 2] (example, position): [n, 1, …]
@@ -70,10 +71,11 @@ class Serving:
         found = self.users(params, tables, vectors, put_own(batch, self.mesh))
         return own_part(found, self.mesh)
 
-    def item_vectors(self, params: PyTree, tables: Tables) -> Float[jax.Array, "N2 D"]:
-        """Vectors of all items by item id: [N + 2, D], computed in chunks of one shape.
+    def item_vectors(self, params: PyTree, tables: Tables) -> Float[jax.Array, "N2 W"]:
+        """Vectors of all items by item id: [N + 2, W], computed in chunks of one shape.
 
-        [0, D] where the data has no items.
+        The first D numbers are what retrieval compares, see `compared`; the others, if any, are
+        read by towers alone. [0, D] where the data has no items.
         """
         n = self.catalogue.row.shape[0]
         if "item" not in self.model.layout.groups:
@@ -85,6 +87,11 @@ class Serving:
             ids = np.minimum(np.arange(start, start + chunk), n - 1).astype(np.int32)
             parts.append(self.items(params, tables, ids))
         return jnp.concatenate(parts)[:n] if len(parts) > 1 else parts[0][:n]
+
+    def compared(self, vectors: Array) -> Array:
+        """What retrieval compares of items' vectors: [..., W] to [..., D]."""
+        width = self.model.layout.width
+        return vectors if vectors.shape[-1] == width else vectors[..., :width]
 
 
 def make_serving(
@@ -109,13 +116,14 @@ def make_serving(
         known: Catalogue, params: PyTree, tables: Tables, vectors: Array, batch: Batch
     ) -> UserStates:
         wanted = model.ids(batch, known, None).ids
-        sides: dict[str, jax.Array] = {
-            group: wanted[group] for group in ("context", "request", "history") if group in wanted
-        }
+        read = ("context", "request", "history")
+        sides = {group: ids for group, ids in wanted.items() if shared_name(group) in read}
         rows = fetch(model.layout, _stacks(params, tables), sides)
-        none = jnp.zeros((batch.user.shape[0], 0, vectors.shape[1]), vectors.dtype)
+        none = jnp.zeros((batch.user.shape[0], 0, model.layout.width), vectors.dtype)
         past = batch.events.get("item")
-        events = none if past is None else jnp.take(vectors, jnp.asarray(past), axis=0)
+        if past is None:
+            return model.users(params, rows, none, batch, None)
+        events = jnp.take(vectors, jnp.asarray(past), axis=0)[..., : model.layout.width]
         return model.users(params, rows, events, batch, None)
 
     slots = group_slots(experiment, manifest)

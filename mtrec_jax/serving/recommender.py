@@ -88,7 +88,7 @@ class Recommender:
         self._shared = params, tables, vectors  # by all processes, where there are several
         self._params = self._serving.own(params)
         self._vectors = self._serving.own(vectors) if self.prepared.manifest.items else vectors
-        self._index = ItemIndex(self._vectors[FIRST:])
+        self._index = ItemIndex(self._serving.compared(self._vectors)[FIRST:])
         sizes = SIZES if mesh is None else (BATCH,)  # over devices a batch comes in equal parts
         behaviours = seen_behaviours(self.experiment)
         precision = self.experiment.train.precision
@@ -367,7 +367,8 @@ class Recommender:
         from mtrec_jax.data.new_rows import encode_requests  # loads an engine
 
         one_of("on_unknown", on_unknown, ("null", "model"))
-        arrays, data = encode_requests(self.prepared, rows), self.experiment.data
+        bias, data = self.experiment.model.bias, self.experiment.data
+        arrays = encode_requests(self.prepared, rows, bias.features if bias else ())
         n = len(arrays["user"])
         known = np.ones(n, bool)
         for asked, ids in ((data.user, arrays["user"]), (data.item, arrays["candidate"][:, 0])):
@@ -540,7 +541,7 @@ class Recommender:
     def _vectors_of(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of item ids, as many as the smallest batch has: [B, D]."""
         places = pad_rows(ids.astype(np.int32), self._encoder.sizes[0], FIRST)
-        return np.asarray(jnp.take(self._vectors, places, axis=0))
+        return np.asarray(self._serving.compared(jnp.take(self._vectors, places, axis=0)))
 
     def _states(self, encoded: Requests) -> UserStates:
         self._announce(len(encoded.batch.user))

@@ -22,7 +22,7 @@ from mtrec_jax.arguments import a_path, argument
 from mtrec_jax.data.dataset import SPLITS, Manifest, NumberField, Prepared
 from mtrec_jax.data.features import one_array
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.models.inputs import ITEM, Inputs, make_inputs, side_group
+from mtrec_jax.models.inputs import ITEM, Inputs, make_inputs, shared_name, side_group
 from mtrec_jax.tables.layout import DENSE, Place, as_held, as_numbers, spread
 from mtrec_jax.train.records import read_json, write_json
 from mtrec_jax.train.run import Run, has_checkpoint, load_best, open_run
@@ -160,9 +160,10 @@ def warm_start(
     old, new = ({**t, **_dense(p)} for t, p in ((tables, params), (state.tables, state.params)))
     plans = [make_inputs(r.experiment, r.prepared.manifest) for r in (source, run)]
     _same_meaning(plans, source, run)
+    there, here = (plan.layout.places for plan in plans)
     matches = {
-        name: _rows_of(_match(name, source, run), plans[0].layout.places.get(name), place)
-        for name, place in plans[1].layout.places.items()
+        name: _rows_of(_match(shared_name(name), source, run), there.get(name), place)
+        for name, place in here.items()
     }
     if plans[0].layout == plans[1].layout and all(match.same for match in matches.values()):
         taken = {stack: _placed(old[stack], new[stack]) for stack in new}
@@ -226,6 +227,9 @@ def _same_meaning(plans: Sequence[Inputs], source: Run, run: Run) -> None:
             "inputs of a moment": _inputs(plan, "request", r.prepared.manifest.request_numbers),
             "inputs of an item": _inputs(plan, "item", r.prepared.manifest.item_numbers),
             "inputs of an event": _inputs(plan, "history", ()),
+            "inputs of the bias": list(r.experiment.model.bias.features)
+            if r.experiment.model.bias
+            else [],
         }
         for plan, r in zip(plans, (source, run), strict=True)
     )

@@ -118,6 +118,7 @@ SECTIONS = {
     "`[guard]`": config.Guard,
     "`[tasks.NAME]`": config.Task,
     "`[model]`": config.Model,
+    "`[model.bias]`": config.Bias,
     "`[train]`": config.Train,
     "`[select]`": config.Select,
     "`[evaluate]`": config.Evaluate,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data.dataset import NumberField, TaskField
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.retrieval import sample_negatives
@@ -74,6 +74,14 @@ def test_numbers_may_take_several_places() -> None:
     network = jax.eval_shape(lambda: model.init(0))["network"]
     assert network["user_context"]["kernel"].shape[0] == 2 * 8 + 3
     assert network["items"]["features"]["kernel"].shape[0] == 8 + 6
+
+
+def test_searches_have_a_layer_of_their_own() -> None:
+    declared = tiny.experiment()
+    searched = dataclasses.replace(declared.data, queries=Files(files=("queries.csv",)))
+    for data, known in ((declared.data, False), (searched, True)):
+        model = make_model(dataclasses.replace(declared, data=data), tiny.manifest())
+        assert ("search" in model.abstract["network"]) == known
 
 
 def _all_of(found: tuple[jax.Array, UserStates, Outputs]) -> dict[str, np.ndarray]:

@@ -38,7 +38,8 @@ class _Classes:
     """A run on rows with one task, of the classes 1, 5 and 3 in this order."""
 
     has_items = has_events = False
-    retrieval, order = None, ("stars",)
+    retrieval, order, own = None, ("stars",), ()
+    read: ClassVar[dict[str, Any]] = {}
     tasks: ClassVar = {"stars": TowerTask("multiclass", 3)}
     levels: ClassVar = {"stars": class_levels(("1", "5", "3"))}
     thresholds: ClassVar[dict[str, Any]] = {}

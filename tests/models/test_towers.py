@@ -54,7 +54,8 @@ SIZES = TowerSizes(
 
 def _pairs(x: Any) -> TowerInput:
     none = jnp.zeros((N, 0))
-    return TowerInput(jnp.asarray(x), none, none, none, none)
+    own = dict.fromkeys(NAMES, jnp.asarray(x))
+    return TowerInput(jnp.asarray(x), none, none, none, none, own=own)
 
 
 @functools.partial(jax.jit, static_argnums=0)

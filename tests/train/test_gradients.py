@@ -236,7 +236,8 @@ def test_what_several_tasks_use_is_read_off_the_operations(
     options = TOWERS[kind](expert_hidden=(2, 2), tower_hidden=(2,))
     made = options.make(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     graph, params = nnx.split(made, nnx.Param)
-    given = TowerInput(jnp.ones((4, 3)), *[jnp.ones((4, n)) for n in (1, 1, 0, 0)])
+    parts = [jnp.ones((4, n)) for n in (3, 1, 1, 0, 0)]
+    given = TowerInput(*parts)  # type: ignore[arg-type]
 
     def losses(params: Any) -> tuple[jax.Array, ...]:
         found = nnx.merge(graph, nnx.State(params))(given)

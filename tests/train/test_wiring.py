@@ -71,7 +71,7 @@ def toy(lucky: bool) -> Model:
         users = rows["item"][:, :, 0] * params["network"]["scale"][None, None]
         none = jnp.zeros((SIZE, 0))
         luck = jax.random.uniform(key, (SIZE, 1)) if lucky else none
-        return Shared(users, luck, none, none, none, none, none)
+        return Shared(users, luck, none, none, none, none, none, none)
 
     def weights(batch: Batch, lottery: jax.Array) -> dict[str, jax.Array]:
         found = {name: jnp.sum(jnp.asarray(batch.mask[name])) for name in TASKS}

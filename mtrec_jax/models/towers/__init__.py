@@ -12,9 +12,11 @@ from mtrec_jax.models.towers.escm2 import ESCM2
 from mtrec_jax.models.towers.esmm import ESMM
 from mtrec_jax.models.towers.home import HoME
 from mtrec_jax.models.towers.mmoe import MMoE
+from mtrec_jax.models.towers.pepnet import PEPNet
 from mtrec_jax.models.towers.ple import PLE
 from mtrec_jax.models.towers.shared_bottom import SharedBottom
 from mtrec_jax.models.towers.single_task import SingleTask
+from mtrec_jax.models.towers.stem import STEM
 
 TOWERS = {
     "single_task": SingleTask,
@@ -25,6 +27,8 @@ TOWERS = {
     "aitm": AITM,
     "esmm": ESMM,
     "escm2": ESCM2,
+    "pepnet": PEPNet,
+    "stem": STEM,
 }
 
 __all__ = ["TOWERS", "TowerInput", "TowerOutput", "TowerSizes", "TowerTask"]

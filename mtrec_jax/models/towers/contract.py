@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,10 @@ class TowerSizes(NamedTuple):
     to have among its logits, as [B, P], are named in another one, `loss_inputs = ("name", ...)`.
 
     The logit of a task with `where` is that of its probability given `where`, whatever the losses.
+
+    The options may have two attributes: `reads`, the names of features with an embedding that the
+    module wants one by one; and `task_tables = True`, if each task is to have tables of its own
+    beside the shared ones, of all features and items that towers read.
     """
 
     inputs: int  # I
@@ -34,6 +39,8 @@ class TowerSizes(NamedTuple):
     request: int  # R
     width: int  # D, of user and item; 0 where the data has no items
     tasks: dict[str, TowerTask]
+    features: Mapping[str, int] = {}  # {feature of `reads`: D}
+    own: tuple[str, ...] = ()  # with `task_tables` all tasks, else ()
 
 
 class TowerInput(NamedTuple):
@@ -44,6 +51,8 @@ class TowerInput(NamedTuple):
     request: jax.Array  # [n, R] those of the moment
     user: jax.Array  # [n, D] the encoder's state
     item: jax.Array  # [n, D] the candidate's vector
+    features: Mapping[str, jax.Array] = {}  # {feature of `reads`: [n, D]}
+    own: Mapping[str, jax.Array] = {}  # {task: x [n, I] of its own tables}
 
 
 class TowerOutput(NamedTuple):
