@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="prepare, first_result, serving_latency, census: where files go; all but prepare keep "
-        "them",
+        help="prepare, first_result, serving_latency, census, conflict: where files go; all but "
+        "prepare keep them",
     )
     parser.add_argument("--data", type=Path, help="census: folder of the raw data (data)")
     parser.add_argument(

@@ -149,6 +149,9 @@ class Split:
     test: Fraction = 0.1
     folds: Count = 5
     fold: Natural = 0  # 0 .. folds - 1
+    by: Literal["user", "time"] | None = None  # folds: of whole users, or windows of time
+    stratify: str | None = None  # folds: the binary task of whose labels each has its share
+    hold_back: Part | None = None  # folds: what of the other folds validates; none: the next fold
     fold_in: Part = 0.5  # user_holdout: the part of a held-out user's events that is shown
     validation_files: tuple[str, ...] = ()  # kind "files": (): `validation` of the training rows
     test_files: tuple[str, ...] = ()  # kind "files": these are the test set
@@ -324,6 +327,16 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tune:
+    """What `mtrec study tune` searches; see `studies.tune`."""
+
+    __pydantic_config__ = _STRICT
+    trials: Count = 20  # in all, the defaults among them
+    # {key: "low..high", "low..high:log" or a list of values}
+    ranges: dict[str, str | tuple[Any, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A whole experiment, as read from one TOML file."""
 
@@ -341,6 +354,7 @@ class Experiment:
     train: Train = field(default_factory=Train)
     select: Select = field(default_factory=Select)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    tune: Tune | None = None  # None: nothing is declared
     published: tuple[Published, ...] = ()
 
 

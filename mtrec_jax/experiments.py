@@ -25,6 +25,7 @@ from mtrec_jax.config import (
     seen_behaviours,
     selection,
     table_of,
+    to_dict,
 )
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
@@ -42,7 +43,7 @@ def built_in_names() -> list[str]:
     """Names of the experiments that come with the package.
 
     >>> built_in_names()
-    ['census-income', 'ml-1m', 'shop', 'shop-requests', 'shop-social']
+    ['census-income', 'ml-100k', 'ml-1m', 'shop', 'shop-requests', 'shop-social']
     """
     folder = resources.files("mtrec_jax") / "configs"
     return sorted(
@@ -178,6 +179,31 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     if not isinstance(node, dict):
         raise ConfigError(f"{argument('overrides')} {key}: '{'.'.join(parts[:-1])}' is not a table")
     node[parts[-1]] = value
+
+
+def overridden(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
+    """An experiment with some keys set anew. A kind that is declared keeps its declared options.
+
+    Raises:
+      ConfigError: as `load_experiment`.
+
+    >>> shop = load_experiment("shop")
+    >>> overridden(shop, {"model.towers": "mmoe", "train.seed": 3}).model.towers.experts
+    3
+    >>> overridden(shop, {"model.towers": "ple"}).model.towers.kind
+    'ple'
+    """
+    e, values = experiment, to_dict(experiment)
+    for key, value in settings.items():
+        there: Any = values
+        for part in key.split("."):
+            there = there.get(part) if isinstance(there, dict) else None
+        if not isinstance(there, dict) or there.get("kind") != value:
+            set_key(values, key, value)
+    options = (e.model.encoder, e.model.towers, e.train.balance, *e.evaluate.baselines)
+    kinds = dict.fromkeys(type(of) for of in (*options, *e.features.values()))
+    own = [kind for kind in kinds if not kind.__module__.startswith("mtrec_jax.")]
+    return parse_experiment(values, f"experiment '{e.name}'", own)
 
 
 def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> Experiment:
@@ -382,9 +408,30 @@ def _split(e: Experiment) -> Iterator[str]:
             f"split.validation: 0 with split.kind = '{split.kind}', which holds back no shares; "
             "set split.test = 0 as well, so that every event trains, or neither"
         )
-    if split.kind == "folds" and split.folds < 3:
-        yield "split.folds: 3 or more: one tests, one validates, the others train"
-    elif split.kind == "folds" and split.fold >= split.folds:
+    yield from _folds(e)
+
+
+def _folds(e: Experiment) -> Iterator[str]:
+    split = e.split
+    if split.kind != "folds":
+        for key in ("by", "stratify", "hold_back"):
+            if getattr(split, key) is not None:
+                yield f"split.{key}: for split.kind = 'folds'; remove it, or set that kind"
+        return
+    if split.folds < 3 and not split.hold_back and split.by != "time":
+        yield (
+            "split.folds: 3 or more: one tests, one validates, the others train; or set "
+            "split.hold_back, the share of the others that validates"
+        )
+    if split.by and not getattr(e.data, split.by):
+        yield f"split.by: '{split.by}' needs data.{split.by}"
+    if split.by and split.stratify:
+        yield "split.stratify: of folds of events; remove it, or split.by"
+    binary = [name for name, task in e.tasks.items() if task.kind == "binary"]
+    if split.stratify and split.stratify not in (*binary, *e.left_out):
+        hint = nearest(split.stratify, binary)
+        yield f"split.stratify: '{split.stratify}' is no binary task.{hint}"
+    if split.fold >= split.folds:
         yield f"split.fold: between 0 and {split.folds - 1}, not {split.fold}"
 
 

@@ -31,7 +31,7 @@ LAYERS = (
     ("models",),
     ("evaluation",),
     ("train",),
-    ("serving",),
+    ("serving", "studies"),
     ("from_tables", "planner"),
     ("cli",),
 )
@@ -59,6 +59,8 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "duckdb": (),
     "fsspec": ("data/locate.py",),
     "pandas": (),
+    "matplotlib": ("evaluation/picture.py", "studies/picture.py"),
+    "optuna": ("studies/tune.py",),
     "typer": ("cli/",),
 }
 

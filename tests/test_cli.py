@@ -27,7 +27,7 @@ from mtrec_jax.train.run import Run
 
 COMMANDS = (
     *("data", "clean", "prepare", "train", "evaluate", "compare", "predict", "recommend", "run"),
-    *("plan", "doctor"),
+    *("plan", "doctor", "study"),
 )
 Mtrec = Callable[..., tuple[int, str, str]]
 

@@ -18,7 +18,7 @@ import typer
 
 from mtrec_jax import __version__
 from mtrec_jax.arguments import naming
-from mtrec_jax.cli import data, doctor, plan, train, use
+from mtrec_jax.cli import data, doctor, plan, study, train, use
 from mtrec_jax.cli.options import say
 from mtrec_jax.errors import Error, Stalled
 from mtrec_jax.interrupts import unwinding
@@ -35,6 +35,7 @@ for command in (
     *(use.recommend, use.predict, plan.plan, doctor.doctor),
 ):
     app.command()(command)
+app.add_typer(study.study)
 
 
 def _print_version(asked: bool) -> bool:
@@ -46,7 +47,7 @@ def _print_version(asked: bool) -> bool:
 
 def as_option(name: str) -> str:
     """What an argument of the Python functions is called here."""
-    return "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
+    return {"overrides": "--set", "ranges": "--range"}.get(name, f"--{name.replace('_', '-')}")
 
 
 @app.callback()
@@ -62,7 +63,7 @@ def start(
     its recommendations.
 
     CONFIG is a TOML file or a built-in one: **shop**, **shop-social**, **shop-requests**,
-    **ml-1m**, **census-income**.
+    **ml-1m**, **ml-100k**, **census-income**.
 
     Start with `mtrec run shop`, then `mtrec recommend runs/shop --users u00007 --k 5`.
 

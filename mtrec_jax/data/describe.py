@@ -65,9 +65,7 @@ def _split_in_words(split: Split, order: str) -> str:
         case "random":
             return f"random split ({chance})"
         case "folds":
-            return (
-                f"fold {split.fold} of {split.folds} tests, the next validates, seed {split.seed}"
-            )
+            return _fold_in_words(split)
         case "user_holdout":
             return f"held-out users ({chance}), {split.fold_in:.3g} of their events shown first"
         case "cold_user" | "cold_item":
@@ -77,6 +75,23 @@ def _split_in_words(split: Split, order: str) -> str:
         return f"{files}, validation rows from {', '.join(split.validation_files)}"
     validation = f"{split.validation:.3g} validation, seed {split.seed}"
     return f"{files}, the rest split at random ({validation})"
+
+
+def _fold_in_words(split: Split) -> str:
+    """
+    >>> _fold_in_words(Split(kind="folds", folds=4, by="user", hold_back=0.05))
+    'fold 0 of 4 (whole users) tests, 0.05 of the others validates, seed 0'
+    """
+    of = {"user": " (whole users)", "time": " (windows of time)"}.get(split.by or "", "")
+    if split.stratify:
+        of = f" (equal shares of '{split.stratify}')"
+    held = "the next validates"
+    if split.by == "time":
+        held = "the window before validates"
+    if split.hold_back is not None:
+        held = f"{split.hold_back:.3g} of the others validates"
+    seed = "" if split.by == "time" else f", seed {split.seed}"
+    return f"fold {split.fold} of {split.folds}{of} tests, {held}{seed}"
 
 
 def check_splits(experiment: Experiment, sizes: dict[str, int]) -> None:

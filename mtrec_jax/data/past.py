@@ -179,7 +179,8 @@ def _so_far(events: Any, experiment: Experiment, name: str) -> Any:
     units = _units(events, experiment, name)
     one, amount = _measure(events, units)
     key, split, data = events[f"feature_{name}"], events.split, experiment.data
-    in_time = bool(data.time or data.user) and experiment.split.kind in IN_TIME
+    windows = experiment.split.by == "time"
+    in_time = bool(data.time or data.user) and (windows or experiment.split.kind in IN_TIME)
     if in_time:
         time = events.time if data.time else events.row
         wide = ibis.range_window(following=0, group_by=key, order_by=time)
@@ -197,7 +198,7 @@ def _so_far(events: Any, experiment: Experiment, name: str) -> Any:
     def seen(value: Any) -> Any:
         if not in_time:
             return known(value, (0,), split == 0)
-        if experiment.split.kind == "time" and data.past == "rolling":
+        if (windows or experiment.split.kind == "time") and data.past == "rolling":
             return known(value, (0, 1, 2, 3))  # no later split has an earlier event
         return _by_split(split, data.past, functools.partial(known, value))
 

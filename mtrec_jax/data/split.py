@@ -5,7 +5,9 @@ No engine's random numbers or hashes are used: the same rows fall into the same 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 from typing import Any
 
 import ibis
@@ -41,14 +43,14 @@ def split_events(events: Any, experiment: Experiment) -> Any:
     if split.kind == "leave_one_out":
         test, validation = ((events.n >= 3) & (events.nth == events.n - k) for k in (1, 2))
     elif split.kind == "time":
-        validation, test = (_since(events.time, border) for border in _borders(events, split))
+        shares = (1 - split.validation - split.test, 1 - split.test)
+        validation, test = (_since(events.time, border) for border in _borders(events, shares))
     elif split.kind == "user_ratio":
         held = ibis.least(_part(events.n, split.validation + split.test), events.n - 1)
         validation = events.nth >= events.n - held
         test = validation & (events.nth >= events.n - _part(events.n, split.test))
     elif split.kind == "folds":
-        fold = mix(events.row, split.seed) % split.folds
-        test, validation = fold == split.fold, fold == (split.fold + 1) % split.folds
+        events, test, validation = _folds(events, split)
     elif split.kind == "files":
         test, by_chance = events.part == 1, mix(events.row, split.seed)
         validation = by_chance < round(split.validation * MODULUS)
@@ -130,19 +132,55 @@ def _part(count: Any, share: float, half: int = MILLION // 2) -> Any:
     return (count * round(share * MILLION) + half) // MILLION
 
 
-def _borders(events: Any, split: Split) -> list[float | None]:
-    """The first timestamps of validation and of test: as close to the fractions as ties allow."""
+def _folds(events: Any, split: Split) -> tuple[Any, Any, Any]:
+    """The events that fold `split.fold` is about, and which of them test and validate.
+
+    Folds of time are k + 2 windows with equally many events. The first `fold` + 1 of them train,
+    the next validates, the one after it tests, and what comes later is no part of the log: as if
+    the log ended there. With `hold_back` this share of what comes before the test window validates.
+    """
+    if split.by == "time":
+        windows, share = split.folds + 2, split.hold_back
+        until = (split.fold + 2) / windows
+        since = (split.fold + 1) / windows if share is None else until * (1 - share)
+        validation, test, later = _borders(events, (since, until, (split.fold + 3) / windows))
+        events = events.filter(~_since(events.time, later))
+        return events, _since(events.time, test), _since(events.time, validation)
+    if split.by == "user":
+        events = _with_chance(events, split)
+        chance = events.chance
+    elif split.stratify:
+        # places in a random order of the label's own rows: each fold has its share, but for one row
+        events = events.mutate(chance=mix(events.row, split.seed))
+        alike = ibis.window(group_by=f"label_{split.stratify}", order_by=["chance", "row"])
+        events = events.mutate(chance=ibis.row_number().over(alike).cast("int64"))
+        chance = events.chance
+    else:
+        chance = mix(events.row, split.seed)
+    test = chance % split.folds == split.fold
+    if split.hold_back is None:
+        return events, test, chance % split.folds == (split.fold + 1) % split.folds
+    held = mix(chance, split.seed + 1) < round(split.hold_back * MODULUS)
+    return events, test, held & ~test
+
+
+def _borders(events: Any, shares: tuple[float, ...]) -> list[float | None]:
+    """The first timestamps behind shares of the events: as close to these as ties allow."""
     times = events.group_by("time").agg(n=lambda t: t.count())
     until = ibis.window(order_by="time", preceding=None, following=0)
     times = times.mutate(
         before=times.n.sum().over(until) - times.n, total=times.n.sum().over(ibis.window())
     )
-    shares = (1 - split.validation - split.test, 1 - split.test)
     away = [(times.before - share * times.total.cast("float64")).abs() for share in shares]
     times = times.mutate(**{f"away_{i}": distance for i, distance in enumerate(away)})
     least = [times[f"away_{i}"].min().over(ibis.window()) for i in range(len(shares))]
     near = [times[f"away_{i}"] == distance for i, distance in enumerate(least)]
-    found = rows(times.mutate(near_0=near[0], near_1=near[1]).filter(lambda t: t.near_0 | t.near_1))
+    times = times.mutate(**{f"near_{i}": is_near for i, is_near in enumerate(near)})
+    found = rows(
+        times.filter(
+            functools.reduce(operator.or_, (times[f"near_{i}"] for i in range(len(shares))))
+        )
+    )
     borders: list[float | None] = []
     for i, share in enumerate(shares):
         nearest = min((r for r in found if r[f"near_{i}"]), key=lambda r: r["time"], default=None)

@@ -31,7 +31,7 @@ def draw_reliability(evaluation: Evaluation, path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
+        raise ConfigError("pictures need matplotlib: pip install 'mtrec_jax[plots]'") from None
     figure = Figure(figsize=(3.4 * len(drawn), 3.4), layout="constrained")
     for place, (task, bins) in enumerate(drawn.items(), 1):
         axes = figure.add_subplot(1, len(drawn), place)

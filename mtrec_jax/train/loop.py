@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ from mtrec_jax.train.stopping import (
 from mtrec_jax.train.warm_start import find_source, warm_start
 from mtrec_jax.types import Batch, Catalogue, TrainState
 
+OnEvaluation = Callable[[int, float, TrainState], Any]
 _MOST_LEFT_OUT = 100  # steps, with train.not_finite = "skip"
 
 
@@ -61,6 +62,7 @@ def train(
     optimizer: optax.GradientTransformation | None = None,
     show_progress: bool = True,
     init_from: str | Path | Run | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> Run:
     """Train an experiment into a run folder; a folder with a checkpoint of it is continued.
 
@@ -74,6 +76,9 @@ def train(
       show_progress: draw a progress bar on a terminal.
       init_from: a run, or its folder, whose best parameters and tables the run begins with; see
         `train.warm_start`. A run that has begun already goes on from its checkpoint.
+      on_evaluation: is called after each evaluation, before its checkpoint, with the step, the
+        value that selects, and the state, which the next step overwrites. What it raises ends the
+        run.
 
     Raises:
       ConfigError: the run folder belongs to another configuration, or the data was prepared by
@@ -100,7 +105,8 @@ def train(
         collecting() as stopped,
     ):  # from here on: compilation takes seconds, and is stopped too
         new = Run(folder, experiment, prepared)
-        _train(new, optimizer, show_progress, stopped, find_source(init_from, new))
+        source = find_source(init_from, new)
+        _train(new, optimizer, show_progress, stopped, source, on_evaluation)
     return new
 
 
@@ -150,11 +156,12 @@ def _train(
     show_progress: bool,
     stopped: list[int],
     source: Run | None,
+    on_evaluation: OnEvaluation | None,
 ) -> None:
     """Build or restore the state, and run the steps that are left."""
     started = time.perf_counter()
     folder, experiment, prepared = run.folder, run.experiment, run.prepared
-    job = _make_job(experiment, prepared, folder, optimizer)
+    job = _make_job(experiment, prepared, folder, optimizer, on_evaluation)
     meta: dict[str, Any] = {"best": None, "best_step": None, "stale": 0, "done": False}
     meta |= _topology(job.mesh)
     notes: list[str] = []
@@ -272,6 +279,7 @@ class _Job(NamedTuple):
     serving: Serving
     records: Records
     selection: Selection
+    on_evaluation: OnEvaluation | None
 
 
 def _make_job(
@@ -279,6 +287,7 @@ def _make_job(
     prepared: Prepared,
     folder: Path,
     optimizer: optax.GradientTransformation | None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> _Job:
     mesh = make_mesh(experiment.train.mesh)
     source, total, every = _schedule(experiment, prepared)
@@ -300,6 +309,7 @@ def _make_job(
         serving=make_serving(experiment, prepared.manifest, model, catalogue, mesh),
         records=Records(folder / "metrics.jsonl", processes.is_first()),
         selection=selection(experiment),
+        on_evaluation=on_evaluation,
     )
 
 
@@ -356,6 +366,8 @@ def _run_steps(
             evaluated = _evaluate(job, state, number)
             _judge(meta, number, evaluated, job.selection.larger, config.patience)
             bar.evaluated(job.selection.name, evaluated, meta)
+            if job.on_evaluation:
+                job.on_evaluation(number, evaluated, state)
         if saves:
             save()
         by = asked_to_stop(stopped, number, in_flight)

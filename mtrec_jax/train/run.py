@@ -421,7 +421,7 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
     if has_checkpoint(folder):
         with path.open("rb") as file:
             keys = _differences(tomllib.load(file), to_dict(experiment))
-        keys = [key for key in keys if key[0] not in _MAY_CHANGE and not _is_longer(*key)]
+        keys = [key for key in keys if not _may_change(key[0]) and not _is_longer(*key)]
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
             raise ConfigError(
@@ -517,6 +517,11 @@ def claim(folder: Path, experiment: Experiment, prepared: Prepared) -> str:
     partial.write_text(to_toml(experiment), encoding="utf-8")
     partial.replace(folder / "config.toml")
     return longer
+
+
+def _may_change(key: str) -> bool:
+    """Whether a run goes on where this differs: it does not act on what is learned."""
+    return key in _MAY_CHANGE or key.partition(".")[0] == "tune"
 
 
 def _is_longer(key: str, old: Any, new: Any) -> bool:

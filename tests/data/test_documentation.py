@@ -122,6 +122,7 @@ SECTIONS = {
     "`[train]`": config.Train,
     "`[select]`": config.Select,
     "`[evaluate]`": config.Evaluate,
+    "`[tune]`": config.Tune,
     "`[[published]]`": config.Published,
 }
 

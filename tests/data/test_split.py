@@ -111,6 +111,52 @@ def test_random_and_folds_mix_the_source_row(duckdb: Engine) -> None:
         assert split(duckdb, of("folds", fold=fold), events)[0] == expected
 
 
+def test_folds_of_users_keep_their_events_together(duckdb: Engine) -> None:
+    users = [f"u{n % 23}" for n in range(60)]
+    part = [mix(integer(raw), 1) % 4 for raw in users]
+    for fold in range(4):
+        expected = [2 if p == fold else 1 if p == (fold + 1) % 4 else 0 for p in part]
+        assert split(duckdb, of("folds", by="user", fold=fold), log(users))[0] == expected
+    held = split(duckdb, of("folds", by="user", fold=0, hold_back=0.5), log(users))[0]
+    by_user = {(raw, code) for raw, code in zip(users, held, strict=True)}
+    assert len(by_user) == 23
+    assert [code == 2 for code in held] == [p == 0 for p in part]
+    assert {code for code, p in zip(held, part, strict=True) if p} == {0, 1}
+
+
+def test_stratified_folds_have_equal_shares_of_each_label(duckdb: Engine) -> None:
+    labels = [1.0, 0.0, 0.0, None] * 20 + [1.0, 0.0]
+    tasks = {"next": {"kind": "retrieval"}, "like": {"kind": "binary"}}
+    seen: list[int] = []
+    for fold in range(4):
+        parts = {"kind": "folds", "folds": 4, "fold": fold, "stratify": "like", "seed": 1}
+        events = log(["u"] * 82, label_like=pa.array(labels, pa.float64()))
+        found = split(duckdb, make(split=parts, tasks=tasks), events)[0]
+        tests = [row for row, code in enumerate(found) if code == 2]
+        counts = [sum(labels[row] == value for row in tests) for value in (1.0, 0.0, None)]
+        assert all(n in whole for n, whole in zip(counts, ((5, 6), (10, 11), (5,)), strict=True))
+        assert found.count(1) in (20, 21, 22)
+        seen += tests
+    assert sorted(seen) == list(range(82)), "each row tests once"
+
+
+def test_folds_of_time_move_forward_and_end_behind_the_test_window(duckdb: Engine) -> None:
+    """Two folds are four windows of three events; ties go with the nearest border."""
+    times = [float(row) for row in range(12)]
+    for fold, expected in enumerate(([0] * 3 + [1] * 3 + [2] * 3, [0] * 6 + [1] * 3 + [2] * 3)):
+        experiment = of("folds", by="time", folds=2, fold=fold, hold_back=None)
+        events = duckdb.load("events", log(["u"] * 12, times))
+        done = duckdb.keep("split", split_events(events, experiment))
+        found = pa.concat_tables(duckdb.batches("split")).sort_by("row")
+        assert found["split"].to_pylist() == expected
+        assert found["row"].to_pylist() == list(range(len(expected)))
+        assert set(done.columns) == {"row", "user", "item", "time", "split"}
+    half = of("folds", by="time", folds=2, fold=0, hold_back=0.5)
+    duckdb.keep("half", split_events(duckdb.load("events", log(["u"] * 12, times)), half))
+    found = pa.concat_tables(duckdb.batches("half")).sort_by("row")
+    assert found["split"].to_pylist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
 def test_user_holdout_shows_first_and_judges_later(duckdb: Engine) -> None:
     users = [f"u{n}" for n in range(30)]
     part = {raw: chosen(mix(integer(raw), 0), 0.3, 0.3) for raw in users}
