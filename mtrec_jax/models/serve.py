@@ -23,8 +23,7 @@ from jaxtyping import Float
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.losses.tasks import head_of
-from mtrec_jax.models.inputs import group_slots, with_group
-from mtrec_jax.models.inputs import shared_name
+from mtrec_jax.models.inputs import group_slots, shared_name, with_group
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.tables.layout import DENSE
