@@ -78,7 +78,8 @@ def answer(
     with tempfile.TemporaryDirectory() as temporary:
         work = folder or Path(temporary)
         kept = work / "prepared"
-        prepared = up_to_date(experiment, raw, kept) or prepare(experiment, raw, kept)
+        whole = with_numbers(experiment)
+        prepared = up_to_date(whole, raw, kept) or prepare(whole, raw, kept)
         found = []
         for name in only or (*RANGES, *TOWERS):
             try:
@@ -89,6 +90,15 @@ def answer(
             except ConfigError as error:  # of towers that need other tasks
                 print(f"{name}: {error}")
     return found
+
+
+def with_numbers(experiment: Any) -> Any:
+    """With each column that a feature takes for numbers also as a plain number, for trees."""
+    from mtrec_jax.data.features.numeric import Numeric
+
+    columns = [f.column or name for name, f in experiment.features.items() if f.of_numbers]
+    plain = {name: Numeric(on="request") for name in columns if name not in experiment.features}
+    return dataclasses.replace(experiment, features=experiment.features | plain)
 
 
 def of_towers(
