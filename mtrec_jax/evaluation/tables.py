@@ -22,7 +22,7 @@ from mtrec_jax.evaluation.paired import Difference, holm, paired_difference
 from mtrec_jax.evaluation.protocol import Protocol, check_same
 from mtrec_jax.result import Result
 
-_ACROSS = 5  # metrics beside each other
+_ACROSS = 4  # metrics beside each other
 
 
 def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> RenderableType:

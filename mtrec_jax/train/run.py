@@ -267,6 +267,8 @@ def _check_understood(run: Run, other: Prepared, split: str) -> None:
     differ = ["files of events"] if there.event_files != here.event_files else []
     if not own.items["id"].equals(other.items["id"]) or here.trained_items != there.trained_items:
         differ.append("items")
+    if there.history_length != here.history_length:
+        differ.append("the length of histories")
     differ += [f"feature {f.name}" for f in here.fields if f not in there.fields]
     differ += [f"task {n}" for n, field in here.tasks.items() if there.tasks.get(n) != field]
     vocabularies = [f.name for f in here.fields if own.has_vocabulary(f.name)]
