@@ -18,7 +18,7 @@ from mtrec_jax.balance.static import Static
 from mtrec_jax.data.dataset import TaskField
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import parse_experiment
-from mtrec_jax.models.model import make_model
+from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.towers import TOWERS, TowerInput, TowerSizes, TowerTask
 from mtrec_jax.models.towers.aitm import AITM, AITMTowers, Transfer
 from mtrec_jax.models.towers.escm2 import ESCM2, ESCM2Towers, doubly_robust, inverse_propensity
@@ -812,6 +812,31 @@ def _impressions(size: int) -> Batch:
     )
 
 
+def _rows_model(**model: Any) -> Model:
+    """Of a funnel without users and items."""
+    declared = parse_experiment(
+        {
+            "name": "rows",
+            "split": {"kind": "random"},
+            "features": {name: tiny.FEATURES[name] for name in ("hour", "discount")},
+            "tasks": {"click": "binary", "buy": {"kind": "binary", "where": "click"}},
+            "model": {"width": 4, "dropout": 0.0, "fusion": "none"} | model,
+            "train": {"steps": 1},
+        }
+    )
+    nothing: dict[str, Any] = dict.fromkeys(("context_ids", "context_numbers", "item_ids"), ())
+    nothing |= dict.fromkeys(("item_numbers", "history"), ())
+    nothing |= {"items": 0, "trained_items": 0, "history_length": 0}
+    learned = {"click": TaskField(), "buy": TaskField()}
+    return make_model(declared, dataclasses.replace(tiny.manifest(), tasks=learned, **nothing))
+
+
+def test_members_are_refused_where_losses_need_more_than_logits() -> None:
+    """What a member adds to a logit would not be in p(buy), which the tower says beside it."""
+    with pytest.raises(ConfigError, match=r"members: .* 'aitm' .*marginal/buy.* set it to 1"):
+        _rows_model(towers="aitm", members=2)
+
+
 _SLOW = {"home": pytest.mark.slow}  # a program of hundreds of small layers
 
 
@@ -820,25 +845,7 @@ def test_every_kind_learns_with_static_weights_and_with_gradients(kind: str) -> 
     """Through the model's own losses: a small step along what the balancer makes of them lowers
     their sum, and reaches every layer."""
     towers = {"kind": kind, "expert_hidden": [4], "tower_hidden": []} | SMALL.get(kind, {})
-    declared = parse_experiment(
-        {
-            "name": "rows",
-            "split": {"kind": "random"},
-            "features": {name: tiny.FEATURES[name] for name in ("hour", "discount")},
-            "tasks": {
-                "click": "binary",
-                "buy": {"kind": "binary", "where": "click"},
-            },
-            "model": {"width": 4, "dropout": 0.0, "fusion": "none", "towers": towers},
-            "train": {"steps": 1},
-        }
-    )
-    learned = {"click": TaskField(), "buy": TaskField()}
-    nothing: dict[str, Any] = dict.fromkeys(("context_ids", "context_numbers", "item_ids"), ())
-    nothing |= dict.fromkeys(("item_numbers", "history"), ())
-    nothing |= {"items": 0, "trained_items": 0, "history_length": 0}
-    manifest = dataclasses.replace(tiny.manifest(), tasks=learned, **nothing)
-    model, key, mesh = make_model(declared, manifest), jax.random.key(0), make_mesh((1, 1))
+    model, key, mesh = _rows_model(towers=towers), jax.random.key(0), make_mesh((1, 1))
     assert model.names == ("click", "buy", *(["calibrator"] if kind == "aitm" else []))
     batch, catalogue = _impressions(16), tiny.catalogue()
     stacks = initial_stacks(model.layout, key, FLOAT, low=False)
