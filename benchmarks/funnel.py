@@ -30,9 +30,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "escm2 ipw": {"kind": "escm2"},
     "escm2 dr": {"kind": "escm2", "estimator": "dr"},
 }
-USERS, ITEMS, IMPRESSIONS = 60, 60, 120_000
-RANK, TASTE, QUALITY = 3, 1.2, 0.8  # of what users want: logits
-CLICK, CURIOSITY, SELECTION = -2.2, 0.7, 1.0  # click logit = CLICK + curiosity + SELECTION want
+USERS, ITEMS, IMPRESSIONS = 60, 60, 60_000
+RANK, TASTE, QUALITY = 3, 1.6, 0.8  # of what users want: logits
+CLICK, CURIOSITY, SELECTION = -2.8, 0.7, 1.5  # click logit = CLICK + curiosity + SELECTION want
 BUY = -1.5  # buy logit = BUY + want
 
 
@@ -41,7 +41,7 @@ def answer(quick: bool, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in MODELS}
     for seed in seeds[:2] if quick else seeds:
         with tempfile.TemporaryDirectory() as folder:
-            for name, figures in one_log(Path(folder), seed, 12_000 if quick else IMPRESSIONS):
+            for name, figures in one_log(Path(folder), seed, 6_000 if quick else IMPRESSIONS):
                 found[name].append(figures)
     naive = np.array([figures["excess"] for figures in next(iter(found.values()))])
     rows = []
@@ -101,9 +101,9 @@ def experiment(towers: dict[str, Any]) -> Any:
             "tasks": {"click": "binary", "buy": {"kind": "binary", "where": "click"}},
             "model": {"width": 16, "fusion": "none", "dropout": 0.1, "towers": SIZES | towers},
             "train": {
-                "epochs": 8,
-                "batch_size": 512,
-                "learning_rate": 2e-3,
+                "epochs": 20,
+                "batch_size": 1024,
+                "learning_rate": 3e-3,
                 "evaluate_every": 100_000,  # at the end alone: the last step is kept
                 "mesh": [1, 1],
             },
