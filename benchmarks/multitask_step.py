@@ -171,6 +171,9 @@ def _experiment(case: Size, balance: Any) -> Any:
                 "batch_size": case.batch,
                 "learning_rate": RATE,
                 "balance": balance,
+                # The same step in parts, whose work space stays below what malloc maps anew each
+                # time; methods that need single gradients cannot, and are compared without.
+                "accumulate": 1 if case.balances else max(1, case.batch // 2048),
             },
         }
     )
