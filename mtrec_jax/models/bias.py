@@ -51,7 +51,12 @@ class BiasTower(nnx.Module):
         logits, members = dict(outputs.logits), dict(outputs.members)
         for task, own in self(features).items():
             heard = jnp.where(said if own.ndim == 2 else said[..., None], own, 0)
-            logits[task] = logits[task] + heard
+            logits[task] = logits[task] + _beside(heard, logits[task])
             if members:
-                members[task] = members[task] + heard[:, :, None]
+                members[task] = members[task] + _beside(heard[:, :, None], members[task])
         return outputs._replace(logits=logits, members=members)
+
+
+def _beside(own: jax.Array, logits: jax.Array) -> jax.Array:
+    """One number for all thresholds of a task of ordered classes, as its towers give one score."""
+    return own.reshape(*own.shape, *[1] * (logits.ndim - own.ndim))

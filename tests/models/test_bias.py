@@ -143,6 +143,8 @@ def test_in_a_share_of_the_positions_the_tower_is_silent() -> None:
         expected = np.broadcast_to(said.reshape(1000, 3, *[1] * (values.ndim - 2)), values.shape)
         np.testing.assert_array_equal(values, expected, err_msg=task)
     assert (added(given, features, None).logits["click"] == 1).all()
+    ordered = given._replace(logits=logits | {"stars": jnp.zeros((1000, 3, 4))})  # thresholds
+    np.testing.assert_array_equal(added(ordered, features, None).logits["stars"], 1)
 
 
 ITEMS, PLACES, USERS = 12, 4, 16
