@@ -833,7 +833,7 @@ def _rows_model(**model: Any) -> Model:
 
 def test_members_are_refused_where_losses_need_more_than_logits() -> None:
     """What a member adds to a logit would not be in p(buy), which the tower says beside it."""
-    with pytest.raises(ConfigError, match=r"members: .* 'aitm' .*marginal/buy.* set it to 1"):
+    with pytest.raises(ConfigError, match=r"members: 2, .* 'aitm' read more than the logits"):
         _rows_model(towers="aitm", members=2)
 
 
