@@ -26,7 +26,7 @@ from typing import Any
 
 QUESTIONS = (
     *("topk", "softmax", "rank", "everyone", "table_step", "multitask_step", "chaos"),
-    *("input", "prepare", "engines", "shop", "social", "requests", "first_result"),
+    *("input", "prepare", "engines", "shop", "fusion", "social", "requests", "first_result"),
     *("serving_latency", "census", "funnel", "conflict"),
 )
 COMPARED = (

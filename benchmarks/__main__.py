@@ -41,7 +41,7 @@ def main() -> None:
         "--seeds",
         type=int,
         nargs="+",
-        help="social, requests, census, funnel, …: other than theirs",
+        help="social, requests, census, funnel, fusion, …: other than theirs",
     )
     parser.add_argument(
         "--against", metavar="COMMIT", help="first_result, serving_latency: beside this commit"

@@ -24,6 +24,8 @@ from mtrec_jax.data.features import CHOICE, Feature
 from mtrec_jax.evaluation.metrics import METRICS, metric_named
 from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.encoders.transformer import Transformer
+from mtrec_jax.models.fusions import FUSIONS, Term, Utility
+from mtrec_jax.models.fusions.weighted import Weighted
 from mtrec_jax.models.interactions import INTERACTIONS
 from mtrec_jax.models.interactions.none import NoInteraction
 from mtrec_jax.models.layers import MaybeHidden
@@ -249,8 +251,8 @@ class Model:
     towers: Annotated[Any, Choice(TOWERS, "mmoe")] = field(default_factory=MMoE)
     members: Count = 1  # K, of an ensemble that shares all weights but a few of each one's own
     bias: Bias | None = None
-    fusion: Literal["attention", "none"] = "attention"
-    fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: all 1
+    fusion: Annotated[Any, Choice(FUSIONS, "weighted")] = field(default_factory=Weighted)
+    fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: each 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +309,9 @@ class Evaluate:
     seen: tuple[str, ...] = ()  # binary tasks: a past event with a 1 in one makes its item seen;
     # (): what the retrieval task counts, its `where` or any event; ("any",): any event
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
+    calibration: Literal["platt", "temperature", "isotonic", "none"] = "platt"  # fitted on
+    # validation when training ends: what the fusion takes for probabilities
+    calibrate: bool = False  # predictions and their metrics are calibrated as well
     baselines: tuple[Annotated[Any, Choice(BASELINES)], ...] = ()
     bootstrap: Natural = 200  # resamples of users for the 95 % intervals; 0: none
     segments: tuple[str, ...] = ()  # features, and "cold_users", "cold_items": all metrics by value
@@ -463,8 +468,41 @@ def seen_behaviours(experiment: Experiment) -> tuple[str, ...]:
 
 
 def fusion_objective(experiment: Experiment) -> dict[str, float]:
-    """{task: worth} that the fused order is trained on; by default 1 for retrieval and binary."""
+    """{task: worth} of what may happen; by default 1 for each binary task, and for the retrieval
+    task unless its event is that of a binary one, as with `where`: nothing is counted twice.
+
+    >>> tasks = {"next": Task(kind="retrieval", where="buy"), "buy": Task(kind="binary")}
+    >>> fusion_objective(Experiment(name="a", tasks=tasks))
+    {'buy': 1.0}
+    """
     if experiment.model.fusion_objective:
         return experiment.model.fusion_objective
-    kinds = ("retrieval", "binary")
-    return {name: 1.0 for name, task in experiment.tasks.items() if task.kind in kinds}
+    return {
+        name: 1.0
+        for name, task in experiment.tasks.items()
+        if task.kind == "binary" or (task.kind == "retrieval" and not task.where)
+    }
+
+
+def utility_of(experiment: Experiment) -> Utility:
+    """The declared utility: the worths of `fusion_objective`, each task's along its funnel.
+
+    >>> tasks = {"click": Task(kind="binary"), "buy": Task(kind="binary", where="click")}
+    >>> str(utility_of(Experiment(name="a", tasks=tasks)))
+    '1 p(click) + 1 p(click) p(buy | click)'
+    """
+    tasks = experiment.tasks
+    worths = {name: worth for name, worth in fusion_objective(experiment).items() if worth > 0}
+    root = next((name for name in worths if tasks[name].kind == "retrieval"), "")
+
+    def funnel(name: str) -> tuple[str, ...]:
+        return (*funnel(tasks[name].where), name) if name in tasks else ()
+
+    certain = funnel(tasks[root].where) if root else ()
+    return Utility(
+        root,
+        tuple(
+            Term(n, w, () if n == root else tuple(t for t in funnel(n) if t not in certain))
+            for n, w in worths.items()
+        ),
+    )

@@ -35,7 +35,7 @@ from mtrec_jax.losses.tasks import KINDS, labelled
 # columns of the results and names of losses and orders, which a task of that name would overwrite
 RESERVED = (
     *("user", "item", "title", "known", "rank", "row", "score", "new", "reason"),
-    *("fused", "fusion"),
+    *("fused", "fusion", "chosen"),
 )
 
 

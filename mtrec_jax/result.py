@@ -31,11 +31,12 @@ class Result:
     """Named columns of equal length; `result["item"]` is a list, `result.table` the Arrow table.
 
     `result.ignored` counts different ids of filters and histories that no item of the catalogue
-    has, {"blocked": 2}.
+    has, {"blocked": 2}. `result.order` says of recommendations which order they are in, and what
+    the declared utility is.
     """
 
-    def __init__(self, table: pa.Table, ignored: Mapping[str, int] | None = None):
-        self.table, self.ignored = table, dict(ignored or {})
+    def __init__(self, table: pa.Table, ignored: Mapping[str, int] | None = None, order: str = ""):
+        self.table, self.ignored, self.order = table, dict(ignored or {}), order
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -84,7 +85,7 @@ class Result:
             shown.add_row(*(Text(_cell(v)) for v in row.values()))
         notes = [f"{len(self) - SHOWN:,} more rows"] if len(self) > SHOWN else []
         notes += [f"{name}: {n:,} ids are not in the catalogue" for name, n in self.ignored.items()]
-        shown.caption = "; ".join(notes) or None
+        shown.caption = "; ".join([*notes, *([self.order] if self.order else [])]) or None
         return shown
 
     def _widest(self, column: str) -> int:
@@ -103,7 +104,9 @@ class Result:
             "<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row.values()) + "</tr>"
             for row in rows
         )
-        more = f"<caption>{len(self) - SHOWN:,} more rows</caption>" if len(self) > SHOWN else ""
+        notes = [f"{len(self) - SHOWN:,} more rows"] if len(self) > SHOWN else []
+        text = html.escape("; ".join([*notes, *([self.order] if self.order else [])]))
+        more = f"<caption>{text}</caption>" if text else ""
         return f"<table>{more}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -126,6 +129,8 @@ def print_recommendations(result: Result) -> None:
         note = "" if known[own[0]] else "  (unknown user: the most popular items)"
         console.print(Text.assemble((user, "bold"), note))
         console.print(Result(table).rich())
+    if result.order:
+        console.print(Text(result.order))
 
 
 def save_tables(tables: Iterable[pa.Table], path: str | Path) -> int:

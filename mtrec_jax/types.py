@@ -104,7 +104,8 @@ class Fusing(NamedTuple):
 
     state: jax.Array  # [n, S] the user, the moment
     hidden: dict[str, jax.Array]  # {task: [n, H]} of the towers
-    scores: dict[str, jax.Array]  # {task: [n]}
+    scores: dict[str, jax.Array]  # {task: [n]} calibrated logits, of classes the expected level
+    units: dict[str, jax.Array]  # {task: [n]} the same between 0 and 1, see `Network.in_unit`
 
 
 class Outputs(NamedTuple):
@@ -112,7 +113,7 @@ class Outputs(NamedTuple):
 
     logits: dict[str, jax.Array]  # {task: [B, P]}, or [B, P, C] for multiclass
     fused: jax.Array  # [B, P]: the final order, larger is better
-    fusion: jax.Array  # [B, P, T] attention weights of the tasks, rows sum to 1
+    fusion: jax.Array  # [B, P, T] weights of the tasks in it, rows sum to 1
     diagnostics: dict[str, jax.Array]  # gates and similar [B, P, ...], for people who look inside
     members: dict[str, jax.Array]  # {task: [B, P, K], or [B, P, K, C]} logits; {}: there are none
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels", "sharding", "compilation", "mixing"),
     (
         *("data.features", "balance", "models.layers", "models.encoders", "models.towers"),
-        *("models.interactions", "models.numbers"),
+        *("models.fusions", "models.interactions", "models.numbers"),
         *("baselines", "evaluation.metrics", "losses.tasks", "losses.lists"),
     ),
     ("config", "experiments"),

@@ -54,6 +54,7 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
             "encoder": {"kind": "transformer", "layers": 1, "heads": 2},
             "towers": {"kind": "mmoe", "experts": 2, "expert_hidden": [8], "tower_hidden": [6]},
             "temperature": 0.2,
+            "fusion": "attention",  # which learns
         },
         "train": {"steps": 20, "batch_size": 8, "negatives": 6, "negative_power": 0.5},
     }

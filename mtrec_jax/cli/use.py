@@ -35,8 +35,13 @@ def recommend(
         typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has seen."),
     ] = True,
     order_by: Annotated[
-        str, typer.Option(metavar="TASK", help="Put items in order by this task's prediction.")
-    ] = "fused",
+        str,
+        typer.Option(
+            metavar="TASK",
+            help="Put items in order by this task's prediction, or by 'fused'; by default by what "
+            "was worth most on validation.",
+        ),
+    ] = "chosen",
     unknown_items: Annotated[
         Literal["ignore", "error"],
         typer.Option(help="Ids of the filters that are not in the catalogue: count them, or stop."),
@@ -62,7 +67,7 @@ def recommend(
     filters |= {"k": k, "exclude_seen": exclude_seen, "order_by": order_by, "new_items": new_items}
     rows = _written(recommender, chosen, out, filters)
     if out is not None:
-        say(f"{rows:,} recommendations in {out}")
+        say(f"{rows:,} recommendations in {out}; {recommender.order(order_by)}")
     if rows < k * (len(chosen) or recommender.prepared.manifest.users):
         _say_fewer(k, exclude_seen)
 

@@ -12,15 +12,21 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax.config import Experiment, fusion_objective
+from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import Collected, collect, ordering, people
+from mtrec_jax.evaluation.answers import (
+    FOLDS,
+    Answers,
+    calibrated_logits,
+    described,
+    order_statistics,
+)
+from mtrec_jax.evaluation.collect import Collected, collect, people
 from mtrec_jax.evaluation.comparison import Metrics, compare
 from mtrec_jax.evaluation.metrics import (
     Linear,
     Statistic,
-    auc,
     bootstrap_interval,
     metric_named,
     ranking_statistics,
@@ -56,6 +62,8 @@ class Evaluation:
     reliability: dict[str, list[dict[str, float | int]]] = field(default_factory=dict)
     segments: Segments = field(default_factory=dict)
     users: pa.Table | None = field(default=None, compare=False, repr=False)  # see `sums_by_user`
+    order: str = ""  # the one that `recommend` takes, why, and the declared utility
+    calibration: str = ""  # how the predictions are calibrated; "": they are not
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined metrics are null. The users have a file of their own."""
@@ -83,6 +91,7 @@ def evaluate(
     tables: dict[str, jax.Array],
     split: str,
     full: bool = True,
+    answers: Answers | None = None,
 ) -> Evaluation:
     """Evaluate parameters on a split.
 
@@ -94,14 +103,22 @@ def evaluate(
       split: "train", "validation" or "test".
       full: also the orders, the baselines, the bootstrap intervals, the segments and the sums of
         each user; training leaves them out.
+      answers: calibrations and the chosen order of these parameters, found on validation. Where
+        `evaluate.calibrate` is set, metrics are those of calibrated predictions, and on validation
+        itself cross-fitted over users.
 
     Raises:
       ConfigError: there is no such split.
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: it must be one of {', '.join(SPLITS)}")
+    config = experiment.evaluate
+    known = answers.calibration if answers else {}
+    params = serving.calibrated(params, known)
     collected = collect(experiment, prepared, serving, params, tables, split, orders=full)
-    values = _values(experiment, prepared, collected)
+    here = known if config.calibrate else {}
+    logits = calibrated_logits(experiment, collected, here, bool(here) and split == "validation")
+    values = predictions(experiment, prepared.manifest, logits)
     everything = np.arange(len(collected.user))
     measured = _measured(experiment, prepared.manifest, collected, values, everything)
     result = Evaluation(
@@ -111,12 +128,14 @@ def evaluate(
         judged=judged(prepared.manifest),
         tasks={task: _at_ones(*found) for task, found in measured.items()},
         targets={task: len(rows) for task, (_, rows) in measured.items()},
+        calibration=_calibration(config.calibration, split) if here else "",
     )
     if not full:
         return result
     return dataclasses.replace(
         result,
         orders=_orders(experiment, prepared, collected),
+        order=described(experiment, answers) if answers and len(experiment.tasks) > 1 else "",
         baselines=compare(experiment, prepared, collected, split),
         intervals=_intervals(measured, collected.user, experiment.evaluate.bootstrap),
         reliability={
@@ -129,19 +148,18 @@ def evaluate(
     )
 
 
+def _calibration(kind: str, split: str) -> str:
+    """How predictions were calibrated that were measured on a split."""
+    if split == "validation":
+        return f"{kind}, fitted on validation too: cross-fitted over {FOLDS} groups of users"
+    return f"{kind}, fitted on validation"
+
+
 def judged(manifest: Manifest) -> str:
     """Hex digits that are equal where two prepared folders judge by the same events, whatever their
     features: over the files of events, and which of their rows are in which split."""
     text = " ".join([*manifest.event_files, manifest.split.fingerprint])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _values(
-    experiment: Experiment, prepared: Prepared, collected: Collected
-) -> dict[str, np.ndarray]:
-    """What the model says of each target, as people read it."""
-    exact = {n: x.astype(np.float64) for n, x in collected.logits.items()}
-    return predictions(experiment, prepared.manifest, exact)
 
 
 def _measured(
@@ -228,34 +246,13 @@ def sums_by_user(prepared: Prepared, measured: Measured, user: np.ndarray, split
 
 
 def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) -> dict[str, Metrics]:
-    """The fused order beside each task's own order.
-
-    "ndcg@k": the retrieved candidates put in this order; "value@k": the same, each target counted
-    by its worth under the fusion objective; "auc TASK": how well the order separates the observed
-    labels of a binary task of the objective. A multiclass task whose classes are not all numbers
-    has no order.
-    """
-    objective = fusion_objective(experiment)
-    binary = [n for n in objective if experiment.tasks[n].kind == "binary"]
-    scores = {"fused": collected.fused}
-    for name, order in ordering(experiment, prepared.manifest).items():
-        scores[name] = order(collected.logits[name])
-    found: dict[str, Metrics] = {name: {} for name in scores}
-    chosen = collected.retrieved
-    if collected.order_ranks and chosen.any():
-        ranks = {name: places[chosen] for name, places in collected.order_ranks.items()}
-        worth = sum(w * np.nan_to_num(collected.labels[n][chosen]) for n, w in objective.items())
-        for name in found:
-            for k in experiment.evaluate.ks:
-                gain = np.where(ranks[name] < k, 1 / np.log2(ranks[name] + 2.0), 0)
-                found[name][f"ndcg@{k}"] = float(gain.mean())
-                total = float(np.sum(worth))
-                found[name][f"value@{k}"] = float((gain * worth).sum()) / total if total else 0.0
-    for task in binary:
-        observed = ~np.isnan(collected.labels[task])
-        for name, score in scores.items():
-            found[name][f"auc {task}"] = auc(collected.labels[task][observed], score[observed])
-    return found if len(experiment.tasks) > 1 else {}
+    """The fused order beside each task's own order, by the metrics of `order_statistics`."""
+    if len(experiment.tasks) < 2:
+        return {}
+    return {
+        order: {metric: value(np.ones(len(rows))) for metric, (value, rows) in metrics.items()}
+        for order, metrics in order_statistics(experiment, prepared, collected).items()
+    }
 
 
 def _intervals(

@@ -33,14 +33,20 @@ def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> Rendera
             f"[protocol {evaluation.protocol.hash}]"
         )
     ]
+    if evaluation.calibration:
+        parts.append(Text(f"predictions are calibrated: {evaluation.calibration}"))
     parts += [_task_table(experiment, evaluation, name) for name in experiment.tasks]
     if evaluation.orders:
-        title = "Orders: retrieved candidates put in order by each score"
+        title = "Orders: candidates put in order by each score"
         columns = list(next(iter(evaluation.orders.values())))
         table = _table(title, ["order", *columns])
         for name, metrics in evaluation.orders.items():
             table.add_row(name, *(_number(metrics.get(c)) for c in columns))
         parts.append(table)
+        if evaluation.order:
+            flattered = evaluation.split == "validation"
+            own = "; it was chosen, and scores were calibrated, on this split" * flattered
+            parts.append(Text(f"{evaluation.order}{own}"))
     return Group(*parts, *_segment_tables(experiment, evaluation))
 
 

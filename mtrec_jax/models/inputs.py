@@ -11,12 +11,13 @@ import numpy as np
 from flax import nnx
 
 from mtrec_jax.arguments import argument
-from mtrec_jax.config import Experiment, table_of
+from mtrec_jax.config import Experiment, table_of, utility_of
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.losses.retrieval import sample_negatives
 from mtrec_jax.losses.tasks import KINDS, class_levels, head_of
 from mtrec_jax.mixing import mixed_bits
+from mtrec_jax.models.fusions import Utility
 from mtrec_jax.models.layers import layer_norm, linear
 from mtrec_jax.models.numbers import NumberSizes
 from mtrec_jax.models.towers import TowerTask
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     tasks: dict[str, TowerTask]  # tasks with a tower: all but retrieval
     levels: dict[str, tuple[float, ...]]  # {task with classes: what each of them counts as}
     retrieval: str | None
+    utility: Utility  # what an order is worth
     id_dropout: dict[str, float]  # {table: share of ids that training takes for unknown}
     has_items: bool
     has_events: bool
@@ -120,6 +122,7 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
             name: cut(of) for name, of in learned.items() if (cut := KINDS[kinds[name]].thresholds)
         },
         retrieval=next((name for name, kind in kinds.items() if kind == "retrieval"), None),
+        utility=utility_of(experiment),
         id_dropout={
             name: share for name in tables if (share := table_of(experiment, name).id_dropout)
         },

@@ -51,6 +51,7 @@ from mtrec_jax.types import (
 )
 
 Rows = dict[str, jax.Array]  # {group: rows [..., M, D]}
+CALIBRATION = "calibration"  # of the parameters, where they answer: {task: calibration of logits}
 
 
 class Model(NamedTuple):
@@ -121,7 +122,8 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         return network(params).users(batch, rows, events, key)
 
     def score(params: PyTree, states: UserStates, candidates: jax.Array | None) -> Outputs:
-        return network(params).outputs(states, candidates, None)[0]
+        calibrations = params.get(CALIBRATION)
+        return network(params).outputs(states, candidates, None, calibrations)[0]
 
     objective = make_objective(experiment, manifest, inputs, network, abstract)
     return Model(

@@ -13,10 +13,13 @@ from flax import nnx
 from mtrec_jax.config import Model as ModelConfig
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.tasks import head_of
+from mtrec_jax.models import calibration
 from mtrec_jax.models.attention import LastSearch, TargetAttention
 from mtrec_jax.models.bias import BiasTower
+from mtrec_jax.models.calibration import Calibration
 from mtrec_jax.models.encoders import EncoderSizes
-from mtrec_jax.models.fusion import AttentionFusion
+from mtrec_jax.models.fusions import FusionSizes
+from mtrec_jax.models.fusions.none import NoFusion
 from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped
 from mtrec_jax.models.interactions import InteractionSizes
 from mtrec_jax.models.layers import Thresholds, dropout, linear, normal, unit_length
@@ -81,10 +84,11 @@ class Network(nnx.Module):
         own = config.members, sizes.inputs, hidden, inputs.tasks
         self.members = Members(*own, dtype=dtype, rngs=rngs) if config.members > 1 else None
         self.thresholds = nnx.List([Thresholds(t, dtype=dtype) for t in inputs.thresholds.values()])
-        if config.fusion == "attention":
-            state = sizes.context + sizes.request + sizes.width
-            of_task = next(iter(hidden.values()), 1)
-            self.fusion = AttentionFusion(state, inputs.order, of_task, dtype=dtype, rngs=rngs)
+        state = sizes.context + sizes.request + sizes.width
+        of_task = next(iter(hidden.values()), 1)
+        fused = FusionSizes(state, of_task, inputs.order, inputs.utility)
+        options = config.fusion if inputs.utility.terms else NoFusion()  # nothing has a worth
+        self.fusion = options.make(fused, dtype=dtype, rngs=rngs)
 
     def _make_own(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """What reads the tables of each task, as `items`, `context` and `request` read the shared
@@ -149,10 +153,14 @@ class Network(nnx.Module):
         return tokens * self.config.width**0.5, events, behaviour
 
     def outputs(
-        self, states: UserStates, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        states: UserStates,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> tuple[Outputs, Fusing | None]:
-        """Score candidates [B, P, W] for the states: every task's logits and the fused order; and
-        what the fusion was given."""
+        """Score candidates [B, P, W] for the states: every task's logits, and the fused order of
+        them calibrated; and what the fusion was given."""
         b, p, d = states.vectors.shape
         n, versions = b * p, 1 + len(self.inputs.own)  # the shared tables, then those of each task
         context = jnp.broadcast_to(states.context[:, None], (b, p, states.context.shape[1]))
@@ -183,13 +191,16 @@ class Network(nnx.Module):
         given = TowerInput(x, context, request, user, item, read, of_tasks)
         found, each = self._answers(given, key)
         logits |= found.logits
-        names = self.inputs.order
+        names, known = self.inputs.order, calibrations or {}
+        right = {t: calibration.apply(known.get(t), logits[t], jnp) for t in names}
+        scores = {t: self.score_of(t, right[t]) for t in names}
         fusing = Fusing(
             jnp.concatenate([context, request, user], axis=-1),
             {t: found.hidden[t] for t in names if t in found.hidden},
-            {t: self.score_of(t, logits[t]) for t in names},
+            scores,
+            {t: self.in_unit(t, score) for t, score in scores.items()},
         )
-        fused, weights = self.fuse(fusing)
+        fused, weights = self.fusion(fusing)
         looks = {n: v.reshape(b, p, *v.shape[1:]) for n, v in found.diagnostics.items()}
         return Outputs(
             {t: logits[t].reshape(b, p, *logits[t].shape[1:]) for t in names},
@@ -236,15 +247,6 @@ class Network(nnx.Module):
         """Scores of ordinal tasks as logits, one a threshold."""
         cuts = zip(self.inputs.thresholds, self.thresholds, strict=True)
         return logits | {task: cut(logits[task]) for task, cut in cuts}
-
-    def fuse(self, fusing: Fusing) -> tuple[jax.Array, jax.Array]:
-        """Fused score [n] and task weights [n, T]; without fusion it is the mean of `in_unit`."""
-        if self.config.fusion == "none":
-            scores = [self.in_unit(task, score) for task, score in fusing.scores.items()]
-            stacked = jnp.stack(scores, axis=-1)
-            weights = jnp.full(stacked.shape, 1 / stacked.shape[1], stacked.dtype)
-            return jnp.sum(weights * stacked, axis=-1), weights
-        return self.fusion(fusing)
 
     def score_of(self, name: str, logits: jax.Array) -> jax.Array:
         """One number an example [n], of logits [n] or [n, C]; of classes the expected level."""

@@ -200,18 +200,17 @@ def _make_fusion(
     experiment: Experiment, inputs: Inputs, network: Callable[[PyTree], Network]
 ) -> _Fusion | None:
     """None where no fused order is taught."""
-    worth = fusion_objective(experiment)
-    if experiment.model.fusion == "none" or not inputs.tasks or not worth:
+    worth, listed = fusion_objective(experiment), inputs.utility.root
+    if not experiment.model.fusion.learns or not inputs.tasks or not inputs.utility.terms:
         return None
-    listed = inputs.retrieval if inputs.retrieval in worth else None
 
     def example_weight(batch: Batch) -> jax.Array:
         value, seen = order.utility(worth, *_labels(batch))
-        return (seen if listed is None else value * batch.mask[listed]) * batch.weight
+        return (value * batch.mask[listed] if listed else seen) * batch.weight
 
     def weight_of(batch: Batch, lottery: jax.Array) -> jax.Array:
         weight = example_weight(batch)
-        if listed is None:
+        if not listed:
             return jnp.sum(weight)
         return jnp.sum(jnp.take_along_axis(weight, order.chosen_position(weight, lottery), 1))
 
@@ -225,9 +224,9 @@ def _make_fusion(
         mesh: jax.sharding.Mesh,
     ) -> jax.Array:
         layers, weight = network(params), example_weight(batch)
-        if listed is None:
+        if not listed:
             value, _ = order.utility(worth, *_labels(batch))
-            fused = layers.fuse(fusing)[0].reshape(value.shape)
+            fused = layers.fusion(fusing)[0].reshape(value.shape)
             return jnp.sum(optax.sigmoid_binary_cross_entropy(fused, value) * weight)
         chosen = order.chosen_position(weight, lottery)
         return _list_loss(layers, shared, batch, wanted, weight, chosen, mesh)

@@ -23,8 +23,10 @@ from jaxtyping import Float
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, Prepared
 from mtrec_jax.losses.tasks import head_of
+from mtrec_jax.models import calibration
+from mtrec_jax.models.calibration import Calibration
 from mtrec_jax.models.inputs import group_slots, shared_name, with_group
-from mtrec_jax.models.model import Model, make_catalogue, make_model
+from mtrec_jax.models.model import CALIBRATION, Model, make_catalogue, make_model
 from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.tables.layout import DENSE
 from mtrec_jax.tables.lookup import fetch
@@ -58,6 +60,12 @@ class Serving:
     answer: Callable[[PyTree, UserStates, Array, Array], Answer]  # candidate ids [B, K]
     moments: Callable[[UserStates, Array], UserStates]  # of [n, 2] (example, position): [n, 1, …]
     mesh: Mesh | None = None  # of the parameters and tables; None: one device
+
+    def calibrated(self, params: PyTree, calibrations: Mapping[str, Calibration]) -> PyTree:
+        """Parameters with which `answer` calibrates logits: for the fused order always, for
+        predictions where `evaluate.calibrate` says so. Logits stay as they are."""
+        placed = replicate(dict(calibrations), self.mesh) if self.mesh else dict(calibrations)
+        return params | {CALIBRATION: placed}
 
     def own(self, tree: PyTree) -> PyTree:
         """What every device holds whole, such as `params`, as `answer` wants it."""
@@ -142,7 +150,9 @@ def make_serving(
         logits = dict(outputs.logits)
         for task, of in groups.items():
             logits[task] = with_group(logits[task], jnp.take(of, candidates, axis=0))
-        read = predictions(experiment, manifest, logits, jnp)
+        known = params.get(CALIBRATION, {}) if experiment.evaluate.calibrate else {}
+        told = {n: calibration.apply(known.get(n), x, jnp) for n, x in logits.items()}
+        read = predictions(experiment, manifest, told, jnp)
         return Answer(read, outputs.fused, outputs.fusion, logits)
 
     @jax.jit

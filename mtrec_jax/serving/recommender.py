@@ -24,6 +24,7 @@ from mtrec_jax.config import seen_behaviours
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError, DataError, nearest
+from mtrec_jax.evaluation.answers import CHOSEN, FUSED, Answers, described
 from mtrec_jax.evaluation.collect import ordering
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.losses.tasks import class_numbers, labelled
@@ -43,7 +44,7 @@ from mtrec_jax.serving.requests import (
     raw_text,
     raw_texts,
 )
-from mtrec_jax.train.run import Run, load_best, open_run, shared_mesh
+from mtrec_jax.train.run import Run, load_answers, load_best, open_run, shared_mesh
 from mtrec_jax.types import FIRST, UNKNOWN, UserStates
 
 WIDE = 512  # candidates of a wider answer than `evaluate.candidates`; then 8 times as many, …
@@ -58,7 +59,7 @@ class _Question:
     k: int
     mask: np.ndarray  # [N] bool: items that may be shown
     exclude_seen: bool
-    order_by: str  # a task, or "fused"
+    order_by: str  # a task, "fused" or "chosen"
     popular: bool  # strangers without a history get the most popular items
     ignored: dict[str, int]  # ids in each filter that are not in the catalogue
 
@@ -84,6 +85,8 @@ class Recommender:
         mesh = shared_mesh(self.experiment)
         self._serving = prepared_serving(self.experiment, self.prepared, mesh)
         params, tables, self.step = load_best(self.run, mesh, self._serving.model)
+        self.answers = load_answers(self.run, self.step) or Answers(step=self.step)
+        params = self._serving.calibrated(params, self.answers.calibration)
         vectors = self._serving.item_vectors(params, tables)
         self._shared = params, tables, vectors  # by all processes, where there are several
         self._params = self._serving.own(params)
@@ -101,6 +104,14 @@ class Recommender:
         return (
             f"Recommender({self.experiment.name!r}, step {self.step}: {tasks}; {self.prepared!r})"
         )
+
+    def order(self, order_by: str = CHOSEN) -> str:
+        """One line for people: by which order it recommends, why, and what the declared utility is.
+
+        Args:
+          order_by: as `recommend` takes it.
+        """
+        return described(self.experiment, self.answers, order_by)
 
     def warm_up(self) -> float:
         """Compile what requests need, so that none has to wait: the seconds it took.
@@ -197,15 +208,16 @@ class Recommender:
         allowed: Ids = None,
         blocked: Ids = (),
         exclude_seen: bool = True,
-        order_by: str = "fused",
+        order_by: str = CHOSEN,
         on_unknown: Literal["popular", "model", "error"] = "popular",
         unknown_items: UnknownItems = "ignore",
         new_items: bool = True,
     ) -> Result:
-        """The k best items of each user, in the fused order.
+        """The k best items of each user, in the order that was worth most on validation.
 
         Candidates are the nearest items by cosine; the towers predict every task for them and the
-        fusion puts them in order. A user who is not in the data gets the most popular items, of
+        fusion puts them in order, unless one task's own order has a higher declared utility on
+        validation. A user who is not in the data gets the most popular items, of
         which the model says nothing: score and predictions are null. With a history such a user
         gets a real answer. In both cases `known` is false.
 
@@ -222,7 +234,8 @@ class Recommender:
             catalogue.
           blocked: raw item ids never to be shown, or such a file.
           exclude_seen: leave out what the user has seen, as the run's `evaluate.seen` says.
-          order_by: a task whose prediction puts the candidates in order instead of the fusion.
+          order_by: "chosen": what training has found best on validation, as `order()` says;
+            "fused": the fusion in any case; or a task whose prediction puts them in order.
           on_unknown: of a user who is neither in the data nor has a history: "popular"; "model"
             asks the model about a stranger; "error" raises for any user who is not in the data.
           unknown_items: "error" refuses ids of the filters and histories that are not in the
@@ -231,10 +244,11 @@ class Recommender:
           new_items: also items that have never trained, by their features alone; False: none.
 
         Returns:
-          A `Result`, a row an item: user, known, rank, item, title, score, every task's
-          prediction, the fusion's weight of each task, and new: whether the item has never
-          trained, and is known by its features alone. The score is the one of the final order: the
-          fused one, or the prediction of the task `order_by` (of classes, the expected number).
+          A `Result`, whose `order` says which order it is, a row an item: user, known, rank, item,
+          title, score, every task's prediction, the fusion's weight of each task, and new: whether
+          the item has never trained, and is known by its features alone. The score is the one of
+          the final order: the fused one, or the prediction of a task (of classes, the expected
+          number).
 
         Raises:
           ConfigError: the run has no retrieval task, no such task to order by, or an option is none
@@ -268,7 +282,8 @@ class Recommender:
             unknown.update(encoded.unknown)
             tables.append(self._recommend_batch(users[part], encoded, asked))
         in_histories = {"histories": len(unknown)} if unknown else {}
-        return Result(pa.concat_tables(tables), asked.ignored | in_histories)
+        order = self.order(order_by)
+        return Result(pa.concat_tables(tables), asked.ignored | in_histories, order)
 
     def recommend_all(
         self,
@@ -277,7 +292,7 @@ class Recommender:
         allowed: Ids = None,
         blocked: Ids = (),
         exclude_seen: bool = True,
-        order_by: str = "fused",
+        order_by: str = CHOSEN,
         unknown_items: UnknownItems = "ignore",
         new_items: bool = True,
     ) -> Iterator[pa.Table]:
@@ -519,7 +534,8 @@ class Recommender:
 
     def _order(self, answer: Answer, order_by: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """What candidates are ordered by, and the score that is shown: [n, K] both."""
-        if order_by == "fused":
+        order_by = self.answers.order if order_by == CHOSEN else order_by
+        if order_by == FUSED:
             fused = np.asarray(answer.fused)[:n]
             return fused, fused
         logits = np.asarray(answer.logits[order_by])[:n]
@@ -593,7 +609,7 @@ class Recommender:
           ConfigError, DataError: what `recommend` refuses.
         """
         orders = ordering(self.experiment, self.prepared.manifest)
-        one_of("order_by", order_by, ("fused", *orders))
+        one_of("order_by", order_by, (CHOSEN, FUSED, *orders))
         k = self._checked(k, exclude_seen)
         found = read_filters(self.prepared, *filters)
         one_of("new_items", new_items, (True, False))

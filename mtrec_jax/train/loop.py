@@ -22,6 +22,7 @@ from mtrec_jax.config import Experiment, Selection, main_metric, selection, to_t
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
+from mtrec_jax.evaluation.answers import find_answers, to_json
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.interrupts import collecting
@@ -33,8 +34,17 @@ from mtrec_jax.tables.exchange import BuffersOf
 from mtrec_jax.tables.lookup import Ids
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.progress import Progress
-from mtrec_jax.train.records import Records, read_records
-from mtrec_jax.train.run import Run, check_data, check_folder, claim, has_checkpoint
+from mtrec_jax.train.records import Records, read_records, write_json
+from mtrec_jax.train.run import (
+    ANSWERS,
+    Run,
+    check_data,
+    check_folder,
+    claim,
+    has_checkpoint,
+    load_answers,
+    load_best,
+)
 from mtrec_jax.train.step import Step, learning_rate, make_step
 from mtrec_jax.train.stopping import (
     asked_to_stop,
@@ -106,7 +116,8 @@ def train(
     ):  # from here on: compilation takes seconds, and is stopped too
         new = Run(folder, experiment, prepared)
         source = find_source(init_from, new)
-        _train(new, optimizer, show_progress, stopped, source, on_evaluation)
+        job = _train(new, optimizer, show_progress, stopped, source, on_evaluation)
+        _find_answers(new, job)
     return new
 
 
@@ -157,7 +168,7 @@ def _train(
     stopped: list[int],
     source: Run | None,
     on_evaluation: OnEvaluation | None,
-) -> None:
+) -> _Job:
     """Build or restore the state, and run the steps that are left."""
     started = time.perf_counter()
     folder, experiment, prepared = run.folder, run.experiment, run.prepared
@@ -181,7 +192,7 @@ def _train(
         if number >= job.total or meta["done"]:
             early = ", where early stopping ended it" if meta["done"] else ""
             bar.note(f"{folder} is trained already, up to step {number}{early}: nothing to do")
-            return
+            return job
         if experiment.split.validates and (undefined := _undefined(job)):
             bar.note(undefined)
         if longer := claim(folder, experiment, prepared):
@@ -208,6 +219,23 @@ def _train(
         if processes.is_first() and experiment.split.validates:
             _record_bests(job, bar, meta["best_step"])
         job.records.add_timing(number, "seconds", time.perf_counter() - started)
+    return job
+
+
+def _find_answers(run: Run, job: _Job) -> None:
+    """Store how the best checkpoint answers, unless that is there already."""
+    if not run.experiment.split.validates:
+        return
+    checkpoints = run.folder / "checkpoints"
+    with checkpoint.open_manager(checkpoints) as manager:
+        best = checkpoint.best_or_latest(manager, checkpoints)
+    if processes.largest(load_answers(run, best) is not None):
+        return
+    params, tables, step = load_best(run, job.mesh, job.serving.model)
+    answers = find_answers(run.experiment, run.prepared, job.serving, params, tables, step)
+    if processes.is_first():
+        write_json(run.folder / ANSWERS, to_json(answers))
+    processes.wait("answers are stored")
 
 
 def _record_bests(job: _Job, bar: Progress, kept: int | None) -> None:

@@ -23,6 +23,7 @@ from mtrec_jax.config import Experiment, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.data.newer import in_terms_of
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
+from mtrec_jax.evaluation.answers import Answers, from_json
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate, judged
 from mtrec_jax.evaluation.protocol import protocol_of
 from mtrec_jax.evaluation.tables import comparable, compared, same_events
@@ -43,6 +44,7 @@ _OWN_FILES = (
 )
 
 _USERS = "users-{}.parquet"  # of a split: what each user adds to the metrics
+ANSWERS = "answers.json"  # calibrations and the chosen order of the best checkpoint
 
 # where and how a run goes on, not what it learns
 _MAY_CHANGE = ("train.mesh", "train.input_timeout", "train.checkpoint_wait")
@@ -144,6 +146,27 @@ def load_best(
                     raise  # otherwise training goes on, and has found a better one
 
 
+def load_answers(run: Run, step: int) -> Answers | None:
+    """How the parameters of a step answer, as training has found on validation and stored in
+    `answers.json`. None where it has found nothing for this step: it was stopped before its end,
+    or had no validation events.
+
+    Raises:
+      CheckpointError: the file is damaged, or of another version.
+    """
+    path = run.folder / ANSWERS
+    if not path.is_file():
+        return None
+    try:
+        found = from_json(read_json(path), run.experiment.train.precision)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not what this version writes ({error!r}). Remove it and train on, by the "
+            "same command: it is then found anew"
+        ) from error
+    return found if found.step == step else None
+
+
 def evaluate_run(
     run: Run | str | Path,
     split: str = "validation",
@@ -178,7 +201,8 @@ def evaluate_run(
     mesh = shared_mesh(run.experiment)
     serving = prepared_serving(run.experiment, run.prepared, mesh)
     params, tables, step = load_best(run, mesh, serving.model)
-    evaluation = evaluate(run.experiment, run.prepared, serving, params, tables, split)
+    parts = run.experiment, run.prepared, serving, params, tables, split
+    evaluation = evaluate(*parts, answers=load_answers(run, step) or Answers(step=step))
     path = run.folder / "evaluation.json"
     looks = int(read_json(path)["test_looks"]) if path.exists() else 0
     looks += split == "test"

@@ -24,6 +24,7 @@ from mtrec_jax.cli import app, as_option
 from mtrec_jax.data.features import KINDS, Feature
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.encoders import ENCODERS
+from mtrec_jax.models.fusions import FUSIONS
 from mtrec_jax.models.interactions import INTERACTIONS
 from mtrec_jax.models.numbers import NUMBERS
 from mtrec_jax.models.towers import TOWERS
@@ -167,6 +168,7 @@ CHOICES = {
     "`[model.numbers]`": NUMBERS,
     "`[model.interaction]`": INTERACTIONS,
     "`[model.towers]`": TOWERS,
+    "`[model.fusion]`": FUSIONS,
     "`[train.balance]`": BALANCERS,
 }
 
@@ -179,12 +181,11 @@ def test_every_kind_is_listed_with_its_options(heading: str, kind: str) -> None:
     (row,) = re.findall(rf"\n\| (?:`\w+`, )*`{kind}`(?:, `\w+`)* \| (.*?) \| ", text)
     shared = {field.name for field in dataclasses.fields(Feature)} | {"kind"}
     own = [f for f in dataclasses.fields(CHOICES[heading][kind]) if f.name not in shared]
-    options = [
-        f"`{f.name}` required"
-        if f.default is dataclasses.MISSING
-        else f"`{f.name} = {json.dumps(f.default)}`"
-        for f in own
-    ]
+    options = []
+    for f in own:
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        has = default is not dataclasses.MISSING
+        options.append(f"`{f.name} = {json.dumps(default)}`" if has else f"`{f.name}` required")
     assert row == (", ".join(options) or "none")
 
 

@@ -30,7 +30,7 @@ from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.evaluation.segments import _by_value
 from mtrec_jax.evaluation.tables import print_evaluation
 from mtrec_jax.models.serve import Serving, predictions, prepared_serving
-from mtrec_jax.train.run import Run, evaluate_run, load_best
+from mtrec_jax.train.run import Run, evaluate_run, load_answers, load_best
 from mtrec_jax.types import FIRST, UNKNOWN
 from tests.data.small import make, run
 
@@ -44,8 +44,9 @@ def serving(shop_run: Run) -> Serving:
 
 @pytest.fixture(scope="module")
 def evaluation(shop_run: Run, serving: Serving) -> Evaluation:
-    params, tables, _ = load_best(shop_run)
-    return evaluate(shop_run.experiment, shop_run.prepared, serving, params, tables, "test")
+    params, tables, step = load_best(shop_run)
+    parts = shop_run.experiment, shop_run.prepared, serving, params, tables
+    return evaluate(*parts, "test", answers=load_answers(shop_run, step))
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +333,7 @@ def test_orders_compare_the_fused_score_with_each_task(
 ) -> None:
     assert set(evaluation.orders) == {"fused"} | TASKS
     for metrics in evaluation.orders.values():
-        assert set(metrics) == {"ndcg@10", "value@10", "auc click", "auc buy"}
+        assert set(metrics) == {"ndcg@10", "value@10", "utility auc", "auc click", "auc buy"}
         assert all(0 <= value <= 1 for value in metrics.values())
     for task in ("click", "buy"):
         own = evaluation.orders[task][f"auc {task}"]

@@ -22,7 +22,7 @@ from mtrec_jax.models.model import make_model
 from mtrec_jax.models.serve import Answer, Serving, prepared_serving
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.tables.layout import DENSE, initial_stacks
-from mtrec_jax.train.run import Run, load_best
+from mtrec_jax.train.run import Run, load_answers, load_best
 from mtrec_jax.types import Array, PyTree, UserStates
 from tests import tiny
 from tests.data import small
@@ -37,7 +37,10 @@ def serving(shop_run: Run) -> Serving:
 @pytest.fixture(scope="module")
 def collected(shop_run: Run, serving: Serving) -> Collected:
     """The test split, ranked among all items, all of them candidates of every order."""
-    params, tables, _ = load_best(shop_run)
+    params, tables, step = load_best(shop_run)
+    answers = load_answers(shop_run, step)
+    assert answers is not None
+    params = serving.calibrated(params, answers.calibration)
     rules = replace(shop_run.experiment.evaluate, exclude_seen=False, candidates=60)
     experiment = replace(shop_run.experiment, evaluate=rules)
     parts = experiment, shop_run.prepared, serving, params, tables
@@ -121,7 +124,9 @@ def test_what_is_recommended_is_what_is_ranked(
         user = prepared.user_names[collected.user[row] - 2]
         before = len(past[place])
         history = {n: v[:before] for n, v in stored_history(prepared, user).items()}
-        asked = shop_recommender.recommend([user], 60, histories=[history], exclude_seen=False)
+        asked = shop_recommender.recommend(
+            [user], 60, histories=[history], exclude_seen=False, order_by="fused"
+        )
         target = asked["item"].index(prepared.item_names[collected.candidate[row] - 2])
         for column, rank in (
             ("next_item", collected.ranks[row]),
@@ -205,7 +210,8 @@ def test_targets_are_ranked_alike_in_blocks_of_any_size(
 ) -> None:
     """A batch with more targets than a block: two blocks or more of it, the last not full."""
     monkeypatch.setattr(collecting, "QUERIES", 16)
-    params, tables, _ = load_best(shop_run)
+    params, tables, step = load_best(shop_run)
+    params = serving.calibrated(params, load_answers(shop_run, step).calibration)  # type: ignore
     rules = replace(shop_run.experiment.evaluate, exclude_seen=False, candidates=60, batch_size=64)
     experiment = replace(shop_run.experiment, evaluate=rules)
     parts = experiment, shop_run.prepared, serving, params, tables

@@ -14,6 +14,8 @@ import pytest
 from mtrec_jax.config import Model
 from mtrec_jax.losses.tasks import class_levels
 from mtrec_jax.models import network
+from mtrec_jax.models.fusions import FusionSizes, Utility
+from mtrec_jax.models.fusions.none import MeanFusion
 from mtrec_jax.models.model import make_model
 from mtrec_jax.models.network import Network
 from mtrec_jax.models.towers import TowerOutput, TowerTask
@@ -48,11 +50,15 @@ class _Classes:
 def made(inputs: Any, **parts: Any) -> Network:
     layers = object.__new__(Network)
     width = parts.pop("width", 64)
-    model = Model(width=width, fusion="none", temperature=0.05)
+    model = Model(width=width, temperature=0.05)
     parts |= {"config": model, "inputs": inputs}
     for name, part in parts.items():
         object.__setattr__(layers, name, part)
     return layers
+
+
+def mean(*tasks: str) -> MeanFusion:
+    return MeanFusion(FusionSizes(0, 1, tasks, Utility("", ())))
 
 
 def test_without_a_fusion_tasks_are_averaged_on_one_scale() -> None:
@@ -65,7 +71,8 @@ def test_without_a_fusion_tasks_are_averaged_on_one_scale() -> None:
         "stars": jnp.array([1.0, 0.0]),
         "genre": jnp.array([1.5, 3.0]),
     }
-    fused, weights = layers.fuse(Fusing(jnp.zeros((2, 0)), {}, scores))
+    units = {task: layers.in_unit(task, score) for task, score in scores.items()}
+    fused, weights = mean(*scores)(Fusing(jnp.zeros((2, 0)), {}, scores, units))
     expected = [(0.75 + 0.75 + 0.841345 + 0.5) / 4, (0.0 + 0.5 + 0.5 + 1.0) / 4]
     np.testing.assert_allclose(fused, expected, rtol=1e-5)
     np.testing.assert_allclose(weights, np.full((2, 4), 0.25))
@@ -84,6 +91,7 @@ def test_classes_count_by_their_numbers_in_any_order() -> None:
         members=None,
         thresholds=[],
         towers=lambda given: TowerOutput({"stars": logits}, {}, {}),
+        fusion=mean("stars"),
     )
     none = jnp.zeros((2, 0, 8))
     states = UserStates(

@@ -117,7 +117,7 @@ def test_the_nearest_items_are_sorted_by_the_fused_score_alone(
     seen = {item for item, click in pairs if str(click) == "1"}  # as the targets are
     nearest = sorted(set(names) - seen, key=lambda name: -cosines[name])[:20]
     score = {name: float(fused(prepared.item_ids[name])) for name in nearest}
-    result = shop_recommender.recommend(["u00003"], 7)
+    result = shop_recommender.recommend(["u00003"], 7, order_by="fused")
     assert result["item"] == sorted(nearest, key=lambda name: -score[name])[:7]
     assert result["score"] == sorted(score.values(), reverse=True)[:7]
     assert result["next_item"] != sorted(result["next_item"], reverse=True)
@@ -160,7 +160,8 @@ def test_predictions_are_in_their_units(shop_recommender: Recommender) -> None:
     assert ((stars > 0) & (stars < 7)).all(), "stars, not standard deviations of stars"
     weights = np.array([result[f"weight {task}"] for task in TASKS])
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
-    assert (weights > 0).all()
+    assert (weights[[TASKS.index(task) for task in ("click", "buy")]] > 0).all()
+    assert not weights[[TASKS.index(task) for task in ("next_item", "stars")]].any(), "no worth"
 
 
 def test_predict_agrees_with_recommend(shop_recommender: Recommender) -> None:
@@ -520,10 +521,10 @@ def test_a_task_may_put_the_items_in_order(shop_recommender: Recommender) -> Non
         found = shop_recommender.recommend(["u00003"], 20, order_by=task)
         assert found[task] == sorted(found[task], reverse=True)
         np.testing.assert_array_equal(np.array(found["score"], np.float32), found[task])
-    fused = shop_recommender.recommend(["u00003"], 20)
+    fused = shop_recommender.recommend(["u00003"], 20, order_by="fused")
     assert sorted(found["item"]) == sorted(fused["item"]), "the same candidates"
     assert found["item"] != fused["item"]
-    with pytest.raises(ConfigError, match="order_by: 'star' is not one of 'fused', 'next_item'"):
+    with pytest.raises(ConfigError, match="order_by: 'star' is not one of 'chosen', 'fused', 'n"):
         shop_recommender.recommend(["u00003"], order_by="star")
 
 

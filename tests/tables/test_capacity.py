@@ -13,6 +13,7 @@ import pytest
 from mtrec_jax.config import Experiment, Table
 from mtrec_jax.data.assumed import resized
 from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.models.fusions.none import NoFusion
 from mtrec_jax.models.model import make_catalogue, make_model
 from mtrec_jax.models.towers.shared_bottom import SharedBottom
 from mtrec_jax.sharding import make_mesh
@@ -95,7 +96,7 @@ def test_whole_tables_need_no_buffers() -> None:
 def test_a_run_on_shards_records_its_rounds(
     shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
-    model = dataclasses.replace(shop_experiment.model, towers=SharedBottom(), fusion="none")
+    model = dataclasses.replace(shop_experiment.model, towers=SharedBottom(), fusion=NoFusion())
     train = dataclasses.replace(shop_experiment.train, mesh=(2, 4), steps=6, log_every=2)
     tables = {"item": Table(update="sparse")}
     experiment = dataclasses.replace(shop_experiment, model=model, train=train, tables=tables)
