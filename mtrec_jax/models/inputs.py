@@ -36,7 +36,6 @@ class Inputs(NamedTuple):
     tasks: dict[str, TowerTask]  # tasks with a tower: all but retrieval
     levels: dict[str, tuple[float, ...]]  # {task with classes: what each of them counts as}
     retrieval: str | None
-    utility: Utility  # what an order is worth
     id_dropout: dict[str, float]  # {table: share of ids that training takes for unknown}
     has_items: bool
     has_events: bool
@@ -46,6 +45,7 @@ class Inputs(NamedTuple):
     places: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     read: Mapping[str, tuple[str, int]] = {}  # {feature that towers read by name: (side, place)}
     own: tuple[str, ...] = ()  # tasks with tables of their own beside the shared ones
+    utility: Utility = Utility("", ())  # what an order is worth
 
     @property
     def lists_items(self) -> bool:
