@@ -31,6 +31,7 @@ from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
 from mtrec_jax.losses.lists import LISTS
 from mtrec_jax.losses.tasks import KINDS, labelled
+from mtrec_jax.models.fusions.multiplicative import Multiplicative
 
 # columns of the results and names of losses and orders, which a task of that name would overwrite
 RESERVED = (
@@ -210,7 +211,8 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
     """An experiment on some of the declared tasks and features, over the same prepared data.
 
     What names a task or feature that is not chosen falls away: `select.metric`, parts of
-    `model.fusion_objective`, tables, and the sample space of a task, which its labels have already.
+    `model.fusion_objective` and `model.fusion.powers`, tables, and the sample space of a task,
+    which its labels have already.
 
     Args:
       experiment: what is declared.
@@ -268,6 +270,7 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
         ),
         model=dataclasses.replace(
             e.model,
+            fusion=_chosen_fusion(e.model.fusion, kept["tasks"]),
             fusion_objective=worths if any(worths.values()) else {},
             bias=_chosen_bias(e.model.bias, kept),
         ),
@@ -276,6 +279,14 @@ def chosen(experiment: Experiment, tasks: Any = None, features: Any = None) -> E
     )
     check(found)
     return found
+
+
+def _chosen_fusion(fusion: Any, tasks: Sequence[str]) -> Any:
+    """The fusion with the powers of these tasks; without any that is above 0 they are learned."""
+    if not isinstance(fusion, Multiplicative):
+        return fusion
+    powers = {name: power for name, power in fusion.powers.items() if name in tasks}
+    return dataclasses.replace(fusion, powers=powers if any(powers.values()) else {})
 
 
 def _chosen_bias(bias: Bias | None, kept: Mapping[str, list[str]]) -> Bias | None:

@@ -711,6 +711,16 @@ def test_a_sample_space_stays_with_its_task() -> None:
     assert found.model.fusion_objective == {"click": 2.0}
 
 
+def test_powers_of_the_fusion_fall_away_with_their_tasks() -> None:
+    """Else the model of what is left would be refused; where none is left they are learned."""
+    powers = {"click": 1.0, "buy": 0.5}
+    model = {"fusion": {"kind": "multiplicative", "powers": powers}}
+    whole = parse_experiment(FUNNEL | {"model": model})
+    assert chosen(whole, tasks=["next", "buy"]).model.fusion.powers == {"buy": 0.5}
+    assert chosen(whole, tasks=["next"]).model.fusion.powers == {}
+    assert chosen(whole, features=[]).model.fusion.powers == powers
+
+
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [

@@ -22,6 +22,7 @@ from scipy import stats
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared, to_arrays
+from mtrec_jax.evaluation.answers import calibrated_logits
 from mtrec_jax.evaluation.collect import collect
 from mtrec_jax.evaluation.metrics import (
     Statistic,
@@ -32,7 +33,7 @@ from mtrec_jax.evaluation.metrics import (
 )
 from mtrec_jax.models.serve import predictions, prepared_serving
 from mtrec_jax.train.loop import OnEvaluation, train
-from mtrec_jax.train.run import Run, load_best, shared_mesh
+from mtrec_jax.train.run import Run, load_answers, load_best, shared_mesh
 from mtrec_jax.types import FIRST
 
 _NOBODY = "row "  # begins the name of a target of nobody
@@ -85,11 +86,14 @@ def predicted(run: Run, split: str, path: Path) -> Predicted:
     if not path.exists():
         mesh = shared_mesh(run.experiment)
         serving = prepared_serving(run.experiment, run.prepared, mesh)
-        params, tables, _ = load_best(run, mesh, serving.model)
+        params, tables, step = load_best(run, mesh, serving.model)
         parts = run.experiment, run.prepared, serving, params, tables
         found = collect(*parts, split, orders=False)
-        exact = {name: logits.astype(np.float64) for name, logits in found.logits.items()}
-        values = predictions(run.experiment, run.prepared.manifest, exact)
+        answers = load_answers(run, step) if run.experiment.evaluate.calibrate else None
+        known = answers.calibration if answers else {}
+        own = bool(known) and split == "validation"  # as `evaluate` measures it
+        logits = calibrated_logits(run.experiment, found, known, own)
+        values = predictions(run.experiment, run.prepared.manifest, logits)
         names = np.array([*[None] * FIRST, *run.prepared.user_names], dtype=object)
         columns: dict[str, Any] = {
             "user": pa.array(names[found.user], pa.string()),

@@ -18,6 +18,7 @@ from mtrec_jax.evaluation.answers import (
     calibrated_logits,
     described,
     find_answers,
+    fit_calibrations,
     order_statistics,
 )
 from mtrec_jax.evaluation.collect import ABSENT, Collected
@@ -29,6 +30,7 @@ from mtrec_jax.models.serve import Serving, prepared_serving
 from mtrec_jax.serving.recommender import Recommender
 from mtrec_jax.train.run import ANSWERS, Run, load_answers, load_best
 from mtrec_jax.types import FIRST
+from tests import tiny
 
 TASKS = ("next_item", "click", "buy", "stars")
 
@@ -147,6 +149,23 @@ def test_rows_of_a_user_are_calibrated_by_those_of_others(shop_run: Run) -> None
     np.testing.assert_allclose(base[group], calibration.apply(others, logit[group]))
     stored = calibrated_logits(shop_run.experiment, made, known, cross_fitted=False)
     np.testing.assert_array_equal(stored["click"], logit)
+
+
+def test_ordered_classes_and_watch_time_stay_as_they_are() -> None:
+    """Thresholds [n, 2], and a score beside the item's group [n, 2], of which nothing is scaled."""
+    tasks = {"click": {"kind": "binary"}, "stars": {"kind": "ordinal"}}
+    experiment = tiny.experiment(tasks=tasks | {"seconds": {"kind": "watch_time"}})
+    rng = np.random.default_rng(2)
+    logits = {"click": rng.normal(size=40), "stars": np.array([[1.0, -1.0]] * 40)}
+    labels = {"click": rng.integers(0, 2, 40) * 1.0, "stars": np.ones(40), "seconds": np.ones(40)}
+    made = targets(40, labels=labels, logits=logits | {"seconds": np.array([[0.5, 3.0]] * 40)})
+    known = fit_calibrations(experiment, made, np.ones(40, bool))
+    assert set(known) == {"click"}
+    for cross_fitted in (False, True):
+        found = calibrated_logits(experiment, made, known, cross_fitted)
+        np.testing.assert_array_equal(found["stars"], made.logits["stars"])
+        np.testing.assert_array_equal(found["seconds"], made.logits["seconds"])
+        assert np.abs(found["click"] - made.logits["click"]).min() > 0
 
 
 @pytest.fixture(scope="module")

@@ -314,5 +314,9 @@ def test_an_evaluation_has_the_metrics_of_every_kind(recommender: Any) -> None:
         *(f"like/{metric}" for metric in metrics_of("binary", (10,))),
     ]
     assert {"seconds", "stars", "like", "fused"} < set(found["orders"])
+    # ordered classes and times have a place in the orders, and none in the utility
+    assert set(recommender.answers.calibration) == {"like"}
+    assert set(recommender.answers.values) == set(found["orders"])
+    assert "utility: p(next) (1 + 1 p(like | next))" in found["order"]
     assert np.isin(rows["label_stars"], [1, 2, 5]).all()
     assert found["tasks"]["seconds"]["mae"] < 100  # the group is that of the film

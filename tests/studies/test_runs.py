@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from mtrec_jax.studies.runs import Predicted, corrected_t_test, difference
+from mtrec_jax.models.calibration import Scaling
+from mtrec_jax.studies.runs import Predicted, corrected_t_test, difference, predicted
+from mtrec_jax.train.run import Run, load_answers, load_best
 
 
 def said(labels: list[float], values: list[float], users: list[str], rows: list[int]) -> Predicted:
@@ -62,3 +67,20 @@ def test_the_corrected_test_widens_the_variance_by_the_share_of_the_test_fold() 
     t = 2.5 / ((1 / 4 + 1 / 3) * 5 / 3) ** 0.5
     assert corrected_t_test(values, 1 / 3) == pytest.approx(2 * stats.t.sf(t, 3))
     assert np.isnan(corrected_t_test([1.0], 0.25))
+
+
+def test_what_a_run_says_is_calibrated_where_its_evaluation_is(
+    shop_run: Run, tmp_path: Path
+) -> None:
+    """Platt's gain and bias of the log-odds, by hand."""
+    raw = predicted(shop_run, "test", tmp_path / "raw.parquet").values["click"]
+    rules = replace(shop_run.experiment.evaluate, calibrate=True)
+    run = replace(shop_run, experiment=replace(shop_run.experiment, evaluate=rules))
+    found = predicted(run, "test", tmp_path / "told.parquet").values["click"]
+    answers = load_answers(shop_run, load_best(shop_run)[2])
+    assert answers is not None
+    known = answers.calibration["click"]
+    assert isinstance(known, Scaling)
+    odds = known.gain * np.log(raw / (1 - raw)) + known.bias
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-odds)), rtol=1e-6)
+    assert np.abs(found - raw).max() > 1e-4
