@@ -51,8 +51,7 @@ def _answers(graph: Any, own_graph: Any, state: Any, own: Any) -> Any:
     scales = parts.scales[...]
     said = parts.logits(towers(parts.given(_pairs(X))))
     rows = jnp.concatenate([X * one[None] for one in (*scales, jnp.ones_like(scales[0]))])
-    none = jnp.zeros((len(rows), 0))
-    alone = towers(_pairs(X)._replace(x=rows, context=none, request=none, user=none, item=none))
+    alone = towers(_pairs(rows))
     each = [jax.tree.map(lambda a, k=k: a[k * len(X) :][: len(X)], alone) for k in range(K + 1)]
     parts.scales[...] = jnp.ones_like(scales)
     for head in parts.heads:

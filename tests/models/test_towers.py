@@ -53,7 +53,7 @@ SIZES = TowerSizes(
 
 
 def _pairs(x: Any) -> TowerInput:
-    none = jnp.zeros((N, 0))
+    none = jnp.zeros((len(x), 0))
     own = dict.fromkeys(NAMES, jnp.asarray(x))
     return TowerInput(jnp.asarray(x), none, none, none, none, own=own)
 
