@@ -182,6 +182,7 @@ def test_a_folder_of_something_else(refused: Refused, config: Path, shop_run: Ru
     assert [p.name for p in folder.iterdir()] == ["chapter1.tex"]
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint(shop_run: Run, tmp_path: Path) -> None:
     """In a process of its own: when one array fails, Orbax leaves the reading of others behind."""
     shutil.copytree(shop_run.folder, tmp_path / "run")

@@ -117,7 +117,7 @@ def shared_cosines(gradients: Float[np.ndarray, "T n"]) -> Float[np.ndarray, "T 
     neither is 0. A task's own tower so counts for nobody's distance.
 
     >>> two = np.array([[3.0, 0.0, 1.0], [-2.0, 5.0, 0.0]])  # only the first is shared
-    >>> shared_cosines(two)[0, 1]
+    >>> float(shared_cosines(two)[0, 1])
     -1.0
     """
     acts = (gradients != 0).astype(np.float64)

@@ -232,7 +232,7 @@ def corrected_t_test(differences: Sequence[float], test_share: float) -> float:
       nan for fewer than two folds.
 
     >>> round(corrected_t_test([1.0, 2.0, 3.0], 0.5), 4)
-    0.1607
+    0.1598
     """
     values = np.asarray(differences, np.float64)
     n = len(values)

@@ -206,6 +206,7 @@ QUICK: dict[str, Any] = {  # a model as small as can be
 }
 
 
+@pytest.mark.slow
 def test_the_python_of_the_pages_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -510,6 +510,7 @@ def own_run(shop_run: Run, tmp_path: Path) -> Run:
     return replace(shop_run, folder=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_looks_at_the_test_set_are_counted(own_run: Run, evaluation: Evaluation) -> None:
     def stored() -> dict[str, Any]:
         return json.loads((own_run.folder / "evaluation.json").read_text(encoding="utf-8"))

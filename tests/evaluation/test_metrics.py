@@ -452,6 +452,7 @@ def test_interval_of_a_mean_is_the_normal_one() -> None:
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
     generator = np.random.default_rng(7)
     covered = 0

@@ -71,6 +71,7 @@ def test_limits_as_in_the_reference(limits: dict[str, Any]) -> None:
     [pytest.param(one, marks=pytest.mark.slow) for one in LIMITS[:3]] + [LIMITS[3]],
     ids=lambda limits: "+".join(limits) or "all",
 )
+@pytest.mark.slow
 def test_eight_devices_give_the_answer_of_one(limits: dict[str, Any]) -> None:
     assert len(jax.devices()) == 8
     mesh = jax.make_mesh((2, 4), ("data", "table"), (jax.sharding.AxisType.Auto,) * 2)
@@ -205,6 +206,7 @@ def test_products_that_overflow_are_refused() -> None:
         dot_topk(np.array([[1e30, 0]], np.float32), np.array([[-1e30, 0], [1, 0]], np.float32), 2)
 
 
+@pytest.mark.slow
 def test_the_index_holds_a_copy() -> None:
     """64-byte aligned memory is what JAX would share; also over a mesh, and where it is large."""
     for rows, mesh in ((64, None), (64, make_mesh((2, 4))), (70_000, None)):
@@ -229,6 +231,7 @@ def test_items_on_another_device_are_searched_there() -> None:
     np.testing.assert_array_equal(index.rank(items[:5], np.arange(5)), np.zeros(5))
 
 
+@pytest.mark.slow
 def test_threads_share_an_index() -> None:
     items = np.random.default_rng(0).normal(size=(1600, 8)).astype(np.float32)
     index = ItemIndex(items)

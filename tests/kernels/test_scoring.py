@@ -75,6 +75,7 @@ def test_rank_of_result_j_is_j(shape: Scoring) -> None:
 
 
 @pytest.mark.parametrize(("rows", "width"), [pytest.param(1, 64, marks=pytest.mark.slow), (100, 7)])
+@pytest.mark.slow
 def test_parallel_vectors_tie_in_every_block(rows: int, width: int) -> None:
     rng = np.random.default_rng(width)
     direction = rng.integers(-9, 10, size=width)
@@ -101,6 +102,7 @@ def test_answers_do_not_depend_on_the_other_queries() -> None:
         _assert_same(cosine_topk(queries[rows], items, 5), (found[0][rows], found[1][rows]))
 
 
+@pytest.mark.slow
 def test_few_programs_are_compiled() -> None:
     items = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32)
     cosine_topk(items[:9], items, 2)
@@ -174,6 +176,7 @@ def test_dtypes(dtype: str, as_array: Any) -> None:
     _assert_same((scores, indices), _expected(numbers[:3], numbers, 4, None))
 
 
+@pytest.mark.slow
 def test_float64() -> None:
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from mtrec_jax.models.interactions.dot import Dot
 from mtrec_jax.models.interactions.fm import FM
 from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerTask
 from mtrec_jax.types import UserStates
-from tests.models.test_network import made
+from tests.models.test_network import made, mean
 
 FLOAT = jnp.dtype("float32")
 X = jnp.array([[1.0, 2.0], [-1.0, 0.5]])
@@ -88,11 +88,16 @@ def test_fields_are_the_embedded_features_the_user_and_the_candidate() -> None:
         order=("stars",),
         tasks={"stars": TowerTask("regression")},
         levels={},
+        own=(),
+        read={},
+        thresholds={},
     )
-    parts = {"context": SimpleNamespace(fields=1), "request": SimpleNamespace(fields=1)}
-    layers = made(
-        inputs, dtype=FLOAT, interaction=interaction, towers=towers, members=None, width=2, **parts
-    )
+    parts: dict[str, Any] = {
+        "context": SimpleNamespace(fields=1),
+        "request": SimpleNamespace(fields=1),
+    }
+    parts |= {"members": None, "thresholds": [], "fusion": mean("stars"), "width": 2}
+    layers = made(inputs, dtype=FLOAT, interaction=interaction, towers=towers, **parts)
     none = jnp.zeros((1, 0, 2))
     user, item = jnp.array([[[5.0, 6.0]]]), jnp.array([[[3.0, 4.0]]])
     context, request = jnp.array([[1.0, 2.0, 9.0]]), jnp.array([[[3.0, 4.0]]])

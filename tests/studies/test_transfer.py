@@ -68,6 +68,7 @@ def test_weights_are_swept_one_task_at_a_time_and_the_front_is_marked(
     assert [row["on the front"] for row in rows] == ["yes", "", "yes"]
 
 
+@pytest.mark.slow
 def test_a_study_has_twins_cosines_and_gates(
     small: tuple[Experiment, Prepared], tmp_path: Path, compiled_programs: dict[str, str]
 ) -> None:

@@ -64,7 +64,12 @@ CHOICES: dict[str, Callable[[Experiment], Experiment]] = {
 }
 
 
-SLOW = "one task", "two tasks, one feature", "items updated as a whole"  # the others choose as much
+SLOW = (
+    "one task",
+    "two tasks, one feature",
+    "items updated as a whole",
+    "a rule for each table",
+)  # the others choose as much
 
 
 @pytest.mark.parametrize(

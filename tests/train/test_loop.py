@@ -106,6 +106,7 @@ def test_a_seed_decides_the_run(
     assert_same_model(shop_run, again)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run_of_as_many_epochs(
     shop_run: Run,
     shop_experiment: Experiment,
@@ -280,6 +281,7 @@ def test_the_mean_of_several_tasks_chooses_and_what_is_undefined_judges_nothing(
     assert open_run(run.folder).experiment == experiment
 
 
+@pytest.mark.slow
 def test_labels_of_one_class_leave_the_metric_undefined_and_train_to_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

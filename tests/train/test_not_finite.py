@@ -93,6 +93,7 @@ def test_fit_names_no_argument_that_it_lacks(plain: Experiment, tmp_path: Path) 
         loop._check_finite(job, bar, state, 4, deque(), 0)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_skipped_changes_nothing(
     plain: Experiment,
     shop_prepared: Prepared,

@@ -45,7 +45,8 @@ def share_below(labels: Float[Array, "*B"], edges: Float[Array, "*B q"]) -> Floa
     """The quantile of each label, between 0 and 1, given quantiles at equal steps; labels that many
     rows share have the middle of theirs.
 
-    >>> share_below(jnp.array([3.0, 0.0]), jnp.array([[0.0, 0.0, 2.0, 6.0]] * 2)).round(4).tolist()
+    >>> shares = share_below(jnp.array([3.0, 0.0]), jnp.array([[0.0, 0.0, 2.0, 6.0]] * 2))
+    >>> [round(share, 4) for share in shares.tolist()]
     [0.75, 0.1667]
     """
     low, high, label = edges[..., :-1], edges[..., 1:], labels[..., None]
