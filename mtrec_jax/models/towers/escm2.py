@@ -14,11 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.layers import MaybeHidden, TaskHeads
 from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
 from mtrec_jax.models.towers.esmm import (
-    funnel_of,
+    needed_funnel,
     over_impressions,
     path_to,
     product_cross_entropy,
@@ -57,13 +56,9 @@ class ESCM2:
         Raises:
           ConfigError: no binary task has a sample space (`where`).
         """
-        funnel = funnel_of(sizes.tasks)
-        if not funnel:
-            raise ConfigError(
-                'model.towers: kind = "escm2" needs a binary task whose sample space is another '
-                'one, such as tasks.buy = { kind = "binary", where = "click" }'
-            )
-        return ESCM2Towers(self, sizes, funnel, dtype=dtype, rngs=rngs)
+        return ESCM2Towers(
+            self, sizes, needed_funnel(sizes.tasks, self.kind), dtype=dtype, rngs=rngs
+        )
 
 
 class ESCM2Towers(nnx.Module):

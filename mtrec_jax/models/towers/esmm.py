@@ -37,13 +37,9 @@ class ESMM:
         Raises:
           ConfigError: no binary task has a sample space (`where`).
         """
-        funnel = funnel_of(sizes.tasks)
-        if not funnel:
-            raise ConfigError(
-                'model.towers: kind = "esmm" needs a binary task whose sample space is another '
-                'one, such as tasks.buy = { kind = "binary", where = "click" }'
-            )
-        return ESMMTowers(self, sizes, funnel, dtype=dtype, rngs=rngs)
+        return ESMMTowers(
+            self, sizes, needed_funnel(sizes.tasks, self.kind), dtype=dtype, rngs=rngs
+        )
 
 
 class ESMMTowers(nnx.Module):
@@ -97,6 +93,21 @@ def funnel_of(tasks: Mapping[str, TowerTask]) -> dict[str, str]:
         for name, task in tasks.items()
         if task.kind == "binary" and task.where in tasks
     }
+
+
+def needed_funnel(tasks: Mapping[str, TowerTask], kind: str) -> dict[str, str]:
+    """`funnel_of` for towers that cannot do without.
+
+    Raises:
+      ConfigError: no binary task has a sample space (`where`).
+    """
+    funnel = funnel_of(tasks)
+    if not funnel:
+        raise ConfigError(
+            f'model.towers: kind = "{kind}" needs a binary task whose sample space is another '
+            'one, such as tasks.buy = { kind = "binary", where = "click" }'
+        )
+    return funnel
 
 
 def path_to(task: str, funnel: Mapping[str, str]) -> list[str]:
