@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         type=lambda text: text.split(","),
-        help="first_result: help,fit; census: lightgbm,mmoe; …",
+        help="first_result: help,fit; census: lightgbm,mmoe; combinations: mmoe,ple; …",
     )
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the contestant's side
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ over seeds.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,14 +93,17 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def experiment(towers: dict[str, Any]) -> Any:
     """Users and items are features of an impression; towers differ, nothing else."""
     from mtrec_jax.experiments import parse_experiment
+    from mtrec_jax.models.towers import TOWERS
 
+    known = {field.name for field in dataclasses.fields(TOWERS[towers["kind"]])}
+    sizes = {name: size for name, size in SIZES.items() if name in known}
     return parse_experiment(
         {
             "name": "funnel",
             "split": {"kind": "random", "validation": 0.15, "test": 0.3, "seed": 0},
             "features": {"who": {"on": "request"}, "what": {"on": "request"}},
             "tasks": {"click": "binary", "buy": {"kind": "binary", "where": "click"}},
-            "model": {"width": 16, "fusion": "none", "dropout": 0.1, "towers": SIZES | towers},
+            "model": {"width": 16, "fusion": "none", "dropout": 0.1, "towers": sizes | towers},
             "train": {
                 "epochs": 20,
                 "batch_size": 1024,
@@ -112,8 +116,8 @@ def experiment(towers: dict[str, Any]) -> Any:
     )
 
 
-def one_log(folder: Path, seed: int, impressions: int) -> list[tuple[str, dict[str, float]]]:
-    """Every model on one log."""
+def prepared(folder: Path, seed: int, impressions: int) -> Any:
+    """A log, prepared."""
     import pandas as pd
 
     from mtrec_jax.data.prepare import prepare
@@ -127,25 +131,31 @@ def one_log(folder: Path, seed: int, impressions: int) -> list[tuple[str, dict[s
             "buy": log["buy"],
         }
     )
-    declared = {name: experiment(towers) for name, towers in MODELS.items()}
-    first = next(iter(declared.values()))
-    prepared = prepare(first, None, folder / "prepared", tables={"events": frame})
-    truth = log["truth"][prepared.interactions("test")["row"]]
+    return prepare(
+        experiment(MODELS["mmoe (naive)"]), None, folder / "prepared", tables={"events": frame}
+    )
+
+
+def one_log(folder: Path, seed: int, impressions: int) -> list[tuple[str, dict[str, float]]]:
+    """Every model on one log."""
+    data = prepared(folder, seed, impressions)
+    truth = generate(seed, impressions)["truth"][data.interactions("test")["row"]]
     would_buy = np.random.default_rng(seed).random(len(truth)) < truth
-    return [
-        (name, figures(predicted(e, prepared, folder / str(number)), truth, would_buy))
-        for number, (name, e) in enumerate(declared.items())
-    ]
+    found = []
+    for number, (name, towers) in enumerate(MODELS.items()):
+        logits = predicted(experiment(towers), data, folder / str(number))
+        found.append((name, figures(logits, truth, would_buy)))
+    return found
 
 
-def predicted(declared: Any, prepared: Any, folder: Path) -> np.ndarray:
+def predicted(declared: Any, data: Any, folder: Path) -> np.ndarray:
     """Logits of buy given a click on every test impression, of the best step of a run."""
     from mtrec_jax.evaluation.collect import collect
     from mtrec_jax.models.serve import prepared_serving
     from mtrec_jax.train.loop import train
     from mtrec_jax.train.run import load_best
 
-    run = train(declared, prepared, folder, show_progress=False)
+    run = train(declared, data, folder, show_progress=False)
     params, tables, _ = load_best(run)
     serving = prepared_serving(run.experiment, run.prepared)
     found = collect(run.experiment, run.prepared, serving, params, tables, "test", False)
