@@ -51,6 +51,7 @@ def main() -> None:
         type=lambda text: text.split(","),
         help="first_result: help,fit; census: lightgbm,mmoe; combinations: mmoe,ple; …",
     )
+    parser.add_argument("--test", action="store_true", help="census: also look at the test set")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the contestant's side
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()

@@ -4,8 +4,9 @@ Trees have a model a task: LightGBM and scikit-learn's HistGradientBoosting, eac
 from the ranges below, of which the first are the library's defaults. Validation ends each boosting
 early and chooses the best draw, which is then fitted with every seed. Ours is one model for both
 tasks: the built-in configuration, and every other kind of towers in its place. All see the same
-columns, encoded on training rows: categories as they are, numbers (trees need no bins of them). All
-figures are of validation, which also chose the checkpoint; nothing looks at the test set.
+columns, encoded on training rows: categories as they are, numbers (trees need no bins of them).
+Figures are of validation, which also chose the checkpoint; with `--test` there are columns of the
+test set beside them, which chooses nothing.
 
 A row has mean and deviation over seeds, and the seconds of one seed, for trees those of both tasks.
 """
@@ -13,6 +14,7 @@ A row has mean and deviation over seeds, and the seconds of one seed, for trees 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from mtrec_jax.evaluation.metrics import auc
 
 SEEDS = (0, 1, 2, 3, 4)
 TRIALS = 30
@@ -48,6 +52,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
 MOST_TREES, PATIENCE = 2000, 50
 
 
+Scores = dict[tuple[str, str], list[float]]  # {(task, split): the AUC of each seed}
+Predict = Callable[[np.ndarray], np.ndarray]  # columns [n, F] -> probabilities [n]
+
+
 class Rows(NamedTuple):
     """A split as trees take it."""
 
@@ -62,9 +70,10 @@ def answer(
     folder: Path | None = None,
     seeds: Sequence[int] = SEEDS,
     only: Sequence[str] = (),
+    test: bool = False,
 ) -> list[dict[str, Any]]:
-    """A row a library of trees and a kind of towers; `only` some of them. The prepared folder and
-    the runs stay in `folder`, and runs that are there are not trained again."""
+    """A row a library of trees and a kind of towers; `only` some of them. The prepared folder, the
+    draws and the runs stay in `folder`, and what is there is not trained again."""
     from mtrec_jax.data.prepare import prepare, up_to_date
     from mtrec_jax.data.public import fetch
     from mtrec_jax.errors import ConfigError
@@ -84,9 +93,10 @@ def answer(
         for name in only or (*RANGES, *TOWERS):
             try:
                 if name in RANGES:
-                    found.append(of_trees(name, prepared, seeds, 2 if quick else TRIALS))
+                    trials = 2 if quick else TRIALS
+                    found.append(of_trees(name, prepared, seeds, trials, work, test))
                 else:
-                    found.append(of_towers(name, experiment, prepared, seeds, work))
+                    found.append(of_towers(name, experiment, prepared, seeds, work, test))
             except ConfigError as error:  # of towers that need other tasks
                 print(f"{name}: {error}")
     return found
@@ -97,12 +107,12 @@ def with_numbers(experiment: Any) -> Any:
     from mtrec_jax.data.features.numeric import Numeric
 
     columns = [f.column or name for name, f in experiment.features.items() if f.of_numbers]
-    plain = {name: Numeric(on="request") for name in columns if name not in experiment.features}
+    plain = {f"{name}_number": Numeric(on="request", column=name) for name in columns}
     return dataclasses.replace(experiment, features=experiment.features | plain)
 
 
 def of_towers(
-    kind: str, experiment: Any, prepared: Any, seeds: Sequence[int], work: Path
+    kind: str, experiment: Any, prepared: Any, seeds: Sequence[int], work: Path, test: bool
 ) -> dict[str, Any]:
     """The row of a kind of towers, with the sizes of the configured ones where it has them."""
     from mtrec_jax.models.towers import TOWERS
@@ -113,7 +123,7 @@ def of_towers(
     model, known = experiment.model, {field.name for field in dataclasses.fields(TOWERS[kind])}
     sizes = {n: v for n, v in vars(model.towers).items() if n in known and n != "kind"}
     model = dataclasses.replace(model, towers=TOWERS[kind](**sizes))
-    scores: dict[str, list[float]] = {task: [] for task in experiment.tasks}
+    scores: Scores = {}
     seconds = []
     for seed in seeds:
         one = dataclasses.replace(
@@ -123,45 +133,71 @@ def of_towers(
             evaluate=dataclasses.replace(experiment.evaluate, bootstrap=0),
         )
         run = train(one, prepared, work / f"{kind}-{seed}", show_progress=False)
-        evaluation, _ = evaluate_run(run)
-        for task, of_seeds in scores.items():
-            of_seeds.append(evaluation.tasks[task]["auc"])
+        for split in ("validation", "test") if test else ("validation",):
+            evaluation, _ = evaluate_run(run, split)
+            for task, metrics in evaluation.tasks.items():
+                scores.setdefault((task, split), []).append(metrics["auc"])
         records = read_records(run.folder / "metrics.jsonl")
         seconds.append(sum(r["value"] for r in records if r["metric"] == "seconds"))
     return as_row(kind, scores, seconds)
 
 
-def of_trees(library: str, prepared: Any, seeds: Sequence[int], trials: int) -> dict[str, Any]:
+def of_trees(
+    library: str, prepared: Any, seeds: Sequence[int], trials: int, work: Path, test: bool
+) -> dict[str, Any]:
     """The row of a library of trees, with the best draw of each task."""
-    rows = {split: as_rows(prepared, split) for split in ("train", "validation")}
-    scores: dict[str, list[float]] = {}
+    splits = ("train", "validation", "test") if test else ("train", "validation")
+    rows = {split: as_rows(prepared, split) for split in splits}
+    scores: Scores = {}
     seconds = np.zeros(len(seeds))
     for task in rows["train"].labels:
-        settings = [draw(library, number) for number in range(trials)]
-        tuned = [fitted(library, rows, task, one, 0)[0] for one in settings]
-        best = settings[int(np.argmax(tuned))]
+        tuned = drawn(library, rows, task, trials, work / f"{library}-{task}.jsonl")
+        best = draw(library, int(np.argmax(tuned)))
         print(f"{library}, {task}: {best}, {max(tuned):.4f}; defaults {tuned[0]:.4f}")
-        again = [fitted(library, rows, task, best, seed) for seed in seeds]
-        scores[task] = [score for score, _ in again]
-        seconds += [took for _, took in again]
+        for place, seed in enumerate(seeds):
+            start = time.perf_counter()
+            predicted = fitted(library, rows, task, best, seed)
+            seconds[place] += time.perf_counter() - start
+            for split, scored in predicted.items():
+                found = auc(rows[split].labels[task], scored)
+                scores.setdefault((task, split), []).append(found)
     return as_row(library, scores, list(seconds))
 
 
-def as_row(name: str, scores: dict[str, list[float]], seconds: list[float]) -> dict[str, Any]:
+def drawn(library: str, rows: dict[str, Rows], task: str, trials: int, kept: Path) -> list[float]:
+    """AUC on validation of each draw, from the file or else fitted and kept there."""
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    known = {one["trial"]: one["auc"] for one in map(json.loads, lines)}
+    both = {split: rows[split] for split in ("train", "validation")}
+    for number in range(trials):
+        if number not in known:
+            options = draw(library, number)
+            scored = fitted(library, both, task, options, 0)["validation"]
+            known[number] = auc(rows["validation"].labels[task], scored)
+            line = {"trial": number, "auc": known[number], "options": options}
+            with kept.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    return [known[number] for number in range(trials)]
+
+
+def as_row(name: str, scores: Scores, seconds: list[float]) -> dict[str, Any]:
     """Means and sample deviations over seeds of a case."""
     row: dict[str, Any] = {"case": name, "seeds": len(seconds)}
-    for task, of_seeds in scores.items():
+    for (task, split), of_seeds in scores.items():
         spread = statistics.stdev(of_seeds) if len(of_seeds) > 1 else float("nan")
-        row |= {f"{task} auc": statistics.fmean(of_seeds), f"{task} ±": spread}
+        named = task if split == "validation" else f"{task} test"
+        row |= {f"{named} auc": statistics.fmean(of_seeds), f"{named} ±": spread}
     return row | {"seconds": round(statistics.fmean(seconds), 1)}
 
 
 def as_rows(prepared: Any, split: str) -> Rows:
-    """A split's columns: ids of categories, and numbers, without bins."""
+    """A split's columns: ids of categories, and numbers, each as one number."""
     m = prepared.manifest
-    kinds = {name: feature["kind"] for name, feature in m.config["features"].items()}
-    ids = [f.name for f in m.request_ids if kinds[f.name] == "categorical"]
-    numbers = [f.name for f in m.request_numbers if kinds[f.name] == "numeric"]
+    features = m.config["features"]
+    column = {name: feature.get("column") or name for name, feature in features.items()}
+    numbers = [f.name for f in m.request_numbers if f.name.endswith("_number")]
+    numeric = {column[name] for name in numbers}
+    ids = [f.name for f in m.request_ids if column[f.name] not in numeric]
     names = [f"request_{name}" for name in (*ids, *numbers)]
     blocks = list(prepared.blocks(split, names + [f"label_{task}" for task in m.tasks]))
 
@@ -188,18 +224,15 @@ def draw(library: str, number: int) -> dict[str, float | int]:
 
 def fitted(
     library: str, rows: dict[str, Rows], task: str, options: dict[str, Any], seed: int
-) -> tuple[float, float]:
-    """AUC on validation of trees that it ended early, and the seconds of fitting."""
-    from mtrec_jax.evaluation.metrics import auc
-
-    start = time.perf_counter()
-    scores = FIT[library](rows["train"], rows["validation"], task, options, seed)
-    return auc(rows["validation"].labels[task], scores), time.perf_counter() - start
+) -> dict[str, np.ndarray]:
+    """Predictions of all splits but "train", of trees that validation ended early."""
+    predict = FIT[library](rows["train"], rows["validation"], task, options, seed)
+    return {split: predict(rows[split].columns) for split in rows if split != "train"}
 
 
 def _lightgbm(
     train: Rows, validation: Rows, task: str, options: dict[str, Any], seed: int
-) -> np.ndarray:
+) -> Predict:
     import lightgbm
 
     model = lightgbm.LGBMClassifier(
@@ -214,12 +247,12 @@ def _lightgbm(
         categorical_feature=train.categories,
         callbacks=[lightgbm.early_stopping(PATIENCE, first_metric_only=True, verbose=False)],
     )
-    return model.predict_proba(validation.columns)[:, 1]
+    return lambda columns: model.predict_proba(columns)[:, 1]
 
 
 def _scikit_learn(
     train: Rows, validation: Rows, task: str, options: dict[str, Any], seed: int
-) -> np.ndarray:
+) -> Predict:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     model = HistGradientBoostingClassifier(
@@ -232,10 +265,10 @@ def _scikit_learn(
     )
     held = {"X_val": validation.columns, "y_val": validation.labels[task]}
     model.fit(train.columns, train.labels[task], **held)
-    return model.predict_proba(validation.columns)[:, 1]
+    return lambda columns: model.predict_proba(columns)[:, 1]
 
 
-FIT: dict[str, Callable[..., np.ndarray]] = {
+FIT: dict[str, Callable[..., Predict]] = {
     "lightgbm": _lightgbm,
     "scikit-learn": _scikit_learn,
 }

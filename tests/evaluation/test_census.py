@@ -24,7 +24,7 @@ def test_the_first_trial_has_the_defaults_and_the_others_stay_in_their_ranges(li
 
 def test_a_row_has_mean_and_deviation_over_seeds() -> None:
     """By hand: of .94, .95, .96 the mean .95 and the sample deviation .01."""
-    row = census.as_row("mmoe", {"income": [0.94, 0.95, 0.96]}, [20.0, 30.0, 40.0])
+    row = census.as_row("mmoe", {("income", "validation"): [0.94, 0.95, 0.96]}, [20.0, 30.0, 40.0])
     assert row["income auc"] == pytest.approx(0.95)
     assert row["income ±"] == pytest.approx(0.01)
     assert (row["seeds"], row["seconds"]) == (3, 30.0)
