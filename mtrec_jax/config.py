@@ -249,7 +249,9 @@ class Model:
     numbers: Annotated[Any, Choice(NUMBERS, "plain")] = field(default_factory=PlainNumbers)
     interaction: Annotated[Any, Choice(INTERACTIONS, "none")] = field(default_factory=NoInteraction)
     towers: Annotated[Any, Choice(TOWERS, "mmoe")] = field(default_factory=MMoE)
-    members: Count = 1  # K, of an ensemble that shares all weights but a few of each one's own
+    members: Count = 1  # K, of an ensemble
+    # "layers": all weights but a few of each one's own; "encoder": no table or layer of the towers
+    members_share: Literal["layers", "encoder"] = "layers"
     bias: Bias | None = None
     fusion: Annotated[Any, Choice(FUSIONS, "weighted")] = field(default_factory=Weighted)
     fusion_objective: dict[str, Worth] = field(default_factory=dict)  # {task: worth}; {}: each 1

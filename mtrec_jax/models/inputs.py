@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mtrec_jax.arguments import argument
-from mtrec_jax.config import Experiment, table_of, utility_of
+from mtrec_jax.config import Experiment, Model, table_of, utility_of
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.losses.retrieval import sample_negatives
@@ -44,7 +44,8 @@ class Inputs(NamedTuple):
     # of two sides, "request" and "bias"; {}: all are of the former
     places: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     read: Mapping[str, tuple[str, int]] = {}  # {feature that towers read by name: (side, place)}
-    own: tuple[str, ...] = ()  # tasks with tables of their own beside the shared ones
+    # who has tables of its own beside the shared ones: tasks, or members after the first
+    own: tuple[str, ...] = ()
     utility: Utility = Utility("", ())  # what an order is worth
 
     @property
@@ -63,17 +64,18 @@ def side_group(side: str) -> str:
     return "item_features" if side == "item" else side
 
 
-def of_task(name: str, task: str) -> str:
-    """A task's own table or group of lookups, in the place of the shared one; "": the shared one.
+def own_name(name: str, whose: str) -> str:
+    """The own table or group of lookups of a task or member, in the place of the shared one; "":
+    the shared one.
 
-    >>> of_task("brand", "click"), shared_name("brand:click"), of_task("brand", "")
+    >>> own_name("brand", "click"), shared_name("brand:click"), own_name("brand", "")
     ('brand:click', 'brand', 'brand')
     """
-    return f"{name}:{task}" if task else name
+    return f"{name}:{whose}" if whose else name
 
 
 def shared_name(name: str) -> str:
-    """The table or group beside which a task has one of its own; features have no ":" in theirs."""
+    """The table or group beside which somebody has an own one; features have no ":" in theirs."""
     return name.partition(":")[0]
 
 
@@ -104,10 +106,8 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
     kinds = {name: task.kind for name, task in experiment.tasks.items()}
     learned = {name: manifest.tasks[name] for name, kind in kinds.items() if kind in KINDS}
     towers = experiment.model.towers
-    own: tuple[str, ...] = ()
-    if getattr(towers, "task_tables", False):
-        own = tuple(name for name, kind in kinds.items() if kind != "retrieval")
-        _add_own(tables, groups, own)
+    own = _owners(experiment.model, kinds)
+    _add_own(tables, groups, own)
     return Inputs(
         layout=make_layout(tables, groups, experiment.model.width),
         numbers={s: tuple(f.slots for f in numbers) for s, (_, numbers) in sides.items()},
@@ -154,14 +154,30 @@ def _sides(
     }
 
 
+def _owners(model: Model, kinds: Mapping[str, str]) -> tuple[str, ...]:
+    """Who has tables of its own: each task with a tower, or each member after the first."""
+    members = model.members if model.members_share == "encoder" else 1
+    if getattr(model.towers, "task_tables", False):
+        if members > 1:
+            raise ConfigError(
+                f"model.members_share: 'encoder', but model.towers.kind = '{model.towers.kind}' "
+                "has tables of each task already; set members_share = 'layers', or take other "
+                "towers"
+            )
+        return tuple(name for name, kind in kinds.items() if kind != "retrieval")
+    return tuple(f"member {number}" for number in range(2, members + 1))
+
+
 def _add_own(
     tables: dict[str, TableSize], groups: dict[str, list[tuple[str, int]]], own: tuple[str, ...]
 ) -> None:
-    """Tables of each task beside all that towers read, and groups that look them up."""
+    """Tables of each owner beside all that towers read, and groups that look them up."""
     for group in [group for group in groups if group not in ("history", "bias")]:
-        for task in own:
-            groups[of_task(group, task)] = [(of_task(n, task), slots) for n, slots in groups[group]]
-            tables |= {of_task(name, task): tables[name] for name, _ in groups[group]}
+        for whose in own:
+            groups[own_name(group, whose)] = [
+                (own_name(name, whose), slots) for name, slots in groups[group]
+            ]
+            tables |= {own_name(name, whose): tables[name] for name, _ in groups[group]}
 
 
 def _read(
@@ -281,12 +297,12 @@ def find_ids(
 
 
 def own_too(inputs: Inputs, ids: Mapping[str, jax.Array], events: int = 0) -> dict[str, jax.Array]:
-    """The same ids in the tables of each task as well; of items [B, L + P] those of the candidates,
+    """The same ids in each owner's tables as well; of items [B, L + P] those of the candidates,
     behind so many events, which no tower reads."""
     found = dict(ids)
     for group, of in ids.items():
         part = of[:, events:] if events and group in (ITEM, "item_features") else of
-        own = (of_task(group, task) for task in inputs.own)
+        own = (own_name(group, whose) for whose in inputs.own)
         found |= {name: part for name in own if name in inputs.layout.groups}
     return found
 
@@ -334,12 +350,12 @@ class SideFeatures(nnx.Module):
         inputs: Inputs,
         side: str,
         numbers: Any,
-        task: str = "",
+        whose: str = "",
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.inputs, self.side, self.rows = inputs, side, of_task(side, task)
+        self.inputs, self.side, self.rows = inputs, side, own_name(side, whose)
         self.group = inputs.layout.groups.get(self.rows, ())
         self.numbers = _numbers(inputs, side, numbers, dtype, rngs)
         embedded = len(self.group) * inputs.layout.width
@@ -381,13 +397,13 @@ class ItemTower(nnx.Module):
         inputs: Inputs,
         id_scale: float,
         numbers: Any,
-        task: str = "",
+        whose: str = "",
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.id_scale = id_scale
-        self.group = inputs.layout.groups.get(of_task("item_features", task), ())
+        self.group = inputs.layout.groups.get(own_name("item_features", whose), ())
         self.numbers = _numbers(inputs, "item", numbers, dtype, rngs)
         width = inputs.layout.width
         size = len(self.group) * width + (self.numbers.outputs if self.numbers else 0)

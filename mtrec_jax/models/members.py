@@ -1,14 +1,18 @@
-"""Members of an ensemble in one model: they share all weights but a few of their own.
+"""Members of an ensemble in one model, which share the layers of the towers, or nothing of them.
 
 Wen et al., ICLR 2020 (BatchEnsemble) scale what goes into shared layers, member by member;
 Gorishniy et al., ICLR 2025 (TabM) found that scaling what enters the first one, with heads of their
 own, does nearly as well as scaling each layer (their TabM-mini). That works with towers of any
 kind, which are run on n K pairs in the place of n.
+
+Where embeddings are most of a model, members that share them err together. With `members_share =
+"encoder"` each has tables (as in the multi-embedding of Guo et al., ICML 2024) and towers of its
+own, as in a deep ensemble (Lakshminarayanan et al., NeurIPS 2017).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +24,8 @@ from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerTask
 
 
 class Members(nnx.Module):
-    """What each of K members has of its own: scales of the towers' input x, first of random signs,
-    and a head a task, which is added to the towers' own."""
+    """What each of K members has of its own where the towers are shared: scales of their input x,
+    first of random signs, and a head a task, which is added to the towers' own."""
 
     def __init__(
         self,
@@ -34,7 +38,6 @@ class Members(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.count = count
-        self.kinds = tuple((name, task.kind, task.loss) for name, task in tasks.items())
         self.scales = nnx.Param(signs(rngs, (count, inputs), dtype))
         self.names = tuple(hidden)
         shapes = [(count, size, tasks[name].outputs) for name, size in hidden.items()]
@@ -51,31 +54,32 @@ class Members(nnx.Module):
         own = {task: scaled(x) for task, x in pairs.own.items()}
         return repeated._replace(x=scaled(pairs.x), own=own)
 
-    def logits(self, found: TowerOutput) -> dict[str, jax.Array]:
-        """What each member says: {task: [n, K]}, or [n, K, C]."""
-        each = {}
-        for task, shared in found.logits.items():
-            each[task] = self._by_member(shared)
-            if task in found.hidden:
-                hidden, head = found.hidden[task], self.heads[self.names.index(task)][...]
-                own = jnp.einsum("nkh,khc->nkc", self._by_member(hidden), head)
-                each[task] += own.reshape(each[task].shape)
-        return each
-
-    def together(self, found: TowerOutput, each: Mapping[str, jax.Array]) -> TowerOutput:
-        """The answer of all: hidden vectors and diagnostics are means."""
-
-        def mean(array: jax.Array) -> jax.Array:
-            return jnp.mean(self._by_member(array), axis=1)
-
-        return TowerOutput(
-            {task: mean_answer(kind, each[task], loss) for task, kind, loss in self.kinds},
-            jax.tree.map(mean, found.hidden),
-            jax.tree.map(mean, found.diagnostics),
-        )
+    def answers(self, found: TowerOutput) -> list[TowerOutput]:
+        """What each member says, of what the towers say of its pairs."""
+        logits = {task: self._by_member(shared) for task, shared in found.logits.items()}
+        for task, head in zip(self.names, self.heads, strict=True):
+            own = jnp.einsum("nkh,khc->nkc", self._by_member(found.hidden[task]), head[...])
+            logits[task] += own.reshape(logits[task].shape)
+        rest = jax.tree.map(self._by_member, (found.hidden, found.diagnostics))
+        each = TowerOutput(logits, *rest)
+        return [jax.tree.map(lambda of, k=k: of[:, k], each) for k in range(self.count)]
 
     def _by_member(self, array: jax.Array) -> jax.Array:
         return array.reshape(-1, self.count, *array.shape[1:])
+
+
+def together(
+    members: Sequence[TowerOutput], tasks: Mapping[str, TowerTask]
+) -> tuple[TowerOutput, dict[str, jax.Array]]:
+    """The answer of all, with means of hidden vectors and diagnostics, and what each member says:
+    {task: [n, K]}, or [n, K, C]."""
+    each = jax.tree.map(lambda *of: jnp.stack(of, axis=1), *members)
+    means = jax.tree.map(lambda of: jnp.mean(of, axis=1), (each.hidden, each.diagnostics))
+    logits = {
+        task: mean_answer(tasks[task].kind, of, tasks[task].loss)
+        for task, of in each.logits.items()
+    }
+    return TowerOutput(logits, *means), each.logits
 
 
 def mean_answer(kind: str, logits: jax.Array, loss: str = "") -> jax.Array:

@@ -29,7 +29,7 @@ from mtrec_jax.models.inputs import (
     find_ids,
     item_ids,
     make_inputs,
-    of_task,
+    own_name,
     own_too,
     shared_name,
 )
@@ -181,13 +181,13 @@ def _by_example(inputs: Inputs) -> frozenset[str]:
 
 
 def _items(
-    layers: Network, rows: Rows, catalogue: Catalogue, item: Array, group: str, task: str = ""
+    layers: Network, rows: Rows, catalogue: Catalogue, item: Array, group: str, whose: str = ""
 ) -> jax.Array:
-    """Vectors [..., D] of items [...] whose rows are those of `group`, or a task's own."""
+    """Vectors [..., D] of items [...] whose rows are those of `group`, or somebody's own."""
     ids, numbers = (jnp.asarray(table)[item] for table in (catalogue.ids, catalogue.numbers))
-    features = rows.get(of_task(f"{group}_features", task))
-    tower = layers.own_items[layers.inputs.own.index(task)] if task else layers.items
-    return tower(rows[of_task(group, task)].squeeze(-2), features, ids, numbers)
+    features = rows.get(own_name(f"{group}_features", whose))
+    tower = layers.own_items[layers.inputs.own.index(whose)] if whose else layers.items
+    return tower(rows[own_name(group, whose)].squeeze(-2), features, ids, numbers)
 
 
 def _with_more(
@@ -200,9 +200,9 @@ def _with_more(
     group: str,
 ) -> jax.Array:
     """Vectors [..., D] of items [...] with what towers alone read of them, [..., W]: the vector of
-    each task's own tables, then the features that they read by name."""
+    each owner's tables, then the features that they read by name."""
     parts = [vectors]
-    parts += [_items(layers, rows, catalogue, item, group, task) for task in inputs.own]
+    parts += [_items(layers, rows, catalogue, item, group, whose) for whose in inputs.own]
     if places := [place for side, place in inputs.read.values() if side == "item"]:
         features = rows[f"{group}_features"]
         features = features[:, features.shape[1] - item.shape[1] :] if item.ndim == 2 else features

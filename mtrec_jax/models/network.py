@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from mtrec_jax.models.fusions.none import NoFusion
 from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped
 from mtrec_jax.models.interactions import InteractionSizes
 from mtrec_jax.models.layers import Thresholds, dropout, linear, normal, unit_length
-from mtrec_jax.models.members import Members
+from mtrec_jax.models.members import Members, together
 from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerSizes
 from mtrec_jax.tables.layout import pool
 from mtrec_jax.types import UNKNOWN, Array, Batch, Fusing, Outputs, UserStates
@@ -71,9 +72,15 @@ class Network(nnx.Module):
         sizes = tower_sizes(inputs, self.context.outputs, self.request.outputs, d)
         fields = self.context.fields + self.request.fields + 2 * inputs.has_items
         crossed = InteractionSizes(sizes.inputs, fields, d)
-        self.interaction = config.interaction.make(crossed, dtype=dtype, rngs=rngs)
-        sizes = sizes._replace(inputs=self.interaction.outputs)
+        alone = config.members if config.members_share == "encoder" else 1
+        self.interactions = nnx.List(
+            [config.interaction.make(crossed, dtype=dtype, rngs=rngs) for _ in range(alone)]
+        )
+        sizes = sizes._replace(inputs=self.interactions[0].outputs)
         self.towers = config.towers.make(sizes, dtype=dtype, rngs=rngs)
+        self.other_towers = nnx.List(
+            [config.towers.make(sizes, dtype=dtype, rngs=rngs) for _ in range(1, alone)]
+        )
         hidden = _hidden_sizes(self.towers, sizes, dtype)
         if config.members > 1 and hasattr(self.towers, "loss_inputs") and self.towers.loss_inputs:
             raise ConfigError(
@@ -81,8 +88,9 @@ class Network(nnx.Module):
                 f"'{config.towers.kind}' read more than the logits that members change; set "
                 "members = 1, or take other towers"
             )
+        scaled = config.members > alone
         own = config.members, sizes.inputs, hidden, inputs.tasks
-        self.members = Members(*own, dtype=dtype, rngs=rngs) if config.members > 1 else None
+        self.members = Members(*own, dtype=dtype, rngs=rngs) if scaled else None
         self.thresholds = nnx.List([Thresholds(t, dtype=dtype) for t in inputs.thresholds.values()])
         state = sizes.context + sizes.request + sizes.width
         of_task = next(iter(hidden.values()), 1)
@@ -91,7 +99,7 @@ class Network(nnx.Module):
         self.fusion = options.make(fused, dtype=dtype, rngs=rngs)
 
     def _make_own(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        """What reads the tables of each task, as `items`, `context` and `request` read the shared
+        """What reads the tables of each owner, as `items`, `context` and `request` read the shared
         ones."""
         inputs, scale, taken = self.inputs, self.config.item_id_scale, self.config.numbers
         with_items, made = inputs.own if inputs.has_items else (), {"dtype": dtype, "rngs": rngs}
@@ -162,14 +170,14 @@ class Network(nnx.Module):
         """Score candidates [B, P, W] for the states: every task's logits, and the fused order of
         them calibrated; and what the fusion was given."""
         b, p, d = states.vectors.shape
-        n, versions = b * p, 1 + len(self.inputs.own)  # the shared tables, then those of each task
+        n, versions = b * p, 1 + len(self.inputs.own)  # the shared tables, then those of each owner
         context = jnp.broadcast_to(states.context[:, None], (b, p, states.context.shape[1]))
         contexts, requests = (
             jnp.split(jnp.asarray(side).reshape(n, -1), versions, axis=-1)
             for side in (context, states.request)
         )
         user = jnp.zeros((n, 0), self.dtype)
-        items, pairs, logits = [user], [list[jax.Array]()] * versions, {}
+        items, pairs, logits = [user] * versions, [list[jax.Array]()] * versions, {}
         if self.inputs.has_items and candidates is not None:
             user = jnp.asarray(states.vectors).reshape(n, d)
             items = jnp.split(candidates.reshape(n, -1), candidates.shape[-1] // d, axis=-1)
@@ -184,11 +192,15 @@ class Network(nnx.Module):
             score = logits[str(self.inputs.retrieval)].reshape(b, p)
             name = str(self.inputs.retrieval)
             return Outputs({name: score}, score, jnp.ones((b, p, 1), score.dtype), {}, {}), None
-        x, *own = map(self._known, contexts, requests, pairs)
-        context, request, item = contexts[0], requests[0], items[0]
+        inputs = self._crossed(contexts, requests, pairs)
+        context, request = contexts[0], requests[0]
         read = self._read_by_name(context, request, items[versions:])
-        of_tasks = dict(zip(self.inputs.own, own, strict=True))
-        given = TowerInput(x, context, request, user, item, read, of_tasks)
+        if self.other_towers:
+            each_input = zip(inputs, contexts, requests, items, strict=False)
+            given = [TowerInput(x, c, r, user, item, read) for x, c, r, item in each_input]
+        else:
+            of_tasks = dict(zip(self.inputs.own, inputs[1:], strict=True))
+            given = [TowerInput(inputs[0], context, request, user, items[0], read, of_tasks)]
         found, each = self._answers(given, key)
         logits |= found.logits
         names, known = self.inputs.order, calibrations or {}
@@ -210,13 +222,20 @@ class Network(nnx.Module):
             {t: v.reshape(b, p, *v.shape[1:]) for t, v in each.items()},
         ), fusing
 
-    def _known(self, context: jax.Array, request: jax.Array, pair: list[jax.Array]) -> jax.Array:
-        """All that towers know of n pairs, behind the interaction: [n, I]."""
-        d = self.config.width
-        fields = [context[:, : self.context.fields * d], request[:, : self.request.fields * d]]
-        fields += pair[:2]  # the user, the candidate
-        crossed = jnp.concatenate(fields, axis=-1).reshape(len(context), -1, d)
-        return self.interaction(jnp.concatenate([context, request, *pair], axis=-1), crossed)
+    def _crossed(
+        self, contexts: list[jax.Array], requests: list[jax.Array], pairs: list[list[jax.Array]]
+    ) -> list[jax.Array]:
+        """All that towers know of n pairs, behind the interaction, by each version of the tables:
+        [n, I] each."""
+        d, found = self.config.width, []
+        crossing = itertools.cycle(self.interactions)  # one for all, or one a member
+        for context, request, pair in zip(contexts, requests, pairs, strict=True):
+            fields = [context[:, : self.context.fields * d], request[:, : self.request.fields * d]]
+            fields += pair[:2]  # the user, the candidate
+            crossed = jnp.concatenate(fields, axis=-1).reshape(len(context), -1, d)
+            whole = jnp.concatenate([context, request, *pair], axis=-1)
+            found.append(next(crossing)(whole, crossed))
+        return found
 
     def _read_by_name(
         self, context: jax.Array, request: jax.Array, items: list[jax.Array]
@@ -230,18 +249,25 @@ class Network(nnx.Module):
         }
 
     def _answers(
-        self, given: TowerInput, key: jax.Array | None
+        self, given: list[TowerInput], key: jax.Array | None
     ) -> tuple[TowerOutput, dict[str, jax.Array]]:
-        """What the towers say of n pairs, and what each member of an ensemble says."""
-        given = given if self.members is None else self.members.given(given)
-        x, own = jax.tree.map(
-            lambda known: dropout(known, self.config.dropout, key), (given.x, given.own)
-        )
-        found = self.towers(given._replace(x=x, own=own))
-        if self.members is None:
-            return found._replace(logits=self._cut(found.logits)), {}
-        each = self._cut(self.members.logits(found))
-        return self.members.together(found, each), each
+        """What the towers say of n pairs, and what each member of an ensemble says; `given` is of
+        each member that has towers of its own."""
+        found = []
+        for number, (towers, pairs) in enumerate(
+            zip((self.towers, *self.other_towers), given, strict=True)
+        ):
+            pairs = pairs if self.members is None else self.members.given(pairs)
+            drawn = jax.random.fold_in(key, number) if key is not None and number else key
+            x, own = jax.tree.map(
+                lambda known, drawn=drawn: dropout(known, self.config.dropout, drawn),
+                (pairs.x, pairs.own),
+            )
+            found.append(towers(pairs._replace(x=x, own=own)))
+        if self.members is not None:
+            found = self.members.answers(found[0])
+        found = [one._replace(logits=self._cut(one.logits)) for one in found]
+        return (found[0], {}) if len(found) == 1 else together(found, self.inputs.tasks)
 
     def _cut(self, logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Scores of ordinal tasks as logits, one a threshold."""
@@ -277,7 +303,7 @@ def tower_sizes(inputs: Inputs, context: int, request: int, d: int) -> TowerSize
         width=d * inputs.has_items,
         tasks=inputs.tasks,
         features=dict.fromkeys(inputs.read, d),
-        own=inputs.own,
+        own=tuple(name for name in inputs.own if name in inputs.tasks),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from mtrec_jax.models.inputs import Inputs
-from mtrec_jax.models.members import Members, mean_answer
+from mtrec_jax.models.members import Members, mean_answer, together
 from mtrec_jax.models.objective import make_objective
 from mtrec_jax.models.towers import TOWERS, TowerTask
 from mtrec_jax.tables.layout import make_layout
@@ -49,7 +49,7 @@ def _answers(graph: Any, own_graph: Any, state: Any, own: Any) -> Any:
     """Of each member, of all with their scales and heads, of all with neither, of the towers."""
     towers, parts = nnx.merge(graph, state), nnx.merge(own_graph, own)
     scales = parts.scales[...]
-    said = parts.logits(towers(parts.given(_pairs(X))))
+    said = together(parts.answers(towers(parts.given(_pairs(X)))), SIZES.tasks)[1]
     rows = jnp.concatenate([X * one[None] for one in (*scales, jnp.ones_like(scales[0]))])
     alone = towers(_pairs(rows))
     each = [jax.tree.map(lambda a, k=k: a[k * len(X) :][: len(X)], alone) for k in range(K + 1)]
@@ -57,7 +57,7 @@ def _answers(graph: Any, own_graph: Any, state: Any, own: Any) -> Any:
     for head in parts.heads:
         head[...] = jnp.zeros_like(head[...])
     same = towers(parts.given(_pairs(X)))
-    return each[:K], said, parts.together(same, parts.logits(same)), each[K]
+    return each[:K], said, together(parts.answers(same), SIZES.tasks)[0], each[K]
 
 
 @pytest.mark.parametrize("kind", TOWERS)
