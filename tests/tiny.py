@@ -58,13 +58,14 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
         },
         "train": {"steps": 20, "batch_size": 8, "negatives": 6, "negative_power": 0.5},
     }
-    tasks = sections.pop("tasks", TASKS)
+    tasks, features = sections.pop("tasks", TASKS), sections.pop("features", FEATURES)
+    sparse = {name: rule for name, rule in SPARSE.items() if name in features}
     return parse_experiment(
         {
             "name": "tiny",
             "tasks": tasks,
-            "features": sections.pop("features", FEATURES),
-            "tables": SPARSE | sections.pop("tables", {}),
+            "features": features,
+            "tables": sparse | sections.pop("tables", {}),
         }
         | {name: values | sections.get(name, {}) for name, values in base.items()}
     )

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtrec_jax.models.inputs import Inputs
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.models.inputs import Inputs, own_name
 from mtrec_jax.models.members import Members, mean_answer, together
+from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.objective import make_objective
 from mtrec_jax.models.towers import TOWERS, TowerTask
-from mtrec_jax.tables.layout import make_layout
+from mtrec_jax.tables.layout import initial_stacks, make_layout
+from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.types import Outputs, Shared, Wanted
 from tests import tiny
 from tests.models.test_network import made
@@ -129,3 +132,58 @@ def test_the_loss_is_the_mean_of_the_members_losses() -> None:
     expected += zeros.sum() * (math.log(2) + math.log(10)) / 2
     np.testing.assert_allclose(sums["click"], expected, rtol=1e-5)
     np.testing.assert_allclose(sums["size"], weight.sum() * math.log(9) ** 2 / 2, rtol=1e-5)
+
+
+def _without_context(**model: Any) -> tuple[Model, Any]:
+    """Towers read the moment and the item alone, so that all they read is each member's own."""
+    kept = ("hour", "discount", "brand", "price")
+    declared = tiny.experiment(
+        tasks={name: tiny.TASKS[name] for name in ("click", "stars", "genre")},
+        features={name: tiny.FEATURES[name] for name in kept},
+        data={"history_length": 0},
+        model={"dropout": 0.0, "fusion": "none", "interaction": "dcn"} | model,
+    )
+    none: dict[str, Any] = {"history_length": 0, "history": (), "context_ids": ()}
+    learned = dataclasses.replace(tiny.manifest(), **none, context_numbers=())
+    return make_model(declared, learned), tiny.batch(0)._replace(events={}, context={}, row=None)
+
+
+def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
+    """Loss and gradients of two members are halves of those of two models, one with the tables and
+    layers of each: neither learns from the other."""
+    both, examples = _without_context(members=2, members_share="encoder")
+    one, _ = _without_context()
+    catalogue, second = tiny.catalogue(), "member 2"
+    examples = examples._replace(cutoff=examples.cutoff * 0)
+    stacks = initial_stacks(both.layout, jax.random.key(3, impl="rbg"), FLOAT, low=False)
+
+    def loss(model: Model, params: Any, rows: Any) -> jax.Array:
+        wanted = model.ids(examples, catalogue, jax.random.key(0))
+        shared = model.encode(params, rows, examples, catalogue, wanted, None)
+        sums = model.losses(params, shared, examples, catalogue, wanted, None)[0]
+        return jnp.stack([sums[name] for name in ("click", "stars", "genre")]).sum()
+
+    params = both.init(0)
+    rows = fetch(both.layout, stacks, both.ids(examples, catalogue, jax.random.key(0)).ids)
+    found, slopes = jax.jit(jax.value_and_grad(functools.partial(loss, both), 1))(params, rows)
+    network, expected = params["network"], 0.0
+    alone = jax.jit(jax.value_and_grad(functools.partial(loss, one), 1))
+    for number, own in enumerate(("", second)):
+        of = dict(one.init(0)["network"]) | {"interactions": {0: network["interactions"][number]}}
+        if own:
+            of |= {"items": network["own_items"][0], "request": network["own_request"][0]}
+            of |= {"towers": network["other_towers"][0]}
+        else:
+            of |= {name: network[name] for name in ("items", "request", "towers")}
+        names = {group: own_name(group, own) for group in one.layout.groups}
+        value, gradient = alone({"network": of}, {g: rows[name] for g, name in names.items()})
+        expected += float(value) / 2
+        for group, name in names.items():
+            assert group.startswith("negative") or np.abs(gradient[group]).max() > 0
+            np.testing.assert_allclose(slopes[name], gradient[group] / 2, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_members_have_no_tables_of_their_own_beside_those_of_tasks() -> None:
+    with pytest.raises(ConfigError, match="has tables of each task already"):
+        _without_context(members=2, members_share="encoder", towers="stem")
