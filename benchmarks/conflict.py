@@ -4,6 +4,8 @@ Two binary tasks depend on x1 (x2 + x3) and x1 (x2 - x3): alike on x2, oppositel
 bottom of four hidden units is enough for one of the two products, not for both. Each row is a model
 against its own single-task twins at equal budget: the gain of each task in AUC with its interval
 over rows, and the mean cosine between the tasks' gradients at the shared parameters over training.
+Methods on gradients compare them at the parameters: here nothing is learned before the towers, so
+that at the shared representation they would change nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared bottom": {},
     "the same, uncertainty": {"train.balance": "uncertainty"},
     "the same, GradNorm": {"train.balance": "gradnorm"},
-    "the same, PCGrad": {"train.balance": "pcgrad"},
+    "the same, PCGrad": {"train.balance": {"kind": "pcgrad", "at": "parameters"}},
+    "the same, CAGrad": {"train.balance": {"kind": "cagrad", "at": "parameters"}},
     "MMoE, 2 experts": {"model.towers": {"kind": "mmoe", "experts": 2, **SMALL}},
+    "MMoE, 4 experts": {"model.towers": {"kind": "mmoe", "experts": 4, **SMALL}},
     "PLE, 1 + 1 experts": {
         "model.towers": {"kind": "ple", "experts": 1, "task_experts": 1, **SMALL}
     },
+    "PLE, 1 + 2 experts": {
+        "model.towers": {"kind": "ple", "experts": 1, "task_experts": 2, **SMALL}
+    },
 }
-QUICK = ("shared bottom", "PLE, 1 + 1 experts")
+QUICK = ("shared bottom", "PLE, 1 + 2 experts")
 ROWS, SEEDS = 20_000, 3
 
 
