@@ -81,6 +81,8 @@ class Network(nnx.Module):
         self.other_towers = nnx.List(
             [config.towers.make(sizes, dtype=dtype, rngs=rngs) for _ in range(1, alone)]
         )
+        known = context and inputs.has_items and not inputs.has_events
+        self.other_users = nnx.List([made(context, d) for _ in range(1, alone) if known])
         hidden = _hidden_sizes(self.towers, sizes, dtype)
         if config.members > 1 and hasattr(self.towers, "loss_inputs") and self.towers.loss_inputs:
             raise ConfigError(
@@ -177,11 +179,15 @@ class Network(nnx.Module):
             for side in (context, states.request)
         )
         user = jnp.zeros((n, 0), self.dtype)
-        items, pairs, logits = [user] * versions, [list[jax.Array]()] * versions, {}
+        users, pairs, logits = [user] * versions, [list[jax.Array]()] * versions, {}
+        items = users
         if self.inputs.has_items and candidates is not None:
             user = jnp.asarray(states.vectors).reshape(n, d)
             items = jnp.split(candidates.reshape(n, -1), candidates.shape[-1] // d, axis=-1)
-            pairs = [_paired(user, item) for item in items[:versions]]
+            users = [user] * versions
+            for number, of in enumerate(self.other_users, 1):  # what is known of them, all own
+                users[number] = of(contexts[number])
+            pairs = [_paired(of, item) for of, item in zip(users, items, strict=False)]
             if self.inputs.retrieval:
                 logits[self.inputs.retrieval] = pairs[0][-1][:, 0] / self.config.temperature
             if self.inputs.has_events:
@@ -196,8 +202,8 @@ class Network(nnx.Module):
         context, request = contexts[0], requests[0]
         read = self._read_by_name(context, request, items[versions:])
         if self.other_towers:
-            each_input = zip(inputs, contexts, requests, items, strict=False)
-            given = [TowerInput(x, c, r, user, item, read) for x, c, r, item in each_input]
+            each_input = zip(inputs, contexts, requests, users, items, strict=False)
+            given = [TowerInput(x, c, r, u, item, read) for x, c, r, u, item in each_input]
         else:
             of_tasks = dict(zip(self.inputs.own, inputs[1:], strict=True))
             given = [TowerInput(inputs[0], context, request, user, items[0], read, of_tasks)]

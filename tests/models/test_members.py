@@ -134,27 +134,21 @@ def test_the_loss_is_the_mean_of_the_members_losses() -> None:
     np.testing.assert_allclose(sums["size"], weight.sum() * math.log(9) ** 2 / 2, rtol=1e-5)
 
 
-def _without_context(**model: Any) -> tuple[Model, Any]:
-    """Towers read the moment and the item alone, so that all they read is each member's own."""
-    kept = ("hour", "discount", "brand", "price")
-    declared = tiny.experiment(
+def _without_a_past(**model: Any) -> tuple[Model, Any]:
+    """No encoder and no retrieval, so that all that there is can be each member's own."""
+    declared, learned, examples = tiny.without_history(
         tasks={name: tiny.TASKS[name] for name in ("click", "stars", "genre")},
-        features={name: tiny.FEATURES[name] for name in kept},
-        data={"history_length": 0},
         model={"dropout": 0.0, "fusion": "none", "interaction": "dcn"} | model,
     )
-    none: dict[str, Any] = {"history_length": 0, "history": (), "context_ids": ()}
-    learned = dataclasses.replace(tiny.manifest(), **none, context_numbers=())
-    return make_model(declared, learned), tiny.batch(0)._replace(events={}, context={}, row=None)
+    return make_model(declared, learned), examples._replace(row=None)
 
 
 def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
     """Loss and gradients of two members are halves of those of two models, one with the tables and
     layers of each: neither learns from the other."""
-    both, examples = _without_context(members=2, members_share="encoder")
-    one, _ = _without_context()
+    both, examples = _without_a_past(members=2, members_share="encoder")
+    one, _ = _without_a_past()
     catalogue, second = tiny.catalogue(), "member 2"
-    examples = examples._replace(cutoff=examples.cutoff * 0)
     stacks = initial_stacks(both.layout, jax.random.key(3, impl="rbg"), FLOAT, low=False)
 
     def loss(model: Model, params: Any, rows: Any) -> jax.Array:
@@ -171,10 +165,12 @@ def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
     for number, own in enumerate(("", second)):
         of = dict(one.init(0)["network"]) | {"interactions": {0: network["interactions"][number]}}
         if own:
-            of |= {"items": network["own_items"][0], "request": network["own_request"][0]}
-            of |= {"towers": network["other_towers"][0]}
+            parts = {side: f"own_{side}" for side in ("items", "context", "request")}
+            parts |= {"towers": "other_towers", "user_context": "other_users"}
+            of |= {name: network[of_second][0] for name, of_second in parts.items()}
         else:
-            of |= {name: network[name] for name in ("items", "request", "towers")}
+            shared = ("items", "context", "request", "towers", "user_context")
+            of |= {name: network[name] for name in shared}
         names = {group: own_name(group, own) for group in one.layout.groups}
         value, gradient = alone({"network": of}, {g: rows[name] for g, name in names.items()})
         expected += float(value) / 2
@@ -186,4 +182,4 @@ def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
 
 def test_members_have_no_tables_of_their_own_beside_those_of_tasks() -> None:
     with pytest.raises(ConfigError, match="has tables of each task already"):
-        _without_context(members=2, members_share="encoder", towers="stem")
+        _without_a_past(members=2, members_share="encoder", towers="stem")
