@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model.towers": {"kind": "ple", "experts": 1, "task_experts": 2, **SMALL}
     },
 }
-QUICK = ("shared bottom", "PLE, 1 + 2 experts")
+QUICK = ("shared bottom", "MMoE, 4 experts")
 ROWS, SEEDS = 20_000, 3
 
 
