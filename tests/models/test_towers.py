@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtrec_jax.balance.pcgrad import PCGrad
-from mtrec_jax.balance.static import Static
+from mtrec_jax.balance import BALANCERS
 from mtrec_jax.data.dataset import TaskField
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import parse_experiment
@@ -840,10 +840,19 @@ def test_members_are_refused_where_losses_need_more_than_logits() -> None:
 _SLOW = {"home": pytest.mark.slow}  # a program of hundreds of small layers
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=_SLOW.get(k, ())) for k in TOWERS])
-def test_every_kind_learns_with_static_weights_and_with_gradients(kind: str) -> None:
+_TURNS = itertools.cycle(name for name in BALANCERS if name != "static")
+
+
+@pytest.mark.parametrize(
+    ("kind", "balance"),
+    [pytest.param(k, b, marks=_SLOW.get(k, ())) for k, b in zip(TOWERS, _TURNS, strict=False)],
+)
+def test_every_kind_learns_with_static_weights_and_another_balancing(
+    kind: str, balance: str
+) -> None:
     """Through the model's own losses: a small step along what the balancer makes of them lowers
-    their sum, and reaches every layer."""
+    their sum, and reaches every layer. Balancers take turns, so that each has a kind of towers;
+    all pairs are trained by `python -m benchmarks combinations`."""
     towers = {"kind": kind, "expert_hidden": [4], "tower_hidden": []} | SMALL.get(kind, {})
     if kind == "pepnet":  # layers of the tasks are all that it has
         towers = {"kind": kind, "domain": ["hour"], "gate_hidden": 8, "tower_hidden": [4]}
@@ -854,7 +863,7 @@ def test_every_kind_learns_with_static_weights_and_with_gradients(kind: str) -> 
     wanted = model.ids(batch, catalogue, None)
     rows = fetch(model.layout, stacks, wanted.ids)
     ones = jnp.ones(len(model.names))
-    balancers = {"static": Static().make(ones), "pcgrad": PCGrad().make(ones)}
+    balancers = {name: BALANCERS[name]().make(ones) for name in ("static", balance)}
 
     @jax.jit
     def step(network: Any) -> tuple[jax.Array, dict[str, Any]]:
