@@ -122,7 +122,8 @@ def of_towers(
 
     model, known = experiment.model, {field.name for field in dataclasses.fields(TOWERS[kind])}
     sizes = {n: v for n, v in vars(model.towers).items() if n in known and n != "kind"}
-    model = dataclasses.replace(model, towers=TOWERS[kind](**sizes))
+    share = "layers" if getattr(TOWERS[kind], "task_tables", False) else model.members_share
+    model = dataclasses.replace(model, towers=TOWERS[kind](**sizes), members_share=share)
     scores: Scores = {}
     seconds = []
     for seed in seeds:
@@ -151,7 +152,8 @@ def of_trees(
     scores: Scores = {}
     seconds = np.zeros(len(seeds))
     for task in rows["train"].labels:
-        tuned = drawn(library, rows, task, trials, work / f"{library}-{task}.jsonl")
+        kept = work / f"{library}-{task}-{prepared.manifest.fingerprint}.jsonl"
+        tuned = drawn(library, rows, task, trials, kept)
         best = draw(library, int(np.argmax(tuned)))
         print(f"{library}, {task}: {best}, {max(tuned):.4f}; defaults {tuned[0]:.4f}")
         for place, seed in enumerate(seeds):
