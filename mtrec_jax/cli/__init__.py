@@ -22,6 +22,7 @@ from mtrec_jax.cli import data, doctor, plan, study, train, use
 from mtrec_jax.cli.options import say
 from mtrec_jax.errors import Error, Stalled
 from mtrec_jax.interrupts import unwinding
+from mtrec_jax.machine import keep_freed_memory
 
 app = typer.Typer(
     name="mtrec",
@@ -81,6 +82,7 @@ def main(begin: Callable[[], None] | None = None) -> None:
     `begin` is called first, and its errors are treated alike.
     """
     _quieten(alone=begin is None)
+    keep_freed_memory()
     with unwinding() as received, naming(as_option):
         try:
             if begin:
