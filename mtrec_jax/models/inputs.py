@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,8 +106,11 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
     kinds = {name: task.kind for name, task in experiment.tasks.items()}
     learned = {name: manifest.tasks[name] for name, kind in kinds.items() if kind in KINDS}
     towers = experiment.model.towers
-    own = _owners(experiment.model, kinds)
-    _add_own(tables, groups, own)
+    own = _owners(experiment.model, kinds) if learned else ()
+    kept = {"history", "bias"}  # which no tower reads
+    if not experiment.model.fusion.learns:  # only then towers score negatives
+        kept |= {"negative", "negative_features"}
+    _add_own(tables, groups, own, kept)
     return Inputs(
         layout=make_layout(tables, groups, experiment.model.width),
         numbers={s: tuple(f.slots for f in numbers) for s, (_, numbers) in sides.items()},
@@ -169,10 +172,14 @@ def _owners(model: Model, kinds: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _add_own(
-    tables: dict[str, TableSize], groups: dict[str, list[tuple[str, int]]], own: tuple[str, ...]
+    tables: dict[str, TableSize],
+    groups: dict[str, list[tuple[str, int]]],
+    own: tuple[str, ...],
+    kept: Collection[str],
 ) -> None:
-    """Tables of each owner beside all that towers read, and groups that look them up."""
-    for group in [group for group in groups if group not in ("history", "bias")]:
+    """Tables of each owner beside all that towers read, and groups that look them up; groups of
+    `kept` have none."""
+    for group in [group for group in groups if group not in kept]:
         for whose in own:
             groups[own_name(group, whose)] = [
                 (own_name(name, whose), slots) for name, slots in groups[group]

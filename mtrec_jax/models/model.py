@@ -200,15 +200,19 @@ def _with_more(
     group: str,
 ) -> jax.Array:
     """Vectors [..., D] of items [...] with what towers alone read of them, [..., W]: the vector of
-    each owner's tables, then the features that they read by name."""
+    each owner's tables, then the features that they read by name, in the shared tables and in each
+    owner's."""
+    owners = [w for w in inputs.own if own_name(group, w) in inputs.layout.groups]
     parts = [vectors]
-    parts += [_items(layers, rows, catalogue, item, group, whose) for whose in inputs.own]
+    parts += [_items(layers, rows, catalogue, item, group, whose) for whose in owners]
     if places := [place for side, place in inputs.read.values() if side == "item"]:
-        features = rows[f"{group}_features"]
-        features = features[:, features.shape[1] - item.shape[1] :] if item.ndim == 2 else features
         ids = jnp.asarray(catalogue.ids)[item]
-        pooled = pool(inputs.layout.groups["item_features"], ids, features)
-        parts += [pooled[..., place, :] for place in places]
+        for whose in ("", *owners):
+            features = rows[own_name(f"{group}_features", whose)]
+            if item.ndim == 2:  # behind those of the events, which the shared rows have as well
+                features = features[:, features.shape[1] - item.shape[1] :]
+            pooled = pool(inputs.layout.groups["item_features"], ids, features)
+            parts += [pooled[..., place, :] for place in places]
     return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else vectors
 
 

@@ -200,13 +200,13 @@ class Network(nnx.Module):
             return Outputs({name: score}, score, jnp.ones((b, p, 1), score.dtype), {}, {}), None
         inputs = self._crossed(contexts, requests, pairs)
         context, request = contexts[0], requests[0]
-        read = self._read_by_name(context, request, items[versions:])
+        read = self._read_by_name(contexts, requests, items[versions:])
         if self.other_towers:
-            each_input = zip(inputs, contexts, requests, users, items, strict=False)
-            given = [TowerInput(x, c, r, u, item, read) for x, c, r, u, item in each_input]
+            each_input = zip(inputs, contexts, requests, users, items, read, strict=False)
+            given = [TowerInput(*of_member) for of_member in each_input]
         else:
             of_tasks = dict(zip(self.inputs.own, inputs[1:], strict=True))
-            given = [TowerInput(inputs[0], context, request, user, items[0], read, of_tasks)]
+            given = [TowerInput(inputs[0], context, request, user, items[0], read[0], of_tasks)]
         found, each = self._answers(given, key)
         logits |= found.logits
         names, known = self.inputs.order, calibrations or {}
@@ -244,15 +244,19 @@ class Network(nnx.Module):
         return found
 
     def _read_by_name(
-        self, context: jax.Array, request: jax.Array, items: list[jax.Array]
-    ) -> dict[str, jax.Array]:
-        """The features [n, D] that the towers read by their names; of items in their order."""
-        sides, of_items = {"context": context, "request": request}, iter(items)
-        d = self.config.width
-        return {
-            name: next(of_items) if side == "item" else sides[side][:, place * d : (place + 1) * d]
-            for name, (side, place) in self.inputs.read.items()
-        }
+        self, contexts: list[jax.Array], requests: list[jax.Array], items: list[jax.Array]
+    ) -> list[dict[str, jax.Array]]:
+        """The features [n, D] that the towers read by their names, by each version of the tables;
+        of items in their order."""
+        of_items, d, found = iter(items), self.config.width, []
+        for context, request in zip(contexts, requests, strict=True):
+            sides = {"context": context, "request": request}
+            named = {
+                name: next(of_items) if side == "item" else sides[side][:, p * d : (p + 1) * d]
+                for name, (side, p) in self.inputs.read.items()
+            }
+            found.append(named)
+        return found
 
     def _answers(
         self, given: list[TowerInput], key: jax.Array | None

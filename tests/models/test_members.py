@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.models.inputs import Inputs, own_name
+from mtrec_jax.models.inputs import Inputs, make_inputs, own_name
 from mtrec_jax.models.members import Members, mean_answer, together
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.objective import make_objective
@@ -134,11 +134,15 @@ def test_the_loss_is_the_mean_of_the_members_losses() -> None:
     np.testing.assert_allclose(sums["size"], weight.sum() * math.log(9) ** 2 / 2, rtol=1e-5)
 
 
+GATED = {"kind": "pepnet", "domain": ["hour"], "priors": ["segment", "brand"], "gate_hidden": 4}
+GATED |= {"tower_hidden": [4]}  # what it reads by name is each member's own as well
+
+
 def _without_a_past(**model: Any) -> tuple[Model, Any]:
     """No encoder and no retrieval, so that all that there is can be each member's own."""
     declared, learned, examples = tiny.without_history(
         tasks={name: tiny.TASKS[name] for name in ("click", "stars", "genre")},
-        model={"dropout": 0.0, "fusion": "none", "interaction": "dcn"} | model,
+        model={"dropout": 0.0, "fusion": "none", "interaction": "dcn", "towers": GATED} | model,
     )
     return make_model(declared, learned), examples._replace(row=None)
 
@@ -172,6 +176,8 @@ def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
             shared = ("items", "context", "request", "towers", "user_context")
             of |= {name: network[name] for name in shared}
         names = {group: own_name(group, own) for group in one.layout.groups}
+        # no tower reads sampled negatives
+        names |= {group: group for group in names if group.startswith("negative")}
         value, gradient = alone({"network": of}, {g: rows[name] for g, name in names.items()})
         expected += float(value) / 2
         for group, name in names.items():
@@ -183,3 +189,19 @@ def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
 def test_members_have_no_tables_of_their_own_beside_those_of_tasks() -> None:
     with pytest.raises(ConfigError, match="has tables of each task already"):
         _without_a_past(members=2, members_share="encoder", towers="stem")
+
+
+def test_nothing_is_looked_up_for_members_that_no_tower_reads() -> None:
+    """Sampled negatives are scored by the retrieval alone, unless a fusion learns from them; a
+    model for retrieval alone has no towers."""
+
+    def owned(tasks: Any, **model: Any) -> set[str]:
+        several = {"members": 2, "members_share": "encoder"} | model
+        declared = tiny.experiment(tasks=tasks, model=several)
+        inputs = make_inputs(declared, tiny.manifest())
+        return {group.partition(":")[0] for group in inputs.layout.groups if ":" in group}
+
+    read = {"context", "request", "item", "item_features"}
+    assert owned(tiny.TASKS, fusion="weighted") == read
+    assert owned(tiny.TASKS, fusion="attention") == read | {"negative", "negative_features"}
+    assert owned({"next": tiny.TASKS["next"]}, fusion="none") == set()
