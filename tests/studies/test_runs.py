@@ -6,12 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
+import mtrec_jax
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.experiments import overridden, parse_experiment
 from mtrec_jax.models.calibration import Scaling
-from mtrec_jax.studies.runs import Predicted, corrected_t_test, difference, predicted
-from mtrec_jax.train.run import Run, load_answers, load_best
+from mtrec_jax.studies.runs import (
+    Predicted,
+    corrected_t_test,
+    difference,
+    ensemble,
+    metrics_by_run,
+    predicted,
+    trained,
+)
+from mtrec_jax.train.run import Run, best_step, load_answers, load_best
 
 
 def said(labels: list[float], values: list[float], users: list[str], rows: list[int]) -> Predicted:
@@ -84,3 +97,68 @@ def test_what_a_run_says_is_calibrated_where_its_evaluation_is(
     odds = known.gain * np.log(raw / (1 - raw)) + known.bias
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-odds)), rtol=1e-6)
     assert np.abs(found - raw).max() > 1e-4
+
+
+KINDS = ("binary", "regression", "multiclass", "ordinal", "watch_time")
+
+
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Prepared]:
+    """160 rows with a task of every kind but retrieval, all of one number."""
+    x = np.random.default_rng(0).normal(size=160)
+    labels = {
+        "binary": (x > 0).astype(np.int64),
+        "regression": 2 * x,
+        "multiclass": np.where(x > 0, "high", "low"),
+        "ordinal": np.digitize(x, [-0.5, 0.5]) * 2 + 1,
+        "watch_time": np.exp(x),
+    }
+    experiment = parse_experiment(
+        {
+            "name": "kinds",
+            "data": {"history_length": 0},
+            "split": {"kind": "random", "validation": 0.3, "test": 0.1},
+            "features": {"x": {"on": "request", "kind": "numeric"}},
+            "tasks": {kind: {"kind": kind} for kind in KINDS},
+            "model": {
+                "width": 4,
+                "dropout": 0,
+                "fusion": "none",
+                "towers": {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": []},
+            },
+            "train": {"steps": 2, "batch_size": 32, "evaluate_every": 2, "mesh": [1, 1]},
+            "evaluate": {"bootstrap": 0, "calibrate": True},
+        }
+    )
+    folder = tmp_path_factory.mktemp("kinds") / "prepared"
+    tables = {"events": pa.table({"x": x} | labels)}
+    return experiment, mtrec_jax.prepare(experiment, None, folder, tables=tables)
+
+
+def test_every_kind_is_measured_as_its_evaluation_does_and_a_longer_run_anew(
+    every_kind: tuple[Experiment, Prepared], tmp_path: Path, compiled_programs: dict[str, str]
+) -> None:
+    """Ordered classes with their numbers, 1, 3 and 5: from the kept file as from the run."""
+    experiment, prepared = every_kind
+    path, folder = tmp_path / "kept.parquet", tmp_path / "run"
+    found: list[Predicted] = []
+    for steps in (2, 6):
+        longer = overridden(experiment, {"train.steps": steps})
+        run = trained(longer, prepared, folder, show_progress=False)
+        assert best_step(run) == steps
+        found.append(predicted(run, "validation", path))
+    tasks = mtrec_jax.evaluate_run(run)[0].tasks
+    before, now = found
+    for kind in KINDS:
+        values = metrics_by_run({"before": before, "now": now}, kind, kind, (10,))
+        assert values["now"] == pytest.approx(tasks[kind], rel=1e-6), kind
+        assert np.abs(before.values[kind] - now.values[kind]).max() > 0
+        metric = {"binary": "log_loss", "multiclass": "log_loss"}.get(kind, "mae")
+        pair = difference([(now, before)], kind, kind, metric, resamples=0)
+        assert pair.value == pytest.approx(values["before"][metric] - values["now"][metric])
+    assert now.numbers == {"ordinal": [1, 3, 5], "multiclass": []}
+    joined = ensemble(found).values["ordinal"]
+    np.testing.assert_allclose(joined, (before.values["ordinal"] + now.values["ordinal"]) / 2)
+    kept = path.stat().st_mtime_ns
+    predicted(run, "validation", path)
+    assert path.stat().st_mtime_ns == kept, "nothing has changed"
