@@ -3,7 +3,7 @@
 A study is a folder:
 
 ```
-runs/NAME/SEED              run folders: joint, only-TASK, and joint with other weights
+runs/NAME/SEED              run folders: joint, only-TASK, and joint@… of static weights
 kept/NAME/SEED.parquet      what each run says of the validation targets
 kept/joint/SEED.jsonl       gradient cosines at each evaluation
 transfer.json, transfer.png the report
@@ -59,9 +59,7 @@ class Transfer:
     tasks: Result  # a row a task: joint and alone (means over seeds), gain, low, high, verdict
     cosines: Result | None  # a row a seed, evaluation and pair of losses
     gates: Result | None  # a row a gate, task and expert: mean and deviation over examples
-    weights: (
-        Result | None
-    )  # a row a setting of the weights: the metrics, and which are on the front
+    weights: Result | None  # a row a setting of the weights: the metrics, and the front's
     differences: dict[str, Difference]  # {task: joint against alone}
 
 
@@ -87,8 +85,10 @@ def transfer(
       prepared: the data of all runs.
       out: folder of the study.
       seeds: trainings of each, from `train.seed` on.
-      weights: factors, such as (0.25, 4): the joint model is also trained with each task's weight
-        times each of them in turn, with the first seed, for a front of static weightings.
+      weights: factors, such as (0.25, 4): the joint model is also trained by `train.balance =
+        "static"` with each task's weight times each of them in turn, and where it is balanced
+        otherwise, as declared as well, for a front of static weightings. All have the first seed
+        alone, and no interval: neither the chance of training nor that of users is in it.
       twins: settings of the twins, such as {"model.towers": "shared_bottom"} where the joint
         model's towers need several tasks.
       cosines: record gradient cosines at each evaluation; see `conflict.make_probe` for what they
@@ -145,10 +145,13 @@ def _plans(
     plans = {JOINT: e}
     for task in e.tasks:
         plans[f"only-{task}"] = overridden(chosen(e, tasks=[task]), twins)
+    balance = {"train.balance": "static"}
+    if weights and e.train.balance.kind != "static":
+        plans[f"{JOINT}@static"] = overridden(e, balance)
     for task, declared in e.tasks.items():
         for factor in weights:
-            key = f"tasks.{task}.weight"
-            plans[f"{JOINT}@{task}x{factor:g}"] = overridden(e, {key: declared.weight * factor})
+            one = balance | {f"tasks.{task}.weight": declared.weight * factor}
+            plans[f"{JOINT}@{task}x{factor:g}"] = overridden(e, one)
     return plans
 
 
@@ -222,7 +225,8 @@ def _tasks(
 def _front(
     e: Experiment, plans: Mapping[str, Experiment], kept: Mapping[str, list[Predicted]]
 ) -> Result:
-    """The joint model's metrics by weights, first seed, and which settings nothing beats in all."""
+    """The joint model's metrics by static weights, first seed, and the settings that no static one
+    beats in all tasks; where the joint model is balanced otherwise, it is a point beside them."""
     names = [name for name in plans if name == JOINT or "@" in name]
     values, signs = [], []
     for task, declared in e.tasks.items():
@@ -232,7 +236,8 @@ def _front(
         values.append([found[name][metric] for name in names])
         signs.append(1.0 if metric_named(metric).larger_is_better else -1.0)
     table = np.array(values).T  # [settings, tasks]
-    front = not_dominated(table * np.array(signs))
+    static = [plans[name].train.balance.kind == "static" for name in names]
+    front = not_dominated(table * np.array(signs), np.array(static))
     rows = []
     for number, name in enumerate(names):
         weights = {f"weight {t}": task.weight for t, task in plans[name].tasks.items()}
@@ -240,12 +245,15 @@ def _front(
             f"{task} {main_metric(e, task)}": float(value)
             for task, value in zip(e.tasks, table[number], strict=True)
         }
-        rows.append({**weights, **metrics, "on the front": "yes" if front[number] else ""})
+        balance = {"balance": plans[name].train.balance.kind}
+        rows.append({**balance, **weights, **metrics, "on the front": "yes" if front[number] else ""})
     return Result(pa.Table.from_pylist(rows))
 
 
-def not_dominated(values: np.ndarray) -> np.ndarray:
+def not_dominated(values: np.ndarray, by: np.ndarray | None = None) -> np.ndarray:
     """Which of n points [n, T] no other one equals or beats in all T, and beats in one.
+
+    `by` [n] bool: those that can beat; None: all.
 
     >>> not_dominated(np.array([[1.0, 3.0], [2.0, 2.0], [1.0, 2.0]])).tolist()
     [True, True, False]
@@ -253,6 +261,8 @@ def not_dominated(values: np.ndarray) -> np.ndarray:
     others, own = values[None], values[:, None]
     no_worse = np.all(others >= own, axis=-1)  # [i, j]: j is nowhere worse than i
     beaten = no_worse & np.any(others > own, axis=-1)
+    if by is not None:
+        beaten &= by
     return np.asarray(~np.any(beaten, axis=1))
 
 

@@ -68,6 +68,35 @@ def test_weights_are_swept_one_task_at_a_time_and_the_front_is_marked(
     assert [row["on the front"] for row in rows] == ["yes", "", "yes"]
 
 
+def test_the_front_is_of_static_weights_whatever_balances_the_joint_model(
+    small: tuple[Experiment, Prepared],
+) -> None:
+    """FAMO at AUC 1, 1 beats all, but the front is that of the static ones beside it: 1, 0 with the
+    declared weights and 0, 1; .5, 0 is beaten by them. At 0, 0 it is behind them itself."""
+    e = overridden(small[0], {"train.balance": "famo"})
+    plans = _plans(e, (4.0,), {})
+    kinds = {name: plan.train.balance.kind for name, plan in plans.items()}
+    static = ["joint@static", "joint@plusx4", "joint@minusx4"]
+    assert kinds == {"joint": "famo", "only-plus": "famo", "only-minus": "famo"} | dict.fromkeys(
+        static, "static"
+    )
+    assert list(_plans(e, (), {})) == ["joint", "only-plus", "only-minus"]
+    labels = {task: np.array([0.0, 1.0]) for task in ("plus", "minus")}
+
+    def said(plus: float, minus: float) -> list[Predicted]:
+        values = {"plus": np.array([0.5, plus]), "minus": np.array([0.5, minus])}
+        return [Predicted(np.array(["u", "v"]), np.arange(2), np.full(2, -1), labels, values)]
+
+    kept = dict(zip(static, (said(1, 0), said(0.5, 0), said(0, 1)), strict=True))
+    rows = list(_front(e, plans, kept | {"joint": said(1, 1)}))
+    assert [row["balance"] for row in rows] == ["famo", "static", "static", "static"]
+    weights = [(row["weight plus"], row["weight minus"]) for row in rows]
+    assert weights == [(1, 1), (1, 1), (4, 1), (1, 4)]
+    assert [row["on the front"] for row in rows] == ["yes", "yes", "", "yes"]
+    rows = list(_front(e, plans, kept | {"joint": said(0, 0)}))
+    assert [row["on the front"] for row in rows] == ["", "yes", "", "yes"]
+
+
 @pytest.mark.slow
 def test_a_study_has_twins_cosines_and_gates(
     small: tuple[Experiment, Prepared], tmp_path: Path, compiled_programs: dict[str, str]
