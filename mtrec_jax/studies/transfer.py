@@ -58,7 +58,7 @@ class Transfer:
 
     tasks: Result  # a row a task: joint and alone (means over seeds), gain, low, high, verdict
     cosines: Result | None  # a row a seed, evaluation and pair of losses
-    gates: Result | None  # a row a gate, task and expert: mean and deviation over examples
+    gates: Result | None  # a row a gate, member, task and expert: mean, deviation over examples
     weights: Result | None  # a row a setting of the weights: the metrics, and the front's
     differences: dict[str, Difference]  # {task: joint against alone}
 
@@ -268,7 +268,8 @@ def not_dominated(values: np.ndarray, by: np.ndarray | None = None) -> np.ndarra
 
 def gate_use(run: Run) -> Result | None:
     """What the towers' gates choose on validation: mean and deviation over examples of the weight
-    that each task gives to each expert; None where the towers have no gates."""
+    that each task gives to each expert, of each member by itself; None where the towers have no
+    gates."""
     mesh = shared_mesh(run.experiment)
     serving = prepared_serving(run.experiment, run.prepared, mesh)
     params, tables, _ = load_best(run, mesh, serving.model)
@@ -297,19 +298,32 @@ def gate_use(run: Run) -> Result | None:
         weight = np.asarray(batch.weight)
         found = sums(own, states, own_vectors, np.asarray(batch.candidate), weight)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
-    rows = []
     tasks = [name for name, task in config.tasks.items() if task.kind != "retrieval"]
-    for name, (one, two) in (total[1] if total else {}).items():
-        mean = np.asarray(one) / float(total[0])
-        deviation = np.sqrt(np.maximum(np.asarray(two) / float(total[0]) - mean**2, 0))
-        for place, value in np.ndenumerate(mean):
-            of_task = tasks[place[0]] if mean.ndim == 2 and len(mean) == len(tasks) else ""
-            spread = float(deviation[place])
-            rows.append(
-                {"gate": name, "task": of_task, "expert": int(place[-1])}
-                | {"mean": float(value), "deviation": spread}
-            )
+    weight, gates = jax.tree.map(np.asarray, total or (0, {}))
+    rows = _gate_rows(float(weight), gates, tasks, config.model.members)
     return Result(pa.Table.from_pylist(rows)) if rows else None
+
+
+def _gate_rows(
+    weight: float,
+    sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    tasks: Sequence[str],
+    members: int,
+) -> list[dict[str, Any]]:
+    """A row a gate, member, task and expert, of {gate: weighted sums of its values and of their
+    squares}: [T, E] or [E], of several members [K, T, E] or [K, E]."""
+    rows = []
+    for name, (one, two) in sums.items():
+        mean = one / weight
+        deviation = np.sqrt(np.maximum(two / weight - mean**2, 0))
+        if members == 1:
+            mean, deviation = mean[None], deviation[None]
+        of_tasks = mean.ndim == 3 and mean.shape[1] == len(tasks)
+        for place, value in np.ndenumerate(mean):
+            task = tasks[place[1]] if of_tasks else ""
+            row = {"gate": name, "member": place[0] + 1, "task": task, "expert": place[-1]}
+            rows.append(row | {"mean": float(value), "deviation": float(deviation[place])})
+    return rows
 
 
 def _plain(e: Experiment, found: Transfer) -> dict[str, Any]:
