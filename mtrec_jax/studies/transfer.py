@@ -246,7 +246,9 @@ def _front(
             for task, value in zip(e.tasks, table[number], strict=True)
         }
         balance = {"balance": plans[name].train.balance.kind}
-        rows.append({**balance, **weights, **metrics, "on the front": "yes" if front[number] else ""})
+        rows.append(
+            {**balance, **weights, **metrics, "on the front": "yes" if front[number] else ""}
+        )
     return Result(pa.Table.from_pylist(rows))
 
 
