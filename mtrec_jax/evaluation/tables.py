@@ -200,8 +200,8 @@ def print_compared(result: Result, split: str) -> None:
     console.print(table)
     console.print(
         f"Difference to {first}; paired t test over users, p corrected for {tests} comparisons "
-        "(Holm).\nIt compares trainings, not methods: the chance among users is in p, that among seeds "
-        "is not (mtrec study crossval)",
+        "(Holm).\nIt compares trainings, not methods: the chance among users is in p, that among "
+        "seeds is not (mtrec study crossval)",
         style="dim",
     )
 

@@ -242,7 +242,7 @@ def _pairs(
 ) -> Result | None:
     """Each pair of configurations on the tasks that both have, by each task's main metric; p values
     are corrected for how many the table has (Holm)."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     names = list(named)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:

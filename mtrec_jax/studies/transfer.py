@@ -31,7 +31,7 @@ from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.experiments import chosen, overridden
-from mtrec_jax.models.serve import prepared_serving, repeated
+from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.result import Result
 from mtrec_jax.studies.conflict import Cosines, make_probe
 from mtrec_jax.studies.runs import (
@@ -46,7 +46,7 @@ from mtrec_jax.studies.runs import (
 from mtrec_jax.train.loop import OnEvaluation
 from mtrec_jax.train.records import write_json
 from mtrec_jax.train.run import Run, load_best, shared_mesh
-from mtrec_jax.types import PyTree, TrainState
+from mtrec_jax.types import Array, TrainState
 
 Say = Callable[[str], None]
 JOINT = "joint"
@@ -278,18 +278,6 @@ def gate_use(run: Run) -> Result | None:
     vectors = serving.item_vectors(params, tables)
     own, own_vectors = serving.own(params), serving.own(vectors) if len(vectors) else vectors
 
-    @jax.jit
-    def sums(params: PyTree, states: Any, vectors: jax.Array, candidate: Any, weight: Any) -> Any:
-        found = jnp.take(vectors, candidate, axis=0) if vectors.shape[0] else None
-        outputs = serving.model.score(params, repeated(states, candidate.shape[1]), found)
-        there = {n: g for n, g in outputs.diagnostics.items() if "gate" in n}
-
-        def of(gate: jax.Array) -> tuple[jax.Array, jax.Array]:
-            w = weight.reshape(*weight.shape, *[1] * (gate.ndim - 2))
-            return jnp.sum(gate * w, axis=(0, 1)), jnp.sum(gate**2 * w, axis=(0, 1))
-
-        return jnp.sum(weight), {n: of(gate) for n, gate in there.items()}
-
     config = run.experiment
     source = BatchSource(
         run.prepared, "validation", config.evaluate.batch_size, dtype=config.train.precision
@@ -297,13 +285,24 @@ def gate_use(run: Run) -> Result | None:
     total: Any = None
     for batch in (source[n] for n in range(len(source))):
         states = serving.states(params, tables, vectors, batch)
-        weight = np.asarray(batch.weight)
-        found = sums(own, states, own_vectors, np.asarray(batch.candidate), weight)
+        looks = serving.looks(own, states, own_vectors, np.asarray(batch.candidate))
+        found = _sums({n: gate for n, gate in looks.items() if "gate" in n}, batch.weight)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     tasks = [name for name, task in config.tasks.items() if task.kind != "retrieval"]
     weight, gates = jax.tree.map(np.asarray, total or (0, {}))
     rows = _gate_rows(float(weight), gates, tasks, config.model.members)
     return Result(pa.Table.from_pylist(rows)) if rows else None
+
+
+@jax.jit
+def _sums(gates: dict[str, jax.Array], weight: Array) -> Any:
+    """The sum of weights [B, P], and {gate: weighted sums of its values, and of their squares}."""
+
+    def of(gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+        w = jnp.reshape(weight, (*weight.shape, *[1] * (gate.ndim - 2)))
+        return jnp.sum(gate * w, axis=(0, 1)), jnp.sum(gate**2 * w, axis=(0, 1))
+
+    return jnp.sum(jnp.asarray(weight)), {name: of(gate) for name, gate in gates.items()}
 
 
 def _gate_rows(

@@ -68,18 +68,16 @@ def test_runs_of_a_fold_are_trained_once_and_measured_on_equal_targets(
 def test_p_values_of_pairs_are_corrected_for_their_number() -> None:
     """Three configurations, so three comparisons: the smallest p of the corrected t test over three
     folds times 3, the next one times 2, the largest as it is, none below one before (Holm 1979)."""
-    fold_sizes = {"a": (1.0, 2.0, 3.0), "b": (1.5, 2.4, 3.6), "c": (1.2, 3.5, 4.5)}
+    errors = {"a": (1.0, 2.0, 3.0), "b": (1.5, 2.4, 3.6), "c": (1.2, 3.5, 4.5)}
     e = _regression()
     kept = {
-        (name, fold, 0): _off_by(by)
-        for name, of in fold_sizes.items()
-        for fold, by in enumerate(of)
+        (name, fold, 0): _off_by(by) for name, of in errors.items() for fold, by in enumerate(of)
     }
-    found = _pairs(dict.fromkeys(fold_sizes, e), kept, 0.5)
+    found = _pairs(dict.fromkeys(errors, e), kept, 0.5)
     assert found is not None
     alone = {}
     for one, other in (("a", "b"), ("a", "c"), ("b", "c")):
-        d = np.subtract(fold_sizes[other], fold_sizes[one])
+        d = np.subtract(errors[other], errors[one])
         t = d.mean() / np.sqrt((1 / 3 + 0.5) * d.var(ddof=1))
         alone[one, other] = 2 * stats.t.sf(abs(t), 2)
     ranked = sorted(alone, key=lambda pair: alone[pair])
