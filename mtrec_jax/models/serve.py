@@ -248,24 +248,21 @@ def predictions(
     return found
 
 
-def look_names(
-    name: str, shape: Sequence[int], tasks: Sequence[str], members: int
-) -> dict[str, tuple[int, ...]]:
-    """{what people call a number: its place} of a diagnostic's numbers for one pair: the member, of
-    several, the task where there is an axis of them, and the number of the expert or the like.
+def look_names(name: str, shape: Sequence[int], tasks: Sequence[str], members: int) -> list[str]:
+    """What people call each number of a diagnostic of one pair, in the array's order: the member,
+    of several, the task where there is an axis of them, and the number of the expert or the like.
 
-    >>> look_names("gates", (2, 2), ["click", "buy"], 1)
-    {'gates/click/0': (0, 0), 'gates/click/1': (0, 1), 'gates/buy/0': (1, 0), 'gates/buy/1': (1, 1)}
-    >>> look_names("gate_shared", (2, 1), ["click"], 2)
-    {'gate_shared/member 1/0': (0, 0), 'gate_shared/member 2/0': (1, 0)}
+    >>> look_names("gates", (2, 2), ["click", "buy"], members=1)
+    ['gates/click/0', 'gates/click/1', 'gates/buy/0', 'gates/buy/1']
+    >>> look_names("gate_shared", (2, 1), ["click"], members=2)
+    ['gate_shared/member 1/0', 'gate_shared/member 2/0']
     """
     axes = [[str(number) for number in range(size)] for size in shape]
     if members > 1:
         axes[0] = [f"member {number + 1}" for number in range(members)]
     if len(axes) == 2 + (members > 1) and len(axes[-2]) == len(tasks):
         axes[-2] = list(tasks)
-    names = ["/".join([name, *parts]) for parts in itertools.product(*axes)]
-    return dict(zip(names, np.ndindex(*shape), strict=True))
+    return ["/".join([name, *parts]) for parts in itertools.product(*axes)]
 
 
 def pad_rows(array: np.ndarray, size: int, fill: int | float = 0) -> np.ndarray:

@@ -590,8 +590,9 @@ class Recommender:
         for name, numbers in found.items():
             values = np.asarray(numbers)[where].astype(np.float32)
             names = look_names(name, values.shape[1:], tasks, self.experiment.model.members)
-            for column, place in names.items():
-                columns[column] = pa.array(values[(..., *place)].copy(), mask=~told)
+            flat = values.reshape(len(values), len(names))
+            for number, column in enumerate(names):
+                columns[column] = pa.array(flat[:, number].copy(), mask=~told)
         return columns
 
     def _weight_columns(
