@@ -15,6 +15,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.experiments import overridden, parse_experiment
 from mtrec_jax.models.calibration import Scaling
+from mtrec_jax.studies import runs
 from mtrec_jax.studies.runs import (
     Predicted,
     corrected_t_test,
@@ -135,30 +136,70 @@ def every_kind(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Pr
     return experiment, mtrec_jax.prepare(experiment, None, folder, tables=tables)
 
 
-def test_every_kind_is_measured_as_its_evaluation_does_and_a_longer_run_anew(
+def _by_hand(kind: str, labels: np.ndarray, said: np.ndarray) -> tuple[str, float]:
+    """Mean -log of the label's probability, or the mean absolute error: of ordered classes that of
+    the expected number."""
+    if kind == "binary":
+        return "log_loss", float(-np.log(np.where(labels == 1, said, 1 - said)).mean())
+    if kind == "multiclass":
+        return "log_loss", float(-np.log(said[np.arange(len(said)), labels.astype(int)]).mean())
+    expected = said @ [1, 3, 5] if kind == "ordinal" else said
+    return "mae", float(np.abs(labels - expected).mean())
+
+
+def test_every_kind_is_measured(
     every_kind: tuple[Experiment, Prepared], tmp_path: Path, compiled_programs: dict[str, str]
 ) -> None:
-    """Ordered classes with their numbers, 1, 3 and 5: from the kept file as from the run."""
-    experiment, prepared = every_kind
-    path, folder = tmp_path / "kept.parquet", tmp_path / "run"
-    found: list[Predicted] = []
-    for steps in (2, 6):
-        longer = overridden(experiment, {"train.steps": steps})
-        run = trained(longer, prepared, folder, show_progress=False)
-        assert best_step(run) == steps
-        found.append(predicted(run, "validation", path))
-    tasks = mtrec_jax.evaluate_run(run)[0].tasks
-    before, now = found
+    """From the kept file, ordered classes by their numbers, and an ensemble of both halves."""
+    run = trained(*every_kind, tmp_path / "run", show_progress=False)
+    found = predicted(run, "validation", tmp_path / "kept.parquet")
+    off = {task: said * 0.5 for task, said in found.values.items()}
+    off |= {
+        task: (said + 1 / said.shape[1]) / 2
+        for task, said in found.values.items()
+        if said.ndim == 2
+    }
+    other = found._replace(values=off)
     for kind in KINDS:
-        values = metrics_by_run({"before": before, "now": now}, kind, kind, (10,))
-        assert values["now"] == pytest.approx(tasks[kind], rel=1e-6), kind
-        assert np.abs(before.values[kind] - now.values[kind]).max() > 0
-        metric = {"binary": "log_loss", "multiclass": "log_loss"}.get(kind, "mae")
-        pair = difference([(now, before)], kind, kind, metric, resamples=0)
-        assert pair.value == pytest.approx(values["before"][metric] - values["now"][metric])
-    assert now.numbers == {"ordinal": [1, 3, 5], "multiclass": []}
-    joined = ensemble(found).values["ordinal"]
-    np.testing.assert_allclose(joined, (before.values["ordinal"] + now.values["ordinal"]) / 2)
-    kept = path.stat().st_mtime_ns
-    predicted(run, "validation", path)
-    assert path.stat().st_mtime_ns == kept, "nothing has changed"
+        metric, expected = _by_hand(kind, found.labels[kind], found.values[kind])
+        (values,) = metrics_by_run({0: found}, kind, kind, (10,)).values()
+        assert values[metric] == pytest.approx(expected, rel=1e-5), kind
+        worse = _by_hand(kind, found.labels[kind], off[kind])[1]
+        pair = difference([(found, other)], kind, kind, metric, resamples=0)
+        assert pair.value == pytest.approx(worse - expected, abs=1e-6), kind
+    joined = ensemble([found, other]).statistics("ordinal", "ordinal", ())
+    mean = (found.values["ordinal"] + off["ordinal"]) / 2
+    value = joined["mae"](np.ones(len(found.row)))
+    assert value == pytest.approx(_by_hand("ordinal", found.labels["ordinal"], mean)[1], rel=1e-5)
+
+
+def test_predictions_are_kept_while_nothing_changes_that_they_depend_on(
+    shop_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lengthened run is another configuration, and has another best step once it has trained."""
+    made: list[str] = []
+
+    def said(run: Run, split: str, known: object) -> pa.Table:
+        made.append(split)
+        return pa.table({"user": ["u"], "row": [len(made)], "rank": [-1]})
+
+    def rows(run: Run, split: str = "validation") -> list[int]:
+        return predicted(run, split, tmp_path / "kept.parquet").row.tolist()
+
+    monkeypatch.setattr(runs, "_said", said)
+    assert [rows(shop_run), rows(shop_run)] == [[1], [1]]
+    longer = replace(shop_run, experiment=overridden(shop_run.experiment, {"train.steps": 54}))
+    assert [rows(longer), rows(longer)] == [[2], [2]]
+    step = best_step(shop_run)
+    monkeypatch.setattr(runs, "best_step", lambda run: step + 27)
+    assert [rows(longer), rows(longer)] == [[3], [3]]
+    assert [rows(longer, "test"), rows(longer, "test")] == [[4], [4]]
+    rules = replace(longer.experiment.evaluate, calibrate=True)
+    calibrated = replace(longer, experiment=replace(longer.experiment, evaluate=rules))
+    monkeypatch.setattr(runs, "best_step", lambda run: step)
+    assert rows(calibrated, "test") == [5]
+    answers = load_answers(shop_run, step)
+    assert answers is not None
+    other = replace(answers, calibration={"click": Scaling(2.0)})
+    monkeypatch.setattr(runs, "load_answers", lambda run, step: other)
+    assert [rows(calibrated, "test"), rows(calibrated, "test")] == [[6], [6]]
