@@ -114,7 +114,7 @@ class Outputs(NamedTuple):
     logits: dict[str, jax.Array]  # {task: [B, P]}, or [B, P, C] for multiclass
     fused: jax.Array  # [B, P]: the final order, larger is better
     fusion: jax.Array  # [B, P, T] weights of the tasks in it, rows sum to 1
-    diagnostics: dict[str, jax.Array]  # gates and similar [B, P, ...], for people who look inside
+    diagnostics: dict[str, jax.Array]  # gates and similar [B, P, ...], of K members [B, P, K, ...]
     members: dict[str, jax.Array]  # {task: [B, P, K], or [B, P, K, C]} logits; {}: there are none
 
 

@@ -431,7 +431,8 @@ def test_pairs_are_predicted(
     rows, out = tmp_path / f"pairs{suffix}", tmp_path / f"out{suffix}"
     pairs = {"item": ["i0002", "i0005"], "user": ["u00001", "martian"], "note": ["x", "y"]}
     Result(pa.table(pairs)).save(rows)
-    status, _, err = mtrec("predict", shop_run.folder, "--rows", rows, "--out", out)
+    given = "predict", shop_run.folder, "--rows", rows, "--out", out, "--looks"
+    status, _, err = mtrec(*given)
     assert status == 0, err
     assert "mtrec: 1 pair" in err
     assert "not in the prepared data" in err
@@ -440,8 +441,10 @@ def test_pairs_are_predicted(
         ("u00001", "i0002", True),
         ("martian", "i0005", False),
     ]
-    expected = shop_recommender.predict(["u00001", "martian"], ["i0002", "i0005"])
-    assert found[0]["click"] == pytest.approx(expected["click"][0], rel=1e-5)
+    asked = ["u00001", "martian"], ["i0002", "i0005"]
+    expected = shop_recommender.predict(*asked, looks=True)
+    for column in ("click", "gates/buy/1", "weight click"):
+        assert found[0][column] == pytest.approx(expected[column][0], rel=1e-5)
     assert found[1]["click"] in (None, "")
 
 

@@ -98,8 +98,8 @@ def crossval(
     The log is cleaned once, each fold is prepared once, and every run is an ordinary run folder in
     OUT/runs. The table has means, deviations over folds and over seeds. Of two configurations it
     says by how much the first is better, with an interval over users (a paired bootstrap) and a
-    test over folds (corrected for their overlap). Choose by the validation folds; look at the test
-    folds once, with `--split test`.
+    test over folds (corrected for their overlap and for the number of comparisons). Choose by the
+    validation folds; look at the test folds once, with `--split test`.
     """
     from rich.console import Console
 

@@ -139,6 +139,10 @@ def predict(
         Literal["null", "model"],
         typer.Option(help="Where user or item is not in the data: nothing, or the model's guess."),
     ] = "null",
+    looks: Annotated[
+        bool,
+        typer.Option("--looks", help="Also gates, attention and the fusion's weights, as columns."),
+    ] = False,
     prepared: MovedFolder = None,
     events: NewEvents = None,
     profiles: NewUsers = None,
@@ -146,7 +150,7 @@ def predict(
     """Write every task's prediction for given rows or (user, item) pairs."""
     from mtrec_jax.serving.recommender import predict_file
 
-    result = predict_file(_opened(run, prepared, events, profiles), rows, on_unknown)
+    result = predict_file(_opened(run, prepared, events, profiles), rows, on_unknown, looks)
     if "known" in result.columns:
         unknown = result["known"].count(False)
         if unknown:

@@ -59,7 +59,8 @@ def compared(evaluations: Mapping[str, Evaluation], metrics: Sequence[str] = ())
     """Several models in one table, each beside the first, if they were measured by the same rules.
 
     The difference to the first model has a 95 % interval and a p value of a paired t test over
-    users (`paired.paired_difference`); p is corrected for all comparisons of the table (Holm).
+    users (`paired.paired_difference`); p is corrected for all comparisons of the table (Holm). It
+    holds the chance among users alone: it is of two trainings, not of two methods.
 
     Args:
       evaluations: {name of the model: its evaluation}, two or more.
@@ -199,7 +200,8 @@ def print_compared(result: Result, split: str) -> None:
     console.print(table)
     console.print(
         f"Difference to {first}; paired t test over users, p corrected for {tests} comparisons "
-        "(Holm)",
+        "(Holm).\nIt compares trainings, not methods: the chance among users is in p, that among "
+        "seeds is not (mtrec study crossval)",
         style="dim",
     )
 

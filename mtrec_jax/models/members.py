@@ -71,15 +71,16 @@ class Members(nnx.Module):
 def together(
     members: Sequence[TowerOutput], tasks: Mapping[str, TowerTask]
 ) -> tuple[TowerOutput, dict[str, jax.Array]]:
-    """The answer of all, with means of hidden vectors and diagnostics, and what each member says:
-    {task: [n, K]}, or [n, K, C]."""
+    """The answer of all, with means of hidden vectors, and what each member says: {task: [n, K]},
+    or [n, K, C]. Diagnostics stay each member's, [n, K, ...]: the first expert of one member has
+    nothing in common with that of another."""
     each = jax.tree.map(lambda *of: jnp.stack(of, axis=1), *members)
-    means = jax.tree.map(lambda of: jnp.mean(of, axis=1), (each.hidden, each.diagnostics))
+    hidden = jax.tree.map(lambda of: jnp.mean(of, axis=1), each.hidden)
     logits = {
         task: mean_answer(tasks[task].kind, of, tasks[task].loss)
         for task, of in each.logits.items()
     }
-    return TowerOutput(logits, *means), each.logits
+    return TowerOutput(logits, hidden, each.diagnostics), each.logits
 
 
 def mean_answer(kind: str, logits: jax.Array, loss: str = "") -> jax.Array:

@@ -3,12 +3,14 @@
 vectors = serving.item_vectors(params, tables)                  once a model
 states  = serving.states(params, tables, vectors, batch)        histories, once a request
 answer  = serving.answer(params, states, vectors, candidates)   probabilities and order
+looks   = serving.looks(params, states, vectors, candidates)    gates and similar, if asked for
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from mtrec_jax.models.model import CALIBRATION, Model, make_catalogue, make_mode
 from mtrec_jax.sharding import AXES, own_copy, own_part, put_own, replicate
 from mtrec_jax.tables.layout import DENSE
 from mtrec_jax.tables.lookup import fetch
-from mtrec_jax.types import FIRST, Array, Batch, Catalogue, PyTree, UserStates
+from mtrec_jax.types import FIRST, Array, Batch, Catalogue, Outputs, PyTree, UserStates
 
 ITEM_CHUNK = 65_536  # items whose vectors are computed at once
 Tables = dict[str, jax.Array]
@@ -58,6 +60,7 @@ class Serving:
     items: Callable[[PyTree, Tables, Array], jax.Array]  # item ids -> [n, W]
     users: Callable[[PyTree, Tables, Array, Batch], UserStates]
     answer: Callable[[PyTree, UserStates, Array, Array], Answer]  # candidate ids [B, K]
+    looks: Callable[[PyTree, UserStates, Array, Array], dict[str, jax.Array]]  # `diagnostics`
     moments: Callable[[UserStates, Array], UserStates]  # of [n, 2] (example, position): [n, 1, …]
     mesh: Mesh | None = None  # of the parameters and tables; None: one device
 
@@ -136,6 +139,11 @@ def make_serving(
     slots = group_slots(experiment, manifest)
     groups = {task: np.asarray(catalogue.ids)[:, slot] for task, slot in slots.items()}
 
+    def scored(params: PyTree, states: UserStates, vectors: Array, candidates: Array) -> Outputs:
+        """Users [B, P] and as many candidates, or one moment a user and any number of them."""
+        found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
+        return model.score(params, repeated(states, candidates.shape[1]), found)
+
     @jax.jit
     def answer(
         groups: dict[str, Array],
@@ -144,9 +152,7 @@ def make_serving(
         vectors: Array,
         candidates: Array,
     ) -> Answer:
-        """Users [B, P] and as many candidates, or one moment a user and any number of them."""
-        found = jnp.take(vectors, candidates, axis=0) if vectors.shape[0] else None
-        outputs = model.score(params, repeated(states, candidates.shape[1]), found)
+        outputs = scored(params, states, vectors, candidates)
         logits = dict(outputs.logits)
         for task, of in groups.items():
             logits[task] = with_group(logits[task], jnp.take(of, candidates, axis=0))
@@ -156,18 +162,26 @@ def make_serving(
         return Answer(read, outputs.fused, outputs.fusion, logits)
 
     @jax.jit
-    def moments(states: UserStates, places: Array) -> UserStates:
-        row, position = places[:, 0], places[:, 1]
-        picked = jax.tree.map(lambda array: jnp.asarray(array)[row], states)
-        vectors, request, cutoff = (
-            jax.vmap(lambda of, p: of[p][None])(array, position)
-            for array in (picked.vectors, picked.request, picked.cutoff)
-        )
-        return picked._replace(vectors=vectors, request=request, cutoff=cutoff)
+    def looks(
+        params: PyTree, states: UserStates, vectors: Array, candidates: Array
+    ) -> dict[str, jax.Array]:
+        """A program of its own, so that answers do without."""
+        return scored(params, states, vectors, candidates).diagnostics
 
     of_items, of_users = (functools.partial(passed, catalogue) for passed in (items, users))
     of_pairs = functools.partial(answer, groups)
-    return Serving(model, catalogue, of_items, of_users, of_pairs, moments, mesh)
+    return Serving(model, catalogue, of_items, of_users, of_pairs, looks, _moments, mesh)
+
+
+@jax.jit
+def _moments(states: UserStates, places: Array) -> UserStates:
+    row, position = places[:, 0], places[:, 1]
+    picked = jax.tree.map(lambda array: jnp.asarray(array)[row], states)
+    vectors, request, cutoff = (
+        jax.vmap(lambda of, p: of[p][None])(array, position)
+        for array in (picked.vectors, picked.request, picked.cutoff)
+    )
+    return picked._replace(vectors=vectors, request=request, cutoff=cutoff)
 
 
 def _stacks(params: PyTree, tables: Tables) -> Tables:
@@ -232,6 +246,23 @@ def predictions(
         else:
             found[name] = head_of(task.kind, task.loss).predict(x, manifest.tasks[name], xp)
     return found
+
+
+def look_names(name: str, shape: Sequence[int], tasks: Sequence[str], members: int) -> list[str]:
+    """What people call each number of a diagnostic of one pair, in the array's order: the member,
+    of several, the task where there is an axis of them, and the number of the expert or the like.
+
+    >>> look_names("gates", (2, 2), ["click", "buy"], members=1)
+    ['gates/click/0', 'gates/click/1', 'gates/buy/0', 'gates/buy/1']
+    >>> look_names("gate_shared", (2, 1), ["click"], members=2)
+    ['gate_shared/member 1/0', 'gate_shared/member 2/0']
+    """
+    axes = [[str(number) for number in range(size)] for size in shape]
+    if members > 1:
+        axes[0] = [f"member {number + 1}" for number in range(members)]
+    if len(axes) == 2 + (members > 1) and len(axes[-2]) == len(tasks):
+        axes[-2] = list(tasks)
+    return ["/".join([name, *parts]) for parts in itertools.product(*axes)]
 
 
 def pad_rows(array: np.ndarray, size: int, fill: int | float = 0) -> np.ndarray:

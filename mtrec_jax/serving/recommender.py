@@ -28,7 +28,7 @@ from mtrec_jax.evaluation.answers import CHOSEN, FUSED, Answers, described
 from mtrec_jax.evaluation.collect import ordering
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.losses.tasks import class_numbers, labelled
-from mtrec_jax.models.serve import Answer, pad_rows, prepared_serving
+from mtrec_jax.models.serve import Answer, look_names, pad_rows, prepared_serving
 from mtrec_jax.result import Result
 from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
 from mtrec_jax.serving.requests import (
@@ -316,6 +316,7 @@ class Recommender:
         *,
         request: Moments = None,
         on_unknown: Literal["null", "model"] = "null",
+        looks: bool = False,
     ) -> Result:
         """Every task's prediction for (user, item) pairs, given the users' stored histories.
 
@@ -327,6 +328,9 @@ class Recommender:
           request: what is known of the moments, as in `recommend`.
           on_unknown: predictions of a pair whose user or item is not in the data are null; "model":
             what the model says of one that it does not know.
+          looks: also what happens inside, by a program that is compiled when it is first asked for:
+            the fusion's weight of each task, and gates, attention and propensities as columns
+            "gates/TASK/EXPERT" and the like, of members "gates/member 1/TASK/EXPERT".
 
         Returns:
           A `Result`, a row a pair in the given order: user, item, known (both are in the data),
@@ -336,13 +340,14 @@ class Recommender:
           no feature is known.
 
         Raises:
-          ConfigError: the data has no users or no items, use `predict_rows`; or `on_unknown` is
-            neither of the two.
+          ConfigError: the data has no users or no items, use `predict_rows`; or an option is none
+            of those above.
           DataError: different lengths, or a text instead of a list of ids.
         """
         if not self._has_pairs:
             raise ConfigError("this run predicts rows, not (user, item) pairs: use predict_rows")
         one_of("on_unknown", on_unknown, ("null", "model"))
+        one_of("looks", looks, (True, False))
         users, items = raw_texts("users", users), raw_texts("items", items)
         if len(users) != len(items):
             raise DataError(f"predict: {len(users)} users and {len(items)} items; give pairs")
@@ -353,13 +358,15 @@ class Recommender:
             ids = np.array([self.prepared.item_ids.get(i, UNKNOWN) for i in pairs], np.int32)
             known = encoded.known & (ids >= FIRST)
             columns: dict[str, Any] = {"user": users[part], "item": pairs, "known": known}
-            answer = self._answer(self._states(encoded), ids[:, None])
             told = known | (on_unknown == "model")
-            predicted = self._task_columns(answer, _first(pairs), told & ~self._unscored[ids])
+            asked = self._states(encoded), ids[:, None], told & ~self._unscored[ids]
+            predicted = self._told(*asked, looks)
             tables.append(pa.table(columns | predicted | self._marks(encoded.known, ids, told)))
         return Result(pa.concat_tables(tables))
 
-    def predict_rows(self, rows: Any, *, on_unknown: Literal["null", "model"] = "null") -> Result:
+    def predict_rows(
+        self, rows: Any, *, on_unknown: Literal["null", "model"] = "null", looks: bool = False
+    ) -> Result:
         """Every task's prediction for raw rows: features of the request, and where the data has
         them user and item; a user's stored history and features are used.
 
@@ -367,7 +374,7 @@ class Recommender:
           rows: a pandas, Polars or Arrow table, or the path of a file: .csv, .tsv, .jsonl or
             .parquet, the first three also .gz or .zst; with another suffix it is of the training
             files' format.
-          on_unknown: as in `predict`.
+          on_unknown, looks: as in `predict`.
 
         Returns:
           A `Result`, a row each in the given order: row, where the data has users or items known
@@ -375,13 +382,14 @@ class Recommender:
             and reason.
 
         Raises:
-          ConfigError: `on_unknown` is neither of the two.
+          ConfigError: an option is none of those above.
           DataError: a missing file or column, a cell that is no number where one is needed, or
             times of another unit.
         """
         from mtrec_jax.data.new_rows import encode_requests  # loads an engine
 
         one_of("on_unknown", on_unknown, ("null", "model"))
+        one_of("looks", looks, (True, False))
         bias, data = self.experiment.model.bias, self.experiment.data
         arrays = encode_requests(self.prepared, rows, bias.features if bias else ())
         n = len(arrays["user"])
@@ -391,7 +399,6 @@ class Recommender:
         tables = []
         for place in portions(n, self._encoder.sizes):
             part = {name: a[place] for name, a in arrays.items()}
-            answer = self._answer(self._states(self._encoder.rows(part)), part["candidate"])
             columns: dict[str, Any] = {"row": np.arange(place.start, place.stop)}
             if data.user or data.item:
                 columns["known"] = known[place]
@@ -401,7 +408,8 @@ class Recommender:
                 users = (part["user"] >= FIRST) | (not data.user)
                 marks = self._marks(users, items, told)
                 told = told & ~self._unscored[items]
-            predicted = self._task_columns(answer, _first(part["user"]), told)
+            states = self._states(self._encoder.rows(part))
+            predicted = self._told(states, part["candidate"], told, looks)
             tables.append(pa.table(columns | predicted | marks))
         return Result(pa.concat_tables(tables))
 
@@ -465,9 +473,7 @@ class Recommender:
             "score": pa.array(score[row, place], mask=~told),
         }
         columns |= self._task_columns(answer, (row, place), told)
-        weights = np.asarray(answer.weights)[:n][row, place]
-        for i, task in enumerate(self.experiment.tasks):
-            columns[f"weight {task}"] = pa.array(weights[:, i], mask=~told)
+        columns |= self._weight_columns(answer, (row, place), told)
         return pa.table(columns | {"new": self._is_new[chosen + FIRST]})
 
     def _width(self, k: int) -> int:
@@ -566,6 +572,38 @@ class Recommender:
     def _answer(self, states: UserStates, candidates: np.ndarray) -> Answer:
         ids = pad_rows(np.asarray(candidates, np.int32), states.cutoff.shape[0])
         return self._serving.answer(self._params, states, self._vectors, ids)
+
+    def _told(
+        self, states: UserStates, candidates: np.ndarray, told: np.ndarray, looks: bool
+    ) -> dict[str, pa.Array]:
+        """Columns of predictions of each user's one candidate [n, 1], and of what is inside, null
+        where nothing can be told."""
+        where = np.arange(len(candidates)), np.zeros(len(candidates), int)
+        answer = self._answer(states, candidates)
+        columns = self._task_columns(answer, where, told)
+        if not looks:
+            return columns
+        columns |= self._weight_columns(answer, where, told)
+        ids = pad_rows(np.asarray(candidates, np.int32), states.cutoff.shape[0])
+        found = self._serving.looks(self._params, states, self._vectors, ids)
+        tasks = [n for n, task in self.experiment.tasks.items() if task.kind != "retrieval"]
+        for name, numbers in found.items():
+            values = np.asarray(numbers)[where].astype(np.float32)
+            names = look_names(name, values.shape[1:], tasks, self.experiment.model.members)
+            flat = values.reshape(len(values), len(names))
+            for number, column in enumerate(names):
+                columns[column] = pa.array(flat[:, number].copy(), mask=~told)
+        return columns
+
+    def _weight_columns(
+        self, answer: Answer, where: tuple[np.ndarray, np.ndarray], told: np.ndarray
+    ) -> dict[str, pa.Array]:
+        """The fusion's weight of each task at (rows, places)."""
+        weights = np.asarray(answer.weights)[where]
+        return {
+            f"weight {task}": pa.array(weights[:, i].copy(), mask=~told)
+            for i, task in enumerate(self.experiment.tasks)
+        }
 
     def _task_columns(
         self, answer: Answer, where: tuple[np.ndarray, np.ndarray], told: np.ndarray
@@ -670,11 +708,6 @@ class Recommender:
                 )
 
 
-def _first(rows: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(row, place) of the only candidate of each of the rows."""
-    return np.arange(len(rows)), np.zeros(len(rows), int)
-
-
 def _say(text: str) -> None:
     print(f"mtrec: {text}", file=sys.stderr)
 
@@ -719,18 +752,22 @@ def load(
 
 
 def predict_file(
-    recommender: Recommender, rows: str | Path, on_unknown: Literal["null", "model"] = "null"
+    recommender: Recommender,
+    rows: str | Path,
+    on_unknown: Literal["null", "model"] = "null",
+    looks: bool = False,
 ) -> Result:
-    """Predictions for a file: raw rows, or pairs in the columns of user and item.
+    """Predictions for a file: raw rows, or pairs in the columns of user and item; `on_unknown` and
+    `looks` as in `Recommender.predict`.
 
     Raises:
       DataError: the file is missing, of an unknown format, or has no such columns.
     """
     config, manifest = recommender.experiment.data, recommender.prepared.manifest
     if not (config.user and config.item) or manifest.request_ids or manifest.request_numbers:
-        return recommender.predict_rows(rows, on_unknown=on_unknown)
+        return recommender.predict_rows(rows, on_unknown=on_unknown, looks=looks)
     from mtrec_jax.data.new_rows import read_columns  # loads an engine
 
     table = read_columns(recommender.experiment, rows, [config.user, config.item])
     users, items = (table.column(c).to_pylist() for c in (config.user, config.item))
-    return recommender.predict(users, items, on_unknown=on_unknown)
+    return recommender.predict(users, items, on_unknown=on_unknown, looks=looks)

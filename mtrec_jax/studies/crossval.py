@@ -27,6 +27,7 @@ from mtrec_jax.config import Experiment, Split, main_metric
 from mtrec_jax.data.dataset import Prepared, configuration
 from mtrec_jax.data.prepare import prepare, up_to_date
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.evaluation.paired import holm
 from mtrec_jax.experiments import check
 from mtrec_jax.result import Result
 from mtrec_jax.studies.runs import (
@@ -50,7 +51,7 @@ class Crossvalidated:
     """What a cross-validation has found."""
 
     scores: Result  # configuration, task, metric, mean, over folds, over seeds, runs
-    pairs: Result | None  # of two configurations: task, metric, first, second, difference …
+    pairs: Result | None  # of two configurations: task, metric, first, second, difference, p …
     split: str
     test_looks: int  # how often the test folds have been looked at
 
@@ -239,8 +240,9 @@ def _pairs(
     kept: Mapping[tuple[str, int, int], Predicted],
     test_share: float,
 ) -> Result | None:
-    """Each pair of configurations on the tasks that both have, by each task's main metric."""
-    rows = []
+    """Each pair of configurations on the tasks that both have, by each task's main metric; p values
+    are corrected for how many the table has (Holm)."""
+    rows: list[dict[str, Any]] = []
     names = list(named)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
@@ -272,6 +274,8 @@ def _pairs(
                         "folds won": sum(mean > 0 for mean in means),
                     }
                 )
+    for row, p in zip(rows, holm([row["p over folds"] for row in rows]), strict=True):
+        row["p over folds"] = p
     return Result(pa.Table.from_pylist(rows)) if rows else None
 
 

@@ -81,11 +81,13 @@ def _front(axes: Any, report: Mapping[str, Any]) -> None:
     rows = report["weights"]
     names = [f"{row['task']} {row['metric']}" for row in report["tasks"]][:2]
     for row in rows:
-        on = bool(row["on the front"])
-        axes.plot(row[names[0]], row[names[1]], "o" if on else ".", color="C0" if on else "0.6")
+        static, on = row["balance"] == "static", bool(row["on the front"])
+        look = {"marker": "o" if on else ".", "color": "C0" if on else "0.6"}
+        look = look if static else {"marker": "x", "color": "C1"}
+        axes.plot(row[names[0]], row[names[1]], **look)
     alone = [row["alone"] for row in report["tasks"]][:2]
     axes.axvline(alone[0], color="0.6", linestyle=":")
     axes.axhline(alone[1], color="0.6", linestyle=":")
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
-    axes.set_title("static weights; dotted: alone")
+    axes.set_title("static weights (x: another balance);\ndotted: alone")

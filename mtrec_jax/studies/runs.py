@@ -6,13 +6,19 @@ What a run says of each target is kept as Parquet, in the order of the split's f
 user string (raw id, null without), row int64 (of the source), rank int32 (of retrieval, 0 first)
 label_<task> float64 (NaN without), prediction_<task> float64 or a list of class probabilities
 ```
+
+Metadata of the file, JSON under "mtrec": what the predictions were made with, see `_made_with`, and
+the numbers that ordered classes are.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, to_arrays
 from mtrec_jax.evaluation.answers import calibrated_logits
 from mtrec_jax.evaluation.collect import collect
@@ -31,12 +37,16 @@ from mtrec_jax.evaluation.metrics import (
     ranking_statistics,
     task_statistics,
 )
+from mtrec_jax.losses.tasks import class_numbers
+from mtrec_jax.models import calibration
+from mtrec_jax.models.calibration import Calibration
 from mtrec_jax.models.serve import predictions, prepared_serving
 from mtrec_jax.train.loop import OnEvaluation, train
-from mtrec_jax.train.run import Run, load_answers, load_best, shared_mesh
+from mtrec_jax.train.run import Run, best_step, load_answers, load_best, shared_mesh
 from mtrec_jax.types import FIRST
 
 _NOBODY = "row "  # begins the name of a target of nobody
+_NOTES = b"mtrec"  # key of the file's metadata
 
 
 class Predicted(NamedTuple):
@@ -47,6 +57,7 @@ class Predicted(NamedTuple):
     rank: np.ndarray  # [n] among all items; very large where it was not found, -1 where not ranked
     labels: dict[str, np.ndarray]  # {task: [n]}, NaN without
     values: dict[str, np.ndarray]  # {task: [n], or [n, C]}
+    numbers: Mapping[str, Sequence[float]] = MappingProxyType({})  # {task: of its C classes}
 
     @property
     def of_users(self) -> bool:
@@ -62,7 +73,8 @@ class Predicted(NamedTuple):
             rows = np.flatnonzero(~np.isnan(self.labels[task]))
             users = np.unique(self.user[rows], return_inverse=True)[1]
             given = self.labels[task][rows], self.values[task][rows]
-            found = task_statistics(kind, *given, users if self.of_users else None, ks)
+            numbers = self.numbers.get(task, ())
+            found = task_statistics(kind, *given, users if self.of_users else None, ks, numbers)
 
         def of_rows(statistic: Statistic) -> Statistic:
             return lambda weights: statistic(weights[rows])
@@ -82,36 +94,67 @@ def trained(
 
 
 def predicted(run: Run, split: str, path: Path) -> Predicted:
-    """What the run's best checkpoint says of a split; kept in `path`, and read from there again."""
-    if not path.exists():
-        mesh = shared_mesh(run.experiment)
-        serving = prepared_serving(run.experiment, run.prepared, mesh)
-        params, tables, step = load_best(run, mesh, serving.model)
-        parts = run.experiment, run.prepared, serving, params, tables
-        found = collect(*parts, split, orders=False)
-        answers = load_answers(run, step) if run.experiment.evaluate.calibrate else None
-        known = answers.calibration if answers else {}
-        own = bool(known) and split == "validation"  # as `evaluate` measures it
-        logits = calibrated_logits(run.experiment, found, known, own)
-        values = predictions(run.experiment, run.prepared.manifest, logits)
-        names = np.array([*[None] * FIRST, *run.prepared.user_names], dtype=object)
-        columns: dict[str, Any] = {
-            "user": pa.array(names[found.user], pa.string()),
-            "row": run.prepared.interactions(split)["row"],
-            "rank": np.where(found.retrieved, found.ranks, -1),
+    """What the run's best checkpoint says of a split; kept in `path`, and read from there again
+    while the run has no other configuration or best checkpoint, and is calibrated as it was."""
+    calibrate = run.experiment.evaluate.calibrate
+    answers = load_answers(run, best_step(run)) if calibrate else None
+    known = answers.calibration if answers else {}
+    made_with = _made_with(run, split, known)
+    if not path.exists() or _notes(path).get("made with") != made_with:
+        table = _said(run, split, known)
+        classes = {t: run.prepared.manifest.tasks[t].classes for t in run.experiment.tasks}
+        notes = {
+            "made with": made_with,
+            "numbers": {task: class_numbers(of) for task, of in classes.items() if of},
         }
-        for task in run.experiment.tasks:
-            columns[f"label_{task}"] = found.labels[task].astype(np.float64)
-            value = np.asarray(values[task])
-            wide = pa.FixedSizeListArray.from_arrays
-            columns[f"prediction_{task}"] = (
-                value if value.ndim == 1 else wide(pa.array(value.reshape(-1)), value.shape[1])
-            )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
-        pq.write_table(pa.table(columns), partial)
+        pq.write_table(table.replace_schema_metadata({_NOTES: json.dumps(notes)}), partial)
         partial.replace(path)
     return read_predicted(path)
+
+
+def _made_with(run: Run, split: str, known: Mapping[str, Calibration]) -> dict[str, Any]:
+    """All that predictions and ranks depend on; a longer run has another configuration, and often
+    another best step."""
+    return {
+        "split": split,
+        "data": run.prepared.manifest.fingerprint,
+        "configuration": hashlib.sha256(to_toml(run.experiment).encode()).hexdigest()[:16],
+        "step": best_step(run),
+        "calibration": calibration.to_json(known),
+    }
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    metadata = pq.read_schema(path).metadata or {}
+    return dict(json.loads(metadata.get(_NOTES, b"{}")))
+
+
+def _said(run: Run, split: str, known: Mapping[str, Calibration]) -> pa.Table:
+    """The table that is kept."""
+    mesh = shared_mesh(run.experiment)
+    serving = prepared_serving(run.experiment, run.prepared, mesh)
+    params, tables, _ = load_best(run, mesh, serving.model)
+    parts = run.experiment, run.prepared, serving, params, tables
+    found = collect(*parts, split, orders=False)
+    own = bool(known) and split == "validation"  # as `evaluate` measures it
+    logits = calibrated_logits(run.experiment, found, known, own)
+    values = predictions(run.experiment, run.prepared.manifest, logits)
+    names = np.array([*[None] * FIRST, *run.prepared.user_names], dtype=object)
+    columns: dict[str, Any] = {
+        "user": pa.array(names[found.user], pa.string()),
+        "row": run.prepared.interactions(split)["row"],
+        "rank": np.where(found.retrieved, found.ranks, -1),
+    }
+    for task in run.experiment.tasks:
+        columns[f"label_{task}"] = found.labels[task].astype(np.float64)
+        value = np.asarray(values[task])
+        wide = pa.FixedSizeListArray.from_arrays
+        columns[f"prediction_{task}"] = (
+            value if value.ndim == 1 else wide(pa.array(value.reshape(-1)), value.shape[1])
+        )
+    return pa.table(columns)
 
 
 def read_predicted(path: Path) -> Predicted:
@@ -128,6 +171,7 @@ def read_predicted(path: Path) -> Predicted:
         values={
             n.removeprefix("prediction_"): a for n, a in arrays.items() if n[:11] == "prediction_"
         },
+        numbers=_notes(path)["numbers"],
     )
 
 
@@ -197,7 +241,8 @@ def aligned(first: Predicted, second: Predicted) -> tuple[Predicted, Predicted]:
     for each in (first, second):
         order = np.argsort(each.row, kind="stable")
         labels, values = ({n: a[order] for n, a in of.items()} for of in (each.labels, each.values))
-        found.append(Predicted(each.user[order], each.row[order], each.rank[order], labels, values))
+        at = each.user[order], each.row[order], each.rank[order]
+        found.append(Predicted(*at, labels, values, each.numbers))
     if not np.array_equal(found[0].row, found[1].row):
         raise ValueError("runs of different targets")
     return found[0], found[1]

@@ -3,7 +3,7 @@
 A study is a folder:
 
 ```
-runs/NAME/SEED              run folders: joint, only-TASK, and joint with other weights
+runs/NAME/SEED              run folders: joint, only-TASK, and joint@… of static weights
 kept/NAME/SEED.parquet      what each run says of the validation targets
 kept/joint/SEED.jsonl       gradient cosines at each evaluation
 transfer.json, transfer.png the report
@@ -31,7 +31,7 @@ from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.experiments import chosen, overridden
-from mtrec_jax.models.serve import prepared_serving, repeated
+from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.result import Result
 from mtrec_jax.studies.conflict import Cosines, make_probe
 from mtrec_jax.studies.runs import (
@@ -46,7 +46,7 @@ from mtrec_jax.studies.runs import (
 from mtrec_jax.train.loop import OnEvaluation
 from mtrec_jax.train.records import write_json
 from mtrec_jax.train.run import Run, load_best, shared_mesh
-from mtrec_jax.types import PyTree, TrainState
+from mtrec_jax.types import Array, TrainState
 
 Say = Callable[[str], None]
 JOINT = "joint"
@@ -58,10 +58,8 @@ class Transfer:
 
     tasks: Result  # a row a task: joint and alone (means over seeds), gain, low, high, verdict
     cosines: Result | None  # a row a seed, evaluation and pair of losses
-    gates: Result | None  # a row a gate, task and expert: mean and deviation over examples
-    weights: (
-        Result | None
-    )  # a row a setting of the weights: the metrics, and which are on the front
+    gates: Result | None  # a row a gate, member, task and expert: mean, deviation over examples
+    weights: Result | None  # a row a setting of the weights: the metrics, and the front's
     differences: dict[str, Difference]  # {task: joint against alone}
 
 
@@ -87,8 +85,10 @@ def transfer(
       prepared: the data of all runs.
       out: folder of the study.
       seeds: trainings of each, from `train.seed` on.
-      weights: factors, such as (0.25, 4): the joint model is also trained with each task's weight
-        times each of them in turn, with the first seed, for a front of static weightings.
+      weights: factors, such as (0.25, 4): the joint model is also trained by `train.balance =
+        "static"` with each task's weight times each of them in turn, and where it is balanced
+        otherwise, as declared as well, for a front of static weightings. All have the first seed
+        alone, and no interval: neither the chance of training nor that of users is in it.
       twins: settings of the twins, such as {"model.towers": "shared_bottom"} where the joint
         model's towers need several tasks.
       cosines: record gradient cosines at each evaluation; see `conflict.make_probe` for what they
@@ -145,10 +145,13 @@ def _plans(
     plans = {JOINT: e}
     for task in e.tasks:
         plans[f"only-{task}"] = overridden(chosen(e, tasks=[task]), twins)
+    balance = {"train.balance": "static"}
+    if weights and e.train.balance.kind != "static":
+        plans[f"{JOINT}@static"] = overridden(e, balance)
     for task, declared in e.tasks.items():
         for factor in weights:
-            key = f"tasks.{task}.weight"
-            plans[f"{JOINT}@{task}x{factor:g}"] = overridden(e, {key: declared.weight * factor})
+            one = balance | {f"tasks.{task}.weight": declared.weight * factor}
+            plans[f"{JOINT}@{task}x{factor:g}"] = overridden(e, one)
     return plans
 
 
@@ -222,7 +225,8 @@ def _tasks(
 def _front(
     e: Experiment, plans: Mapping[str, Experiment], kept: Mapping[str, list[Predicted]]
 ) -> Result:
-    """The joint model's metrics by weights, first seed, and which settings nothing beats in all."""
+    """The joint model's metrics by static weights, first seed, and the settings that no static one
+    beats in all tasks; where the joint model is balanced otherwise, it is a point beside them."""
     names = [name for name in plans if name == JOINT or "@" in name]
     values, signs = [], []
     for task, declared in e.tasks.items():
@@ -232,7 +236,8 @@ def _front(
         values.append([found[name][metric] for name in names])
         signs.append(1.0 if metric_named(metric).larger_is_better else -1.0)
     table = np.array(values).T  # [settings, tasks]
-    front = not_dominated(table * np.array(signs))
+    static = [plans[name].train.balance.kind == "static" for name in names]
+    front = not_dominated(table * np.array(signs), np.array(static))
     rows = []
     for number, name in enumerate(names):
         weights = {f"weight {t}": task.weight for t, task in plans[name].tasks.items()}
@@ -240,12 +245,17 @@ def _front(
             f"{task} {main_metric(e, task)}": float(value)
             for task, value in zip(e.tasks, table[number], strict=True)
         }
-        rows.append({**weights, **metrics, "on the front": "yes" if front[number] else ""})
+        balance = {"balance": plans[name].train.balance.kind}
+        rows.append(
+            {**balance, **weights, **metrics, "on the front": "yes" if front[number] else ""}
+        )
     return Result(pa.Table.from_pylist(rows))
 
 
-def not_dominated(values: np.ndarray) -> np.ndarray:
+def not_dominated(values: np.ndarray, by: np.ndarray | None = None) -> np.ndarray:
     """Which of n points [n, T] no other one equals or beats in all T, and beats in one.
+
+    `by` [n] bool: those that can beat; None: all.
 
     >>> not_dominated(np.array([[1.0, 3.0], [2.0, 2.0], [1.0, 2.0]])).tolist()
     [True, True, False]
@@ -253,29 +263,20 @@ def not_dominated(values: np.ndarray) -> np.ndarray:
     others, own = values[None], values[:, None]
     no_worse = np.all(others >= own, axis=-1)  # [i, j]: j is nowhere worse than i
     beaten = no_worse & np.any(others > own, axis=-1)
+    if by is not None:
+        beaten &= by
     return np.asarray(~np.any(beaten, axis=1))
 
 
 def gate_use(run: Run) -> Result | None:
     """What the towers' gates choose on validation: mean and deviation over examples of the weight
-    that each task gives to each expert; None where the towers have no gates."""
+    that each task gives to each expert, of each member by itself; None where the towers have no
+    gates."""
     mesh = shared_mesh(run.experiment)
     serving = prepared_serving(run.experiment, run.prepared, mesh)
     params, tables, _ = load_best(run, mesh, serving.model)
     vectors = serving.item_vectors(params, tables)
     own, own_vectors = serving.own(params), serving.own(vectors) if len(vectors) else vectors
-
-    @jax.jit
-    def sums(params: PyTree, states: Any, vectors: jax.Array, candidate: Any, weight: Any) -> Any:
-        found = jnp.take(vectors, candidate, axis=0) if vectors.shape[0] else None
-        outputs = serving.model.score(params, repeated(states, candidate.shape[1]), found)
-        there = {n: g for n, g in outputs.diagnostics.items() if "gate" in n}
-
-        def of(gate: jax.Array) -> tuple[jax.Array, jax.Array]:
-            w = weight.reshape(*weight.shape, *[1] * (gate.ndim - 2))
-            return jnp.sum(gate * w, axis=(0, 1)), jnp.sum(gate**2 * w, axis=(0, 1))
-
-        return jnp.sum(weight), {n: of(gate) for n, gate in there.items()}
 
     config = run.experiment
     source = BatchSource(
@@ -284,22 +285,46 @@ def gate_use(run: Run) -> Result | None:
     total: Any = None
     for batch in (source[n] for n in range(len(source))):
         states = serving.states(params, tables, vectors, batch)
-        weight = np.asarray(batch.weight)
-        found = sums(own, states, own_vectors, np.asarray(batch.candidate), weight)
+        looks = serving.looks(own, states, own_vectors, np.asarray(batch.candidate))
+        found = _sums({n: gate for n, gate in looks.items() if "gate" in n}, batch.weight)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
-    rows = []
     tasks = [name for name, task in config.tasks.items() if task.kind != "retrieval"]
-    for name, (one, two) in (total[1] if total else {}).items():
-        mean = np.asarray(one) / float(total[0])
-        deviation = np.sqrt(np.maximum(np.asarray(two) / float(total[0]) - mean**2, 0))
-        for place, value in np.ndenumerate(mean):
-            of_task = tasks[place[0]] if mean.ndim == 2 and len(mean) == len(tasks) else ""
-            spread = float(deviation[place])
-            rows.append(
-                {"gate": name, "task": of_task, "expert": int(place[-1])}
-                | {"mean": float(value), "deviation": spread}
-            )
+    weight, gates = jax.tree.map(np.asarray, total or (0, {}))
+    rows = _gate_rows(float(weight), gates, tasks, config.model.members)
     return Result(pa.Table.from_pylist(rows)) if rows else None
+
+
+@jax.jit
+def _sums(gates: dict[str, jax.Array], weight: Array) -> Any:
+    """The sum of weights [B, P], and {gate: weighted sums of its values, and of their squares}."""
+
+    def of(gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+        w = jnp.reshape(weight, (*weight.shape, *[1] * (gate.ndim - 2)))
+        return jnp.sum(gate * w, axis=(0, 1)), jnp.sum(gate**2 * w, axis=(0, 1))
+
+    return jnp.sum(jnp.asarray(weight)), {name: of(gate) for name, gate in gates.items()}
+
+
+def _gate_rows(
+    weight: float,
+    sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    tasks: Sequence[str],
+    members: int,
+) -> list[dict[str, Any]]:
+    """A row a gate, member, task and expert, of {gate: weighted sums of its values and of their
+    squares}: [T, E] or [E], of several members [K, T, E] or [K, E]."""
+    rows = []
+    for name, (one, two) in sums.items():
+        mean = one / weight
+        deviation = np.sqrt(np.maximum(two / weight - mean**2, 0))
+        if members == 1:
+            mean, deviation = mean[None], deviation[None]
+        of_tasks = mean.ndim == 3 and mean.shape[1] == len(tasks)
+        for place, value in np.ndenumerate(mean):
+            task = tasks[place[1]] if of_tasks else ""
+            row = {"gate": name, "member": place[0] + 1, "task": task, "expert": place[-1]}
+            rows.append(row | {"mean": float(value), "deviation": float(deviation[place])})
+    return rows
 
 
 def _plain(e: Experiment, found: Transfer) -> dict[str, Any]:

@@ -146,6 +146,17 @@ def load_best(
                     raise  # otherwise training goes on, and has found a better one
 
 
+def best_step(run: Run) -> int:
+    """The step of the run's best checkpoint, or of its latest where none is called the best.
+
+    Raises:
+      CheckpointError: there is none, or it is damaged.
+    """
+    folder = run.folder / "checkpoints"
+    with checkpoint.open_manager(folder) as manager:
+        return checkpoint.best_or_latest(manager, folder)
+
+
 def load_answers(run: Run, step: int) -> Answers | None:
     """How the parameters of a step answer, as training has found on validation and stored in
     `answers.json`. None where it has found nothing for this step: it was stopped before its end,
@@ -337,12 +348,9 @@ def _kept(run: Run, split: str) -> Evaluation | None:
     users = pq.read_table(path)
     notes = json.loads(users.schema.metadata[b"evaluation"])
     evaluation = Evaluation.from_dict(notes, users.replace_schema_metadata(None))
-    folder = run.folder / "checkpoints"
-    with checkpoint.open_manager(folder) as manager:
-        best = checkpoint.best_or_latest(manager, folder)
     now = evaluation.protocol == protocol_of(run.experiment, run.prepared.manifest)
     same = evaluation.fingerprint == run.prepared.manifest.fingerprint
-    return evaluation if now and same and notes["step"] == best else None
+    return evaluation if now and same and notes["step"] == best_step(run) else None
 
 
 def compare(

@@ -18,7 +18,7 @@ from mtrec_jax.models.inputs import Inputs, make_inputs, own_name
 from mtrec_jax.models.members import Members, mean_answer, together
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.objective import make_objective
-from mtrec_jax.models.towers import TOWERS, TowerTask
+from mtrec_jax.models.towers import TOWERS, TowerOutput, TowerTask
 from mtrec_jax.tables.layout import initial_stacks, make_layout
 from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.types import Outputs, Shared, Wanted
@@ -86,10 +86,23 @@ def test_a_member_is_the_towers_on_its_own_scales_with_its_own_head(kind: str) -
                 head = np.asarray(several.heads[several.names.index(task)][...])[k]
                 expected = expected + (np.asarray(one.hidden[task]) @ head)[:, 0]
             np.testing.assert_allclose(said[task][:, k], expected, rtol=1e-4, atol=1e-5)
-    for part in ("logits", "hidden", "diagnostics"):
+    for part in ("logits", "hidden"):
         for name, value in getattr(alone, part).items():
             found = getattr(same, part)[name]
             np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
+    for name, value in alone.diagnostics.items():
+        for k in range(K):
+            of_member = same.diagnostics[name][:, k]
+            np.testing.assert_allclose(of_member, value, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_of_members_are_not_averaged() -> None:
+    """Two members that choose opposite experts do not choose half of each."""
+    logits, hidden = {"click": jnp.zeros(1)}, {"click": jnp.zeros((1, 2))}
+    gates = [jnp.array([[[1.0, 0.0]]]), jnp.array([[[0.0, 1.0]]])]
+    members = [TowerOutput(logits, hidden, {"gates": gate}) for gate in gates]
+    found, _ = together(members, {"click": TowerTask("binary")})
+    np.testing.assert_array_equal(found.diagnostics["gates"], [[[[1, 0]], [[0, 1]]]])
 
 
 def test_the_loss_is_the_mean_of_the_members_losses() -> None:

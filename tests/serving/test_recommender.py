@@ -450,6 +450,42 @@ def test_raw_rows_of_pairs_are_predicted_as_the_pairs(shop_recommender: Recommen
         np.testing.assert_allclose(rows_guessed[task], guessed[task], rtol=1e-5)
 
 
+def test_what_happens_inside_stands_beside_predictions_if_asked_for(
+    shop_recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates of the two experts sum to 1 for each task, the fusion's weights are those of
+    `recommend`; predictions stay, and a pair of which nothing is told has none of it."""
+    best = shop_recommender.recommend(["u00001"], 2, order_by="fused")
+    pairs = pa.table({"user": ["u00001"] * 2 + ["nobody"], "item": [*best["item"], "i0003"]})
+    found = shop_recommender.predict(*pairs.to_pydict().values(), looks=True)
+    gates = [f"gates/{task}/{expert}" for task in TASKS[1:] for expert in (0, 1)]
+    weights = [f"weight {task}" for task in TASKS]
+    assert found.columns[7:-2] == [*weights, *gates]
+    for task in TASKS[1:]:
+        one, other = (found[f"gates/{task}/{expert}"] for expert in (0, 1))
+        assert [a + b for a, b in zip(one[:2], other[:2], strict=True)] == pytest.approx([1, 1])
+        assert one[2] is None, task
+    for column in weights:
+        assert found[column][:2] == pytest.approx(best[column], rel=1e-5)
+    rows = shop_recommender.predict_rows(pairs, looks=True)
+    assert rows["gates/buy/1"][:2] == pytest.approx(found["gates/buy/1"][:2])
+    asked = []
+
+    def numbered(params: Any, states: Any, vectors: Any, ids: Any) -> dict[str, Any]:
+        asked.append(ids)
+        shape = (*ids.shape, 3, 2)
+        return {"gates": jax.numpy.arange(np.prod(shape)).reshape(shape)}
+
+    serving = shop_recommender._serving
+    monkeypatch.setattr(shop_recommender, "_serving", replace(serving, looks=numbered))
+    plain = shop_recommender.predict(*pairs.to_pydict().values())
+    assert plain.columns == [name for name in found.columns if name not in (*gates, *weights)]
+    assert [plain[task] for task in TASKS] == [found[task] for task in TASKS]
+    assert not asked, "answers do without"
+    told = shop_recommender.predict(*pairs.to_pydict().values(), looks=True)
+    assert [told[column][1] for column in gates] == [6, 7, 8, 9, 10, 11]
+
+
 def test_a_history_is_encoded_once_a_request(
     shop_recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:

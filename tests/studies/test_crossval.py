@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import mtrec_jax
 from benchmarks import conflict
@@ -15,7 +16,7 @@ from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared, open_prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import overridden, parse_experiment
-from mtrec_jax.studies.crossval import _scores
+from mtrec_jax.studies.crossval import _pairs, _scores
 from mtrec_jax.studies.runs import Predicted, read_predicted
 
 
@@ -64,10 +65,32 @@ def test_runs_of_a_fold_are_trained_once_and_measured_on_equal_targets(
     assert sorted(rows) == sorted(splits["test"]["row"])
 
 
-def test_deviations_are_over_folds_and_over_seeds() -> None:
-    """Squared errors 1, 9 in fold 0 and 4, 16 in fold 1; the ensemble is off by 2 and 3."""
-    off = {("a", 0, 0): 1.0, ("a", 0, 1): 3.0, ("a", 1, 0): 2.0, ("a", 1, 1): 4.0}
-    e = parse_experiment(
+def test_p_values_of_pairs_are_corrected_for_their_number() -> None:
+    """Three configurations, so three comparisons: the smallest p of the corrected t test over three
+    folds times 3, the next one times 2, the largest as it is, none below one before (Holm 1979)."""
+    errors = {"a": (1.0, 2.0, 3.0), "b": (1.5, 2.4, 3.6), "c": (1.2, 3.5, 4.5)}
+    e = _regression()
+    kept = {
+        (name, fold, 0): _off_by(by) for name, of in errors.items() for fold, by in enumerate(of)
+    }
+    found = _pairs(dict.fromkeys(errors, e), kept, 0.5)
+    assert found is not None
+    alone = {}
+    for one, other in (("a", "b"), ("a", "c"), ("b", "c")):
+        d = np.subtract(errors[other], errors[one])
+        t = d.mean() / np.sqrt((1 / 3 + 0.5) * d.var(ddof=1))
+        alone[one, other] = 2 * stats.t.sf(abs(t), 2)
+    ranked = sorted(alone, key=lambda pair: alone[pair])
+    expected, before = {}, 0.0
+    for pair, times in zip(ranked, (3, 2, 1), strict=True):
+        expected[pair] = before = max(before, min(1.0, times * alone[pair]))
+    assert {(row["first"], row["second"]): row["p over folds"] for row in found} == pytest.approx(
+        expected
+    )
+
+
+def _regression() -> Experiment:
+    return parse_experiment(
         {
             "name": "a",
             "tasks": {"r": {"kind": "regression"}},
@@ -75,15 +98,27 @@ def test_deviations_are_over_folds_and_over_seeds() -> None:
             "split": {"kind": "random"},
             "data": {"history_length": 0},
             "train": {"steps": 1},
+            "evaluate": {"bootstrap": 0},
         }
     )
-    labels = {"r": np.zeros(2)}
-    kept = {
-        key: Predicted(
-            np.array(["u", "v"]), np.arange(2), np.full(2, -1), labels, {"r": np.full(2, by)}
-        )
-        for key, by in off.items()
-    }
+
+
+def _off_by(error: float) -> Predicted:
+    """Of two targets that are 0."""
+    return Predicted(
+        np.array(["u", "v"]),
+        np.arange(2),
+        np.full(2, -1),
+        {"r": np.zeros(2)},
+        {"r": np.full(2, error)},
+    )
+
+
+def test_deviations_are_over_folds_and_over_seeds() -> None:
+    """Squared errors 1, 9 in fold 0 and 4, 16 in fold 1; the ensemble is off by 2 and 3."""
+    off = {("a", 0, 0): 1.0, ("a", 0, 1): 3.0, ("a", 1, 0): 2.0, ("a", 1, 1): 4.0}
+    e = _regression()
+    kept = {key: _off_by(by) for key, by in off.items()}
     row = next(row for row in _scores({"a": e}, kept) if row["metric"] == "rmse")
     assert row["mean"] == pytest.approx(2.5)
     assert row["over folds"] == pytest.approx(0.5**0.5), "of 2 and 3"

@@ -6,12 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
+import mtrec_jax
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.experiments import overridden, parse_experiment
 from mtrec_jax.models.calibration import Scaling
-from mtrec_jax.studies.runs import Predicted, corrected_t_test, difference, predicted
-from mtrec_jax.train.run import Run, load_answers, load_best
+from mtrec_jax.studies import runs
+from mtrec_jax.studies.runs import (
+    Predicted,
+    corrected_t_test,
+    difference,
+    ensemble,
+    metrics_by_run,
+    predicted,
+    trained,
+)
+from mtrec_jax.train.run import Run, best_step, load_answers, load_best
 
 
 def said(labels: list[float], values: list[float], users: list[str], rows: list[int]) -> Predicted:
@@ -84,3 +98,108 @@ def test_what_a_run_says_is_calibrated_where_its_evaluation_is(
     odds = known.gain * np.log(raw / (1 - raw)) + known.bias
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-odds)), rtol=1e-6)
     assert np.abs(found - raw).max() > 1e-4
+
+
+KINDS = ("binary", "regression", "multiclass", "ordinal", "watch_time")
+
+
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Prepared]:
+    """160 rows with a task of every kind but retrieval, all of one number."""
+    x = np.random.default_rng(0).normal(size=160)
+    labels = {
+        "binary": (x > 0).astype(np.int64),
+        "regression": 2 * x,
+        "multiclass": np.where(x > 0, "high", "low"),
+        "ordinal": np.digitize(x, [-0.5, 0.5]) * 2 + 1,
+        "watch_time": np.exp(x),
+    }
+    experiment = parse_experiment(
+        {
+            "name": "kinds",
+            "data": {"history_length": 0},
+            "split": {"kind": "random", "validation": 0.3, "test": 0.1},
+            "features": {"x": {"on": "request", "kind": "numeric"}},
+            "tasks": {kind: {"kind": kind} for kind in KINDS},
+            "model": {
+                "width": 4,
+                "dropout": 0,
+                "fusion": "none",
+                "towers": {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": []},
+            },
+            "train": {"steps": 2, "batch_size": 32, "evaluate_every": 2, "mesh": [1, 1]},
+            "evaluate": {"bootstrap": 0, "calibrate": True},
+        }
+    )
+    folder = tmp_path_factory.mktemp("kinds") / "prepared"
+    tables = {"events": pa.table({"x": x} | labels)}
+    return experiment, mtrec_jax.prepare(experiment, None, folder, tables=tables)
+
+
+def _by_hand(kind: str, labels: np.ndarray, said: np.ndarray) -> tuple[str, float]:
+    """Mean -log of the label's probability, or the mean absolute error: of ordered classes that of
+    the expected number."""
+    if kind == "binary":
+        return "log_loss", float(-np.log(np.where(labels == 1, said, 1 - said)).mean())
+    if kind == "multiclass":
+        return "log_loss", float(-np.log(said[np.arange(len(said)), labels.astype(int)]).mean())
+    expected = said @ [1, 3, 5] if kind == "ordinal" else said
+    return "mae", float(np.abs(labels - expected).mean())
+
+
+def test_every_kind_is_measured(
+    every_kind: tuple[Experiment, Prepared], tmp_path: Path, compiled_programs: dict[str, str]
+) -> None:
+    """From the kept file, ordered classes by their numbers, and an ensemble of both halves."""
+    run = trained(*every_kind, tmp_path / "run", show_progress=False)
+    found = predicted(run, "validation", tmp_path / "kept.parquet")
+    off = {task: said * 0.5 for task, said in found.values.items()}
+    off |= {
+        task: (said + 1 / said.shape[1]) / 2
+        for task, said in found.values.items()
+        if said.ndim == 2
+    }
+    other = found._replace(values=off)
+    for kind in KINDS:
+        metric, expected = _by_hand(kind, found.labels[kind], found.values[kind])
+        (values,) = metrics_by_run({0: found}, kind, kind, (10,)).values()
+        assert values[metric] == pytest.approx(expected, rel=1e-5), kind
+        worse = _by_hand(kind, found.labels[kind], off[kind])[1]
+        pair = difference([(found, other)], kind, kind, metric, resamples=0)
+        assert pair.value == pytest.approx(worse - expected, abs=1e-6), kind
+    joined = ensemble([found, other]).statistics("ordinal", "ordinal", ())
+    mean = (found.values["ordinal"] + off["ordinal"]) / 2
+    value = joined["mae"](np.ones(len(found.row)))
+    assert value == pytest.approx(_by_hand("ordinal", found.labels["ordinal"], mean)[1], rel=1e-5)
+
+
+def test_predictions_are_kept_while_nothing_changes_that_they_depend_on(
+    shop_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lengthened run is another configuration, and has another best step once it has trained."""
+    made: list[str] = []
+
+    def said(run: Run, split: str, known: object) -> pa.Table:
+        made.append(split)
+        return pa.table({"user": ["u"], "row": [len(made)], "rank": [-1]})
+
+    def rows(run: Run, split: str = "validation") -> list[int]:
+        return predicted(run, split, tmp_path / "kept.parquet").row.tolist()
+
+    monkeypatch.setattr(runs, "_said", said)
+    assert [rows(shop_run), rows(shop_run)] == [[1], [1]]
+    longer = replace(shop_run, experiment=overridden(shop_run.experiment, {"train.steps": 54}))
+    assert [rows(longer), rows(longer)] == [[2], [2]]
+    step = best_step(shop_run)
+    monkeypatch.setattr(runs, "best_step", lambda run: step + 27)
+    assert [rows(longer), rows(longer)] == [[3], [3]]
+    assert [rows(longer, "test"), rows(longer, "test")] == [[4], [4]]
+    rules = replace(longer.experiment.evaluate, calibrate=True)
+    calibrated = replace(longer, experiment=replace(longer.experiment, evaluate=rules))
+    monkeypatch.setattr(runs, "best_step", lambda run: step)
+    assert rows(calibrated, "test") == [5]
+    answers = load_answers(shop_run, step)
+    assert answers is not None
+    other = replace(answers, calibration={"click": Scaling(2.0)})
+    monkeypatch.setattr(runs, "load_answers", lambda run, step: other)
+    assert [rows(calibrated, "test"), rows(calibrated, "test")] == [[6], [6]]

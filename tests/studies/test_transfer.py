@@ -25,7 +25,7 @@ from mtrec_jax.sharding import make_mesh
 from mtrec_jax.studies.conflict import from_gram, make_probe, shared_cosines
 from mtrec_jax.studies.picture import draw_transfer
 from mtrec_jax.studies.runs import Predicted
-from mtrec_jax.studies.transfer import _front, _plans, not_dominated
+from mtrec_jax.studies.transfer import _front, _gate_rows, _plans, not_dominated
 from mtrec_jax.tables.layout import DENSE
 from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.train.step import make_step
@@ -68,13 +68,62 @@ def test_weights_are_swept_one_task_at_a_time_and_the_front_is_marked(
     assert [row["on the front"] for row in rows] == ["yes", "", "yes"]
 
 
+def test_the_front_is_of_static_weights_whatever_balances_the_joint_model(
+    small: tuple[Experiment, Prepared],
+) -> None:
+    """FAMO at AUC 1, 1 beats all, but the front is that of the static ones beside it: 1, 0 with the
+    declared weights and 0, 1; .5, 0 is beaten by them. At 0, 0 it is behind them itself."""
+    e = overridden(small[0], {"train.balance": "famo"})
+    plans = _plans(e, (4.0,), {})
+    kinds = {name: plan.train.balance.kind for name, plan in plans.items()}
+    static = ["joint@static", "joint@plusx4", "joint@minusx4"]
+    assert kinds == {"joint": "famo", "only-plus": "famo", "only-minus": "famo"} | dict.fromkeys(
+        static, "static"
+    )
+    assert list(_plans(e, (), {})) == ["joint", "only-plus", "only-minus"]
+    labels = {task: np.array([0.0, 1.0]) for task in ("plus", "minus")}
+
+    def said(plus: float, minus: float) -> list[Predicted]:
+        values = {"plus": np.array([0.5, plus]), "minus": np.array([0.5, minus])}
+        return [Predicted(np.array(["u", "v"]), np.arange(2), np.full(2, -1), labels, values)]
+
+    kept = dict(zip(static, (said(1, 0), said(0.5, 0), said(0, 1)), strict=True))
+    rows = list(_front(e, plans, kept | {"joint": said(1, 1)}))
+    assert [row["balance"] for row in rows] == ["famo", "static", "static", "static"]
+    weights = [(row["weight plus"], row["weight minus"]) for row in rows]
+    assert weights == [(1, 1), (1, 1), (4, 1), (1, 4)]
+    assert [row["on the front"] for row in rows] == ["yes", "yes", "", "yes"]
+    rows = list(_front(e, plans, kept | {"joint": said(0, 0)}))
+    assert [row["on the front"] for row in rows] == ["", "yes", "", "yes"]
+
+
+def test_gates_of_members_are_told_apart() -> None:
+    """Two examples whose weights of expert 0 are .2 and .6 for the first member's one task, .9 and
+    .9 for the second's: means .4 and .9, deviations .2 and 0. Alike, of a gate that all share."""
+    gate = np.array([[[[0.2, 0.8]], [[0.9, 0.1]]], [[[0.6, 0.4]], [[0.9, 0.1]]]])  # [n, K, T, E]
+    sums = {"gates": (gate.sum(axis=0), (gate**2).sum(axis=0))}
+    rows = _gate_rows(2.0, sums, ["click"], 2)
+    assert [(row["member"], row["task"], row["expert"]) for row in rows] == [
+        (1, "click", 0),
+        (1, "click", 1),
+        (2, "click", 0),
+        (2, "click", 1),
+    ]
+    assert [row["mean"] for row in rows] == pytest.approx([0.4, 0.6, 0.9, 0.1])
+    assert [row["deviation"] for row in rows] == pytest.approx([0.2, 0.2, 0, 0], abs=1e-7)
+    alone = {name: tuple(part[0, 0] for part in of) for name, of in sums.items()}
+    (first, _) = _gate_rows(2.0, {"gate_shared": alone["gates"]}, ["click"], 1)
+    assert (first["member"], first["task"], first["mean"]) == (1, "", pytest.approx(0.4))
+
+
 @pytest.mark.slow
 def test_a_study_has_twins_cosines_and_gates(
     small: tuple[Experiment, Prepared], tmp_path: Path, compiled_programs: dict[str, str]
 ) -> None:
     """Three runs; what is there is not trained again."""
     e, prepared = small
-    mmoe = overridden(e, conflict.MODELS["MMoE, 2 experts"])
+    members = {"model.members": 2, "model.members_share": "encoder"}
+    mmoe = overridden(e, conflict.MODELS["MMoE, 2 experts"] | members)
     found = mtrec_jax.study_transfer(mmoe, prepared, tmp_path, seeds=1, show_progress=False)
     for row in found.tasks:
         name = f"only-{row['task']}"
@@ -91,9 +140,11 @@ def test_a_study_has_twins_cosines_and_gates(
     assert found.cosines["step"] == [6, 12]
     assert all(-1 <= value <= 1 for value in found.cosines["parameters"])
     assert found.gates is not None
-    means = np.array(found.gates["mean"]).reshape(2, 2)
-    assert found.gates["task"] == ["plus", "plus", "minus", "minus"]
+    means = np.array(found.gates["mean"]).reshape(4, 2)
+    assert found.gates["task"] == ["plus", "plus", "minus", "minus"] * 2
+    assert found.gates["member"] == [1] * 4 + [2] * 4
     assert means.sum(axis=1) == pytest.approx(1, abs=1e-6)
+    assert np.abs(means[:2] - means[2:]).max() > 1e-3
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
     again = mtrec_jax.study_transfer(mmoe, prepared, tmp_path, seeds=1, show_progress=False)
     assert list(again.tasks) == list(found.tasks)
