@@ -12,7 +12,7 @@ import pytest
 
 from mtrec_jax.balance import BALANCERS, Balancer, Gradients, Pullback
 from mtrec_jax.balance.cagrad import CAGrad, worst_weights
-from mtrec_jax.balance.contract import Weights
+from mtrec_jax.balance.contract import Weights, beside
 from mtrec_jax.balance.dbmtl import DBMTL
 from mtrec_jax.balance.dwa import DWA
 from mtrec_jax.balance.famo import FAMO
@@ -120,6 +120,27 @@ def test_a_task_without_weight_or_without_labels_changes_nothing_for_the_others(
     np.testing.assert_allclose(found.heads[1:3], expected.heads, rtol=1e-5)
     np.testing.assert_allclose(found.shared, expected.shared, rtol=1e-4)
     np.testing.assert_allclose(found.carried["row"], 2 * found.shared, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BALANCERS)
+def test_a_loss_of_no_task_keeps_its_weight_and_is_not_balanced(kind: str) -> None:
+    """Two tasks beside a hinge that falls to 0, as AITM's calibrator does: the tasks learn what
+    they learn without it, and its gradient is added with a weight of 1 in every step, whatever its
+    loss and though it is unobserved in the last."""
+    gradients = np.array([[1.0, 0.5], [-1.0, 2.0], [0.25, 8.0]])
+    alone = BALANCERS[kind]().make(jnp.array([1.0, 0.5]))
+    run = compiled(beside(alone, 1), gradients)
+    run_alone = compiled(alone, gradients[:2])
+    state, state_alone = alone.init(()), alone.init(())
+    for losses in ([2.0, 1.0, 0.5], [1.0, 0.9, 1e-6], [0.8, 0.9, 0.0]):
+        found, state = run(losses, [True, True, losses[-1] > 0], state)
+        expected, state_alone = run_alone(losses[:2], [True, True], state_alone)
+        np.testing.assert_allclose(found.losses, losses)
+        np.testing.assert_allclose(found.heads, [*expected.heads, 1.0], rtol=1e-5)
+        total = np.asarray(expected.shared) + gradients[2]
+        np.testing.assert_allclose(found.shared, total, rtol=1e-5)
+        np.testing.assert_allclose(found.carried["row"], 2 * total, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, state_alone)
 
 
 @pytest.mark.parametrize("kind", BALANCERS)
