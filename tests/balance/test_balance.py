@@ -199,6 +199,20 @@ def test_uncertainty_starts_at_the_declared_weights_and_tends_to_weight_over_los
     assert (np.diff(weights[:, 1]) <= 1e-5).all()
 
 
+def test_uncertainty_follows_a_rare_task_to_its_small_loss_and_no_further_than_its_bound() -> None:
+    """Cross-entropies of 1e-3, as of one purchase in ten thousand, reach w / L; one of 1e-6 has the
+    weight of the bound, w exp(10)."""
+    losses = jnp.array([1e-3, 1e-6, 1.0])
+
+    def step(state: Any, _: None) -> tuple[Any, jax.Array]:
+        found, state = balancer.combine(pullback_of(TO_SHARED, losses), SEEN, state, KEY)
+        return state, found.heads["a"] / jnp.array([1.0, 10.0, 100.0])
+
+    balancer = Uncertainty().make(DECLARED)
+    weights = jax.lax.scan(step, balancer.init(()), length=1_000)[1][-1]
+    np.testing.assert_allclose(weights, [1e3, 0.5 * np.exp(10), 2], rtol=1e-3)
+
+
 def test_uncertainty_stays_finite_whatever_the_losses() -> None:
     balancer = Uncertainty(learning_rate=10.0).make(DECLARED)
     extreme = pullback_of(TO_SHARED, jnp.array([0.0, 0.0, 1e12]))
