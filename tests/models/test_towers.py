@@ -88,13 +88,15 @@ def _silu(x: np.ndarray) -> np.ndarray:
 
 def _experts(experts: Any, x: np.ndarray) -> list[np.ndarray]:
     found = []
-    for mlp, norm in zip(experts.mlps, experts.norms, strict=True):
+    for mlp, norm in itertools.zip_longest(experts.mlps, experts.norms):
         h = x
         for layer in mlp.layers:
             h = _linear(layer, h)
             h = h / (1 + np.exp(-h))
-        h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + 1e-6)
-        found.append(h * np.asarray(norm.scale[...]))
+        if norm is not None:
+            h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + 1e-6)
+            h = h * np.asarray(norm.scale[...])
+        found.append(h)
     return found
 
 
@@ -116,15 +118,15 @@ def _moved(towers: Any, change: Callable[[], None]) -> np.ndarray:
     return np.abs(_run(towers)[0] - before).max(axis=(1, 2))
 
 
-def _ple(levels: int = 2) -> PLETowers:
-    options = PLE(
-        levels=levels, experts=SHARED, task_experts=OWN, expert_hidden=HIDDEN, tower_hidden=()
-    )
+def _ple(levels: int = 2, normalise: bool = True) -> PLETowers:
+    given: Any = {"experts": SHARED, "task_experts": OWN, "expert_hidden": HIDDEN}
+    options = PLE(levels=levels, normalise=normalise, tower_hidden=(), **given)
     return options.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
-def _mmoe(experts: int) -> MMoETowers:
-    options = MMoE(experts=experts, expert_hidden=HIDDEN, tower_hidden=())
+def _mmoe(experts: int, normalise: bool = True) -> MMoETowers:
+    given: Any = {"expert_hidden": HIDDEN, "tower_hidden": ()}
+    options = MMoE(experts=experts, normalise=normalise, **given)
     return options.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
@@ -144,8 +146,11 @@ def test_shared_bottom_gives_every_task_the_same_network() -> None:
     assert gates == {}
 
 
-def test_mmoe_gate_is_a_softmax_over_all_experts_for_each_task() -> None:
-    towers = _mmoe(4)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_mmoe_gate_is_a_softmax_over_all_experts_for_each_task(normalise: bool) -> None:
+    """Not normalised they are the paper's f_i(x), equations 5 to 7, a dense network each."""
+    towers = _mmoe(4, normalise)
+    assert len(towers.experts.norms) == 4 * normalise
     hidden, gates = _run(towers)
     expected = _softmax(_linear(towers.gate, X).reshape(N, TASKS, 4))
     np.testing.assert_allclose(gates["gates"], expected, atol=1e-6)
@@ -189,9 +194,10 @@ def _ple_by_hand(
     return inputs, found
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_ple_equals_its_levels_written_out(levels: int) -> None:
-    towers = _ple(levels)
+@pytest.mark.parametrize(("levels", "normalise"), [(1, True), (2, True), (3, True), (2, False)])
+def test_ple_equals_its_levels_written_out(levels: int, normalise: bool) -> None:
+    towers = _ple(levels, normalise)
+    assert bool(towers.levels[0].own[0].norms) == bool(towers.levels[-1].shared.norms) == normalise
     hidden, gates = _run(towers)
     expected, by_hand = _ple_by_hand(towers, X)
     assert gates.keys() == by_hand.keys()

@@ -13,6 +13,7 @@ import pytest
 
 import mtrec_jax
 from benchmarks import conflict
+from mtrec_jax.balance import BALANCERS
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource
@@ -66,6 +67,13 @@ def test_weights_are_swept_one_task_at_a_time_and_the_front_is_marked(
     assert [(row["weight plus"], row["weight minus"]) for row in rows] == [(1, 1), (4, 1), (1, 4)]
     assert [row["plus auc"] for row in rows] == [1, 0.5, 0]
     assert [row["on the front"] for row in rows] == ["yes", "", "yes"]
+
+
+def test_the_planted_conflict_has_every_balancing_where_something_is_learned() -> None:
+    """Nothing is before the towers there: the shared representation teaches nobody."""
+    declared = [overridden(conflict.experiment(), row) for row in conflict.MODELS.values()]
+    assert {e.train.balance.kind for e in declared} == set(BALANCERS)
+    assert {getattr(e.train.balance, "at", "parameters") for e in declared} == {"parameters"}
 
 
 @pytest.mark.slow
