@@ -995,8 +995,8 @@ def test_the_calibrator_is_no_task_of_the_balancing() -> None:
     def run(network: Any) -> Any:
         given = Given(network, rows, batch, wanted, draw(key, batch))
         weights = model.weights(batch, jnp.asarray(batch.weight))
-        taken: Any = (model, given, catalogue, weights, 1, mesh, lambda to_rows: {})
-        back = backward(*taken, at="parameters")
+        taken = given, catalogue, weights, 1, mesh
+        back = backward(model, *taken, lambda to_rows: {}, "parameters")
         found = back.pullback(np.array([1.0, 1.0, 1.0]))
         return found.shared["network"]["towers"], found.heads["network"]["towers"]
 
