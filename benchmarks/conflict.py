@@ -5,7 +5,8 @@ bottom of four hidden units is enough for one of the two products, not for both.
 against its own single-task twins at equal budget: the gain of each task in AUC with its interval
 over rows, and the mean cosine between the tasks' gradients at the shared parameters over training.
 Methods on gradients compare them at the parameters: here nothing is learned before the towers, so
-that at the shared representation they would change nothing.
+that at the shared representation PCGrad and CAGrad would change nothing, and the others would weigh
+gradients of inputs.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ SMALL: dict[str, Any] = {"expert_hidden": [4], "tower_hidden": []}
 MODELS: dict[str, dict[str, Any]] = {
     "shared bottom": {},
     "the same, uncertainty": {"train.balance": "uncertainty"},
-    "the same, GradNorm": {"train.balance": "gradnorm"},
+    "the same, DWA": {"train.balance": "dwa"},
+    "the same, FAMO": {"train.balance": "famo"},
+    "the same, GradNorm": {"train.balance": {"kind": "gradnorm", "at": "parameters"}},
     "the same, PCGrad": {"train.balance": {"kind": "pcgrad", "at": "parameters"}},
     "the same, CAGrad": {"train.balance": {"kind": "cagrad", "at": "parameters"}},
+    "the same, DB-MTL": {"train.balance": {"kind": "dbmtl", "at": "parameters"}},
     "MMoE, 2 experts": {"model.towers": {"kind": "mmoe", "experts": 2, **SMALL}},
     "MMoE, 4 experts": {"model.towers": {"kind": "mmoe", "experts": 4, **SMALL}},
     "PLE, 1 + 1 experts": {

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import pydantic
@@ -171,6 +171,28 @@ def kind_of(options: Any) -> str:
             "kind: Literal['mine'] = 'mine'"
         )
     return kind
+
+
+def chosen_kinds(node: Any) -> Iterator[type]:
+    """The classes by which something is chosen in an experiment or a part of it, at any depth.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Mine:
+    ...     kind: str = "mine"
+    >>> [of.__name__ for of in chosen_kinds({"towers": Mine(), "heads": (Mine(), 3)})]
+    ['Mine', 'Mine']
+    """
+    inside: Iterable[Any] = ()
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        if isinstance(getattr(type(node), "kind", None), str):
+            yield type(node)
+        inside = (getattr(node, field.name) for field in dataclasses.fields(node))
+    elif isinstance(node, Mapping):
+        inside = node.values()
+    elif isinstance(node, (list, tuple)):
+        inside = node
+    for part in inside:
+        yield from chosen_kinds(part)
 
 
 def keys(options: Any) -> list[str]:

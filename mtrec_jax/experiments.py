@@ -201,8 +201,7 @@ def overridden(experiment: Experiment, settings: Mapping[str, Any]) -> Experimen
             there = there.get(part) if isinstance(there, dict) else None
         if not isinstance(there, dict) or there.get("kind") != value:
             set_key(values, key, value)
-    options = (e.model.encoder, e.model.towers, e.train.balance, *e.evaluate.baselines)
-    kinds = dict.fromkeys(type(of) for of in (*options, *e.features.values()))
+    kinds = dict.fromkeys(choices.chosen_kinds(e))
     own = [kind for kind in kinds if not kind.__module__.startswith("mtrec_jax.")]
     return parse_experiment(values, f"experiment '{e.name}'", own)
 

@@ -44,14 +44,50 @@ class Balancer(NamedTuple):
 
     `params` are the dense parameters, for states of their shapes. `observed` [T] is false for a
     task without any label in the batch, whose loss is 0. `key` is of the step. A method that calls
-    `pullback` once, with weights that do not depend on its losses, can be used for a batch in parts
-    (`train.accumulate`): `in_parts`. `at` says where `Gradients.shared` is taken.
+    `pullback` once, with weights that do not depend on its losses, and gives what that gives, can
+    be used for a batch in parts (`train.accumulate`): `in_parts`. `at` says where
+    `Gradients.shared` is taken.
     """
 
     init: Callable[[PyTree], PyTree]
     combine: Callable[[Pullback, jax.Array, PyTree, jax.Array], tuple[Gradients, PyTree]]
     in_parts: bool = False
     at: At = "representation"
+
+
+def beside(balancer: Balancer, extra: int) -> Balancer:
+    """The balancer of T tasks, for T losses and `extra` more behind them that are of no task: these
+    are not balanced, and weigh 1 in every step.
+
+    They ride in the one pass of a method that can be used in parts, and else have one of their own.
+    """
+    if not extra:
+        return balancer
+
+    def combine(
+        pullback: Pullback, observed: jax.Array, state: PyTree, key: jax.Array
+    ) -> tuple[Gradients, PyTree]:
+        def riding(weights: Weights) -> Gradients:
+            found = pullback(jnp.append(weights, jnp.ones(extra, weights.dtype)))
+            heads = found.heads, found.losses[-extra:]
+            return found._replace(losses=found.losses[:-extra], heads=heads)
+
+        def of_tasks(weights: Weights) -> Gradients:
+            whole = np if isinstance(weights, np.ndarray) else jnp
+            found = pullback(whole.append(weights, whole.zeros(extra, weights.dtype)))
+            return found._replace(losses=found.losses[:-extra])
+
+        given = observed[:-extra], state, key
+        if balancer.in_parts:
+            found, state = balancer.combine(riding, *given)
+            heads, losses = found.heads
+            return found._replace(losses=jnp.append(found.losses, losses), heads=heads), state
+        found, state = balancer.combine(of_tasks, *given)
+        own = pullback(np.append(np.zeros(len(observed) - extra), np.ones(extra)))
+        total = jax.tree.map(jnp.add, tuple(found)[1:], tuple(own)[1:])
+        return Gradients(own.losses, *total), state
+
+    return balancer._replace(combine=combine)
 
 
 def losses_of(pullback: Pullback, like: jax.Array) -> jax.Array:

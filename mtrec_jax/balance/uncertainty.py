@@ -16,6 +16,8 @@ from pydantic import Field
 from mtrec_jax.balance.contract import Balancer, Gradients, Pullback
 from mtrec_jax.types import PyTree
 
+_BOUND = 10.0  # of the log-variances
+
 
 @dataclass(frozen=True, kw_only=True)
 class Uncertainty:
@@ -27,7 +29,8 @@ class Uncertainty:
     declared weight w_t is a factor of it alone: how noisy a task is does not depend on how much it
     matters, and all variances are learned at one speed. The paper's objectives, exp(-s) L / 2 +
     s / 2 of a regression and exp(-s) L + s / 2 of a classification, both tend to half of these
-    weights. s_t rests while t is not observed.
+    weights. s_t rests while t is not observed, and stays between -10 and 10: of a loss beyond
+    5e-5 and 2e4 the weight is that of the bound, so that one batch cannot silence a task for long.
     """
 
     kind: Literal["uncertainty"] = "uncertainty"
@@ -41,7 +44,7 @@ class Uncertainty:
         ) -> tuple[Gradients, PyTree]:
             found = pullback(initial * jnp.exp(-state))
             gradient = 1 - jnp.exp(-state) * found.losses
-            moved = jnp.clip(state - self.learning_rate * gradient, -6, 6)
+            moved = jnp.clip(state - self.learning_rate * gradient, -_BOUND, _BOUND)
             return found, jnp.where(observed, moved, state)
 
         return Balancer(lambda params: jnp.zeros_like(initial), combine, in_parts=True)

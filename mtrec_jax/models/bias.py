@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,17 +45,25 @@ class BiasTower(nnx.Module):
             start += count
         return found
 
-    def added(self, outputs: Outputs, features: jax.Array, key: jax.Array | None) -> Outputs:
+    def added(
+        self,
+        outputs: Outputs,
+        features: jax.Array,
+        key: jax.Array | None,
+        logits_of: Mapping[str, str] = {},
+    ) -> Outputs:
         """The tasks' logits, and each member's, with the tower's; with a key it is silent at some
-        positions."""
+        positions. `logits_of` {diagnostic [B, P]: task} are logits of tasks, too."""
         said = dropout(jnp.ones(features.shape[:2], features.dtype), self.rate, key) > 0
         logits, members = dict(outputs.logits), dict(outputs.members)
+        looks = dict(outputs.diagnostics)
         for task, own in self(features).items():
             heard = jnp.where(said if own.ndim == 2 else said[..., None], own, 0)
             logits[task] = logits[task] + _beside(heard, logits[task])
             if members:
                 members[task] = members[task] + _beside(heard[:, :, None], members[task])
-        return outputs._replace(logits=logits, members=members)
+            looks |= {name: looks[name] + heard for name, of in logits_of.items() if of == task}
+        return outputs._replace(logits=logits, members=members, diagnostics=looks)
 
 
 def _beside(own: jax.Array, logits: jax.Array) -> jax.Array:

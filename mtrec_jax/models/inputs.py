@@ -47,6 +47,7 @@ class Inputs(NamedTuple):
     # who has tables of its own beside the shared ones: tasks, or members after the first
     own: tuple[str, ...] = ()
     utility: Utility = Utility("", ())  # what an order is worth
+    coded: Mapping[str, tuple[bool, ...]] = {}  # {side: whether a feature's numbers are a code}
 
     @property
     def lists_items(self) -> bool:
@@ -87,6 +88,7 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
     """
     biased = experiment.model.bias.features if experiment.model.bias else ()
     sides = _sides(manifest, biased)
+    codes = {name for name, feature in experiment.features.items() if feature.coded}
     _check_moments(experiment)
     has_items = manifest.items > 0
     has_events = experiment.model.encoder.kind != "none" and manifest.history_length > 0
@@ -114,6 +116,7 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
     return Inputs(
         layout=make_layout(tables, groups, experiment.model.width),
         numbers={s: tuple(f.slots for f in numbers) for s, (_, numbers) in sides.items()},
+        coded={s: tuple(f.name in codes for f in numbers) for s, (_, numbers) in sides.items()},
         order=tuple(experiment.tasks),
         tasks={
             name: TowerTask(kinds[name], KINDS[kinds[name]].outputs(of), task.where, task.loss)
@@ -393,7 +396,8 @@ def _numbers(inputs: Inputs, side: str, options: Any, dtype: jnp.dtype, rngs: nn
     slots = inputs.numbers[side]
     if not slots:
         return None
-    return options.make(NumberSizes(slots, inputs.layout.width), dtype=dtype, rngs=rngs)
+    coded = inputs.coded.get(side, (False,) * len(slots))
+    return options.make(NumberSizes(slots, inputs.layout.width, coded), dtype=dtype, rngs=rngs)
 
 
 class ItemTower(nnx.Module):

@@ -132,13 +132,21 @@ def product(x: Float[Array, "n in"], layers: Sequence[nnx.Linear]) -> Float[Arra
 class Experts(nnx.Module):
     """E independent MLPs on one input: [n, in] -> E times [n, hidden[-1]].
 
-    Each expert's output is normalised, which keeps experts from collapsing into one (HoME, Wang et
-    al. 2024). The first layers are one product, as they have one input; those behind are a product
-    each: batched products of small matrices are slow on CPUs.
+    With `normalise` each expert's output is divided by its root mean square and scaled (RMSNorm,
+    Zhang & Sennrich, NeurIPS 2019), so that no expert outweighs the others by its size alone; the
+    papers of MMoE, PLE and STEM have none. The first layers are one product, as they have one
+    input; those behind are a product each: batched products of small matrices are slow on CPUs.
     """
 
     def __init__(
-        self, count: int, inputs: int, hidden: Sequence[int], *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        count: int,
+        inputs: int,
+        hidden: Sequence[int],
+        normalise: bool,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.mlps = nnx.List([MLP(inputs, hidden, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.norms = nnx.List(
@@ -150,7 +158,7 @@ class Experts(nnx.Module):
                     scale_init=constant(1.0),
                     rngs=rngs,
                 )
-                for _ in range(count)
+                for _ in range(count * normalise)
             ]
         )
 
@@ -170,8 +178,10 @@ class Experts(nnx.Module):
             parts = jax.lax.split(h, [h.shape[1] // count] * count, axis=1)
             parts = [mlp.behind(part) for mlp, part in zip(self.mlps, parts, strict=True)]
             h = jnp.concatenate(parts, axis=1)
-        # Root mean squares, as products with ones: short sums are slow on CPUs.
         width = h.shape[1] // count
+        if not self.norms:
+            return h.reshape(len(h), count, width)
+        # Root mean squares, as products with ones: short sums are slow on CPUs.
         ones = np.kron(np.eye(count), np.ones((width, 1))).astype(h.dtype)  # (E * H, E)
         exact = jax.lax.Precision.HIGHEST
         square = jnp.matmul(h * h, ones, precision=exact) / width

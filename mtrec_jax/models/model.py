@@ -64,7 +64,7 @@ class Model(NamedTuple):
 
     layout: Layout
     tasks: tuple[str, ...]  # order of the fusion weights
-    names: tuple[str, ...]  # of the balanced losses
+    names: tuple[str, ...]  # of the losses: those of the tasks, then those of no task
     fuses: bool  # whether a fused order is taught
     by_example: frozenset[str]  # groups whose ids are split like the batch; others are shared
     abstract: PyTree  # shapes of the layers' parameters

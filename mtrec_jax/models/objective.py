@@ -20,6 +20,7 @@ from mtrec_jax.models.inputs import Inputs, group_slots, with_group
 from mtrec_jax.models.network import Network
 from mtrec_jax.types import Batch, Catalogue, Fusing, Outputs, PyTree, Shared, UserStates, Wanted
 
+BIAS_DRAW = 1 << 16  # of the bias tower's silence; members fold their numbers into the same key
 FUSION = "fusion"  # the loss that teaches the fused order, beside the balanced ones
 
 
@@ -84,8 +85,9 @@ def make_objective(
         candidates = shared.candidates if inputs.has_items else None
         outputs, fusing = layers.outputs(states_of(shared, batch), candidates, key)
         if layers.bias is not None:
-            own = None if key is None else jax.random.fold_in(key, 1)
-            outputs = layers.bias.added(outputs, shared.bias, own)
+            own = None if key is None else jax.random.fold_in(key, BIAS_DRAW)
+            logits_of = getattr(layers.towers, "logits_of", {})
+            outputs = layers.bias.added(outputs, shared.bias, own, logits_of)
         given = shared, batch, catalogue, wanted
 
         def of_tasks(names: Iterable[str], logits: dict[str, jax.Array]) -> dict[str, jax.Array]:

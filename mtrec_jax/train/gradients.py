@@ -81,7 +81,7 @@ def backward(
         return _in_parts(model, given, catalogue, totals, parts, mesh, to_dense)
     halves = _halves(model, given, catalogue, totals, mesh)
     if at == "parameters":
-        return _at_parameters(halves, given, to_dense)
+        return _at_parameters(halves, given, to_dense, len(model.tasks))
     return _at_representation(halves, given, to_dense)
 
 
@@ -145,7 +145,7 @@ def _at_representation(halves: _Halves, given: Given, to_dense: ToDense) -> Back
     return Back(pullback, finish)
 
 
-def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense) -> Back:
+def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, tasks: int) -> Back:
     def everything(network: PyTree, rows: dict[str, jax.Array]) -> tuple[PyTree, PyTree]:
         shared = halves.encode(network, rows)
         losses, fusing = halves.behind(network, shared)
@@ -153,7 +153,11 @@ def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense) -> Back:
 
     made = jax.vjp(everything, given.network, given.rows, has_aux=True)
     losses, through, (shared, fusing) = made
-    common = used_by_several(lambda network: everything(network, given.rows)[0], given.network)
+
+    def of_tasks(network: PyTree) -> tuple[jax.Array, ...]:
+        return everything(network, given.rows)[0][:tasks]
+
+    common = used_by_several(of_tasks, given.network)
 
     def pullback(weights: Weights) -> Gradients:
         def some(network: PyTree, rows: dict[str, jax.Array]) -> tuple[jax.Array, ...]:

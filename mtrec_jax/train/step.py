@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from mtrec_jax.balance import Balancer
+from mtrec_jax.balance.contract import beside
 from mtrec_jax.config import Experiment, Train
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.model import Model
@@ -174,9 +175,10 @@ def model_shapes(experiment: Experiment, model: Model) -> tuple[PyTree, dict[str
 
 
 def _balancer(experiment: Experiment, model: Model) -> Balancer:
-    """The configured balancing of the tasks, which starts from their declared weights."""
+    """The configured balancing of the tasks, which starts from their declared weights, and losses
+    of no task beside it."""
     config, tasks = experiment.train, experiment.tasks
-    declared = [tasks[n].weight if n in tasks else 1.0 for n in model.names]
+    declared = [tasks[name].weight for name in model.names[: len(model.tasks)]]
     balancer = config.balance.make(jnp.array(declared, jnp.dtype(config.precision)))
     if config.accumulate > 1 and not balancer.in_parts:
         raise ConfigError(
@@ -184,7 +186,7 @@ def _balancer(experiment: Experiment, model: Model) -> Balancer:
             f"{config.balance.kind!r} needs the gradient of each task over the whole batch; set "
             'train.accumulate = 1, or train.balance.kind = "static"'
         )
-    return balancer
+    return beside(balancer, len(model.names) - len(model.tasks))
 
 
 def _initializer(

@@ -12,7 +12,7 @@ import pytest
 
 from mtrec_jax.balance import BALANCERS, Balancer, Gradients, Pullback
 from mtrec_jax.balance.cagrad import CAGrad, worst_weights
-from mtrec_jax.balance.contract import Weights
+from mtrec_jax.balance.contract import Weights, beside
 from mtrec_jax.balance.dbmtl import DBMTL
 from mtrec_jax.balance.dwa import DWA
 from mtrec_jax.balance.famo import FAMO
@@ -123,6 +123,27 @@ def test_a_task_without_weight_or_without_labels_changes_nothing_for_the_others(
 
 
 @pytest.mark.parametrize("kind", BALANCERS)
+def test_a_loss_of_no_task_keeps_its_weight_and_is_not_balanced(kind: str) -> None:
+    """Two tasks beside a hinge that falls to 0, as AITM's calibrator does: the tasks learn what
+    they learn without it, and its gradient is added with a weight of 1 in every step, whatever its
+    loss and though it is unobserved in the last."""
+    gradients = np.array([[1.0, 0.5], [-1.0, 2.0], [0.25, 8.0]])
+    alone = BALANCERS[kind]().make(jnp.array([1.0, 0.5]))
+    run = compiled(beside(alone, 1), gradients)
+    run_alone = compiled(alone, gradients[:2])
+    state, state_alone = alone.init(()), alone.init(())
+    for losses in ([2.0, 1.0, 0.5], [1.0, 0.9, 1e-6], [0.8, 0.9, 0.0]):
+        found, state = run(losses, [True, True, losses[-1] > 0], state)
+        expected, state_alone = run_alone(losses[:2], [True, True], state_alone)
+        np.testing.assert_allclose(found.losses, losses)
+        np.testing.assert_allclose(found.heads, [*expected.heads, 1.0], rtol=1e-5)
+        total = np.asarray(expected.shared) + gradients[2]
+        np.testing.assert_allclose(found.shared, total, rtol=1e-5)
+        np.testing.assert_allclose(found.carried["row"], 2 * total, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, state_alone)
+
+
+@pytest.mark.parametrize("kind", BALANCERS)
 def test_a_single_task_is_left_as_it_is(kind: str) -> None:
     """But for CAGrad, whose d is (1 + c) g then, and DB-MTL, which learns from log L."""
     balancer = BALANCERS[kind]().make(jnp.array([2.0]))
@@ -176,6 +197,20 @@ def test_uncertainty_starts_at_the_declared_weights_and_tends_to_weight_over_los
     # monotone on the way: up where the loss is below 1, down where it is above
     assert (np.diff(weights[:, 0]) >= -1e-5).all()
     assert (np.diff(weights[:, 1]) <= 1e-5).all()
+
+
+def test_uncertainty_follows_a_rare_task_to_its_small_loss_and_no_further_than_its_bound() -> None:
+    """Cross-entropies of 1e-3, as of one purchase in ten thousand, reach w / L; one of 1e-6 has the
+    weight of the bound, w exp(10)."""
+    losses = jnp.array([1e-3, 1e-6, 1.0])
+
+    def step(state: Any, _: None) -> tuple[Any, jax.Array]:
+        found, state = balancer.combine(pullback_of(TO_SHARED, losses), SEEN, state, KEY)
+        return state, found.heads["a"] / jnp.array([1.0, 10.0, 100.0])
+
+    balancer = Uncertainty().make(DECLARED)
+    weights = jax.lax.scan(step, balancer.init(()), length=1_000)[1][-1]
+    np.testing.assert_allclose(weights, [1e3, 0.5 * np.exp(10), 2], rtol=1e-3)
 
 
 def test_uncertainty_stays_finite_whatever_the_losses() -> None:

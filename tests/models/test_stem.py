@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -34,7 +35,12 @@ SMALL = {"kind": "stem", "experts": 1, "expert_hidden": [8], "tower_hidden": [6]
 
 @pytest.fixture(scope="module")
 def towers() -> STEMTowers:
-    options = STEM(experts=SHARED, task_experts=OWN, expert_hidden=(3,), tower_hidden=())
+    return _towers(normalise=True)
+
+
+def _towers(normalise: bool) -> STEMTowers:
+    given: Any = {"experts": SHARED, "task_experts": OWN, "expert_hidden": (3,)}
+    options = STEM(normalise=normalise, tower_hidden=(), **given)
     tasks = {name: TowerTask("binary") for name in TASKS}
     sizes = TowerSizes(inputs=INPUTS, context=0, request=0, width=0, tasks=tasks, own=TASKS)
     return options.make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
@@ -48,18 +54,23 @@ def _given(x: Array = X, own: dict[str, Any] | None = None) -> TowerInput:
 
 def _experts(experts: Any, x: np.ndarray) -> list[np.ndarray]:
     found = []
-    for mlp, norm in zip(experts.mlps, experts.norms, strict=True):
+    for mlp, norm in itertools.zip_longest(experts.mlps, experts.norms):
         (layer,) = mlp.layers
         h = x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
         h = h / (1 + np.exp(-h))
-        h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + 1e-6)
-        found.append(h * np.asarray(norm.scale[...]))
+        if norm is not None:
+            h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + 1e-6)
+            h = h * np.asarray(norm.scale[...])
+        found.append(h)
     return found
 
 
-def test_a_gate_mixes_the_experts_of_all_tables(towers: STEMTowers) -> None:
+@pytest.mark.parametrize("normalise", [True, False])
+def test_a_gate_mixes_the_experts_of_all_tables(normalise: bool) -> None:
     """The softmax of W_t (x_t + x) over the experts of all tasks and the shared ones; own experts
     read the task's own tables, shared ones the shared tables."""
+    towers = _towers(normalise)
+    assert bool(towers.shared.norms) == bool(towers.own[2].norms) == normalise
     found = jax.jit(lambda given: towers(given))(_given())
     experts = [h for t, name in enumerate(TASKS) for h in _experts(towers.own[t], OF_TASKS[name])]
     experts += _experts(towers.shared, X)

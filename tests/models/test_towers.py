@@ -15,10 +15,13 @@ import pytest
 from flax import nnx
 
 from mtrec_jax.balance import BALANCERS
-from mtrec_jax.data.dataset import TaskField
+from mtrec_jax.balance.contract import beside
+from mtrec_jax.config import Experiment
+from mtrec_jax.data.dataset import Manifest, TaskField
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.model import Model, make_model
+from mtrec_jax.models.objective import states_of
 from mtrec_jax.models.towers import TOWERS, TowerInput, TowerSizes, TowerTask
 from mtrec_jax.models.towers.aitm import AITM, AITMTowers, Transfer
 from mtrec_jax.models.towers.escm2 import ESCM2, ESCM2Towers, doubly_robust, inverse_propensity
@@ -32,6 +35,7 @@ from mtrec_jax.sharding import make_mesh
 from mtrec_jax.tables.layout import initial_stacks
 from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.train.gradients import Given, backward, draw
+from mtrec_jax.train.step import make_step
 from mtrec_jax.types import Batch
 from tests import tiny
 
@@ -84,13 +88,15 @@ def _silu(x: np.ndarray) -> np.ndarray:
 
 def _experts(experts: Any, x: np.ndarray) -> list[np.ndarray]:
     found = []
-    for mlp, norm in zip(experts.mlps, experts.norms, strict=True):
+    for mlp, norm in itertools.zip_longest(experts.mlps, experts.norms):
         h = x
         for layer in mlp.layers:
             h = _linear(layer, h)
             h = h / (1 + np.exp(-h))
-        h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + 1e-6)
-        found.append(h * np.asarray(norm.scale[...]))
+        if norm is not None:
+            h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + 1e-6)
+            h = h * np.asarray(norm.scale[...])
+        found.append(h)
     return found
 
 
@@ -112,15 +118,15 @@ def _moved(towers: Any, change: Callable[[], None]) -> np.ndarray:
     return np.abs(_run(towers)[0] - before).max(axis=(1, 2))
 
 
-def _ple(levels: int = 2) -> PLETowers:
-    options = PLE(
-        levels=levels, experts=SHARED, task_experts=OWN, expert_hidden=HIDDEN, tower_hidden=()
-    )
+def _ple(levels: int = 2, normalise: bool = True) -> PLETowers:
+    given: Any = {"experts": SHARED, "task_experts": OWN, "expert_hidden": HIDDEN}
+    options = PLE(levels=levels, normalise=normalise, tower_hidden=(), **given)
     return options.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
-def _mmoe(experts: int) -> MMoETowers:
-    options = MMoE(experts=experts, expert_hidden=HIDDEN, tower_hidden=())
+def _mmoe(experts: int, normalise: bool = True) -> MMoETowers:
+    given: Any = {"expert_hidden": HIDDEN, "tower_hidden": ()}
+    options = MMoE(experts=experts, normalise=normalise, **given)
     return options.make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
@@ -140,8 +146,11 @@ def test_shared_bottom_gives_every_task_the_same_network() -> None:
     assert gates == {}
 
 
-def test_mmoe_gate_is_a_softmax_over_all_experts_for_each_task() -> None:
-    towers = _mmoe(4)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_mmoe_gate_is_a_softmax_over_all_experts_for_each_task(normalise: bool) -> None:
+    """Not normalised they are the paper's f_i(x), equations 5 to 7, a dense network each."""
+    towers = _mmoe(4, normalise)
+    assert len(towers.experts.norms) == 4 * normalise
     hidden, gates = _run(towers)
     expected = _softmax(_linear(towers.gate, X).reshape(N, TASKS, 4))
     np.testing.assert_allclose(gates["gates"], expected, atol=1e-6)
@@ -185,9 +194,10 @@ def _ple_by_hand(
     return inputs, found
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_ple_equals_its_levels_written_out(levels: int) -> None:
-    towers = _ple(levels)
+@pytest.mark.parametrize(("levels", "normalise"), [(1, True), (2, True), (3, True), (2, False)])
+def test_ple_equals_its_levels_written_out(levels: int, normalise: bool) -> None:
+    towers = _ple(levels, normalise)
+    assert bool(towers.levels[0].own[0].norms) == bool(towers.levels[-1].shared.norms) == normalise
     hidden, gates = _run(towers)
     expected, by_hand = _ple_by_hand(towers, X)
     assert gates.keys() == by_hand.keys()
@@ -566,9 +576,9 @@ def test_escm2_shows_propensities_and_imputed_errors() -> None:
 # --- AITM, Xi et al. 2021: "Modeling the Sequence Dependence among Audience Multi-step Conversions"
 
 
-def _aitm(**tasks: TowerTask) -> AITMTowers:
+def _aitm(*steps: str, **tasks: TowerTask) -> AITMTowers:
     sizes = SIZES._replace(tasks=tasks or SIZES.tasks)
-    options = AITM(expert_hidden=HIDDEN, tower_hidden=(), calibrator_weight=0.5)
+    options = AITM(steps=steps, expert_hidden=HIDDEN, tower_hidden=(), calibrator_weight=0.5)
     return options.make(sizes, dtype=FLOAT, rngs=nnx.Rngs(0))
 
 
@@ -657,13 +667,18 @@ def test_aitm_learns_every_step_over_all_impressions_and_in_order() -> None:
     np.testing.assert_allclose(value[:3], [0.15, 0, 0], atol=1e-6)
 
 
-def test_aitm_without_where_follows_the_declared_order() -> None:
-    """Labels are about all impressions already: the tasks keep their own losses and logits.
+def test_aitm_without_where_follows_its_steps() -> None:
+    """Labels are about all impressions already: the tasks keep their own losses and logits. The
+    order is that of the steps, not of the tasks; a task that is no step has no part.
     1/2 (max(.5 - .3, 0) + max(.6 - .5, 0)) = .15, and 1/2 (.1) where the order holds once."""
-    towers = _aitm(view=TowerTask("binary"), stay=TowerTask("binary"), share=TowerTask("binary"))
+    names = ("like", "share", "view", "stay")
+    tasks = {name: TowerTask("binary") for name in names}
+    towers = _aitm("view", "stay", "share", **tasks)
+    assert towers.before == {"stay": "view", "share": "stay"}
     found = _losses(
         towers,
-        {"view": [0.3, 0.9], "stay": [0.5, 0.2], "share": [0.6, 0.3]},
+        {"view": [0.3, 0.9], "stay": [0.5, 0.2], "share": [0.6, 0.3], "like": [0.99, 0.99]},
+        like=[(1, 1), (1, 1)],
         view=[(1, 1), (0, 1)],
         stay=[(1, 1), (0, 1)],
         share=[(1, 1), (0, 1)],
@@ -673,9 +688,23 @@ def test_aitm_without_where_follows_the_declared_order() -> None:
     assert list(towers(_pairs(X)).diagnostics) == ["attention"]
 
 
-def test_aitm_asks_for_two_steps() -> None:
-    with pytest.raises(ConfigError, match="two binary tasks"):
-        _aitm(click=TowerTask("binary"), stars=TowerTask("regression"))
+@pytest.mark.parametrize(
+    ("steps", "where", "text"),
+    [
+        ((), "", "where = .*steps = "),
+        (("a", "stars"), "", "name two or more of the binary tasks"),
+        (("a", "a"), "", "each once"),
+        (("a",), "", "two or more"),
+        (("a", "b"), "a", "tasks.b.where says the order already"),
+    ],
+)
+def test_aitm_takes_no_order_of_steps_that_nobody_declared(
+    steps: tuple[str, ...], where: str, text: str
+) -> None:
+    """Two binary tasks, such as two facts about a person, are no funnel by themselves."""
+    tasks = {"a": TowerTask("binary"), "b": TowerTask("binary", where=where)}
+    with pytest.raises(ConfigError, match=text):
+        _aitm(*steps, **tasks, stars=TowerTask("regression"))
 
 
 # --- HoME, Wang et al. 2024: "Hierarchy of Multi-Gate Experts"
@@ -813,6 +842,10 @@ def _impressions(size: int) -> Batch:
 
 
 def _rows_model(**model: Any) -> Model:
+    return make_model(*_rows(model))
+
+
+def _rows(model: dict[str, Any], balance: str = "static") -> tuple[Experiment, Manifest]:
     """Of a funnel without users and items."""
     declared = parse_experiment(
         {
@@ -821,14 +854,14 @@ def _rows_model(**model: Any) -> Model:
             "features": {name: tiny.FEATURES[name] for name in ("hour", "discount")},
             "tasks": {"click": "binary", "buy": {"kind": "binary", "where": "click"}},
             "model": {"width": 4, "dropout": 0.0, "fusion": "none"} | model,
-            "train": {"steps": 1},
+            "train": {"steps": 1, "balance": balance},
         }
     )
     nothing: dict[str, Any] = dict.fromkeys(("context_ids", "context_numbers", "item_ids"), ())
     nothing |= dict.fromkeys(("item_numbers", "history"), ())
     nothing |= {"items": 0, "trained_items": 0, "history_length": 0}
     learned = {"click": TaskField(), "buy": TaskField()}
-    return make_model(declared, dataclasses.replace(tiny.manifest(), tasks=learned, **nothing))
+    return declared, dataclasses.replace(tiny.manifest(), tasks=learned, **nothing)
 
 
 def test_members_are_refused_where_losses_need_more_than_logits() -> None:
@@ -863,7 +896,8 @@ def test_every_kind_learns_with_static_weights_and_another_balancing(
     wanted = model.ids(batch, catalogue, None)
     rows = fetch(model.layout, stacks, wanted.ids)
     ones = jnp.ones(len(model.names))
-    balancers = {name: BALANCERS[name]().make(ones) for name in ("static", balance)}
+    extra = len(model.names) - len(model.tasks)
+    balancers = {n: beside(BALANCERS[n]().make(ones[:2]), extra) for n in ("static", balance)}
 
     @jax.jit
     def step(network: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -883,3 +917,93 @@ def test_every_kind_learns_with_static_weights_and_another_balancing(
         moved = jax.tree.map(lambda p, g: p - 0.01 * g, network, slopes[name])
         assert step(moved)[0].sum() < losses.sum() - 1e-5, name
     assert all(np.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes["static"]))
+
+
+# --- Position bias in losses that read more than the logits
+
+
+def _taught(
+    model: Model, biases: list[float], key: jax.Array | None = None
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Sums of the losses with a constant of each task that the bias tower adds, and what the towers
+    say without it."""
+    batch, catalogue = _impressions(16), tiny.catalogue()
+    stacks = initial_stacks(model.layout, jax.random.key(0), FLOAT, low=False)
+    wanted = model.ids(batch, catalogue, None)
+    params, rows = model.init(0), fetch(model.layout, stacks, wanted.ids)
+    bias = params["network"]["bias"]
+    head = {"kernel": bias["head"]["kernel"] * 0, "bias": jnp.array(biases)}
+    params = {"network": params["network"] | {"bias": bias | {"head": head}}}
+
+    def run(rows: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        shared = model.encode(params, rows, batch, catalogue, wanted, None)
+        said = model.score(params, states_of(shared, batch), None)
+        sums = model.losses(params, shared, batch, catalogue, wanted, key)[0]
+        return sums, said.logits | said.diagnostics
+
+    return jax.jit(run)(rows)
+
+
+_AITM = {"kind": "aitm", "expert_hidden": [4], "tower_hidden": []}
+
+
+def test_aitm_adds_the_bias_to_what_it_teaches() -> None:
+    """With b added to the logits m of p(click) and p(buy) over all impressions, the losses are the
+    cross-entropies of m + b, and the calibrator compares both with it."""
+    bias = {"features": ["discount"], "dropout": 0.0, "hidden": []}
+    biases, batch = [0.5, -1.0], _impressions(16)
+    sums, said = _taught(_rows_model(towers=_AITM, bias=bias), biases)
+    p = {}
+    for place, (task, name) in enumerate((("click", "click"), ("buy", "marginal/buy"))):
+        logit, label = np.asarray(said[name], np.float64) + biases[place], batch.labels[task]
+        p[task] = 1 / (1 + np.exp(-logit))
+        loss = -np.log(np.where(label > 0, p[task], 1 - p[task])).sum()
+        np.testing.assert_allclose(sums[task], loss, rtol=1e-5)
+    calibrator = 0.6 * np.maximum(p["buy"] - p["click"], 0).sum()
+    np.testing.assert_allclose(sums["calibrator"], calibrator, rtol=1e-4)
+
+
+def test_the_bias_is_silent_by_a_draw_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members and the bias tower fold numbers into one key, each another one."""
+    numbers, real = list[int](), jax.random.fold_in
+
+    def fold_in(key: jax.Array, number: Any) -> jax.Array:
+        numbers.extend([number] * isinstance(number, int))  # those of initial values are counters
+        return real(key, number)
+
+    towers = {"kind": "shared_bottom", "expert_hidden": [4], "tower_hidden": []}
+    ensemble = {"members": 3, "members_share": "encoder", "dropout": 0.1, "towers": towers}
+    model = _rows_model(bias={"features": ["discount"]}, **ensemble)
+    monkeypatch.setattr(jax.random, "fold_in", fold_in)
+    jax.eval_shape(lambda: _taught(model, [0.0, 0.0], jax.random.key(7)))
+    assert {1, 2} < set(numbers)
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_the_calibrator_is_no_task_of_the_balancing() -> None:
+    """A step of AITM keeps variances of its two tasks alone; and at the parameters, what the
+    calibrator shares with a single task, such as the head of the purchase, is compared with
+    nothing."""
+    declared, learned = _rows({"towers": _AITM}, "uncertainty")
+    model, mesh, key = make_model(declared, learned), make_mesh((1, 1)), jax.random.key(0)
+    assert make_step(declared, model, mesh, 1).abstract.balance.shape == (2,)
+    batch, catalogue = _impressions(16), tiny.catalogue()
+    wanted = model.ids(batch, catalogue, None)
+    rows = fetch(model.layout, initial_stacks(model.layout, key, FLOAT, low=False), wanted.ids)
+
+    @jax.jit
+    def run(network: Any) -> Any:
+        given = Given(network, rows, batch, wanted, draw(key, batch))
+        weights = model.weights(batch, jnp.asarray(batch.weight))
+        taken = given, catalogue, weights, 1, mesh
+        back = backward(model, *taken, lambda to_rows: {}, "parameters")
+        found = back.pullback(np.array([1.0, 1.0, 1.0]))
+        return found.shared["network"]["towers"], found.heads["network"]["towers"]
+
+    shared, own = run(model.init(0)["network"])
+    head = model.names.index("buy")
+    assert not shared["heads"]["heads"][head]["kernel"].any()
+    assert np.abs(own["heads"]["heads"][head]["kernel"]).max() > 0
+    assert (
+        np.abs(shared["networks"][0]["layers"][0]["kernel"]).max() > 0
+    )  # of the click, read by buy

@@ -13,6 +13,7 @@ import pytest
 
 import mtrec_jax
 from benchmarks import conflict
+from mtrec_jax.balance import BALANCERS
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource
@@ -114,6 +115,13 @@ def test_gates_of_members_are_told_apart() -> None:
     alone = {name: tuple(part[0, 0] for part in of) for name, of in sums.items()}
     (first, _) = _gate_rows(2.0, {"gate_shared": alone["gates"]}, ["click"], 1)
     assert (first["member"], first["task"], first["mean"]) == (1, "", pytest.approx(0.4))
+
+
+def test_the_planted_conflict_has_every_balancing_where_something_is_learned() -> None:
+    """Nothing is before the towers there: the shared representation teaches nobody."""
+    declared = [overridden(conflict.experiment(), row) for row in conflict.MODELS.values()]
+    assert {e.train.balance.kind for e in declared} == set(BALANCERS)
+    assert {getattr(e.train.balance, "at", "parameters") for e in declared} == {"parameters"}
 
 
 @pytest.mark.slow

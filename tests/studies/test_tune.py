@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import mtrec_jax
-from mtrec_jax.config import Experiment
+from mtrec_jax.config import Evaluate, Experiment, Model, Train
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.experiments import load_experiment, overridden
@@ -228,6 +229,35 @@ def test_a_kind_that_is_declared_keeps_its_options(shop_experiment: Experiment) 
     other = overridden(shop_experiment, {"model.towers": "ple", "tasks.click.weight": 3})
     assert (other.model.towers.kind, other.model.towers.experts) == ("ple", 4)
     assert other.tasks["click"].weight == 3
+
+
+CHOSEN = [
+    (section, field.name)
+    for section, options in (("model", Model), ("train", Train), ("evaluate", Evaluate))
+    for field in dataclasses.fields(options)
+    if "Choice(" in str(field.type)
+]
+
+
+@pytest.mark.parametrize(("section", "field"), CHOSEN)
+def test_a_class_of_ones_own_stays_wherever_something_is_chosen(
+    section: str, field: str, shop_experiment: Experiment
+) -> None:
+    """A study reads the experiment anew for each trial."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine:
+        kind: str = "mine"
+        size: int = 3
+
+    part = getattr(shop_experiment, section)
+    mine = (Mine(size=5),) if field == "baselines" else Mine(size=5)
+    declared = dataclasses.replace(
+        shop_experiment, **{section: dataclasses.replace(part, **{field: mine})}
+    )
+    found = overridden(declared, {"train.seed": 4})
+    assert getattr(getattr(found, section), field) == mine
+    assert found.train.seed == 4
 
 
 def test_ranges_may_be_declared(tmp_path: Path, shop_experiment: Experiment) -> None:

@@ -62,6 +62,7 @@ class Feature:
     because: ClassVar[str] = ""  # why it is not on the other places
     imputes: ClassVar[tuple[str, ...]] = ("none",)
     gives_numbers: ClassVar[bool] = False  # to the model, not ids
+    coded: ClassVar[bool] = False  # they are a code or several, not one and a mark of missing
     of_numbers: ClassVar[bool] = False  # a cell is a number
     takes_lists: ClassVar[bool] = False  # a cell may be a list
     computed: ClassVar[bool] = False  # of more than the row's own cell of the raw data

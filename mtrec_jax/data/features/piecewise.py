@@ -36,6 +36,7 @@ class Piecewise(Feature):
     imputes = IMPUTES
     of_numbers = True
     gives_numbers = True
+    coded = True
 
     def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
         """Lower edges of bins that hold about equally many training values, and the last upper."""

@@ -41,6 +41,7 @@ class FriendsTaste(Feature):
     places = ("context",)
     because = _OF_USERS
     gives_numbers = True
+    coded = True
     computed = True
     fitted = False
 

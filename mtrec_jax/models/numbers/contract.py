@@ -14,3 +14,4 @@ class NumberSizes(NamedTuple):
 
     slots: tuple[int, ...]  # numbers of each feature, which stand side by side: their sum is C
     width: int  # D
+    coded: tuple[bool, ...]  # of each feature: a code or several, no number and a mark of missing

@@ -15,13 +15,11 @@ from mtrec_jax.models.layers import normal
 from mtrec_jax.models.numbers.contract import NumberSizes
 from mtrec_jax.models.numbers.linear import EmbeddedNumbers
 
-_CODED = 3  # numbers of a feature from which on they are a code, no number and a mark of missing
-
 
 @dataclass(frozen=True, kw_only=True)
 class PeriodicNumbers:
-    """`[model.numbers] kind = "periodic"`: the paper's PLR. `piecewise` codes are embedded as
-    `linear` does."""
+    """`[model.numbers] kind = "periodic"`: the paper's PLR. `piecewise` codes and what friends
+    like are embedded as `linear` does."""
 
     kind: Literal["periodic"] = "periodic"
     frequencies: Annotated[int, Field(ge=1)] = 16  # k, of each feature
@@ -39,17 +37,19 @@ class Periodic(nnx.Module):
     def __init__(
         self, options: PeriodicNumbers, sizes: NumberSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        k, self.slots = options.frequencies, sizes.slots
-        shape = sum(s < _CODED for s in sizes.slots), k
+        k, self.slots, self.coded = options.frequencies, sizes.slots, sizes.coded
+        shape = len(sizes.coded) - sum(sizes.coded), k
         self.frequencies = nnx.Param(normal(rngs, shape, options.sigma, dtype))
-        wide = [s - 1 + 2 * k if s < _CODED else s for s in sizes.slots]
+        each = zip(sizes.slots, sizes.coded, strict=True)
+        wide = [s if coded else s - 1 + 2 * k for s, coded in each]
         self.embedded = EmbeddedNumbers(wide, sizes.width, dtype=dtype, rngs=rngs)
         self.outputs, self.fields = self.embedded.outputs, self.embedded.fields
 
     def __call__(self, numbers: jax.Array) -> jax.Array:
         parts, number = [], 0
-        for x in jnp.split(numbers, np.cumsum(self.slots)[:-1], axis=-1):
-            if x.shape[-1] < _CODED:
+        split = jnp.split(numbers, np.cumsum(self.slots)[:-1], axis=-1)
+        for x, coded in zip(split, self.coded, strict=True):
+            if not coded:
                 v = 2 * jnp.pi * (x[..., :1] @ self.frequencies[...][number][None])
                 x = jnp.concatenate([jnp.sin(v), jnp.cos(v), x[..., 1:]], axis=-1)
                 number += 1

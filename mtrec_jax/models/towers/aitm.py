@@ -25,8 +25,9 @@ ALMOST = 1e-6  # -log of the largest conditional probability
 class AITM:
     """`[model.towers] kind = "aitm"`: each step of a funnel learns from the step before it.
 
-    The steps are binary tasks: along their `where`; where none has one, in the order in which they
-    are declared, each label being about all impressions. Other tasks have a network of their own.
+    The steps are binary tasks: along their `where`; or where none has one, those named in `steps`,
+    first to last, each label being about all impressions and none 1 where the one before is 0.
+    Other tasks have a network of their own.
 
     Towers and losses are about all impressions, as in the paper: p(purchase), not p(purchase |
     click). A task with `where` predicts p(purchase) / p(click) nevertheless, the conditional
@@ -35,6 +36,7 @@ class AITM:
     """
 
     kind: Literal["aitm"] = "aitm"
+    steps: tuple[str, ...] = ()  # binary tasks in their order; (): along `where`
     calibrator_weight: Annotated[float, Field(ge=0)] = 0.6
     expert_hidden: Hidden = (128, 64)  # of each task's network
     tower_hidden: MaybeHidden = (32,)
@@ -43,25 +45,40 @@ class AITM:
         """The towers.
 
         Raises:
-          ConfigError: there are not two binary tasks.
+          ConfigError: no steps are declared, in both ways, or such as are no binary tasks.
         """
-        before = steps_before(sizes.tasks)
-        if not before:
-            raise ConfigError(
-                'model.towers: kind = "aitm" needs two binary tasks or more, such as tasks.click = '
-                '"binary" and tasks.buy = { kind = "binary", where = "click" }'
-            )
+        before = steps_before(sizes.tasks, self.steps)
         return AITMTowers(self, sizes, before, dtype=dtype, rngs=rngs)
 
 
-def steps_before(tasks: Mapping[str, TowerTask]) -> dict[str, str]:
-    """{task: the step before it}, along `where` if there is any, else as declared.
+def steps_before(tasks: Mapping[str, TowerTask], steps: tuple[str, ...]) -> dict[str, str]:
+    """{task: the step before it}, along `where` or the declared steps.
 
-    >>> steps_before({"view": TowerTask("binary"), "stay": TowerTask("binary")})
+    Raises:
+      ConfigError: neither says an order of binary tasks, or both do.
+
+    >>> steps_before({"view": TowerTask("binary"), "stay": TowerTask("binary")}, ("view", "stay"))
     {'stay': 'view'}
     """
+    funnel = funnel_of(tasks)
+    if not funnel and not steps:
+        raise ConfigError(
+            'model.towers: kind = "aitm" needs to know which step follows which: give a binary '
+            'task its sample space, such as tasks.buy = { kind = "binary", where = "click" }, or '
+            'name the tasks in their order, model.towers.steps = ["click", "buy"]'
+        )
+    if funnel and steps:
+        raise ConfigError(
+            f"model.towers.steps: tasks.{next(iter(funnel))}.where says the order already; leave "
+            "steps out"
+        )
     binary = [name for name, task in tasks.items() if task.kind == "binary"]
-    return funnel_of(tasks) or dict(zip(binary[1:], binary, strict=False))
+    if steps and (len(steps) < 2 or len({*steps} & {*binary}) < len(steps)):
+        raise ConfigError(
+            f"model.towers.steps: {', '.join(steps)}: name two or more of the binary tasks "
+            f"({', '.join(binary)}), each once"
+        )
+    return funnel or dict(zip(steps[1:], steps, strict=False))
 
 
 class AITMTowers(nnx.Module):
@@ -82,7 +99,8 @@ class AITMTowers(nnx.Module):
         self.where = funnel_of(sizes.tasks)
         self.weight = options.calibrator_weight
         self.extra_losses = ("calibrator",) if self.weight else ()
-        self.loss_inputs = tuple(f"marginal/{name}" for name in self.where)
+        self.logits_of = {f"marginal/{name}": name for name in self.where}
+        self.loss_inputs = tuple(self.logits_of)
         hidden, width = options.expert_hidden, options.expert_hidden[-1]
         self.networks = nnx.List(
             [MLP(sizes.inputs, hidden, dtype=dtype, rngs=rngs) for _ in sizes.tasks]

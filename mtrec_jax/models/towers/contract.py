@@ -24,8 +24,10 @@ class TowerSizes(NamedTuple):
     mask [B, P])}` with logits {task: [B, P], or [B, P, C]} of all positions of a batch, and
     `labels`, `mask` {task: [B, P]}. They stand in the place of the task's own, and their masks must
     not depend on the logits. Losses that are of no task are named in an attribute,
-    `extra_losses = ("name", ...)`, and start with a weight of 1. Diagnostics [n] that `losses` is
-    to have among its logits, as [B, P], are named in another one, `loss_inputs = ("name", ...)`.
+    `extra_losses = ("name", ...)`: they weigh 1 and are not balanced. Diagnostics [n] that `losses`
+    is to have among its logits, as [B, P], are named in another one, `loss_inputs = ("name", ...)`;
+    those that are a logit of a task, taught in the place of its own, also in
+    `logits_of = {"name": task}`, so that `model.bias` is added to them as well.
 
     The logit of a task with `where` is that of its probability given `where`, whatever the losses.
 

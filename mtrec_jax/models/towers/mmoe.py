@@ -16,12 +16,16 @@ from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
 
 @dataclass(frozen=True, kw_only=True)
 class MMoE:
-    """`[model.towers] kind = "mmoe"`."""
+    """`[model.towers] kind = "mmoe"`.
+
+    The paper's experts are not normalised: `normalise = false`.
+    """
 
     kind: Literal["mmoe"] = "mmoe"
     experts: Annotated[int, Field(ge=1)] = 4
     expert_hidden: Hidden = (128, 64)
     tower_hidden: MaybeHidden = (32,)
+    normalise: bool = True  # the experts' outputs; false: as in the paper
 
     def make(self, sizes: TowerSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MMoETowers:
         """The towers."""
@@ -34,7 +38,7 @@ class MMoETowers(nnx.Module):
     def __init__(self, options: MMoE, sizes: TowerSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         inputs, count, hidden = sizes.inputs, options.experts, options.expert_hidden
         self.count = count
-        self.experts = Experts(count, inputs, hidden, dtype=dtype, rngs=rngs)
+        self.experts = Experts(count, inputs, hidden, options.normalise, dtype=dtype, rngs=rngs)
         self.gate = linear(inputs, len(sizes.tasks) * count, dtype=dtype, rngs=rngs)
         outputs = {name: task.outputs for name, task in sizes.tasks.items()}
         self.heads = TaskHeads(hidden[-1], outputs, options.tower_hidden, dtype=dtype, rngs=rngs)

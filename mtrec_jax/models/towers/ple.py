@@ -17,7 +17,10 @@ from mtrec_jax.models.towers.contract import TowerInput, TowerOutput, TowerSizes
 
 @dataclass(frozen=True, kw_only=True)
 class PLE:
-    """`[model.towers] kind = "ple"`; with `levels = 1` it is CGC (customized gate control)."""
+    """`[model.towers] kind = "ple"`; with `levels = 1` it is CGC (customized gate control).
+
+    The paper's experts are not normalised: `normalise = false`.
+    """
 
     kind: Literal["ple"] = "ple"
     levels: Annotated[int, Field(ge=1)] = 2
@@ -25,6 +28,7 @@ class PLE:
     task_experts: Annotated[int, Field(ge=1)] = 1  # of each task, on each level
     expert_hidden: Hidden = (128, 64)  # one width a level, and what is left over on the last
     tower_hidden: MaybeHidden = (32,)
+    normalise: bool = True  # the experts' outputs; false: as in the paper
 
     def make(self, sizes: TowerSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> PLETowers:
         """The towers."""
@@ -93,7 +97,7 @@ class Level(nnx.Module):
         shared, own = options.experts, options.task_experts
 
         def experts(count: int) -> Experts:
-            return Experts(count, inputs, hidden, dtype=dtype, rngs=rngs)
+            return Experts(count, inputs, hidden, options.normalise, dtype=dtype, rngs=rngs)
 
         def gate(count: int) -> nnx.Linear:
             return linear(inputs, count, dtype=dtype, rngs=rngs)

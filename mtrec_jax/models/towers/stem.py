@@ -22,7 +22,8 @@ class STEM:
     """`[model.towers] kind = "stem"`: every feature and item has an embedding that all share and
     one of each task, so 1 + T tables in the place of one.
 
-    The features of the history and what retrieval compares have the shared ones alone.
+    The features of the history and what retrieval compares have the shared ones alone. The paper's
+    experts are not normalised: `normalise = false`.
     """
 
     kind: Literal["stem"] = "stem"
@@ -30,6 +31,7 @@ class STEM:
     task_experts: Annotated[int, Field(ge=1)] = 1  # of each task's own
     expert_hidden: Hidden = (128, 64)
     tower_hidden: MaybeHidden = (32,)
+    normalise: bool = True  # the experts' outputs; false: as in the paper
     task_tables: ClassVar[bool] = True
 
     def make(self, sizes: TowerSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> STEMTowers:
@@ -48,13 +50,12 @@ class STEMTowers(nnx.Module):
     def __init__(self, options: STEM, sizes: TowerSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         inputs, hidden, tasks = sizes.inputs, options.expert_hidden, len(sizes.tasks)
         count = tasks * options.task_experts + options.experts
-        self.shared = Experts(options.experts, inputs, hidden, dtype=dtype, rngs=rngs)
-        self.own = nnx.List(
-            [
-                Experts(options.task_experts, inputs, hidden, dtype=dtype, rngs=rngs)
-                for _ in sizes.tasks
-            ]
-        )
+
+        def experts(count: int) -> Experts:
+            return Experts(count, inputs, hidden, options.normalise, dtype=dtype, rngs=rngs)
+
+        self.shared = experts(options.experts)
+        self.own = nnx.List([experts(options.task_experts) for _ in sizes.tasks])
         self.gates = nnx.List([linear(inputs, count, dtype=dtype, rngs=rngs) for _ in sizes.tasks])
         outputs = {name: task.outputs for name, task in sizes.tasks.items()}
         self.heads = TaskHeads(hidden[-1], outputs, options.tower_hidden, dtype=dtype, rngs=rngs)
