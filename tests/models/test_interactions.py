@@ -97,7 +97,8 @@ def test_fields_are_the_embedded_features_the_user_and_the_candidate() -> None:
         "request": SimpleNamespace(fields=1),
     }
     parts |= {"members": None, "thresholds": [], "fusion": mean("stars"), "width": 2}
-    layers = made(inputs, dtype=FLOAT, interaction=interaction, towers=towers, **parts)
+    parts |= {"other_towers": [], "other_users": []}
+    layers = made(inputs, dtype=FLOAT, interactions=[interaction], towers=towers, **parts)
     none = jnp.zeros((1, 0, 2))
     user, item = jnp.array([[[5.0, 6.0]]]), jnp.array([[[3.0, 4.0]]])
     context, request = jnp.array([[1.0, 2.0, 9.0]]), jnp.array([[[3.0, 4.0]]])
