@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from mtrec_jax.balance import BALANCERS
-from mtrec_jax.balance.contract import beside
+from mtrec_jax.balance.contract import At, beside
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest, TaskField
 from mtrec_jax.errors import ConfigError
@@ -873,19 +873,29 @@ def test_members_are_refused_where_losses_need_more_than_logits() -> None:
 _SLOW = {"home": pytest.mark.slow}  # a program of hundreds of small layers
 
 
-_TURNS = itertools.cycle(name for name in BALANCERS if name != "static")
+_AT = [n for n, options in BALANCERS.items() if hasattr(options(), "at")]
+_PLACED: list[tuple[str, At]] = [
+    *((name, "representation") for name in BALANCERS),
+    *((name, "parameters") for name in _AT),
+]
+_TURNS = itertools.cycle(_PLACED[1:])  # behind static weights
 
 
 @pytest.mark.parametrize(
-    ("kind", "balance"),
-    [pytest.param(k, b, marks=_SLOW.get(k, ())) for k, b in zip(TOWERS, _TURNS, strict=False)],
+    ("kind", "balances"),
+    [
+        *(
+            pytest.param(k, [b], marks=_SLOW.get(k, ()))
+            for k, b in zip(TOWERS, _TURNS, strict=False)
+        ),
+        *(pytest.param(kind, _PLACED[1:], marks=pytest.mark.slow) for kind in TOWERS),
+    ],
 )
-def test_every_kind_learns_with_static_weights_and_another_balancing(
-    kind: str, balance: str
+def test_every_kind_learns_with_static_weights_and_other_balancing(
+    kind: str, balances: list[tuple[str, At]]
 ) -> None:
     """Through the model's own losses: a small step along what the balancer makes of them lowers
-    their sum, and reaches every layer. Balancers take turns, so that each has a kind of towers;
-    all pairs are trained by `python -m benchmarks combinations`."""
+    their sum, and reaches every layer. Balancers take turns; slow: all pairs, many programs."""
     towers = {"kind": kind, "expert_hidden": [4], "tower_hidden": []} | SMALL.get(kind, {})
     if kind == "pepnet":  # layers of the tasks are all that it has
         towers = {"kind": kind, "domain": ["hour"], "gate_hidden": 8, "tower_hidden": [4]}
@@ -897,26 +907,30 @@ def test_every_kind_learns_with_static_weights_and_another_balancing(
     rows = fetch(model.layout, stacks, wanted.ids)
     ones = jnp.ones(len(model.names))
     extra = len(model.names) - len(model.tasks)
-    balancers = {n: beside(BALANCERS[n]().make(ones[:2]), extra) for n in ("static", balance)}
+    balancers = {
+        (name, at): beside(made.make(ones[:2]), extra)
+        for name, at in (_PLACED[0], *balances)
+        for made in (BALANCERS[name](at=at) if name in _AT else BALANCERS[name](),)
+    }
 
     @jax.jit
-    def step(network: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def step(network: Any) -> tuple[jax.Array, dict[tuple[str, At], Any]]:
         weights = model.weights(batch, jnp.asarray(batch.weight))
         given = Given(network, rows, batch, wanted, draw(key, batch))
-        back = backward(model, given, catalogue, weights, 1, mesh, lambda to_rows: {})
-        found = {
-            name: balancer.combine(back.pullback, ones > 0, balancer.init(network), key)[0]
-            for name, balancer in balancers.items()
-        }
-        slopes = {name: back.finish(g)[0]["network"] for name, g in found.items()}
-        return found["static"].losses, slopes
+        slopes, losses = {}, ones
+        for (name, at), balancer in balancers.items():
+            back = backward(model, given, catalogue, weights, 1, mesh, lambda to_rows: {}, at)
+            found, _ = balancer.combine(back.pullback, ones > 0, balancer.init(network), key)
+            slopes[name, at] = back.finish(found)[0]["network"]
+            losses = found.losses if name == "static" else losses
+        return losses, slopes
 
     network = model.init(0)["network"]
     losses, slopes = step(network)
-    for name in balancers:
-        moved = jax.tree.map(lambda p, g: p - 0.01 * g, network, slopes[name])
-        assert step(moved)[0].sum() < losses.sum() - 1e-5, name
-    assert all(np.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes["static"]))
+    for balance in balancers:
+        moved = jax.tree.map(lambda p, g: p - 0.01 * g, network, slopes[balance])
+        assert step(moved)[0].sum() < losses.sum() - 1e-5, balance
+    assert all(np.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes[_PLACED[0]]))
 
 
 # --- Position bias in losses that read more than the logits
