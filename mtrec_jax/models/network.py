@@ -67,12 +67,14 @@ class Network(nnx.Module):
                 self.behaviour = made(d, d)
             seen = EncoderSizes(d, history_length + 1, config.dropout)
             self.encoder = config.encoder.make(seen, dtype=dtype, rngs=rngs)
+        alone = config.members if inputs.tasks and config.members_share == "encoder" else 1
+        of_context = self.user_context is not None and not inputs.has_events
+        self.other_users = nnx.List([made(context, d) for _ in range(1, alone) if of_context])
         if not inputs.tasks:
             return
         sizes = tower_sizes(inputs, self.context.outputs, self.request.outputs, d)
         fields = self.context.fields + self.request.fields + 2 * inputs.has_items
         crossed = InteractionSizes(sizes.inputs, fields, d)
-        alone = config.members if config.members_share == "encoder" else 1
         self.interactions = nnx.List(
             [config.interaction.make(crossed, dtype=dtype, rngs=rngs) for _ in range(alone)]
         )
@@ -81,8 +83,6 @@ class Network(nnx.Module):
         self.other_towers = nnx.List(
             [config.towers.make(sizes, dtype=dtype, rngs=rngs) for _ in range(1, alone)]
         )
-        known = context and inputs.has_items and not inputs.has_events
-        self.other_users = nnx.List([made(context, d) for _ in range(1, alone) if known])
         hidden = _hidden_sizes(self.towers, sizes, dtype)
         if config.members > 1 and hasattr(self.towers, "loss_inputs") and self.towers.loss_inputs:
             raise ConfigError(
