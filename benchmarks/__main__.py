@@ -18,6 +18,7 @@ from rich.table import Table
 
 import benchmarks
 from benchmarks import contest
+from mtrec_jax.machine import keep_freed_memory
 
 
 def main() -> None:
@@ -73,6 +74,7 @@ def main() -> None:
         del sys.argv[1:]  # some contestants read it
         contest.serve(question, chosen.set[0], chosen.case, chosen.contestant)
     elif hasattr(question, "answer"):  # a question of quality or throughput: figures
+        keep_freed_memory()  # as commands of the library do
         taken = set(inspect.signature(question.answer).parameters) - {"quick"}
         given = {name: getattr(chosen, name) for name in taken}
         given = {name: value for name, value in given.items() if value is not None}
