@@ -29,6 +29,7 @@ _HOME = {
     "Recommender": "mtrec_jax.serving.recommender",
     "fit_baseline": "mtrec_jax.serving.baseline",
     "plan": "mtrec_jax.planner",
+    "keep_freed_memory": "mtrec_jax.machine",
     "study_tune": "mtrec_jax.studies.tune:tune",
     "study_crossval": "mtrec_jax.studies.crossval:crossval",
     "study_transfer": "mtrec_jax.studies.transfer:transfer",
