@@ -183,7 +183,7 @@ def test_slow_compilations_are_no_bugs_to_be_filed(monkeypatch: pytest.MonkeyPat
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
 
 
-# A program with work space of 70 MiB; the page faults of a call, after a few.
+# A program with work space of 70 MiB; the page faults of the median call, after a few.
 FAULTS = """
 import resource
 import sys
@@ -196,16 +196,19 @@ a, b, c = jnp.ones((2048, 8)), jnp.ones((8, 9000)), jnp.ones((9000, 8))
 program = jax.jit(lambda a, b, c: jnp.tanh(a @ b) @ c).lower(a, b, c).compile()
 for _ in range(5):
     jax.block_until_ready(program(a, b, c))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+found = []
+for _ in range(15):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(program(a, b, c))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(found)[7])
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_a_command_keeps_the_work_space_of_its_programs() -> None:
-    """18,000 pages of 4 KiB are cleared in each call without it; with it some of them, once."""
+    """18,000 pages of 4 KiB are cleared in each call without it; with it now and then, as the heap
+    moves."""
     command = [sys.executable, "-c", FAULTS, "keep"]
     ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     assert int(ran.stdout) < 5_000

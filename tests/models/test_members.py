@@ -63,7 +63,10 @@ def _answers(graph: Any, own_graph: Any, state: Any, own: Any) -> Any:
     return each[:K], said, together(parts.answers(same), SIZES.tasks)[0], each[K]
 
 
-@pytest.mark.parametrize("kind", TOWERS)
+_SLOW = {"home": pytest.mark.slow}  # a program of hundreds of small layers
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=_SLOW.get(k, ())) for k in TOWERS])
 def test_a_member_is_the_towers_on_its_own_scales_with_its_own_head(kind: str) -> None:
     """Each member by itself: the towers on x times its scales, plus its head on their hidden
     vectors. With scales of 1 and no heads all answer as the towers alone."""
