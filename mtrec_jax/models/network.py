@@ -184,9 +184,8 @@ class Network(nnx.Module):
         if self.inputs.has_items and candidates is not None:
             user = jnp.asarray(states.vectors).reshape(n, d)
             items = jnp.split(candidates.reshape(n, -1), candidates.shape[-1] // d, axis=-1)
-            users = [user] * versions
-            for number, of in enumerate(self.other_users, 1):  # what is known of them, all own
-                users[number] = of(contexts[number])
+            others = [of(c) for of, c in zip(self.other_users, contexts[1:], strict=False)]
+            users = [user, *(others or [user] * (versions - 1))]  # own where all known of them is
             pairs = [_paired(of, item) for of, item in zip(users, items, strict=False)]
             if self.inputs.retrieval:
                 logits[self.inputs.retrieval] = pairs[0][-1][:, 0] / self.config.temperature
