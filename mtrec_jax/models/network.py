@@ -84,13 +84,13 @@ class Network(nnx.Module):
             [config.towers.make(sizes, dtype=dtype, rngs=rngs) for _ in range(1, alone)]
         )
         hidden = _hidden_sizes(self.towers, sizes, dtype)
-        if config.members > 1 and hasattr(self.towers, "loss_inputs") and self.towers.loss_inputs:
+        scaled = config.members > alone
+        if scaled and hasattr(self.towers, "loss_inputs") and self.towers.loss_inputs:
             raise ConfigError(
                 f"model.members: {config.members}, but the losses of model.towers.kind = "
                 f"'{config.towers.kind}' read more than the logits that members change; set "
-                "members = 1, or take other towers"
+                "members_share = 'encoder', or members = 1"
             )
-        scaled = config.members > alone
         own = config.members, sizes.inputs, hidden, inputs.tasks
         self.members = Members(*own, dtype=dtype, rngs=rngs) if scaled else None
         self.thresholds = nnx.List([Thresholds(t, dtype=dtype) for t in inputs.thresholds.values()])

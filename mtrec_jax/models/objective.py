@@ -94,20 +94,22 @@ def make_objective(
             said = outputs._replace(logits=logits)
             return {n: _task_sum(experiment, manifest, n, said, *given) for n in names}
 
-        def of_towers(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def of_towers(
+            logits: dict[str, jax.Array], looks: dict[str, jax.Array]
+        ) -> dict[str, jax.Array]:
             sums = of_tasks(inputs.tasks, logits)
             if brings is not None:
-                found = logits | {n: outputs.diagnostics[n] for n in asked}
-                own = layers.towers.losses(found, *_labels(batch))
+                own = layers.towers.losses(logits | looks, *_labels(batch))
                 for n, (values, counts) in own.items():
                     sums[n] = jnp.sum(values * counts * _weight(batch, n))
             return sums
 
         sums = of_tasks(experiment.tasks.keys() - inputs.tasks.keys(), outputs.logits)
+        looks = {n: outputs.diagnostics[n] for n in asked}
         if outputs.members:  # the mean of their losses, each by itself
-            of_each = jax.vmap(of_towers, in_axes=2)(outputs.members)
+            of_each = jax.vmap(of_towers, in_axes=2)(outputs.members, looks)
             return sums | {n: jnp.mean(each) for n, each in of_each.items()}, fusing
-        return sums | of_towers(outputs.logits), fusing
+        return sums | of_towers(outputs.logits, looks), fusing
 
     return Objective(names, fusion is not None, weights, losses, fusion and fusion.loss)
 

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.losses.tasks import TaskField
 from mtrec_jax.models.inputs import Inputs, make_inputs, own_name
 from mtrec_jax.models.members import Members, mean_answer, together
 from mtrec_jax.models.model import Model, make_model
@@ -154,20 +155,34 @@ GATED = {"kind": "pepnet", "domain": ["hour"], "priors": ["segment", "brand"], "
 GATED |= {"tower_hidden": [4]}  # what it reads by name is each member's own as well
 
 
+AITM = {"kind": "aitm", "expert_hidden": [4], "tower_hidden": []}  # its losses read its looks
+
+
 def _without_a_past(**model: Any) -> tuple[Model, Any]:
     """No encoder and no retrieval, so that all that there is can be each member's own."""
+    tasks = {name: tiny.TASKS[name] for name in ("click", "stars", "genre")}
+    if model.get("towers") == AITM:
+        tasks = {"click": tiny.TASKS["click"], "buy": {"kind": "binary", "where": "click"}}
     declared, learned, examples = tiny.without_history(
-        tasks={name: tiny.TASKS[name] for name in ("click", "stars", "genre")},
+        tasks=tasks,
         model={"dropout": 0.0, "fusion": "none", "interaction": "dcn", "towers": GATED} | model,
     )
-    return make_model(declared, learned), examples._replace(row=None)
+    learned = dataclasses.replace(learned, tasks=learned.tasks | {"buy": TaskField()})
+    bought = (examples.labels["stars"] > 2).astype(np.float32)
+    examples = examples._replace(
+        row=None,
+        labels=dict(examples.labels) | {"buy": bought},
+        mask=dict(examples.mask) | {"buy": examples.mask["stars"]},
+    )
+    return make_model(declared, learned), examples
 
 
-def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
+@pytest.mark.parametrize("towers", [GATED, AITM], ids=["pepnet", "aitm"])
+def test_members_with_tables_of_their_own_are_models_of_their_own(towers: dict[str, Any]) -> None:
     """Loss and gradients of two members are halves of those of two models, one with the tables and
     layers of each: neither learns from the other."""
-    both, examples = _without_a_past(members=2, members_share="encoder")
-    one, _ = _without_a_past()
+    both, examples = _without_a_past(members=2, members_share="encoder", towers=towers)
+    one, _ = _without_a_past(towers=towers)
     catalogue, second = tiny.catalogue(), "member 2"
     stacks = initial_stacks(both.layout, jax.random.key(3, impl="rbg"), FLOAT, low=False)
 
@@ -175,7 +190,7 @@ def test_members_with_tables_of_their_own_are_models_of_their_own() -> None:
         wanted = model.ids(examples, catalogue, jax.random.key(0))
         shared = model.encode(params, rows, examples, catalogue, wanted, None)
         sums = model.losses(params, shared, examples, catalogue, wanted, None)[0]
-        return jnp.stack([sums[name] for name in ("click", "stars", "genre")]).sum()
+        return jnp.stack([sums[name] for name in model.names]).sum()
 
     params = both.init(0)
     rows = fetch(both.layout, stacks, both.ids(examples, catalogue, jax.random.key(0)).ids)

@@ -66,14 +66,14 @@ def _gate(unit: GateUnit | None, x: np.ndarray) -> np.ndarray:
 
 def _by_hand(towers: PEPNetTowers, domain: Any, prior: np.ndarray) -> dict[str, np.ndarray]:
     """Equations 2 to 6: everything that the network holds, by name."""
-    found = {"gate_input": np.ones_like(X)}
+    found = {"scale_input": np.ones_like(X)}
     if domain is not None:
-        found["gate_input"] = _gate(towers.gate, np.concatenate([domain, X], axis=1))
-    x = found["gate_input"] * X
+        found["scale_input"] = _gate(towers.gate, np.concatenate([domain, X], axis=1))
+    x = found["scale_input"] * X
     told, hidden = np.concatenate([prior, x], axis=1), [x, x]
     for number, width in enumerate(HIDDEN):
         gates = _gate(towers.gates[number], told).reshape(N, 2, width)
-        found[f"gates_{number + 1}"] = gates
+        found[f"scales_{number + 1}"] = gates
         for t in range(2):
             z = _linear(towers.layers[number][t], hidden[t])
             hidden[t] = gates[:, t] * z * _sigmoid(z)
@@ -90,11 +90,11 @@ def test_gates_and_layers_are_those_of_the_paper(declared: bool) -> None:
     prior = np.concatenate([AUTHOR, SCENE] if declared else [USER, ITEM], axis=1)
     expected = _by_hand(towers, SCENE if declared else None, prior)
     named = {"click": found.logits["click"][:, None], "genre": found.logits["genre"]}
-    assert ("gate_input" in found.diagnostics) == declared
+    assert ("scale_input" in found.diagnostics) == declared
     for name, values in (found.diagnostics | named).items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    assert found.diagnostics["gates_1"].shape == (N, 2, 7)
-    assert found.diagnostics["gates_1"].std() > 0.01
+    assert found.diagnostics["scales_1"].shape == (N, 2, 7)
+    assert found.diagnostics["scales_1"].std() > 0.01
 
 
 def test_the_input_learns_from_what_it_says_and_not_from_how_it_gates() -> None:
@@ -108,16 +108,16 @@ def test_the_input_learns_from_what_it_says_and_not_from_how_it_gates() -> None:
 
     slope = jax.jit(jax.grad(total))(_given())
     known = _by_hand(towers, SCENE, AUTHOR)
-    hidden, slopes = known["gate_input"] * X, []
+    hidden, slopes = known["scale_input"] * X, []
     for number in range(2):
         z = _linear(towers.layers[number][0], hidden)
-        gate, s = known[f"gates_{number + 1}"][:, 0], _sigmoid(z)
+        gate, s = known[f"scales_{number + 1}"][:, 0], _sigmoid(z)
         hidden = gate * z * s
         slopes.append(gate * (s + z * s * (1 - s)))
     back = np.broadcast_to(np.asarray(towers.heads[0].kernel[...])[:, 0], (N, HIDDEN[-1]))
     for number in (1, 0):
         back = (back * slopes[number]) @ np.asarray(towers.layers[number][0].kernel[...]).T
-    np.testing.assert_allclose(slope.x, back * known["gate_input"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(slope.x, back * known["scale_input"], rtol=1e-3, atol=1e-5)
     assert all(np.abs(slope.features[name]).max() > 1e-4 for name in ("scene", "author"))
     np.testing.assert_array_equal(slope.user, 0)  # it is no prior here
 

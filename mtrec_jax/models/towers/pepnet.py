@@ -66,7 +66,7 @@ class PEPNetTowers(nnx.Module):
 
     so that the embeddings of the input learn from what they say, and not from how they gate.
 
-    Diagnostics: "gate_input" [n, I] with a domain, and "gates_1", "gates_2", … [n, T, H] of the
+    Diagnostics: "scale_input" [n, I] with a domain, and "scales_1", "scales_2", … [n, T, H] of the
     layers.
     """
 
@@ -99,14 +99,14 @@ class PEPNetTowers(nnx.Module):
         if self.gate is not None:
             domain = [given.features[name] for name in self.domain]
             told = jnp.concatenate([*domain, jax.lax.stop_gradient(x)], axis=-1)
-            looks["gate_input"] = self.gate(told)
-            x = looks["gate_input"] * x
+            looks["scale_input"] = self.gate(told)
+            x = looks["scale_input"] * x
         priors = [given.features[name] for name in self.priors] or [given.user, given.item]
         told = jnp.concatenate([*priors, jax.lax.stop_gradient(x)], axis=-1)
         hidden = [x] * len(self.heads)
         for number, (layers, gate) in enumerate(zip(self.layers, self.gates, strict=True), 1):
             scale = gate(told).reshape(len(x), len(hidden), -1)
-            looks[f"gates_{number}"] = scale
+            looks[f"scales_{number}"] = scale
             hidden = [
                 scale[:, t] * jax.nn.silu(layer(h))
                 for t, (layer, h) in enumerate(zip(layers, hidden, strict=True))
