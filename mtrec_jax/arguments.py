@@ -26,6 +26,19 @@ def naming(name: Callable[[str], str]) -> Iterator[None]:
         _naming.reset(before)
 
 
+@contextlib.contextmanager
+def renaming(name: str, shown_as: str) -> Iterator[None]:
+    """Have `argument` name another argument in the place of one.
+
+    >>> with renaming("run", "out"):
+    ...     argument("run"), argument("data")
+    ('out=', 'data=')
+    """
+    outer = _naming.get()
+    with naming(lambda one: outer(shown_as if one == name else one)):
+        yield
+
+
 def argument(name: str) -> str:
     """How a message names an argument to whoever gave it: `run=` in Python, `--run` of a command,
     "" where whoever it was cannot give it.

@@ -136,8 +136,9 @@ def _read(values: Mapping[str, Any], where: str, extensions: Iterable[type]) -> 
     return found
 
 
-def cut(override: str) -> tuple[str, Any]:
+def cut(override: str, given: str = "overrides") -> tuple[str, Any]:
     """Key and value of an override such as "model.towers=ple"; the value is TOML, or else a text.
+    `given` is the argument that it came by.
 
     Raises:
       ConfigError: it is no text with an equals sign.
@@ -148,7 +149,7 @@ def cut(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     if not equals:
         raise ConfigError(
-            f"{argument('overrides')} {override}: write it as key=value, e.g. model.towers=ple"
+            f"{argument(given)} {override}: write it as key=value, e.g. model.towers=ple"
         )
     try:
         return key.strip(), tomllib.loads(f"value = {text}")["value"]

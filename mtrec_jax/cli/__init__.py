@@ -48,7 +48,8 @@ def _print_version(asked: bool) -> bool:
 
 def as_option(name: str) -> str:
     """What an argument of the Python functions is called here."""
-    return {"overrides": "--set", "ranges": "--range"}.get(name, f"--{name.replace('_', '-')}")
+    known = {"overrides": "--set", "ranges": "--range", "twins": "--twin-set", "runs": "RUN"}
+    return known.get(name, f"--{name.replace('_', '-')}")
 
 
 @app.callback()

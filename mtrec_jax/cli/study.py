@@ -57,7 +57,7 @@ def tune(
     experiment = load_experiment(config, overrides or [])
     opened = open_prepared(prepared or Path("prepared") / experiment.name)
     declared = dict(experiment.tune.ranges) if experiment.tune else {}
-    declared |= dict(map(cut, ranges or []))
+    declared |= dict(cut(text, "ranges") for text in ranges or [])
     folder = out or Path("studies") / f"{experiment.name}-tune"
     found = search(experiment, opened, folder, declared, trials, seed, say)
     Console().print(found.trials.rich())
@@ -104,6 +104,7 @@ def crossval(
     from rich.console import Console
 
     from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.errors import ConfigError
     from mtrec_jax.experiments import load_experiment
     from mtrec_jax.studies.crossval import crossval as run
 
@@ -113,6 +114,11 @@ def crossval(
     for config in configs:
         experiment = load_experiment(config, overrides or [])
         name = Path(config).stem if experiment.name in named else experiment.name
+        if name in named:
+            raise ConfigError(
+                f"{config}: another configuration is called '{name}', too; give it a name of its "
+                "own, or its file"
+            )
         named[name] = experiment
         whole[name] = load_experiment(config, overrides or [], choose=False)
     public = next(iter(named.values())).data.public
@@ -170,7 +176,7 @@ def transfer(
         factors = [float(text) for text in weights.split(",") if text.strip()]
     except ValueError as error:
         raise ConfigError(f"--weights {weights}: write factors such as 0.25,4") from error
-    settings = dict(map(cut, twins or []))
+    settings = dict(cut(text, "twins") for text in twins or [])
     found = run(experiment, opened, folder, seeds, factors, settings, cosines, say)
     console = Console()
     for title, table in (

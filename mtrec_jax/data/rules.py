@@ -225,7 +225,8 @@ def check_bad_fraction(clean: Clean, staged: Staged, rules: Sequence[Rule] = ())
             f"more than clean.max_bad_fraction = {clean.max_bad_fraction}:\n{lines}\n"
             "Fix these rows, or raise clean.max_bad_fraction to leave them out. Times are ISO 8601 "
             "(2024-01-31T12:00:00+01:00) or Unix time in data.time_unit; numbers have a decimal "
-            "point; labels are 0 and 1, or tasks.NAME.equals says which text is a 1"
+            "point; labels are 0 and 1, or tasks.NAME.equals says which text is a 1, at_least from "
+            "which number on, and kind = 'ordinal' or 'regression' takes ratings as they are"
         )
     return bad
 

@@ -25,6 +25,7 @@ from mtrec_jax.models.serve import Serving
 from mtrec_jax.types import FIRST, PyTree
 
 FUSED, CHOSEN = "fused", "chosen"
+UNCHOSEN = "the default; nothing was chosen on validation"
 FOLDS = 5  # of the users, where a calibration is measured on the split that it is fitted on
 
 
@@ -193,7 +194,7 @@ def described(experiment: Experiment, answers: Answers, asked: str = CHOSEN) -> 
     if asked != CHOSEN:
         why = "as asked"
     elif not answers.by:
-        why = "the default; nothing was chosen on validation"
+        why = UNCHOSEN
     else:
         others = {n: v for n, v in answers.values.items() if n != order}
         next_best = max(others, key=lambda n: others[n], default="")

@@ -16,6 +16,7 @@ from rich.text import Text
 from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment
 from mtrec_jax.errors import ConfigError, nearest
+from mtrec_jax.evaluation.answers import UNCHOSEN
 from mtrec_jax.evaluation.evaluate import Evaluation
 from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.evaluation.paired import Difference, holm, paired_difference
@@ -44,7 +45,7 @@ def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> Rendera
             table.add_row(name, *(_number(metrics.get(c)) for c in columns))
         parts.append(table)
         if evaluation.order:
-            flattered = evaluation.split == "validation"
+            flattered = evaluation.split == "validation" and UNCHOSEN not in evaluation.order
             own = "; it was chosen, and scores were calibrated, on this split" * flattered
             parts.append(Text(f"{evaluation.order}{own}"))
     return Group(*parts, *_segment_tables(experiment, evaluation))

@@ -53,7 +53,7 @@ class BiasTower(nnx.Module):
         logits_of: Mapping[str, str] = {},
     ) -> Outputs:
         """The tasks' logits, and each member's, with the tower's; with a key it is silent at some
-        positions. `logits_of` {diagnostic [B, P]: task} are logits of tasks, too."""
+        positions. `logits_of` {diagnostic [B, P], of members [B, P, K]: task}: logits of tasks."""
         said = dropout(jnp.ones(features.shape[:2], features.dtype), self.rate, key) > 0
         logits, members = dict(outputs.logits), dict(outputs.members)
         looks = dict(outputs.diagnostics)
@@ -62,7 +62,9 @@ class BiasTower(nnx.Module):
             logits[task] = logits[task] + _beside(heard, logits[task])
             if members:
                 members[task] = members[task] + _beside(heard[:, :, None], members[task])
-            looks |= {name: looks[name] + heard for name, of in logits_of.items() if of == task}
+            each = heard[:, :, None] if members else heard  # looks are each member's own
+            for name in (name for name, of in logits_of.items() if of == task):
+                looks[name] = looks[name] + _beside(each, looks[name])
         return outputs._replace(logits=logits, members=members, diagnostics=looks)
 
 

@@ -80,6 +80,11 @@ def shared_name(name: str) -> str:
     return name.partition(":")[0]
 
 
+def owner_of(name: str) -> str:
+    """The task or member whose own table or group it is; "" of the shared ones."""
+    return name.partition(":")[2]
+
+
 def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
     """Lay out the tables and collect the sizes of a model.
 
@@ -203,7 +208,8 @@ def _read(
         if name not in known:
             raise ConfigError(
                 f"model.towers: it reads '{name}', which is no feature of the context, the request "
-                f"or the item with an embedding.{nearest(name, known)} Such features are "
+                "or the item with an embedding, or one that the bias tower has taken "
+                f"(model.bias.features).{nearest(name, known)} Such features are "
                 f"{', '.join(known) or 'missing here'}"
             )
     return {name: known[name] for name in names}

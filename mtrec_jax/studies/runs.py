@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
+from mtrec_jax.arguments import renaming
 from mtrec_jax.config import Experiment, to_toml
 from mtrec_jax.data.dataset import Prepared, to_arrays
 from mtrec_jax.evaluation.answers import calibrated_logits
@@ -89,8 +90,10 @@ def trained(
     on_evaluation: OnEvaluation | None = None,
     show_progress: bool = True,
 ) -> Run:
-    """Train a run of a study, or continue it; one that is finished is opened."""
-    return train(experiment, prepared, folder, None, show_progress, None, on_evaluation)
+    """Train a run of a study, or continue it; one that is finished is opened. Messages name the
+    folder of the study in place of the run's."""
+    with renaming("run", "out"):
+        return train(experiment, prepared, folder, None, show_progress, None, on_evaluation)
 
 
 def predicted(run: Run, split: str, path: Path) -> Predicted:

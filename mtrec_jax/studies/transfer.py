@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax.arguments import a_path, a_whole_number, instance
+from mtrec_jax.arguments import a_path, a_whole_number, argument, instance
 from mtrec_jax.config import Experiment, main_metric
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.experiments import chosen, overridden
+from mtrec_jax.models.model import make_model
 from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.result import Result
 from mtrec_jax.studies.conflict import Cosines, make_probe
@@ -112,6 +113,16 @@ def transfer(
     if len(e.tasks) < 2:
         raise ConfigError(f"transfer: '{e.name}' has one task; there is nothing to share")
     plans = _plans(e, weights, twins or {})
+    for name, plan in plans.items():
+        try:
+            make_model(plan, prepared.chosen(plan).manifest)
+        except ConfigError as error:
+            if name.startswith("only-"):
+                raise ConfigError(
+                    f"transfer: the twin {name} cannot be trained: {error}. Give the twins other "
+                    f"towers, {argument('twins')} model.towers=shared_bottom"
+                ) from error
+            raise
     kept: dict[str, list[Predicted]] = {}
     gates = None
     for name, plan in plans.items():

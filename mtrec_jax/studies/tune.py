@@ -33,7 +33,7 @@ import pyarrow as pa
 from mtrec_jax.arguments import a_path, a_whole_number, argument, instance
 from mtrec_jax.config import Experiment, selection, to_dict, to_toml
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.errors import CheckpointError, ConfigError, DataError, Error
+from mtrec_jax.errors import CheckpointError, ConfigError, DataError, Error, nearest
 from mtrec_jax.experiments import overridden
 from mtrec_jax.result import Result
 from mtrec_jax.train.loop import is_better, train
@@ -92,7 +92,7 @@ def tune(
       prepared: the data of all trials.
       out: folder of the study. One that is there is continued.
       ranges: {key: "low..high", "low..high:log" or a list of values}; None: those of `[tune]`.
-        Bounds without a point or an exponent give whole numbers.
+        Keys of whole numbers are drawn as such.
       trials: how many in all, those that are finished among them; None: as `[tune]` says.
       seed: of the draws.
       say: is told what happens.
@@ -119,6 +119,8 @@ def tune(
         raise ConfigError("tune: there are no validation events to choose by; set split.validation")
     read = read_ranges(ranges)
     defaults = default_values(e, read)
+    read = {key: as_key(key, each, defaults[key]) for key, each in read.items()}
+    check_values(e, read)
     chosen = prepared.chosen(e)
     by = selection(e)
 
@@ -183,6 +185,8 @@ def _numbers(key: str, text: str) -> Range:
         low, high = (float(match[n]) for n in (1, 2)) if match else (math.nan, math.nan)
     except ValueError:
         low = high = math.nan
+    if match and low >= high:
+        raise ConfigError(f"tune: {key} = {text!r}: the first bound has to be below the second")
     if not match or not low < high or not math.isfinite(high) or (match[3] and low <= 0):
         raise ConfigError(
             f"tune: {key} = {text!r} is no range; write 8..64, 0..0.5, 1e-4..1e-2:log (above 0) "
@@ -213,6 +217,12 @@ def default_values(experiment: Experiment, ranges: Mapping[str, Range]) -> dict[
     """
     found = {}
     for key, each in ranges.items():
+        task = key.removeprefix("tasks.").removesuffix(".weight")
+        if key.startswith("tasks.") and task not in experiment.tasks:
+            raise ConfigError(
+                f"tune: {key}: there is no task '{task}'.{nearest(task, experiment.tasks)} "
+                f"The tasks are {', '.join(experiment.tasks)}"
+            )
         there: Any = to_dict(experiment)
         for part in key.split("."):
             there = there.get(part) if isinstance(there, dict) else None
@@ -232,6 +242,37 @@ def default_values(experiment: Experiment, ranges: Mapping[str, Range]) -> dict[
             )
         found[key] = there
     return found
+
+
+def as_key(key: str, each: Range, default: Any) -> Range:
+    """The range as the key takes it: whole numbers, or any between the bounds.
+
+    Raises:
+      ConfigError: the key takes whole numbers, and the bounds are none.
+
+    >>> as_key("model.dropout", Range((), 0.0, 1.0, False, True), 0.1).whole
+    False
+    """
+    if each.values or not isinstance(default, int):
+        return each._replace(whole=False)
+    if not each.whole:
+        raise ConfigError(f"tune: {key} takes whole numbers; write its bounds without a point")
+    return each
+
+
+def check_values(experiment: Experiment, ranges: Mapping[str, Range]) -> None:
+    """Every value of a list, and both bounds, beside the defaults of all else.
+
+    Raises:
+      ConfigError: the configuration does not take one of them.
+    """
+    for key, each in ranges.items():
+        bounds = [int(n) if each.whole else n for n in (each.low, each.high)]
+        for value in each.values or bounds:
+            try:
+                overridden(experiment, {key: value})
+            except ConfigError as error:
+                raise ConfigError(f"tune: {key} cannot be {value!r}: {error}") from error
 
 
 def selected_values(run: Path, experiment: Experiment) -> list[float]:
@@ -471,10 +512,19 @@ def _run_trial(
     if reason:
         trial.set_user_attr("reason", reason)
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        say(f"trial {int(run)}: ended, {reason.splitlines()[0]}")
+        say(f"trial {int(run)}: ended, {one_line(reason)}")
     else:
         study.tell(trial, value)
         say(f"trial {int(run)}: {value:.5f}")
+
+
+def one_line(text: str) -> str:
+    """The lines of a reason, one behind the other.
+
+    >>> one_line("experiment 'mine':\\n  model.width: must be at least 1")
+    "experiment 'mine': model.width: must be at least 1"
+    """
+    return " ".join(text.split())
 
 
 def _keep_best(study: Any, folder: Path, larger: bool) -> None:
@@ -511,7 +561,7 @@ def _table(rows: Iterable[Mapping[str, Any]]) -> Result:
             for key, value in row["values"].items()
         }
         kept = {key: row[key] for key in ("trial", "value", "evaluations")}
-        plain.append({**kept, **values, "reason": row["reason"].partition("\n")[0]})
+        plain.append({**kept, **values, "reason": one_line(row["reason"])})
     keys = list(plain[0])
     columns: dict[str, Any] = {}
     for key in keys:

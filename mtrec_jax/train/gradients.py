@@ -9,7 +9,7 @@ at the shared parameters, as the papers do, has a pass through everything for ea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax.extend.core import Literal
 
 from mtrec_jax.balance import Gradients, Pullback
 from mtrec_jax.balance.contract import At, Weights
+from mtrec_jax.models.inputs import owner_of
 from mtrec_jax.models.model import Model
 from mtrec_jax.sharding import cut_examples, joined_examples, replicated
 from mtrec_jax.types import Batch, Catalogue, PyTree, Wanted
@@ -81,7 +82,7 @@ def backward(
         return _in_parts(model, given, catalogue, totals, parts, mesh, to_dense)
     halves = _halves(model, given, catalogue, totals, mesh)
     if at == "parameters":
-        return _at_parameters(halves, given, to_dense, len(model.tasks))
+        return _at_parameters(halves, given, to_dense, model.tasks)
     return _at_representation(halves, given, to_dense)
 
 
@@ -145,7 +146,7 @@ def _at_representation(halves: _Halves, given: Given, to_dense: ToDense) -> Back
     return Back(pullback, finish)
 
 
-def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, tasks: int) -> Back:
+def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, tasks: Sequence[str]) -> Back:
     def everything(network: PyTree, rows: dict[str, jax.Array]) -> tuple[PyTree, PyTree]:
         shared = halves.encode(network, rows)
         losses, fusing = halves.behind(network, shared)
@@ -155,9 +156,16 @@ def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, tasks: int)
     losses, through, (shared, fusing) = made
 
     def of_tasks(network: PyTree) -> tuple[jax.Array, ...]:
-        return everything(network, given.rows)[0][:tasks]
+        return everything(network, given.rows)[0][: len(tasks)]
 
     common = used_by_several(of_tasks, given.network)
+    # Tables of a task, and what encodes their rows, are its own, although all read them: beside
+    # the shared ones in one array, which the operations do not tell apart.
+    alone = {group for group in given.rows if owner_of(group) in tasks}
+    if alone:
+        common = jax.tree.map_with_path(
+            lambda path, several: several and not path[0].key.startswith("own_"), common
+        )
 
     def pullback(weights: Weights) -> Gradients:
         def some(network: PyTree, rows: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -166,13 +174,14 @@ def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, tasks: int)
         known = isinstance(weights, np.ndarray)
         back = jax.vjp(some, given.network, given.rows)[1] if known else through
         of_network, of_rows = back(_cotangents(losses, weights))
-        of_dense = to_dense(of_rows)
 
         def those(wanted: bool) -> PyTree:
             def part(gradient: jax.Array, is_common: bool) -> jax.Array:
                 return gradient if is_common == wanted else jnp.zeros_like(gradient)
 
-            tables = jax.tree.map(lambda gradient: part(gradient, True), of_dense)
+            tables = to_dense({g: part(row, g not in alone) for g, row in of_rows.items()})
+            if not wanted and not alone:  # of which XLA would make a scatter of zeros
+                tables = jax.tree.map(jnp.zeros_like, tables)
             return {"network": jax.tree.map(part, of_network, common)} | tables
 
         return Gradients(jnp.stack(losses), those(False), those(True), of_rows)
@@ -208,9 +217,9 @@ def _with_fusion(
 
 
 def used_by_several(losses: Callable[[PyTree], tuple[jax.Array, ...]], params: PyTree) -> PyTree:
-    """Which arrays at least two of the losses depend on, as the operations that make them show; of
-    a single loss, all that it depends on. An array of which every loss has columns of its own, such
-    as the gates of an MMoE, is used by all.
+    """Which arrays at least two of the losses have gradients for, as the operations that make them
+    show; of a single loss, all that it has any for. An array of which every loss has columns of its
+    own, such as the gates of an MMoE, is used by all.
 
     >>> def losses(p):
     ...     return p["both"] * p["one"], p["both"] * p["other"]
@@ -223,6 +232,8 @@ def used_by_several(losses: Callable[[PyTree], tuple[jax.Array, ...]], params: P
     ).jaxpr
     reached = {var: {number} for number, var in enumerate(traced.invars)}
     for equation in traced.eqns:
+        if equation.primitive.name == "stop_gradient":
+            continue
         inputs = (var for var in equation.invars if not isinstance(var, Literal))
         found = set[int]().union(*(reached.get(var, set()) for var in inputs))
         reached |= dict.fromkeys(equation.outvars, found)

@@ -26,6 +26,7 @@ from mtrec_jax.evaluation.answers import find_answers, to_json
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.interrupts import collecting
+from mtrec_jax.losses.lists import LISTS
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.serve import Serving, load_catalogue, make_serving
 from mtrec_jax.sharding import AnyMesh, check_batch_size, make_mesh, put_batch, replicate
@@ -321,6 +322,7 @@ def _make_job(
     source, total, every = _schedule(experiment, prepared)
     model = make_model(experiment, prepared.manifest)
     items = load_catalogue(prepared, experiment)
+    _check_lists(experiment, source)
     buffers = exchange_buffers(model, items, source, mesh, experiment.train.seed)
     catalogue = replicate(items, mesh)
     return _Job(
@@ -339,6 +341,30 @@ def _make_job(
         selection=selection(experiment),
         on_evaluation=on_evaluation,
     )
+
+
+def _check_lists(experiment: Experiment, source: BatchSource) -> None:
+    """Raise `ConfigError` for a loss over lists that has nothing to compare in the first batches:
+    it would be 0 throughout."""
+    listed = {name: task for name, task in experiment.tasks.items() if task.loss in LISTS}
+    for name, task in listed.items():
+        for batch in (source[n] for n in range(min(len(source), 16))):
+            cutoff = batch.cutoff if task.lists == "request" else 0 * batch.cutoff
+            label, known = np.asarray(batch.labels[name]), np.asarray(batch.mask[name])
+            pairs = known[:, :, None] & known[:, None] & (cutoff[:, :, None] == cutoff[:, None])
+            if np.any(pairs & (label[:, :, None] != label[:, None])):
+                break
+        else:
+            remedy = (
+                "The impressions of a request have one and the same time, that of the request; "
+                "else take lists = 'user'"
+                if task.lists == "request"
+                else "Raise data.positions, or take loss = 'pointwise'"
+            )
+            raise ConfigError(
+                f"tasks.{name}.loss: '{task.loss}' compares labels inside of a list, and no list "
+                f"of the first training batches has two different ones. {remedy}"
+            )
 
 
 def exchange_buffers(

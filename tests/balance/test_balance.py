@@ -571,6 +571,10 @@ def test_dbmtl_scales_every_gradient_to_the_longest_of_the_logarithms() -> None:
     found, state = run([1.0, 0.5], seen, state)
     np.testing.assert_allclose(state.norms, [7.5, 1.25], rtol=1e-6)
     np.testing.assert_allclose(found.shared, [3.0, 4.0 + 12.0], rtol=1e-6)
+    # A task that is not observed keeps its average and lengthens nobody's gradient.
+    found, state = run([1.0, 0.5], [False, True], state)
+    np.testing.assert_allclose(state.norms, [7.5, (1.25 + 2) / 2], rtol=1e-6)
+    np.testing.assert_allclose(found.shared, [0.0, 2 * 1.0], rtol=1e-6)
 
 
 def test_dbmtl_at_the_parameters_learns_from_averages_of_gradients() -> None:
@@ -592,3 +596,5 @@ def test_dbmtl_at_the_parameters_learns_from_averages_of_gradients() -> None:
     np.testing.assert_allclose(found.shared, factors @ averages, rtol=1e-6)
     rows = factors @ np.array([[0.0, 8.0], [4.0, 0.0]])
     np.testing.assert_allclose(found.carried["row"], rows, rtol=1e-6)
+    found, state = second([1.0, 0.5], [False, True], state)
+    np.testing.assert_allclose(state.gradients, [averages[0], [1.5, 0.0625]], rtol=1e-6)

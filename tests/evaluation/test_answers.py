@@ -121,8 +121,17 @@ def test_the_order_of_the_highest_declared_utility_is_chosen(
         fused=np.array(fused, float),
         logits=targets(2).logits | {"click": np.array(click, float)},
     )
-    monkeypatch.setattr(answering, "collect", lambda *parts, **which: made)
-    found = find_answers(shop_run.experiment, shop_run.prepared, serving, {}, {}, 7)
+    taken = list[str]()
+
+    def collected(*parts: Any, orders: bool) -> Collected:
+        taken.append(parts[-1])
+        return made
+
+    monkeypatch.setattr(answering, "collect", collected)
+    rules = replace(shop_run.experiment.evaluate, ks=(10, 1))  # chosen at the first
+    experiment = replace(shop_run.experiment, evaluate=rules)
+    found = find_answers(experiment, shop_run.prepared, serving, {}, {}, 7)
+    assert taken == ["validation"] * 2, "nothing is fitted or chosen on the test set"
     assert (found.step, found.order, found.by) == (7, order, by)
     assert found.values[order] == max(found.values.values())
 

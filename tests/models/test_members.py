@@ -163,6 +163,7 @@ def _without_a_past(**model: Any) -> tuple[Model, Any]:
     tasks = {name: tiny.TASKS[name] for name in ("click", "stars", "genre")}
     if model.get("towers") == AITM:
         tasks = {"click": tiny.TASKS["click"], "buy": {"kind": "binary", "where": "click"}}
+        model |= {"bias": {"features": ["discount"], "dropout": 0.0}}
     declared, learned, examples = tiny.without_history(
         tasks=tasks,
         model={"dropout": 0.0, "fusion": "none", "interaction": "dcn", "towers": GATED} | model,
@@ -199,6 +200,7 @@ def test_members_with_tables_of_their_own_are_models_of_their_own(towers: dict[s
     alone = jax.jit(jax.value_and_grad(functools.partial(loss, one), 1))
     for number, own in enumerate(("", second)):
         of = dict(one.init(0)["network"]) | {"interactions": {0: network["interactions"][number]}}
+        of |= {name: network[name] for name in ("bias",) if name in network}  # one for all members
         if own:
             parts = {side: f"own_{side}" for side in ("items", "context", "request")}
             parts |= {"towers": "other_towers", "user_context": "other_users"}

@@ -23,7 +23,7 @@ from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.objective import states_of
 from mtrec_jax.models.towers import TOWERS, TowerInput, TowerSizes, TowerTask
-from mtrec_jax.models.towers.aitm import AITM, AITMTowers, Transfer
+from mtrec_jax.models.towers.aitm import AITM, AITMTowers, Transfer, later_above_earlier
 from mtrec_jax.models.towers.escm2 import ESCM2, ESCM2Towers, doubly_robust, inverse_propensity
 from mtrec_jax.models.towers.esmm import ESMM, ESMMTowers, product_cross_entropy
 from mtrec_jax.models.towers.home import ExpertSet, FeatureGate, HoME, HoMETowers, SelfGate
@@ -298,6 +298,27 @@ def test_all_towers_give_what_the_network_wants(kind: str) -> None:
     assert all(logits.shape == (N,) for logits in found.logits.values())
     assert len({hidden.shape for hidden in found.hidden.values()}) == 1
     assert all(gates.shape[0] == N for gates in found.diagnostics.values())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TOWERS if kind not in ("stem", "pepnet")])
+def test_all_that_is_read_is_learned(kind: str) -> None:
+    """Central differences along random weights: no gradient is held back on the way. (Those of
+    STEM and PEPNet are, and have tests of their own.)"""
+    towers = TOWERS[kind](**SMALL.get(kind, {})).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(towers, nnx.Param)
+    rng = np.random.default_rng(3)
+    pull = {name: rng.normal(size=N) for name in NAMES}
+
+    def said(params: Any) -> jax.Array:
+        logits = nnx.merge(graph, params)(_pairs(X)).logits
+        return sum((jnp.vdot(logits[name], pull[name]) for name in NAMES), jnp.zeros(()))
+
+    def moved(far: float) -> jax.Array:
+        return said(jax.tree.map(lambda p, d: p + far * d, params, way))
+
+    way = jax.tree.map(lambda p: p * jnp.asarray(rng.normal(size=p.shape), FLOAT), params)
+    slope = jax.jvp(said, (params,), (way,))[1]
+    np.testing.assert_allclose(slope, (moved(0.01) - moved(-0.01)) / 0.02, rtol=5e-3)
 
 
 # --- ESMM, Ma et al. 2018: "Entire Space Multi-Task Model"
@@ -665,6 +686,8 @@ def test_aitm_learns_every_step_over_all_impressions_and_in_order() -> None:
     value, counts = found["calibrator"]
     np.testing.assert_array_equal(counts, [1, 1, 1, 0])
     np.testing.assert_allclose(value[:3], [0.15, 0, 0], atol=1e-6)
+    slopes = jax.grad(later_above_earlier, (0, 1))(_logit(0.7), _logit(0.4))
+    np.testing.assert_allclose(slopes, [0.7 * 0.3, -0.4 * 0.6], rtol=1e-5)  # both learn from it
 
 
 def test_aitm_without_where_follows_its_steps() -> None:
@@ -941,7 +964,7 @@ def _taught(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Sums of the losses with a constant of each task that the bias tower adds, and what the towers
     say without it."""
-    batch, catalogue = _impressions(16), tiny.catalogue()
+    batch, catalogue = _impressions(16)._replace(weights=WORTH), tiny.catalogue()
     stacks = initial_stacks(model.layout, jax.random.key(0), FLOAT, low=False)
     wanted = model.ids(batch, catalogue, None)
     params, rows = model.init(0), fetch(model.layout, stacks, wanted.ids)
@@ -959,22 +982,33 @@ def _taught(
 
 
 _AITM = {"kind": "aitm", "expert_hidden": [4], "tower_hidden": []}
+WORTH = {"buy": np.arange(16, dtype=np.float32)[:, None] / 8}  # of each example's purchase
 
 
 def test_aitm_adds_the_bias_to_what_it_teaches() -> None:
     """With b added to the logits m of p(click) and p(buy) over all impressions, the losses are the
-    cross-entropies of m + b, and the calibrator compares both with it."""
+    cross-entropies of m + b, and the calibrator compares both with it. Each purchase counts as its
+    weight says."""
     bias = {"features": ["discount"], "dropout": 0.0, "hidden": []}
     biases, batch = [0.5, -1.0], _impressions(16)
-    sums, said = _taught(_rows_model(towers=_AITM, bias=bias), biases)
+    model = _rows_model(towers=_AITM, bias=bias)
+    sums, said = _taught(model, biases)
     p = {}
     for place, (task, name) in enumerate((("click", "click"), ("buy", "marginal/buy"))):
         logit, label = np.asarray(said[name], np.float64) + biases[place], batch.labels[task]
         p[task] = 1 / (1 + np.exp(-logit))
-        loss = -np.log(np.where(label > 0, p[task], 1 - p[task])).sum()
-        np.testing.assert_allclose(sums[task], loss, rtol=1e-5)
+        loss = -np.log(np.where(label > 0, p[task], 1 - p[task])) * WORTH.get(task, 1)
+        np.testing.assert_allclose(sums[task], loss.sum(), rtol=1e-5)
     calibrator = 0.6 * np.maximum(p["buy"] - p["click"], 0).sum()
     np.testing.assert_allclose(sums["calibrator"], calibrator, rtol=1e-4)
+    divided = model.weights(batch._replace(weights=WORTH), jnp.asarray(batch.weight))
+    assert (float(divided["buy"]), float(divided["click"])) == (WORTH["buy"].sum(), 16)
+
+    silent = _rows_model(towers=_AITM, bias=bias | {"dropout": 1 - 1e-7})
+    heard = _taught(silent, biases, jax.random.key(1))[0]
+    without = _taught(silent, [0.0, 0.0])[0]
+    for name in ("click", "buy", "calibrator"):
+        np.testing.assert_allclose(heard[name], without[name], rtol=1e-6)
 
 
 def test_the_bias_is_silent_by_a_draw_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1021,3 +1055,32 @@ def test_the_calibrator_is_no_task_of_the_balancing() -> None:
     assert (
         np.abs(shared["networks"][0]["layers"][0]["kernel"]).max() > 0
     )  # of the click, read by buy
+
+
+def test_what_stem_keeps_apart_is_compared_with_nothing() -> None:
+    """At the parameters: experts and dense tables of a task, whose gradient is its own although
+    all tasks read them."""
+    towers = {"kind": "stem", "expert_hidden": [4], "tower_hidden": []}
+    model, mesh, key = _rows_model(towers=towers), make_mesh((1, 1)), jax.random.key(0)
+    batch, catalogue = _impressions(16), tiny.catalogue()
+    wanted = model.ids(batch, catalogue, None)
+    rows = fetch(model.layout, initial_stacks(model.layout, key, FLOAT, low=False), wanted.ids)
+
+    @jax.jit
+    def run(network: Any) -> Any:
+        weights = model.weights(batch, jnp.asarray(batch.weight))
+        given = Given(network, rows, batch, wanted, draw(key, batch))
+        taken = given, catalogue, weights, 1, mesh
+        back = backward(model, *taken, lambda to_rows: to_rows, "parameters")
+        found = back.pullback(np.array([1.0, 1.0]))
+        return found.shared, found.heads
+
+    shared, own = run(model.init(0)["network"])
+    for part, of_several in ((shared, True), (own, False)):
+        towers = part["network"]["towers"]
+        found = {name: part[f"request{name}"] for name in ("", ":click", ":buy")}
+        found |= {"": [found[""], towers["shared"]]}
+        found |= {f":{t}": [found[f":{t}"], towers["own"][i]] for i, t in enumerate(model.names)}
+        for name, parts in found.items():
+            for leaf in jax.tree.leaves(parts):
+                assert np.any(leaf) == (of_several == (name == "")), name

@@ -226,6 +226,7 @@ def test_memory_is_that_of_a_part() -> None:
     [
         ("shared_bottom", ("bottom",)),
         ("mmoe", ("experts", "gate")),  # a column of the gates a task, in one array
+        ("stem", ("shared",)),  # all read the experts of each, whose gradients are its own
     ],
 )
 def test_what_several_tasks_use_is_read_off_the_operations(
@@ -237,7 +238,8 @@ def test_what_several_tasks_use_is_read_off_the_operations(
     made = options.make(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     graph, params = nnx.split(made, nnx.Param)
     parts = [jnp.ones((4, n)) for n in (3, 1, 1, 0, 0)]
-    given = TowerInput(*parts)  # type: ignore[arg-type]
+    own = dict.fromkeys(tasks, parts[0])
+    given = TowerInput(*parts, own=own)  # type: ignore[misc, arg-type]
 
     def losses(params: Any) -> tuple[jax.Array, ...]:
         found = nnx.merge(graph, nnx.State(params))(given)
