@@ -67,7 +67,7 @@ class Result:
         """
         save_tables([self.table], path)
 
-    def rich(self) -> Table:
+    def rich(self, shown_rows: int = SHOWN) -> Table:
         """The first rows as a rich table."""
         shown = Table(box=None, pad_edge=False)
         for name in self.columns:
@@ -78,12 +78,13 @@ class Result:
                 justify="left" if text else "right",
                 no_wrap=True,
                 overflow="ellipsis",
-                min_width=min(12, widest) if text else widest,
+                min_width=min(14, widest) if text else widest,
                 max_width=TEXT_WIDTH if text else None,
             )
-        for row in self.table.slice(0, SHOWN).to_pylist():
+        for row in self.table.slice(0, shown_rows).to_pylist():
             shown.add_row(*(Text(_cell(v)) for v in row.values()))
-        notes = [f"{len(self) - SHOWN:,} more rows"] if len(self) > SHOWN else []
+        more = len(self) - shown_rows
+        notes = [f"{more:,} more rows"] if more > 0 else []
         notes += [f"{name}: {n:,} ids are not in the catalogue" for name, n in self.ignored.items()]
         shown.caption = "; ".join([*notes, *([self.order] if self.order else [])]) or None
         return shown

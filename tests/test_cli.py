@@ -486,3 +486,9 @@ def test_everything_at_once(
     folders = ("data/shop", "prepared/shop", "runs/shop")
     assert all((tmp_path / folder).is_dir() for folder in folders)
     assert json.loads(Path("runs/shop/evaluation.json").read_text())["split"] == "validation"
+
+
+def test_two_configurations_of_one_name_are_not_one(mtrec: Mtrec) -> None:
+    status, _, err = mtrec("study", "crossval", "shop", "shop")
+    assert status == 2
+    assert "another configuration is called 'shop'" in flat(err)

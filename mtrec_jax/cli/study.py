@@ -127,7 +127,7 @@ def crossval(
     how = folds, seeds, by, stratify, hold_back, split
     found = run(named, raw, folder, *how, whole=whole, say=say)
     console = Console()
-    console.print(found.scores.rich())
+    console.print(found.scores.rich(len(found.scores)))
     if found.pairs is not None:
         console.print(found.pairs.rich())
     say(f"looks at the test folds so far: {found.test_looks} · {folder / 'crossval.json'}")

@@ -43,7 +43,7 @@ def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> Rendera
         table = _table(title, ["order", *columns])
         for name, metrics in evaluation.orders.items():
             table.add_row(name, *(_number(metrics.get(c)) for c in columns))
-        parts.append(table)
+        parts += [table] if columns else []
         if evaluation.order:
             flattered = evaluation.split == "validation" and UNCHOSEN not in evaluation.order
             own = "; it was chosen, and scores were calibrated, on this split" * flattered

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -322,7 +322,8 @@ def _make_job(
     source, total, every = _schedule(experiment, prepared)
     model = make_model(experiment, prepared.manifest)
     items = load_catalogue(prepared, experiment)
-    _check_lists(experiment, source)
+    if any(task.loss in LISTS for task in experiment.tasks.values()):
+        check_lists(experiment, [source[n] for n in range(min(len(source), 16))])
     buffers = exchange_buffers(model, items, source, mesh, experiment.train.seed)
     catalogue = replicate(items, mesh)
     return _Job(
@@ -343,14 +344,14 @@ def _make_job(
     )
 
 
-def _check_lists(experiment: Experiment, source: BatchSource) -> None:
-    """Raise `ConfigError` for a loss over lists that has nothing to compare in the first batches:
-    it would be 0 throughout."""
+def check_lists(experiment: Experiment, batches: Sequence[Batch]) -> None:
+    """Raise `ConfigError` for a loss over lists that has nothing to compare in these batches, the
+    first ones: it would be 0 throughout."""
     listed = {name: task for name, task in experiment.tasks.items() if task.loss in LISTS}
     for name, task in listed.items():
-        for batch in (source[n] for n in range(min(len(source), 16))):
+        for batch in batches:
             cutoff = batch.cutoff if task.lists == "request" else 0 * batch.cutoff
-            label, known = np.asarray(batch.labels[name]), np.asarray(batch.mask[name])
+            label, known = np.asarray(batch.labels[name]), np.asarray(batch.mask[name]) > 0
             pairs = known[:, :, None] & known[:, None] & (cutoff[:, :, None] == cutoff[:, None])
             if np.any(pairs & (label[:, :, None] != label[:, None])):
                 break

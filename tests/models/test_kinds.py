@@ -20,6 +20,7 @@ from mtrec_jax.models.serve import make_serving
 from mtrec_jax.tables.layout import DENSE
 from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.train.gradients import draw
+from mtrec_jax.train.loop import check_lists
 from mtrec_jax.types import Batch, Outputs, PyTree, UserStates
 from tests import tiny
 
@@ -320,3 +321,12 @@ def test_an_evaluation_has_the_metrics_of_every_kind(recommender: Any) -> None:
     assert "utility: p(next) (1 + 1 p(like | next))" in found["order"]
     assert np.isin(rows["label_stars"], [1, 2, 5]).all()
     assert found["tasks"]["seconds"]["mae"] < 100  # the group is that of the film
+
+
+def test_lists_that_teach_nothing_are_refused(experiment: Experiment) -> None:
+    """Impressions that all have a time, and so a request, of their own."""
+    batch = _batch()
+    check_lists(experiment, [batch])
+    each = np.broadcast_to(np.arange(batch.weight.shape[1]), batch.weight.shape)
+    with pytest.raises(ConfigError, match=r"tasks\.grade\.loss: .* that of the request"):
+        check_lists(experiment, [batch._replace(cutoff=each)])

@@ -18,7 +18,14 @@ from mtrec_jax.config import Evaluate, Experiment, Model, Train
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.experiments import load_experiment, overridden
-from mtrec_jax.studies.tune import Range, default_values, read_ranges, search
+from mtrec_jax.studies.tune import (
+    Range,
+    as_key,
+    check_values,
+    default_values,
+    read_ranges,
+    search,
+)
 from mtrec_jax.train.records import read_records
 
 RANGES = {
@@ -222,6 +229,19 @@ def test_defaults_are_those_of_the_configuration(shop_experiment: Experiment) ->
             default_values(shop_experiment, read_ranges(declared))
     with pytest.raises(ConfigError, match="widht"):
         default_values(shop_experiment, read_ranges({"model.widht": "4..64"}))
+    with pytest.raises(ConfigError, match=r"no task 'clik'\. Did you mean 'click'"):
+        default_values(shop_experiment, read_ranges({"tasks.clik.weight": "0..2"}))
+
+
+def test_values_are_checked_before_the_first_trial(shop_experiment: Experiment) -> None:
+    """0..1 of a key that takes fractions holds the default .1, which would not be a whole one."""
+    read = read_ranges({"model.dropout": "0..1", "model.width": "8.0..16.0"})
+    assert not as_key("model.dropout", read["model.dropout"], 0.1).whole
+    with pytest.raises(ConfigError, match="takes whole numbers"):
+        as_key("model.width", read["model.width"], 8)
+    for declared in ({"model.towers": "mmoe, pel"}, {"model.dropout": "0..1.5"}):
+        with pytest.raises(ConfigError, match=r"cannot be ('pel'|1\.5)"):
+            check_values(shop_experiment, read_ranges(declared))
 
 
 def test_a_kind_that_is_declared_keeps_its_options(shop_experiment: Experiment) -> None:
