@@ -28,9 +28,11 @@ def main() -> None:
     parser.add_argument("experiment")
     parser.add_argument("prepared")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
 
-    experiment = mtrec_jax.load_experiment(given.experiment)
+    mtrec_jax.keep_freed_memory()
+    experiment = mtrec_jax.load_experiment(given.experiment, given.set)
     prepared = mtrec_jax.open_prepared(given.prepared).chosen(experiment)
     mesh = make_mesh((1, 1))
     model = make_model(experiment, prepared.manifest)
