@@ -940,10 +940,10 @@ def test_every_kind_learns_with_static_weights_and_other_balancing(
     def step(network: Any) -> tuple[jax.Array, dict[tuple[str, At], Any]]:
         weights = model.weights(batch, jnp.asarray(batch.weight))
         given = Given(network, rows, batch, wanted, draw(key, batch))
-        slopes, losses = {}, ones
+        slopes, losses, start = {}, ones, {"network": network}
         for (name, at), balancer in balancers.items():
             back = backward(model, given, catalogue, weights, 1, mesh, lambda to_rows: {}, at)
-            found, _ = balancer.combine(back.pullback, ones > 0, balancer.init(network), key)
+            found, _ = balancer.combine(back.pullback, ones > 0, balancer.init(start), key)
             slopes[name, at] = back.finish(found)[0]["network"]
             losses = found.losses if name == "static" else losses
         return losses, slopes
