@@ -387,8 +387,7 @@ def compare(
     one_of("split", split, SPLITS)
     named = _named(runs)
     if len(named) < 2:
-        given = f"{argument('runs')} {', '.join(named)}"
-        raise ConfigError(f"{given}: name two or more to compare")
+        raise ConfigError(f"{argument('runs')} {', '.join(named)}: name two or more to compare")
     for run in named.values():
         _check_targets(run, split)
     parts = {name: (run.experiment, run.prepared.manifest) for name, run in named.items()}
