@@ -27,7 +27,7 @@ from typing import Any
 QUESTIONS = (
     *("topk", "softmax", "rank", "everyone", "table_step", "multitask_step", "chaos"),
     *("input", "prepare", "engines", "shop", "fusion", "social", "requests", "first_result"),
-    *("serving_latency", "census", "funnel", "conflict", "combinations"),
+    *("serving_latency", "census", "funnel", "conflict", "combinations", "sequence_step"),
 )
 COMPARED = (
     *("jax", "jaxlib", "numpy", "optax", "scikit-learn", "faiss-cpu", "torch", "implicit"),

@@ -22,6 +22,10 @@ from mtrec_jax.baselines import BASELINES
 from mtrec_jax.choices import Choice, kind_alone
 from mtrec_jax.data.features import CHOICE, Feature
 from mtrec_jax.evaluation.metrics import METRICS, metric_named
+from mtrec_jax.losses.negatives import NEGATIVES
+from mtrec_jax.losses.negatives.catalogue import Uniform
+from mtrec_jax.losses.retrieval import RETRIEVAL
+from mtrec_jax.losses.retrieval.softmax import Softmax
 from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.encoders.transformer import Transformer
 from mtrec_jax.models.fusions import FUSIONS, Term, Utility
@@ -244,7 +248,8 @@ class Model:
     width: Count = 64  # D: table rows, user and item vectors
     dropout: Fraction = 0.1  # in the encoder and before the towers
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
-    temperature: Positive = 0.05  # of the cosine in the retrieval softmax
+    temperature: Positive = 0.05  # of the cosine in the loss of the retrieval
+    learn_temperature: bool = False  # from this one on
     encoder: Annotated[Any, Choice(ENCODERS, "transformer")] = field(default_factory=Transformer)
     numbers: Annotated[Any, Choice(NUMBERS, "plain")] = field(default_factory=PlainNumbers)
     interaction: Annotated[Any, Choice(INTERACTIONS, "none")] = field(default_factory=NoInteraction)
@@ -279,8 +284,8 @@ class Train:
     row_clip_norm: Amount = 0.0  # of each touched row's gradient; 0: no clipping
     row_precision: Literal["same", "bfloat16"] = "same"  # as stored; bfloat16: rounded at random
     balance: Annotated[Any, Choice(BALANCERS, "static")] = field(default_factory=Static)
-    negatives: Count = 512  # shared sampled negatives of a step
-    negative_power: float = 0.0  # sampled in proportion to count ** power; logQ corrects for it
+    retrieval: Annotated[Any, Choice(RETRIEVAL, "softmax")] = field(default_factory=Softmax)
+    negatives: Annotated[Any, Choice(NEGATIVES, "uniform")] = field(default_factory=Uniform)
     evaluate_every: Natural = 0  # steps; 0: each epoch
     checkpoint_every: Natural = 0  # steps; 0: with each evaluation
     checkpoint_wait: bool = False  # steps wait until it is written: tables need no second copy

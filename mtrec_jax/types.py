@@ -69,7 +69,9 @@ class Wanted(NamedTuple):
 
     ids: dict[str, jax.Array]  # {group of tables: ids [..., M]}
     items: jax.Array  # item ids: [N + 2] of all, or where their table is sparse [B, L + P]
-    negatives: jax.Array  # [n] item ids of the shared sampled negatives
+    negatives: jax.Array  # [n] item ids of the negatives that all positions share
+    log_expected: jax.Array  # [n]: log of how often each is expected among them
+    drawing: PyTree  # what the way to draw them remembers after it
 
 
 class Shared(NamedTuple):
@@ -127,6 +129,7 @@ class TrainState(NamedTuple):
     scratch: dict[str, jax.Array]  # {stack: [V] int32} work space of the exact dedup
     optimizer: PyTree  # optax state of the dense parameters
     balance: PyTree  # task balancing state
+    drawing: PyTree  # what the way to draw negatives remembers
     key: jax.Array  # PRNG key of the run
     step: jax.Array  # [] int32
     sums: dict[str, jax.Array]  # {task: [2]} loss numerator and weight since the last record

@@ -370,7 +370,7 @@ def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem:
         ("split.seed", 0),
         ("train.batch_size", 1),
         ("train.accumulate", 1),
-        ("train.negatives", 1),
+        ("train.negatives.count", 1),
         ("train.log_every", 1),
         ("evaluate.candidates", 1),
         ("evaluate.batch_size", 1),

@@ -25,7 +25,7 @@ QUICK: dict[str, Any] = {
         "encoder": {"layers": 1},
         "towers": {"experts": 2, "expert_hidden": [4], "tower_hidden": [4]},
     },
-    "train": {"steps": 4, "batch_size": 8, "negatives": 8, "mesh": [1, 1]},
+    "train": {"steps": 4, "batch_size": 8, "negatives": {"count": 8}, "mesh": [1, 1]},
     "evaluate": {"batch_size": 8, "candidates": 6},
 }
 TASKS: dict[str, Any] = {

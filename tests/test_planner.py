@@ -55,7 +55,7 @@ def _sequences(**train: Any) -> Case:
         tasks={"next": {"kind": "retrieval"}, "click": {"kind": "binary"}},
         model={"width": 32, **PLAIN},
         data={"history_length": LENGTH},
-        train={"batch_size": SIZE, "negatives": 128, **train},
+        train={"batch_size": SIZE, "negatives": {"count": 128}, **train},
     )
     made = tiny.manifest()
     manifest = replace(
@@ -240,7 +240,7 @@ def test_bytes_are_those_of_the_exchange_and_of_the_gradients(name: str) -> None
     # single numbers, such as the rounds of an exchange, aside
     actual = {(c.how, c.over): c.size for c in found.collectives if c.size > 64}
     if case.manifest.items:  # vectors of the negatives, which all parts share; their gradients
-        size = config.negatives * case.experiment.model.width * 4
+        size = config.negatives.count * case.experiment.model.width * 4
         expected["all-gather", 8] = expected.get(("all-gather", 8), 0) + size
         expected["all-reduce", 8] += config.accumulate * size
     assert actual.keys() == expected.keys()

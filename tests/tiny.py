@@ -56,7 +56,11 @@ def experiment(**sections: dict[str, Any]) -> Experiment:
             "temperature": 0.2,
             "fusion": "attention",  # which learns
         },
-        "train": {"steps": 20, "batch_size": 8, "negatives": 6, "negative_power": 0.5},
+        "train": {
+            "steps": 20,
+            "batch_size": 8,
+            "negatives": {"kind": "popular", "count": 6, "power": 0.5},
+        },
     }
     tasks, features = sections.pop("tasks", TASKS), sections.pop("features", FEATURES)
     sparse = {name: rule for name, rule in SPARSE.items() if name in features}

@@ -14,7 +14,7 @@ from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, Model, table_of, utility_of
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField
 from mtrec_jax.errors import ConfigError, nearest
-from mtrec_jax.losses.retrieval import sample_negatives
+from mtrec_jax.losses.negatives import Pool
 from mtrec_jax.losses.tasks import KINDS, class_levels, head_of
 from mtrec_jax.mixing import mixed_bits
 from mtrec_jax.models.fusions import Utility
@@ -22,7 +22,7 @@ from mtrec_jax.models.layers import layer_norm, linear
 from mtrec_jax.models.numbers import NumberSizes
 from mtrec_jax.models.towers import TowerTask
 from mtrec_jax.tables.layout import DENSE, Layout, TableSize, make_layout, pool
-from mtrec_jax.types import FIRST, UNKNOWN, Array, Batch, Catalogue, Wanted
+from mtrec_jax.types import FIRST, UNKNOWN, Array, Batch, Catalogue, PyTree, Wanted
 
 ITEM = "item"  # the items' own table, and the group that looks it up
 
@@ -39,6 +39,7 @@ class Inputs(NamedTuple):
     id_dropout: dict[str, float]  # {table: share of ids that training takes for unknown}
     has_items: bool
     has_events: bool
+    trained: int  # items that training has seen, which come first
     thresholds: dict[str, tuple[float, ...]]  # {ordinal task: of a fresh model}
     # {side: {"ids", "numbers": which of the batch's moments are its}}, where the moments are those
     # of two sides, "request" and "bias"; {}: all are of the former
@@ -139,6 +140,7 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
         },
         has_items=has_items,
         has_events=has_events,
+        trained=manifest.trained_items,
         places=_places(manifest, biased) if biased else {},
         read=_read(getattr(towers, "reads", ()), groups),
         own=own,
@@ -287,15 +289,23 @@ def _size(experiment: Experiment, name: str, ids: int) -> TableSize:
 
 
 def find_ids(
-    inputs: Inputs, batch: Batch, catalogue: Catalogue, negatives: int, key: jax.Array | None
+    inputs: Inputs,
+    batch: Batch,
+    catalogue: Catalogue,
+    negatives: Any,
+    key: jax.Array | None,
+    drawing: PyTree = None,
 ) -> Wanted:
     """All ids that a batch looks up, by group; with a key, negatives are drawn and ids dropped."""
     ids: dict[str, jax.Array] = {}
     candidate = jnp.asarray(batch.candidate)
     drawn = listed = jnp.zeros((0,), jnp.int32)
+    expected = jnp.zeros((0,), jnp.asarray(catalogue.log_probability).dtype)
     if inputs.has_items:
         if key is not None and inputs.retrieval:
-            drawn = sample_negatives(catalogue, negatives, key)
+            there = jnp.asarray(batch.mask[inputs.retrieval]) * jnp.asarray(batch.weight)
+            pool = Pool(catalogue, inputs.trained, candidate, there)
+            (drawn, expected), drawing = negatives.draw(pool, drawing, key)
         if inputs.lists_items:
             listed = jnp.arange(catalogue.row.shape[0], dtype=jnp.int32)
         else:
@@ -309,7 +319,7 @@ def find_ids(
     if key is not None and inputs.id_dropout:
         ids = _dropped(inputs, ids, jax.random.fold_in(key, 1))
     events = listed.shape[1] - candidate.shape[1] if listed.ndim == 2 else 0
-    return Wanted(own_too(inputs, ids, events), listed, drawn)
+    return Wanted(own_too(inputs, ids, events), listed, drawn, expected, drawing)
 
 
 def own_too(inputs: Inputs, ids: Mapping[str, jax.Array], events: int = 0) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 
 Training:
 
-    wanted = model.ids(batch, catalogue, key)              which rows, which negatives
+    wanted = model.ids(batch, catalogue, key, drawing)     which rows, which negatives
     rows, ticket = tables.lookup(..., wanted.ids)          fetch them, once
     shared = model.encode(params, rows, ...)               item tower, history encoder
     sums, fusing = model.losses(params, shared, ...)       experts, towers, losses
@@ -23,6 +23,7 @@ from flax import nnx
 
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Manifest
+from mtrec_jax.losses.negatives import state_before
 from mtrec_jax.models.inputs import (
     ITEM,
     Inputs,
@@ -69,7 +70,8 @@ class Model(NamedTuple):
     by_example: frozenset[str]  # groups whose ids are split like the batch; others are shared
     abstract: PyTree  # shapes of the layers' parameters
     init: Callable[[int], PyTree]  # seed -> their initial values, drawn on the host
-    ids: Callable[[Batch, Catalogue, jax.Array | None], Wanted]
+    ids: Callable[..., Wanted]  # batch, catalogue, key | None, what drawing remembers
+    drawing: Callable[[], PyTree]  # what it remembers before the first step
     encode: Callable[[PyTree, Rows, Batch, Catalogue, Wanted, jax.Array | None], Shared]
     weights: Callable[[Batch, jax.Array], dict[str, jax.Array]]
     losses: Callable[..., tuple[dict[str, jax.Array], Fusing | None]]
@@ -91,8 +93,12 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     inputs = make_inputs(experiment, manifest)
     abstract, network, init = _layers(experiment, inputs)
 
-    def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Wanted:
-        return find_ids(inputs, batch, catalogue, experiment.train.negatives, key)
+    negatives = experiment.train.negatives
+
+    def ids(
+        batch: Batch, catalogue: Catalogue, key: jax.Array | None, drawing: PyTree = None
+    ) -> Wanted:
+        return find_ids(inputs, batch, catalogue, negatives, key, drawing)
 
     def items(params: PyTree, rows: Rows, catalogue: Catalogue, item: Array) -> jax.Array:
         layers = network(params)
@@ -135,6 +141,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         abstract={"network": nnx.to_pure_dict(nnx.state(abstract, nnx.Param))},
         init=init,
         ids=ids,
+        drawing=lambda: state_before(negatives, manifest.items) if inputs.retrieval else {},
         encode=encode,
         weights=objective.weights,
         losses=objective.losses,

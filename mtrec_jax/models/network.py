@@ -60,6 +60,8 @@ class Network(nnx.Module):
         self.user_context = made(context, d) if context and inputs.has_items else None
         searches = searches and inputs.has_events and "history" in inputs.layout.groups
         self.search = LastSearch(d, dtype=dtype, rngs=rngs) if searches else None
+        learns = bool(inputs.retrieval) and config.learn_temperature
+        self.log_scale = nnx.Param(jnp.zeros((), dtype)) if learns else None
         if inputs.has_events:
             self.start = nnx.Param(normal(rngs, (d,), 0.02, dtype))
             self.target_attention = TargetAttention(d, dtype=dtype, rngs=rngs)
@@ -282,6 +284,11 @@ class Network(nnx.Module):
         """Scores of ordinal tasks as logits, one a threshold."""
         cuts = zip(self.inputs.thresholds, self.thresholds, strict=True)
         return logits | {task: cut(logits[task]) for task, cut in cuts}
+
+    def scale(self) -> jax.Array | float:
+        """What multiplies cosines in the loss of the retrieval: 1 over the temperature."""
+        declared = 1 / self.config.temperature
+        return declared if self.log_scale is None else declared * jnp.exp(self.log_scale[...])
 
     def score_of(self, name: str, logits: jax.Array) -> jax.Array:
         """One number an example [n], of logits [n] or [n, C]; of classes the expected level."""

@@ -14,12 +14,23 @@ from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses import fusion as order
 from mtrec_jax.losses.lists import LISTS
-from mtrec_jax.losses.retrieval import sampled_softmax
+from mtrec_jax.losses.retrieval import Compared
 from mtrec_jax.losses.tasks import TaskField, class_numbers, head_of
 from mtrec_jax.models.inputs import Inputs, group_slots, with_group
+from mtrec_jax.models.layers import unit_length
 from mtrec_jax.models.network import Network
-from mtrec_jax.types import Batch, Catalogue, Fusing, Outputs, PyTree, Shared, UserStates, Wanted
+from mtrec_jax.types import (
+    FIRST,
+    Batch,
+    Catalogue,
+    Fusing,
+    PyTree,
+    Shared,
+    UserStates,
+    Wanted,
+)
 
+KEPT_DRAW = (1 << 16) + 1  # of the negatives that are kept
 BIAS_DRAW = 1 << 16  # of the bias tower's silence; members fold their numbers into the same key
 FUSION = "fusion"  # the loss that teaches the fused order, beside the balanced ones
 
@@ -88,11 +99,10 @@ def make_objective(
             own = None if key is None else jax.random.fold_in(key, BIAS_DRAW)
             logits_of = getattr(layers.towers, "logits_of", {})
             outputs = layers.bias.added(outputs, shared.bias, own, logits_of)
-        given = shared, batch, catalogue, wanted
 
         def of_tasks(names: Iterable[str], logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            said = outputs._replace(logits=logits)
-            return {n: _task_sum(experiment, manifest, n, said, *given) for n in names}
+            given = logits, batch, catalogue
+            return {n: _task_sum(experiment, manifest, n, *given) for n in names}
 
         def of_towers(
             logits: dict[str, jax.Array], looks: dict[str, jax.Array]
@@ -104,7 +114,10 @@ def make_objective(
                     sums[n] = jnp.sum(values * counts * _weight(batch, n))
             return sums
 
-        sums = of_tasks(experiment.tasks.keys() - inputs.tasks.keys(), outputs.logits)
+        sums = {}
+        if inputs.retrieval:
+            compared = _compared(experiment, inputs, layers.scale(), shared, batch, wanted)
+            sums[inputs.retrieval] = _retrieval_sum(experiment, compared, key)
         looks = {n: outputs.diagnostics[n] for n in asked}
         if outputs.members:  # the mean of their losses, each by itself
             of_each = jax.vmap(of_towers, in_axes=2)(outputs.members, looks)
@@ -118,32 +131,63 @@ def _task_sum(
     experiment: Experiment,
     manifest: Manifest,
     name: str,
-    outputs: Outputs,
-    shared: Shared,
+    logits: dict[str, jax.Array],
     batch: Batch,
     catalogue: Catalogue,
-    wanted: Wanted,
 ) -> jax.Array:
     """The weighted sum of a task's own loss."""
     task, weight = experiment.tasks[name], jnp.asarray(batch.mask[name]) * _weight(batch, name)
-    if task.kind != "retrieval":
-        logits = outputs.logits[name]
-        if (slot := group_slots(experiment, manifest).get(name)) is not None:
-            group = jnp.asarray(catalogue.ids)[:, slot][jnp.asarray(batch.candidate)]
-            logits = with_group(logits, group)
-        losses = _losses(task, manifest.tasks[name], logits, batch, name, weight)
-        return jnp.sum(losses * weight)
-    d = shared.users.shape[-1]
-    return sampled_softmax(
-        shared.users,
-        shared.candidates[..., :d],
-        jnp.asarray(batch.candidate),
-        shared.negatives[:, :d],
-        wanted.negatives,
-        catalogue,
-        experiment.model.temperature,
-        weight,
+    own = logits[name]
+    if (slot := group_slots(experiment, manifest).get(name)) is not None:
+        group = jnp.asarray(catalogue.ids)[:, slot][jnp.asarray(batch.candidate)]
+        own = with_group(own, group)
+    losses = _losses(task, manifest.tasks[name], own, batch, name, weight)
+    return jnp.sum(losses * weight)
+
+
+def _retrieval_sum(experiment: Experiment, compared: Compared, key: jax.Array | None) -> jax.Array:
+    """The weighted sum of the loss of the retrieval."""
+    negatives, options = experiment.train.negatives, experiment.train.retrieval
+    if hasattr(negatives, "kept"):
+        drawn = jax.random.key(0) if key is None else jax.random.fold_in(key, KEPT_DRAW)
+        compared = negatives.kept(compared, drawn)
+    total: jax.Array = options.loss(compared)
+    return total
+
+
+def _compared(
+    experiment: Experiment,
+    inputs: Inputs,
+    scale: jax.Array | float,
+    shared: Shared,
+    batch: Batch,
+    wanted: Wanted,
+) -> Compared:
+    """What the loss of the retrieval compares."""
+    name, d = str(inputs.retrieval), shared.users.shape[-1]
+    there = jnp.asarray(batch.mask[name])
+    return Compared(
+        users=unit_length(shared.users),
+        positives=unit_length(shared.candidates[..., :d]),
+        negatives=unit_length(shared.negatives[:, :d]),
+        positive_ids=jnp.asarray(batch.candidate),
+        negative_ids=wanted.negatives,
+        log_expected=wanted.log_expected,
+        scale=scale,
+        weights=there * _weight(batch, name),
+        items=inputs.trained,
+        shown=_shown(getattr(experiment.train.retrieval, "shown", ""), there, batch),
     )
+
+
+def _shown(of: str, there: jax.Array, batch: Batch) -> jax.Array | None:
+    """[B, P, P]: whether position p was shown the candidate of p' as well, and nobody took it."""
+    if not of:
+        return None
+    candidate, cutoff = jnp.asarray(batch.candidate), jnp.asarray(batch.cutoff)
+    passed = (jnp.asarray(batch.weight) > 0) & (there == 0) & (candidate >= FIRST)
+    shown = passed[:, None] & (candidate[:, :, None] != candidate[:, None])
+    return shown & (cutoff[:, :, None] == cutoff[:, None]) if of == "request" else shown
 
 
 def _losses(

@@ -211,7 +211,7 @@ def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
         {part: table[: n + FIRST] for part, table in prepared.catalogue().items()},
         counts,
         prepared.manifest.trained_items,
-        experiment.train.negative_power,
+        experiment.train.negatives.power,
         experiment.train.precision,
         prepared.item_rows()[: n + FIRST],
     )

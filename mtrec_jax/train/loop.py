@@ -379,7 +379,7 @@ def exchange_buffers(
     first = first_batches(source) if mesh.shape["table"] > 1 else []
 
     def ids(batch: Batch, key: jax.Array) -> Ids:
-        return model.ids(batch, items, key).ids
+        return model.ids(batch, items, key, model.drawing()).ids
 
     return measured_buffers(model.layout, ids, first, mesh, seed)
 

@@ -50,6 +50,7 @@ class Found(NamedTuple):
     to_rows: dict[str, jax.Array]
     ticket: Ticket
     balance: PyTree
+    drawing: PyTree
 
 
 def make_step(
@@ -96,17 +97,18 @@ def make_step(
         taken = found.ticket, found.to_rows, rate, key, is_good, devices
         stacks = update(model.layout, rules, stacks, *taken)
         after, before = (
-            (params, optimizer_state, found.balance, _added(state.sums, found.sums)),
-            (old, state.optimizer, state.balance, state.sums),
+            (params, optimizer_state, found.balance, found.drawing, _added(state.sums, found.sums)),
+            (old, state.optimizer, state.balance, state.drawing, state.sums),
         )
         kept = jax.tree.map(lambda a, b: jnp.where(is_good, a, b), after, before)
-        packed, optimizer_state, balance, sums = kept
+        packed, optimizer_state, balance, drawing, sums = kept
         step, bad = _counted(state, is_good, config.not_finite == "stop")
         return TrainState(
             params=packing.unpack(packed, state.params),
             **stacks._asdict(),
             optimizer=optimizer_state,
             balance=balance,
+            drawing=drawing,
             key=state.key,
             step=step,
             sums=sums,
@@ -135,7 +137,7 @@ def _finder(
     def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
         """Lookup, losses, and their gradients combined."""
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        wanted = model.ids(batch, catalogue, keys[0])
+        wanted = model.ids(batch, catalogue, keys[0], state.drawing)
         stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
         known = model.layout, stacks, state.scratch, wanted.ids, devices, buffers
         rows, ticket = lookup(*known)
@@ -156,7 +158,7 @@ def _finder(
         to_params, to_rows, fusion = back.finish(combined)
         means = [*combined.losses, *[fusion] * model.fuses]
         sums = {n: (m * w, w) for m, (n, w) in zip(means, weights.items(), strict=True)}
-        return Found(sums, to_params, to_rows, ticket, balance)
+        return Found(sums, to_params, to_rows, ticket, balance, wanted.drawing)
 
     return find
 
@@ -214,6 +216,7 @@ def _initializer(
             scratch=new_scratch(tables),
             optimizer=dense.init(packing.pack(params)),
             balance=balancer.init(params),
+            drawing=model.drawing(),
             key=key_run,
             step=jnp.zeros((), jnp.int32),
             sums={name: jnp.zeros(2, dtype) for name in names},

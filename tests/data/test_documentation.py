@@ -195,7 +195,7 @@ def test_the_toml_of_the_configuration_page_is_toml() -> None:
 
 
 QUICK: dict[str, Any] = {  # a model as small as can be
-    "train": {"epochs": 0, "steps": 2, "batch_size": 8, "negatives": 8, "mesh": [1, 1]},
+    "train": {"epochs": 0, "steps": 2, "batch_size": 8, "negatives": {"count": 8}, "mesh": [1, 1]},
     "model": {
         "width": 4,
         "encoder": {"layers": 1},

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mtrec_jax.losses import fusion as order
+from mtrec_jax.losses.negatives.catalogue import Popular
 from mtrec_jax.models import serve
 from mtrec_jax.models.model import make_model
 from mtrec_jax.models.objective import states_of
@@ -130,7 +131,8 @@ def test_the_power_of_the_negatives_is_that_of_the_configuration(shop_run: Run) 
     trained = shop_run.prepared.manifest.trained_items
     assert counts[:trained].min() < counts.max()
     for power in (0.0, 0.5, 1.0):
-        settings = replace(shop_run.experiment.train, negative_power=power)
+        negatives = Popular(power=power)
+        settings = replace(shop_run.experiment.train, negatives=negatives)
         experiment = replace(shop_run.experiment, train=settings)
         found = np.exp(load_catalogue(shop_run.prepared, experiment).log_probability)
         expected = np.where(np.arange(len(counts)) < trained, counts**power, 0)

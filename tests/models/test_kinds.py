@@ -273,7 +273,7 @@ def recommender(compiled_programs: dict[str, str], tmp_path_factory: Any) -> Any
                 "encoder": {"layers": 1},
                 "towers": {"experts": 2, "expert_hidden": [4], "tower_hidden": [4]},
             },
-            "train": {"steps": 4, "batch_size": 8, "negatives": 8, "mesh": [1, 1]},
+            "train": {"steps": 4, "batch_size": 8, "negatives": {"count": 8}, "mesh": [1, 1]},
             "evaluate": {"batch_size": 32, "candidates": 12, "baselines": ["bias"], "bootstrap": 5},
             "guard": {"allow": ["length"]},
         },

@@ -135,13 +135,14 @@ def test_the_loss_is_the_mean_of_the_members_losses() -> None:
         {},
         False,
         False,
+        0,
         {},
     )
     layers = made(inputs, bias=None, towers=Towers(), outputs=lambda *_: (outputs, None))
     experiment = tiny.experiment(tasks={"click": {"kind": "binary"}}, model={"fusion": "none"})
     objective = make_objective(experiment, tiny.manifest(), inputs, lambda _: layers, layers)
     shared = Shared(none, none[..., 0], none, none, none, none, none[0], none)
-    nothing = Wanted({}, jnp.zeros(0, int), jnp.zeros(0, int))
+    nothing = Wanted({}, jnp.zeros(0, int), jnp.zeros(0, int), jnp.zeros(0), {})
     sums, _ = objective.losses({}, shared, batch, tiny.catalogue(), nothing, None)
     weight = batch.weight * batch.mask["click"]
     ones, zeros = (weight * (batch.labels["click"] == value) for value in (1, 0))

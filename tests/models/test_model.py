@@ -14,7 +14,7 @@ import pytest
 from mtrec_jax.config import Experiment, Files
 from mtrec_jax.data.dataset import NumberField, TaskField
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.losses.retrieval import sample_negatives
+from mtrec_jax.losses.negatives.contract import items_drawn
 from mtrec_jax.models.layers import lecun_normal
 from mtrec_jax.models.model import Model, make_catalogue, make_model
 from mtrec_jax.models.objective import states_of
@@ -229,7 +229,7 @@ def test_negatives_are_drawn_by_their_probability_and_never_cold() -> None:
     expected = np.array([0, 0, 0.1, 0.2, 0.3, 0.4, 0])
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(items.log_probability, np.log(expected), rtol=1e-6)
-    drawn = np.asarray(sample_negatives(items, 20_000, KEY))
+    drawn = np.asarray(items_drawn(items.cumulative, 20_000, KEY))
     found = np.bincount(drawn, minlength=7) / 20_000
     assert (found[expected == 0] == 0).all()
     assert np.abs(found - expected).max() < 5 * np.sqrt(0.25 / 20_000)

@@ -63,7 +63,7 @@ def test_the_kind_of_a_feature_says_what_is_a_code() -> None:
 def test_features_of_a_moment_hold_their_numbers_embedded_and_cut_off() -> None:
     """Numbers stand behind the embeddings, as fields as wide as they; 9 deviations count as 5."""
     layout = make_layout({}, {}, width=4)
-    inputs = Inputs(layout, {"request": (1,)}, (), {}, {}, None, {}, False, False, {})
+    inputs = Inputs(layout, {"request": (1,)}, (), {}, {}, None, {}, False, False, 0, {})
     side = SideFeatures(inputs, "request", LinearNumbers(), dtype=FLOAT, rngs=nnx.Rngs(1))
     batch = tiny.batch(0, size=2)
     numbers = np.full((2, tiny.POSITIONS, 1), 9.0, np.float32)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.losses.negatives.catalogue import Uniform
 from mtrec_jax.models.inputs import find_ids, make_inputs
 from mtrec_jax.models.model import _batch_items, make_model
 from mtrec_jax.models.network import Network
@@ -146,7 +147,7 @@ def test_the_items_features_stand_behind_what_retrieval_compares() -> None:
 
     @jax.jit
     def run(examples: Batch) -> Any:
-        wanted = find_ids(inputs, examples, catalogue, 6, KEY)
+        wanted = find_ids(inputs, examples, catalogue, Uniform(count=6), KEY)
         rows = {g: jnp.repeat(of.astype(FLOAT)[..., None], 8, -1) for g, of in wanted.ids.items()}
         return wanted, _batch_items(layers, inputs, rows, examples, catalogue, wanted)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mtrec_jax.losses.negatives.catalogue import Uniform
 from mtrec_jax.models.inputs import Inputs, find_ids, make_inputs
 from mtrec_jax.models.members import Members
 from mtrec_jax.models.model import Model, _batch_items, make_model
@@ -30,6 +31,7 @@ FLOAT = jnp.dtype("float32")
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, INPUTS)).astype(np.float32)
 OF_TASKS = {name: RNG.normal(size=(N, INPUTS)).astype(np.float32) for name in TASKS}
+DRAWN = Uniform(count=6)
 SMALL = {"kind": "stem", "experts": 1, "expert_hidden": [8], "tower_hidden": [6]}
 
 
@@ -185,7 +187,9 @@ def test_candidates_alone_are_looked_up_in_the_tables_of_the_tasks() -> None:
     tables = {"item": {"id_dropout": 0.5}, "tags": {"update": "sparse", "id_dropout": 0.5}}
     declared = tiny.experiment(model={"towers": SMALL}, tables=tables)
     inputs, examples = make_inputs(declared, tiny.manifest()), tiny.batch(2, 64)
-    find = jax.jit(lambda batch: find_ids(inputs, batch, tiny.catalogue(), 4, jax.random.key(1)))
+    find = jax.jit(
+        lambda batch: find_ids(inputs, batch, tiny.catalogue(), DRAWN, jax.random.key(1))
+    )
     ids = {name: np.asarray(of) for name, of in find(examples._replace(row=None)).ids.items()}
     assert ids["item:click"].shape == (64, tiny.POSITIONS, 1)
     np.testing.assert_array_equal(ids["item:click"], ids["item"][:, tiny.HISTORY :])
@@ -208,7 +212,7 @@ def test_what_towers_read_of_items_stands_behind_what_retrieval_compares(update:
 
     @jax.jit
     def run(examples: Batch) -> Any:
-        wanted = find_ids(inputs, examples, catalogue, 6, jax.random.key(0))
+        wanted = find_ids(inputs, examples, catalogue, DRAWN, jax.random.key(0))
         rows = {
             group: jnp.repeat(of[..., None] + number[group.partition(":")[2]], 8, axis=-1)
             for group, of in wanted.ids.items()

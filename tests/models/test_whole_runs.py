@@ -60,7 +60,7 @@ def _fit(towers: str, steps: int, folder: Path) -> mtrec_jax.Recommender:
                 "towers": KINDS[towers],
                 "bias": {"features": ["place"], "tasks": ["click"]},
             },
-            "train": {"steps": steps, "batch_size": 8, "negatives": 8, "mesh": [1, 1]}
+            "train": {"steps": steps, "batch_size": 8, "negatives": {"count": 8}, "mesh": [1, 1]}
             | {"evaluate_every": 2, "log_every": 1},
             "evaluate": {"batch_size": 8, "candidates": 6, "bootstrap": 0},
         },

@@ -41,7 +41,7 @@ EXPERIMENT = {
         "size": {"on": "item", "kind": "numeric", "impute": "own"},
         "shape": {"on": "item", "impute": "own"},
     },
-    "train": {"steps": 3, "batch_size": 2, "mesh": [1, 1], "negatives": 4},
+    "train": {"steps": 3, "batch_size": 2, "mesh": [1, 1], "negatives": {"count": 4}},
     "model": {"width": 8},
 }
 

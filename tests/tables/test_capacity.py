@@ -29,7 +29,7 @@ ITEMS, LENGTH, SIZE, WIDTH = 20_000, 40, 512, 32
 EXPERIMENT = tiny.experiment(
     model={"width": WIDTH},
     data={"history_length": LENGTH},
-    train={"batch_size": SIZE, "negatives": 256},
+    train={"batch_size": SIZE, "negatives": {"count": 256}},
 )
 
 

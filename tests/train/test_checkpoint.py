@@ -33,6 +33,7 @@ def make_state(step: int = 0) -> TrainState:
         scratch={"lazy_adam": jnp.zeros(128, jnp.int32)},
         optimizer=optax.adam(0.1).init(params),
         balance=jnp.array([0.25, 0.75]) + step,
+        drawing={"queue": jnp.arange(4) + step},
         key=jax.random.fold_in(jax.random.key(7, impl="rbg"), step),
         step=jnp.array(step, jnp.int32),
         sums={"click": jnp.array([1.25, 3.0]) + step},

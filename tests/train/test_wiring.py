@@ -13,7 +13,7 @@ from scipy import optimize
 from mtrec_jax.balance import BALANCERS
 from mtrec_jax.choices import keys
 from mtrec_jax.config import Train
-from mtrec_jax.losses.retrieval import sample_negatives
+from mtrec_jax.losses.negatives.contract import items_drawn
 from mtrec_jax.models.model import Model, Rows, make_catalogue
 from mtrec_jax.sharding import make_mesh, put_batch, replicate
 from mtrec_jax.tables.layout import TableSize, make_layout
@@ -60,10 +60,11 @@ def toy(lucky: bool) -> Model:
     network["negatives"] = jnp.zeros(ITEMS)
     names = (*TASKS, *["luck"] * lucky)
 
-    def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None) -> Wanted:
+    def ids(batch: Batch, catalogue: Catalogue, key: jax.Array | None, drawing: PyTree) -> Wanted:
         assert key is not None
-        drawn = sample_negatives(catalogue, NEGATIVES, key)
-        return Wanted({"item": jnp.asarray(batch.candidate)[..., None]}, jnp.zeros(0), drawn)
+        drawn = items_drawn(catalogue.cumulative, NEGATIVES, key)
+        looked_up, none = {"item": jnp.asarray(batch.candidate)[..., None]}, jnp.zeros(0)
+        return Wanted(looked_up, none, drawn, none, {"steps": drawing["steps"] + 1})
 
     def encode(
         params: PyTree, rows: Rows, batch: Batch, catalogue: Catalogue, wanted: Wanted, key: Any
@@ -107,6 +108,7 @@ def toy(lucky: bool) -> Model:
         abstract={"network": jax.eval_shape(lambda: network)},
         init=lambda seed: {"network": network},
         ids=ids,
+        drawing=lambda: {"steps": jnp.zeros((), jnp.int32)},
         encode=encode,
         weights=weights,
         losses=losses,
@@ -482,6 +484,6 @@ def test_negatives_follow_a_power_of_the_counts(power: float, expected: list[flo
     found = make_catalogue(none, np.array([4, 9, 1, 7]), 3, power, "float64")
     np.testing.assert_allclose(np.exp(found.log_probability), [0, 0, *expected, 0], atol=1e-12)
     many = 20_000
-    ids = np.asarray(sample_negatives(found, many, jax.random.key(0)))
+    ids = np.asarray(items_drawn(found.cumulative, many, jax.random.key(0)))
     shares = np.bincount(ids, minlength=6) / many
     np.testing.assert_allclose(shares, [0, 0, *expected, 0], atol=0.02)
