@@ -24,6 +24,7 @@ LAYERS = (
         *("data.features", "balance", "models.layers", "models.encoders", "models.towers"),
         *("models.fusions", "models.interactions", "models.numbers"),
         *("baselines", "evaluation.metrics", "losses.tasks", "losses.lists"),
+        *("losses.retrieval", "losses.negatives"),
     ),
     ("config", "experiments"),
     ("data", "tables"),

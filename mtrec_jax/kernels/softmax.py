@@ -9,7 +9,6 @@ them again). Beyond inputs and gradients, memory is that of one tile by one bloc
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +92,11 @@ def softmax_loss(
     4.0
     """
     bias = jnp.zeros(len(items), queries.dtype) if bias is None else bias
-    return _loss(queries, items, bias, target_logits, weights, (item_ids, target_ids))
+    # As matrices: of more axes, XLA copies the transposes that gradients are summed from.
+    queries = queries.reshape(len(queries), -1, queries.shape[-1])
+    flat = [None if a is None else a.reshape(len(a), -1) for a in (target_logits, weights)]
+    ids = item_ids, target_ids.reshape(len(target_ids), -1)
+    return _loss(queries, items, bias, flat[0], flat[1], ids)
 
 
 def _check(queries: Any, items: Any, targets: Any, bias: Any, weights: Any) -> None:
@@ -135,10 +138,10 @@ class _Catalogue(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    queries: Float[Array, "*R D"]
-    target_ids: Int[Array, "*R"]
-    own: Float[Array, "*R"]  # logit of the target
-    weights: Float[Array, "*R"]
+    queries: Float[Array, "R D"]
+    target_ids: Int[Array, " R"]
+    own: Float[Array, " R"]  # logit of the target
+    weights: Float[Array, " R"]
 
 
 @jax.custom_vjp
@@ -172,16 +175,14 @@ def _forward(
     size, count = _blocks(queries, items)
 
     def one(sums: tuple[Array, Array], tile: _Tile) -> tuple[Any, Any]:
-        axes = tuple(range(tile.own.ndim))
-
         def add(number: Any, carry: Any, largest: Array, total: Array) -> Any:
             to_queries, to_items, to_bias = carry
             block, first = catalogue.block(number, size)
             logits, hit = _logits(tile, block, is_item)
             probability = jnp.exp(logits - largest[..., None]) * (1 / total)[..., None]
             gradient = (probability - hit if is_item else probability) * tile.weights[..., None]
-            to_queries += jnp.einsum("...n,nd->...d", gradient, block.items.astype(logits.dtype))
-            parts = jnp.tensordot(gradient, tile.queries, (axes, axes)), jnp.sum(gradient, axes)
+            to_queries += gradient @ block.items.astype(logits.dtype)
+            parts = gradient.T @ tile.queries, jnp.sum(gradient, axis=0)
             return to_queries, *(
                 lax.dynamic_update_slice_in_dim(
                     whole, lax.dynamic_slice_in_dim(whole, first, size) + part, first, 0
@@ -235,7 +236,7 @@ def _tiles(
 
 def _blocks(queries: Array, items: Array) -> tuple[int, int]:
     """Items of a block, and the number of blocks."""
-    rows = max(1, math.prod(queries.shape[1:-1]))
+    rows = max(1, queries.shape[1])
     size = min(len(items), _BLOCK, max(64, 4 * _LOGITS // rows))
     return size, -(-len(items) // size)
 
@@ -263,9 +264,7 @@ def _normaliser(tile: _Tile, catalogue: _Catalogue, is_item: bool) -> tuple[Arra
 
 
 def _logits(tile: _Tile, block: _Catalogue, is_item: bool) -> tuple[Array, Array]:
-    """Logits [*R, n] of a tile with a block, and which of them are of the target."""
-    wide = (1,) * tile.own.ndim + (-1,)
-    items = block.items.astype(tile.queries.dtype)
-    found = jnp.einsum("...d,nd->...n", tile.queries, items) + block.bias.reshape(wide)
-    hit = tile.target_ids[..., None] == block.ids.reshape(wide)
+    """Logits [R, n] of a tile with a block, and which of them are of the target."""
+    found = tile.queries @ block.items.astype(tile.queries.dtype).T + block.bias[None]
+    hit = tile.target_ids[:, None] == block.ids[None]
     return (found if is_item else jnp.where(hit, -jnp.inf, found)), hit

@@ -18,7 +18,7 @@ from mtrec_jax.models import calibration
 from mtrec_jax.models.attention import LastSearch, TargetAttention
 from mtrec_jax.models.bias import BiasTower
 from mtrec_jax.models.calibration import Calibration
-from mtrec_jax.models.encoders import EncoderSizes
+from mtrec_jax.models.encoders import Behaviour, EncoderSizes
 from mtrec_jax.models.fusions import FusionSizes
 from mtrec_jax.models.fusions.none import NoFusion
 from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped
@@ -134,7 +134,9 @@ class Network(nnx.Module):
         tokens, events, behaviour = self._tokens(batch, rows, jnp.asarray(events))
         start = self.start[...][None] + projected
         # (B, 1 + L, D): state s has seen s events
-        hidden = self.encoder(jnp.concatenate([start[:, None], tokens], axis=1), key)
+        known = jnp.pad(jnp.asarray(batch.events["item"]) > 0, ((0, 0), (1, 0)), constant_values=True)
+        past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, None)
+        hidden = self.encoder(past, key)
         # Whole rows are gathered, each example's from its own: none comes from another device.
         states = jax.vmap(lambda seen, cutoff: seen[cutoff])(hidden, cutoff)
         if self.search is not None:

@@ -6,7 +6,7 @@ all that there are.
 
 from __future__ import annotations
 
-from mtrec_jax.models.encoders.contract import EncoderSizes
+from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
 from mtrec_jax.models.encoders.none import NoEncoder
 from mtrec_jax.models.encoders.transformer import Transformer
 
@@ -15,4 +15,4 @@ ENCODERS = {
     "transformer": Transformer,
 }
 
-__all__ = ["ENCODERS", "EncoderSizes"]
+__all__ = ["ENCODERS", "Behaviour", "EncoderSizes"]

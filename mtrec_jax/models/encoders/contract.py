@@ -1,14 +1,26 @@
-"""What an encoder of behaviour is made from."""
+"""What an encoder of behaviour is made from, and what it reads."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+
 
 class EncoderSizes(NamedTuple):
-    """`options.make(sizes, dtype=..., rngs=...)` gives a module `(tokens [B, S, D], key) -> states
+    """`options.make(sizes, dtype=..., rngs=...)` gives a module `(Behaviour, key) -> states
     [B, S, D]`, whose state s has seen tokens 0 .. s. `key=None` means no dropout."""
 
     width: int  # D
     length: int  # S: a start token and L events
     dropout: float
+
+
+class Behaviour(NamedTuple):
+    """A start token, then a user's events in time order, then padding."""
+
+    tokens: jax.Array  # [B, S, D]
+    known: jax.Array  # [B, S] bool: what is no padding
+    # [B, S] seconds: how long before the last of them each event was; 0 of the start token.
+    # None where the data has no times
+    ages: jax.Array | None

@@ -1,0 +1,82 @@
+"""Causal attention whose scores are forgotten as soon as they are used.
+
+Of the way there, the inputs, the outputs and a normaliser of each query are kept; the way back
+makes the scores again (Dao et al., NeurIPS 2022), so that memory grows with the length and not with
+its square. Scores above the diagonal are mostly not made: queries come in blocks, each against the
+keys up to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_QUERIES = 128  # of a block, at most
+
+
+def causal_attention(
+    query: Float[Array, "N S D"], key: Float[Array, "N S D"], value: Float[Array, "N S D"]
+) -> Float[Array, "N S D"]:
+    """softmax(query . key / sqrt(D)) of the positions up to each query's own, times the values.
+
+    Heads stand in the first axis. Differentiable by all three.
+
+    >>> x = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    >>> causal_attention(x, x, x)[0, 0].tolist()  # it sees itself alone
+    [1.0, 0.0]
+    """
+    return _attention(query * query.shape[-1] ** -0.5, key, value)
+
+
+@jax.custom_vjp
+def _attention(query: Array, key: Array, value: Array) -> Array:
+    return _forward(query, key, value)[0]
+
+
+def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+    mixed, normalisers = [], []
+    for own, past, seen in _blocks(query.shape[1]):
+        scores = _scores(query[:, own], key[:, past], seen)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed.append(jnp.einsum("nij,njd->nid", weights, value[:, past]) / total)
+        normalisers.append((largest + jnp.log(total))[..., 0])
+    found, normaliser = jnp.concatenate(mixed, axis=1), jnp.concatenate(normalisers, axis=1)
+    return found, (query, key, value, found, normaliser)
+
+
+def _backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    query, key, value, mixed, normaliser = kept
+    own_part = jnp.sum(gradient * mixed, axis=-1, keepdims=True)
+    to_query, to_key, to_value = [], jnp.zeros_like(key), jnp.zeros_like(value)
+    for own, past, seen in _blocks(query.shape[1]):
+        scores = _scores(query[:, own], key[:, past], seen)
+        weights = jnp.exp(scores - normaliser[:, own, None])
+        to_weights = jnp.einsum("nid,njd->nij", gradient[:, own], value[:, past])
+        to_scores = weights * (to_weights - own_part[:, own])
+        to_query.append(jnp.einsum("nij,njd->nid", to_scores, key[:, past]))
+        to_key = to_key.at[:, past].add(jnp.einsum("nij,nid->njd", to_scores, query[:, own]))
+        to_value = to_value.at[:, past].add(jnp.einsum("nij,nid->njd", weights, gradient[:, own]))
+    return jnp.concatenate(to_query, axis=1), to_key, to_value
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _blocks(length: int) -> Iterator[tuple[slice, slice, Array]]:
+    """Queries, the keys that some of them see, and which see which."""
+    count = -(-length // _QUERIES)
+    size = -(-length // count)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        seen = (start + jnp.arange(stop - start))[:, None] >= jnp.arange(stop)[None]
+        yield slice(start, stop), slice(0, stop), seen
+
+
+def _scores(query: Array, key: Array, seen: Array) -> Array:
+    scores = jnp.einsum("nid,njd->nij", query, key)
+    return jnp.where(seen[None], scores, -jnp.inf)
