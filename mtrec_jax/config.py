@@ -270,6 +270,8 @@ class Train:
     epochs: Natural = 0  # exactly one of epochs and steps is above 0
     steps: Natural = 0
     batch_size: Count = 128
+    length_buckets: Count = 1  # shapes of batches: examples with shorter histories come in larger
+    # ones, so that little time is spent on padding; each is compiled by itself
     accumulate: Count = 1  # parts in which a step takes its batch, to need less memory
     seed: Natural = 0
     optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"

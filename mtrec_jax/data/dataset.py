@@ -9,6 +9,8 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     context_<f>   [S]             of the user: S ids (int32, 0: padding) or S scaled numbers
                                   (float32), the slots of feature f; a plain column where S is 1
     request_<f>   [P * S]         of the moment of each position, likewise
+    length        int32           places of the past, or positions if these are more, that are not
+                                  padding; only where there is a past
     event_item    int32[L]        the past, oldest first, 0: none
     event_<f>     int32[L * S]    what each event of the past shows
     cutoff        int32[P]        position p sees the first cutoff[p] events
@@ -64,7 +66,7 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.losses.tasks import TaskField
 from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
 
-FORMAT = 4
+FORMAT = 5
 FIELDS = (  # the groups of fields of a manifest
     *("context_ids", "context_numbers", "request_ids", "request_numbers"),
     *("item_ids", "item_numbers", "history"),

@@ -309,7 +309,8 @@ def _histories(
         before = earlier[seen_from[place]] if len(targets) else place
         cutoff = np.where(there, np.maximum(before - base[:, None], 0), 0)
         events = {f"event_{f}": _flat(ids[token], seen) for f, ids in log.events.items()}
-        return {**events, "cutoff": cutoff.astype(np.int32)}
+        filled = np.maximum(seen.sum(axis=1), there.sum(axis=1)).astype(np.int32)
+        return {"length": filled, **events, "cutoff": cutoff.astype(np.int32)}
 
     return look_back
 

@@ -11,11 +11,12 @@ few, which is cheaper than handing batches from thread to thread.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -46,6 +47,9 @@ class BatchSource:
       dtype: of floating-point arrays.
       timeout: seconds without an answer of the storage before a batch raises `Stalled`; 0: never.
         Each minute a note goes to standard error.
+      buckets: batches of this many shapes: examples with a shorter past come in larger batches, of
+        which padding is cut off. Batches of all shapes are mixed inside of a block, and each is of
+        one block.
     """
 
     def __init__(
@@ -57,13 +61,20 @@ class BatchSource:
         epochs: int = 1,
         dtype: str = "float32",
         timeout: int = 0,
+        buckets: int = 1,
     ):
         self._timeout, self._prepared = timeout, prepared
         self._file, self._lock = prepared.parquet(split), threading.Lock()
         self._seed, self._batch_size, self._dtype = seed, batch_size, dtype
         groups = [self._file.metadata.row_group(g) for g in range(self._file.num_row_groups)]
         self._sizes = np.array([group.num_rows for group in groups], int)
-        self.batches_per_epoch = max(1, -(-int(self._sizes.sum()) // batch_size))
+        self._shapes = _Shapes(prepared.manifest.history_length, batch_size, buckets)
+        self._classes = self._classes_of_blocks() if buckets > 1 else []
+        batches = -(-int(self._sizes.sum()) // batch_size)
+        if self._classes:
+            self._batches = np.array([self._shapes.batches(of).sum() for of in self._classes])
+            batches = int(self._batches.sum())
+        self.batches_per_epoch = max(1, batches)
         self._length = self.batches_per_epoch * epochs
         small = sum(map(self._bytes, groups)) < CACHE_BYTES / 2
         self._keep = small and epochs > 1
@@ -83,8 +94,39 @@ class BatchSource:
         """Examples of weight 0."""
         return _padding(self._empty, size)
 
+    def _classes_of_blocks(self) -> list[np.ndarray]:
+        """The class of shapes of each example of each block."""
+        read = self._file.read_row_group
+        lengths = (read(g, ["length"])["length"].to_numpy() for g in range(len(self._sizes)))
+        return [self._shapes.of(each) for each in lengths]
+
     def _batch(self, s: int) -> Batch:
         epoch, index = divmod(s, self.batches_per_epoch)
+        return self._of_one_shape(epoch, index) if self._classes else self._of_blocks(epoch, index)
+
+    def _of_one_shape(self, epoch: int, index: int) -> Batch:
+        """Batch `index` of an epoch: of one block and one class."""
+        order = self._blocks_of(epoch)[0]
+        ends = np.cumsum(self._batches[order])
+        place = int(np.searchsorted(ends, index, side="right"))
+        block = int(order[place])
+        within = index - int(ends[place] - self._batches[block])
+        plan = self._shapes.plan(self._classes[block])
+        turn = self._permutation(len(plan), epoch, block, 1)[within]
+        number, start, stop = plan[turn]
+        classes = self._classes[block]
+        if self._seed is not None:
+            classes = classes[self._permutation(int(self._sizes[block]), epoch, block)]
+        rows = np.flatnonzero(classes == number)[start:stop]
+        found = jax.tree.map(lambda array: array.take(rows, axis=0), self._block(epoch, place))
+        size, length = self._shapes.size(number), self._shapes.length(number)
+        if len(rows) < size:
+            padding = _padding(self._empty, size - len(rows))
+            found = jax.tree.map(lambda *arrays: np.concatenate(arrays), found, padding)
+        return _cut(found, length)
+
+    def _of_blocks(self, epoch: int, index: int) -> Batch:
+        """Batch `index` of an epoch, of one block or several."""
         ends = self._blocks_of(epoch)[1]
         start, parts, missing = index * self._batch_size, [], self._batch_size
         place = int(np.searchsorted(ends, start, side="right"))
@@ -169,6 +211,52 @@ class BatchSource:
         else:
             table = self._file.read_row_group(block, names, use_threads=False)  # columns are small
         return to_batch(to_arrays(table.select(names)), self._prepared.manifest, self._dtype)
+
+
+class _Shapes(NamedTuple):
+    """Classes of examples by the length of their past, in equal steps; 0 has the whole length L."""
+
+    whole: int  # L
+    batch: int  # examples of a batch of class 0
+    classes: int
+
+    def length(self, number: int) -> int:
+        """Places of the past in a class."""
+        return -(-self.whole * (self.classes - number) // self.classes)
+
+    def size(self, number: int) -> int:
+        """Examples of a batch of a class: about as many places in all as in the others, and a
+        number that 8 devices divide if they divide the others'."""
+        even = math.gcd(self.batch, 8)
+        return self.batch * self.whole // self.length(number) // even * even
+
+    def of(self, lengths: np.ndarray) -> np.ndarray:
+        """The class of examples with so many places."""
+        edges = [self.length(number) for number in range(self.classes)][::-1]
+        return self.classes - 1 - np.searchsorted(edges, lengths)
+
+    def batches(self, classes: np.ndarray) -> np.ndarray:
+        """Batches of each class."""
+        counts = np.bincount(classes, minlength=self.classes)
+        return -(-counts // [self.size(number) for number in range(self.classes)])
+
+    def plan(self, classes: np.ndarray) -> list[tuple[int, int, int]]:
+        """(class, begin, end) of each batch among the examples of the class."""
+        return [
+            (number, self.size(number) * turn, self.size(number) * (turn + 1))
+            for number, batches in enumerate(self.batches(classes))
+            for turn in range(batches)
+        ]
+
+
+def _cut(batch: Batch, length: int) -> Batch:
+    """The first places of the past and of the positions, behind which there is padding alone."""
+
+    def first(array: Any) -> Any:
+        return array[:, :length]
+
+    of_places = batch._replace(context={}, user=np.zeros((0, 0)))  # all else is [B, places, ...]
+    return jax.tree.map(first, of_places)._replace(context=batch.context, user=batch.user)
 
 
 def training_batches(source: BatchSource) -> grain.DatasetIterator:

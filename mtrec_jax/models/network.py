@@ -134,7 +134,9 @@ class Network(nnx.Module):
         tokens, events, behaviour = self._tokens(batch, rows, jnp.asarray(events))
         start = self.start[...][None] + projected
         # (B, 1 + L, D): state s has seen s events
-        known = jnp.pad(jnp.asarray(batch.events["item"]) > 0, ((0, 0), (1, 0)), constant_values=True)
+        known = jnp.pad(
+            jnp.asarray(batch.events["item"]) > 0, ((0, 0), (1, 0)), constant_values=True
+        )
         past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, None)
         hidden = self.encoder(past, key)
         # Whole rows are gathered, each example's from its own: none comes from another device.

@@ -476,11 +476,12 @@ def _check_finite(
 def _schedule(experiment: Experiment, prepared: Prepared) -> tuple[BatchSource, int, int]:
     """Training batches, steps in all, steps between evaluations."""
     config = experiment.train
-    one = BatchSource(prepared, "train", config.batch_size)
+    buckets = config.length_buckets
+    one = BatchSource(prepared, "train", config.batch_size, buckets=buckets)
     epochs = config.epochs or -(-config.steps // one.batches_per_epoch)
     total = config.steps or epochs * one.batches_per_epoch
     order = config.seed, epochs, config.precision, config.input_timeout
-    source = BatchSource(prepared, "train", config.batch_size, *order)
+    source = BatchSource(prepared, "train", config.batch_size, *order, buckets)
     return source, total, config.evaluate_every or one.batches_per_epoch
 
 
