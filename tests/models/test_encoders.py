@@ -1,4 +1,4 @@
-"""The causal Transformer against attention written out in NumPy, and against its own promise."""
+"""Encoders against their formulas written out in NumPy, and against their common promise."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import pytest
 from flax import nnx
 
 from mtrec_jax.errors import ConfigError
+from mtrec_jax.kernels.attention import causal_attention
 from mtrec_jax.models.attention import LastSearch, TargetAttention
-from mtrec_jax.models.encoders import EncoderSizes
+from mtrec_jax.models.encoders import ENCODERS, Behaviour, EncoderSizes
+from mtrec_jax.models.encoders.gru import Units
+from mtrec_jax.models.encoders.mean import Mean
 from mtrec_jax.models.encoders.transformer import Block, CausalTransformer, Transformer
 
 B, S, D = 2, 6, 12
 FLOAT = jnp.dtype("float32")
+SIZES = EncoderSizes(D, S, 0.1)
+
+
+def _past(tokens: Any, known: Any = None) -> Behaviour:
+    there = jnp.ones(tokens.shape[:2], bool) if known is None else jnp.asarray(known)
+    return Behaviour(jnp.asarray(tokens), there, None)
 
 
 def _linear(layer: Any, x: np.ndarray) -> np.ndarray:
@@ -59,18 +68,18 @@ def _transformer(layers: int, length: int, rate: float) -> CausalTransformer:
 
 def test_block_equals_attention_written_out() -> None:
     heads = 3
-    block = Block(D, heads, 0.1, dtype=FLOAT, rngs=nnx.Rngs(0))
+    block = Block(SIZES, Transformer(heads=heads), dtype=FLOAT, rngs=nnx.Rngs(0))
     _random_parameters(block)
     x = np.random.default_rng(2).normal(size=(B, S, D)).astype(np.float32)
-    causal = jnp.tril(jnp.ones((S, S), bool))
-    found = jax.jit(lambda x: block(x, causal, None))(x)
+    found = jax.jit(lambda x: block(x, None))(x)
     expected = [_block(block, sequence.astype(np.float64), heads) for sequence in x]
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_a_state_depends_on_the_tokens_up_to_it_and_on_no_later_one() -> None:
-    transformer = _transformer(2, S, 0.1)
-    run = jax.jit(lambda x: transformer(x, None))
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "none"])
+def test_a_state_depends_on_the_tokens_up_to_it_and_on_no_later_one(kind: str) -> None:
+    encoder = ENCODERS[kind]().make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda x: encoder(_past(x), None))
     rng = np.random.default_rng(3)
     tokens = rng.normal(size=(1, S, D)).astype(np.float32)
     before = np.asarray(run(tokens))
@@ -85,7 +94,7 @@ def test_a_state_depends_on_the_tokens_up_to_it_and_on_no_later_one() -> None:
 
 def test_transformer_adds_positions_drops_and_normalises() -> None:
     transformer = _transformer(1, S + 3, 0.5)
-    run = jax.jit(lambda x, key: transformer(x, key))
+    run = jax.jit(lambda x, key: transformer(_past(x), key))
     same = np.broadcast_to(np.random.default_rng(4).normal(size=D), (1, S, D)).astype(np.float32)
     plain = np.asarray(run(same, None))
     np.testing.assert_allclose(plain.mean(axis=-1), 0, atol=1e-6)
@@ -99,6 +108,61 @@ def test_transformer_adds_positions_drops_and_normalises() -> None:
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.width: 12 .* model\.encoder\.heads = 5"):
         Transformer(heads=5).make(EncoderSizes(D, S, 0.0), dtype=FLOAT, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("length", [5, 128, 300])
+def test_attention_in_blocks_is_attention(length: int) -> None:
+    """Values and gradients, where the last block is shorter than the others."""
+    rng = np.random.default_rng(length)
+    q, k, v, pull = (jnp.asarray(rng.normal(size=(2, length, 4)), FLOAT) for _ in range(4))
+
+    def written_out(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("nid,njd->nij", q, k) / 2
+        seen = jnp.tril(jnp.ones((1, length, length), bool))
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("nij,njd->nid", weights, v)
+
+    def both(attention: Any) -> Any:
+        def total(*given: jax.Array) -> jax.Array:
+            return jnp.sum(attention(*given) * pull)
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+    found, expected = both(causal_attention), both(written_out)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+
+
+def test_units_are_those_of_the_paper() -> None:
+    """State by state, with gates as Cho et al. 2014 write them."""
+    units = Units(D, 3, dtype=FLOAT, rngs=nnx.Rngs(0))
+    _random_parameters(units)
+    tokens = np.random.default_rng(7).normal(size=(1, S, D)).astype(np.float32)
+    found = np.asarray(jax.jit(units.__call__)(tokens))[0]
+    state = np.zeros(3)
+    for s in range(S):
+        x, h = _linear(units.of_token, tokens[0, s]), _linear(units.of_state, state)
+        update, reset = (1 / (1 + np.exp(-(x[i : i + 3] + h[i : i + 3]))) for i in (0, 3))
+        new = np.tanh(x[6:] + reset * h[6:])
+        state = (1 - update) * new + update * state
+        np.testing.assert_allclose(found[s], state, atol=1e-5)
+
+
+def test_the_mean_is_that_of_the_events_so_far() -> None:
+    """The order of earlier events is nothing, and places of padding are none of them."""
+    encoder = Mean(hidden=()).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda x, known: encoder(_past(x, known), None))
+    tokens = np.random.default_rng(8).normal(size=(1, S, D)).astype(np.float32)
+    known = np.arange(S)[None] < 4
+    mixed, padded = tokens[:, [0, 2, 3, 1, 4, 5]], tokens.copy()
+    padded[:, 4:] = 9
+    states, other, more = (run(x, known) for x in (tokens, mixed, padded))
+    np.testing.assert_allclose(states[:, 3:], other[:, 3:], atol=1e-5)
+    np.testing.assert_allclose(states, more, atol=1e-5)
+    events = np.concatenate([tokens[0, 0], tokens[0, 1:4].mean(axis=0)])
+    expected = _normalise(encoder.norm, _linear(encoder.output, events))
+    np.testing.assert_allclose(states[0, 3], expected, atol=1e-4)
+    assert np.abs(np.asarray(states - other)[:, 1]).max() > 0.01
 
 
 def test_target_attention_is_a_softmax_over_the_events_before_the_cutoff() -> None:

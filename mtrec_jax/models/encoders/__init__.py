@@ -7,12 +7,16 @@ all that there are.
 from __future__ import annotations
 
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
+from mtrec_jax.models.encoders.gru import GRU
+from mtrec_jax.models.encoders.mean import Mean
 from mtrec_jax.models.encoders.none import NoEncoder
 from mtrec_jax.models.encoders.transformer import Transformer
 
 ENCODERS = {
     "none": NoEncoder,
     "transformer": Transformer,
+    "gru": GRU,
+    "mean": Mean,
 }
 
 __all__ = ["ENCODERS", "Behaviour", "EncoderSizes"]
