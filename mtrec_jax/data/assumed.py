@@ -118,7 +118,8 @@ def _check_names(rows: Mapping[str, int], known: list[str]) -> None:
 def _field(name: str, feature: Feature, values: int) -> IdField | NumberField:
     if feature.gives_numbers:
         return NumberField(name=name, mean=0.0, std=1.0, slots=values + (feature.impute == "own"))
-    return IdField(name=name, size=FIRST + values, slots=getattr(feature, "max_values", 1))
+    size = FIRST + values if feature.looked_up else 0
+    return IdField(name=name, size=size, slots=getattr(feature, "max_values", 1))
 
 
 def batch_shapes(experiment: Experiment, manifest: Manifest) -> Batch:

@@ -147,7 +147,7 @@ def _encoded(
     for encoding in encodings:
         values = features.encode(encoding, one_array(part[f"feature_{encoding.name}"]))
         role = "request" if encoding.feature.on == "request" else "event"
-        if role == "event":
+        if role == "event" and encoding.feature.looked_up:
             # a search has no outcome, and nothing else a text, whatever a missing value becomes
             values[(arrays["split"] == QUERY) != (encoding.name in searched)] = 0
         arrays[f"{role}_{encoding.name}"] = one_column(values)

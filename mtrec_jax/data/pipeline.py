@@ -272,9 +272,13 @@ def to_batch(arrays: dict[str, np.ndarray], manifest: Manifest, dtype: str = "fl
     m, n, positions = manifest, len(arrays["user"]), arrays["row"].shape[1]
     labels = {task: arrays[f"label_{task}"] for task in m.tasks}
     observed = {task: ~np.isnan(values) for task, values in labels.items()}
-    events = {"ids": _joined(arrays, "event_", m.history, (n, m.history_length))}
+    looked_up = [field for field in m.history if field.size]
+    events = {"ids": _joined(arrays, "event_", looked_up, (n, m.history_length))}
     if m.history_length:
         events = {"item": arrays["event_item"], **events}
+    for field in m.history:
+        if not field.size:
+            events["moment"] = arrays[f"event_{field.name}"]
     return Batch(
         context=_inputs(arrays, "context_", m.context_ids, m.context_numbers, (n,), dtype),
         request=_inputs(

@@ -259,7 +259,7 @@ def _features(prepared: Prepared) -> list[tuple[str, ...]]:
             declared = m.config["features"].get(field.name, {})
             values, often = "", ""
             if isinstance(field, IdField):
-                values = f"{field.size - FIRST:,}"
+                values = f"{field.size - FIRST:,}" if field.size else ""
                 often = "" if "bins" in declared else _frequent(prepared, field.name)
             else:
                 often = f"{field.mean:.4g} ± {field.std:.3g}"

@@ -163,7 +163,7 @@ def _sides(
             tuple(f for f in numbers if f.name in biased),
         ),
         "item": (manifest.item_ids, manifest.item_numbers),
-        "history": (manifest.history, ()),
+        "history": (tuple(f for f in manifest.history if f.size), ()),
     }
 
 

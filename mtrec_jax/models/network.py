@@ -137,7 +137,10 @@ class Network(nnx.Module):
         known = jnp.pad(
             jnp.asarray(batch.events["item"]) > 0, ((0, 0), (1, 0)), constant_values=True
         )
-        past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, None)
+        moments = batch.events.get("moment")
+        if moments is not None:
+            moments = jnp.pad(jnp.asarray(moments), ((0, 0), (1, 0)), mode="edge")
+        past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, moments)
         hidden = self.encoder(past, key)
         # Whole rows are gathered, each example's from its own: none comes from another device.
         states = jax.vmap(lambda seen, cutoff: seen[cutoff])(hidden, cutoff)

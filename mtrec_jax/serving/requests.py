@@ -17,7 +17,7 @@ from mtrec_jax.data import features
 from mtrec_jax.data.cells import YEAR_2200, as_text
 from mtrec_jax.data.dataset import Prepared, described, is_one
 from mtrec_jax.data.features import Encoding, one_array
-from mtrec_jax.data.features.clock import Clock
+from mtrec_jax.data.features.clock import Clock, Moment
 from mtrec_jax.errors import DataError, nearest
 from mtrec_jax.evaluation.collect import counted_items
 from mtrec_jax.models.serve import pad_rows
@@ -122,8 +122,11 @@ class Encoder:
             for name, array in events.items():
                 array[i, :count] = past[name][-count:].reshape(count, *array.shape[2:])
         found = {"item": events["item"]} if length else {}
-        if fields:
-            found["ids"] = np.concatenate([events[f.name] for f in fields], axis=-1)
+        if looked_up := [events[f.name] for f in fields if f.size]:
+            found["ids"] = np.concatenate(looked_up, axis=-1)
+        for field in fields:
+            if not field.size:
+                found["moment"] = events[field.name][..., 0]
         request = {
             part: arrays[f"request_{part}"][:, None]
             for part in ("ids", "numbers")
@@ -337,6 +340,9 @@ class Encoder:
         searches = np.array([queries and not raw for raw in items], bool)
         for field in self.prepared.manifest.history:
             values = columns.get(field.name, [None] * len(items))
+            if isinstance(feature := self._feature(field.name).feature, Moment):
+                unit = self._experiment.data.time_unit
+                values = [feature.of(seconds(value, unit)) for value in values]
             cells = pa.array([raw_text(v) or None for v in values], pa.string())
             encoding = self._feature(field.name)
             wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))

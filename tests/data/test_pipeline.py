@@ -243,3 +243,50 @@ def test_a_command_ends_although_storage_still_hangs(
     )
     assert done.returncode == 2, done.stderr
     assert "mtrec: no batch came for 1 s" in done.stderr
+
+
+def test_batches_by_length_have_every_target_once_and_no_more_places_than_needed(
+    tmp_path: Path,
+) -> None:
+    """Of L = 8 in four classes: batches of 4 examples of up to 8 or 6 places, of 8 of up to 4, and
+    of 16 of up to 2."""
+    rng, n = np.random.default_rng(0), 100
+    length = rng.integers(1, 9, n).astype(np.int32)
+    places = np.arange(8) < length[:, None]
+    rows = np.where(places, np.arange(8 * n).reshape(n, 8), -1)
+    columns = _columns(n) | {
+        "length": length,
+        "event_item": np.where(places, rows % 50 + 2, 0).astype(np.int32),
+        "event_click": np.where(places, 1, 0).astype(np.int32),
+        "cutoff": np.where(places, np.arange(8), 0).astype(np.int32),
+        "candidate": np.where(places, rows % 50 + 3, 0).astype(np.int32),
+        "row": rows,
+        "request_hour": np.where(places, 1, 0).astype(np.int32),
+        "request_discount": np.where(places, 0.5, 0).astype(np.float32),
+        **{f"label_{t}": np.where(places, 1, np.nan).astype(np.float32) for t in tiny.TASKS},
+    }
+    table = {k: fixed_size(a) if a.ndim == 2 else pa.array(a) for k, a in columns.items()}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet", row_group_size=40)
+    manifest = replace(tiny.manifest(), history_length=8, positions={"train": 8})
+    source = BatchSource(Prepared(tmp_path, manifest), "train", 4, seed=1, epochs=2, buckets=4)
+    shapes = {8: 4, 6: 4, 4: 8, 2: 16}
+    for epoch in range(2):
+        first = epoch * source.batches_per_epoch
+        every = []
+        for s in range(first, first + source.batches_per_epoch):
+            batch = source[s]
+            found = np.asarray(batch.row)
+            size, cut = found.shape
+            assert size == shapes[cut]
+            assert batch.events["item"].shape == batch.cutoff.shape == (size, cut)
+            filled = (found >= 0).sum(axis=1)
+            assert (filled[filled > 0] > cut - 2).all()
+            np.testing.assert_array_equal(np.asarray(batch.events["item"]) > 0, found >= 0)
+            every.append(found[found >= 0])
+        np.testing.assert_array_equal(np.sort(np.concatenate(every)), rows[rows >= 0])
+    again = BatchSource(source._prepared, "train", 4, seed=1, epochs=2, buckets=4)
+    _assert_equal(again[source.batches_per_epoch + 3], source[source.batches_per_epoch + 3])
+    one, other = (
+        [source[e + s].cutoff.shape for s in range(9)] for e in (0, source.batches_per_epoch)
+    )
+    assert one != other, "epochs are mixed anew"

@@ -15,6 +15,7 @@ from mtrec_jax.kernels.attention import causal_attention
 from mtrec_jax.models.attention import LastSearch, TargetAttention
 from mtrec_jax.models.encoders import ENCODERS, Behaviour, EncoderSizes
 from mtrec_jax.models.encoders.gru import Units
+from mtrec_jax.models.encoders.hstu import HSTU, Unit
 from mtrec_jax.models.encoders.mean import Mean
 from mtrec_jax.models.encoders.transformer import Block, CausalTransformer, Transformer
 
@@ -131,6 +132,31 @@ def test_attention_in_blocks_is_attention(length: int) -> None:
     found, expected = both(causal_attention), both(written_out)
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_pointwise_attention_with_places_and_times_written_out(heads: int) -> None:
+    """Pair by pair, as in section 3.2 of Zhai et al. 2024; events 0, 1, 60, 86,400 seconds after
+    each other are in buckets 0, 0, 13 and 37."""
+    unit = Unit(SIZES, HSTU(heads=heads), dtype=FLOAT, rngs=nnx.Rngs(0))
+    _random_parameters(unit)
+    x = np.random.default_rng(3).normal(size=(B, S, D)).astype(np.float32)
+    moments = np.cumsum([[5, 0, 1, 60, 86_400, 0], [7, 1, 1, 1, 0, 60]], axis=1).astype(np.int32)
+    found = jax.jit(lambda x, moments: unit(x, moments, None))(x, moments)
+    by_place, by_time = np.asarray(unit.by_place[...]), np.asarray(unit.by_time[...])
+    for b in range(B):
+        every = _linear(unit.inputs, _normalise(unit.norm_inputs, x[b].astype(np.float64)))
+        gate, value, query, key = np.split(every / (1 + np.exp(-every)), 4, axis=-1)
+        mixed, size = np.zeros((S, D)), D // heads
+        for head, i in np.ndindex(heads, S):
+            own = slice(head * size, (head + 1) * size)
+            for j in range(i + 1):
+                apart = max(1, int(moments[b, i] - moments[b, j]))
+                score = query[i, own] @ key[j, own] + by_place[i - j]
+                score += by_time[int(np.log(apart) / 0.301)]
+                mixed[i, own] += score / (1 + np.exp(-score)) * value[j, own] / S
+        expected = x[b] + _linear(unit.output, _normalise(unit.norm_mixed, mixed) * gate)
+        np.testing.assert_allclose(found[b], expected, atol=1e-4)
 
 
 def test_units_are_those_of_the_paper() -> None:

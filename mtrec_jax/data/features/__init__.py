@@ -23,7 +23,7 @@ from mtrec_jax.data.features.base import (
 )
 from mtrec_jax.data.features.binned import Binned
 from mtrec_jax.data.features.categorical import Categorical
-from mtrec_jax.data.features.clock import Hour, Weekday
+from mtrec_jax.data.features.clock import Hour, Moment, Weekday
 from mtrec_jax.data.features.gap import Gap
 from mtrec_jax.data.features.hashed import Hashed
 from mtrec_jax.data.features.multi_valued import MultiValued
@@ -43,6 +43,7 @@ KINDS: dict[str, type[Feature]] = {
     "piecewise": Piecewise,
     "hour": Hour,
     "weekday": Weekday,
+    "moment": Moment,
     "gap": Gap,
     "past_count": PastCount,
     "past_rate": PastRate,

@@ -28,7 +28,7 @@ class IdField:
     """A feature that is looked up in an embedding table."""
 
     name: str
-    size: int  # ids: padding, unknown, then the vocabulary
+    size: int  # ids: padding, unknown, then the vocabulary; 0: it is looked up nowhere
     slots: int  # ids per example: 1, or max_values of a multi-valued feature
     missing: int = 0  # the id that a missing value takes: padding, unless it is imputed
 
@@ -69,6 +69,7 @@ class Feature:
     looks_back: ClassVar[bool] = False  # at what happened before an event
     grows: ClassVar[bool] = False  # its vocabulary takes the values of new data
     fitted: ClassVar[bool] = True  # on the cells of its column
+    looked_up: ClassVar[bool] = True  # an id is a row of a table; else the number is read itself
     encoded_once: ClassVar[bool] = False  # equal texts are found faster than they are encoded
 
     @property
@@ -146,7 +147,7 @@ class Encoding:
     def field(self) -> IdField | NumberField:
         """What the manifest says about the feature."""
         if not self.is_number:
-            size = self.size or FIRST + len(self.values)
+            size = self.size or FIRST + len(self.values) if self.feature.looked_up else 0
             return IdField(name=self.name, size=size, slots=self.slots, missing=int(self.missing))
         missing = None if np.isnan(self.missing) else float(self.missing)
         return NumberField(

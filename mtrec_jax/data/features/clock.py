@@ -1,4 +1,4 @@
-"""The hour and the weekday of a time, UTC."""
+"""The hour and the weekday of a time, UTC; or the time itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mtrec_jax.data.features.base import Codes, Counts, Encoding, Feature
 from mtrec_jax.data.features.categorical import IMPUTES, ids_of, look_up, ranked, with_vocabulary
@@ -18,7 +19,7 @@ OF_EVENTS = "users and items have no time; events have"
 class Clock(Feature):
     """A time by the clock, every value an id; without a `column`, of the time of the event."""
 
-    places = ("request", "history")
+    places: ClassVar[tuple[str, ...]] = ("request", "history")
     because = OF_EVENTS
     imputes = IMPUTES
     computed = True
@@ -82,3 +83,29 @@ class Weekday(Clock):
     seconds = 86_400
     values = 7
     first = 3  # a Thursday
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment(Clock):
+    """The second itself, for encoders that ask how long apart events are; it has no table.
+
+    Seconds are counted from 1990 on, and begin anew after 68 years.
+    """
+
+    kind: Literal["moment"] = "moment"
+
+    places: ClassVar[tuple[str, ...]] = ("history",)
+    because = "it is no number that a tower could read: encoders compare the times of events"
+    imputes = ("none",)
+    looked_up = False
+    seconds = 1
+    values = 2**31
+    first = -631_152_000  # 1990
+
+    def fit(self, name: str, cells: pa.Array, counts: Counts) -> Encoding:
+        """Nothing is learned."""
+        return Encoding(name, self)
+
+    def encode(self, encoding: Encoding, cells: pa.Array) -> Codes:
+        """The second; 0 where the time is missing."""
+        return pc.fill_null(pc.cast(cells, pa.int32()), 0).to_numpy(zero_copy_only=False)[:, None]

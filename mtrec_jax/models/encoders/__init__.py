@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
 from mtrec_jax.models.encoders.gru import GRU
+from mtrec_jax.models.encoders.hstu import HSTU
 from mtrec_jax.models.encoders.mean import Mean
 from mtrec_jax.models.encoders.none import NoEncoder
 from mtrec_jax.models.encoders.transformer import Transformer
@@ -15,6 +16,7 @@ from mtrec_jax.models.encoders.transformer import Transformer
 ENCODERS = {
     "none": NoEncoder,
     "transformer": Transformer,
+    "hstu": HSTU,
     "gru": GRU,
     "mean": Mean,
 }

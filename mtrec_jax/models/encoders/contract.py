@@ -21,6 +21,6 @@ class Behaviour(NamedTuple):
 
     tokens: jax.Array  # [B, S, D]
     known: jax.Array  # [B, S] bool: what is no padding
-    # [B, S] seconds: how long before the last of them each event was; 0 of the start token.
-    # None where the data has no times
-    ages: jax.Array | None
+    # [B, S] int32 seconds, of which differences say how far events are apart; that of the start
+    # token is the first event's. None without a feature of kind "moment"
+    moments: jax.Array | None

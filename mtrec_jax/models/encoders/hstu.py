@@ -1,0 +1,131 @@
+"""Pointwise attention with the distance of events in places and in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic import Field
+
+from mtrec_jax.errors import ConfigError
+from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
+from mtrec_jax.models.encoders.transformer import joined_heads, split_heads
+from mtrec_jax.models.layers import constant, dropout, layer_norm, linear
+
+BUCKETS = 64  # of the logarithm of seconds: e^(0.301 * 64) are seven years
+_STEP = 0.301
+_QUERIES = 128  # of a block, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSTU:
+    """`[model.encoder] kind = "hstu"`: hierarchical sequential transduction units (Zhai et al.,
+    ICML 2024): attention weights are SiLU of scores over the length, not a softmax, and a gate
+    takes the place of the feed-forward layers. With a history feature of kind "moment", scores
+    have a part for how long before each other two events were.
+    """
+
+    kind: Literal["hstu"] = "hstu"
+    layers: Annotated[int, Field(ge=1)] = 2
+    heads: Annotated[int, Field(ge=1)] = 1
+
+    def make(self, sizes: EncoderSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> HSTULayers:
+        """The encoder.
+
+        Raises:
+          ConfigError: the width does not divide by the heads.
+        """
+        if sizes.width % self.heads:
+            raise ConfigError(
+                f"model.width: {sizes.width} is no multiple of model.encoder.heads = {self.heads}"
+            )
+        return HSTULayers(sizes, self, dtype=dtype, rngs=rngs)
+
+
+class HSTULayers(nnx.Module):
+    """Units one above the other: [B, S, D] -> [B, S, D]; state s sees tokens 0..s."""
+
+    def __init__(self, sizes: EncoderSizes, options: HSTU, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.rate = sizes.dropout
+        self.units = nnx.List(
+            [Unit(sizes, options, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
+        )
+        self.norm = layer_norm(sizes.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, past: Behaviour, key: jax.Array | None) -> jax.Array:
+        keys = [None] * (len(self.units) + 1)
+        if key is not None:
+            keys = list(jax.random.split(key, len(self.units) + 1))
+        x = dropout(past.tokens, self.rate, keys[0])
+        for unit, unit_key in zip(self.units, keys[1:], strict=True):
+            x = unit(x, past.moments, unit_key)
+        return self.norm(x)
+
+
+class Unit(nnx.Module):
+    """u, v, q, k = SiLU(W norm(x)), then x + W' (norm(m) * u), where m_i = sum over j up to i of
+    SiLU(q_i . k_j + p(i - j) + t(time between i and j)) v_j / S."""
+
+    def __init__(self, sizes: EncoderSizes, options: HSTU, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, self.rate, self.heads = sizes.width, sizes.dropout, options.heads
+        self.length = sizes.length
+        self.norm_inputs = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.norm_mixed = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.inputs = linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.output = linear(width, width, dtype=dtype, rngs=rngs)
+        zeros = constant(0.0)
+        self.by_place = nnx.Param(zeros(None, (sizes.length,), dtype))
+        self.by_time = nnx.Param(zeros(None, (BUCKETS,), dtype))
+
+    def __call__(self, x: jax.Array, moments: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        every = jax.nn.silu(self.inputs(self.norm_inputs(x)))
+        gate, *parts = jnp.split(every, 4, axis=-1)
+        value, query, keys = (split_heads(part, self.heads) for part in parts)
+        mixed = joined_heads(self._mixed(query, keys, value, moments), self.heads)
+        return x + dropout(self.output(self.norm_mixed(mixed) * gate), self.rate, key)
+
+    def _mixed(
+        self, query: jax.Array, keys: jax.Array, value: jax.Array, moments: jax.Array | None
+    ) -> jax.Array:
+        """Block by block of queries, whose weights are made again on the way back."""
+        length = query.shape[1]
+        size = -(-length // -(-length // _QUERIES))
+        found = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            times = None if moments is None else (moments[:, start:stop], moments[:, :stop])
+            block = jax.checkpoint(self._block, static_argnums=(4,))
+            given = query[:, start:stop], keys[:, :stop], value[:, :stop], times
+            found.append(block(*given, start))
+        return jnp.concatenate(found, axis=1)
+
+    def _block(
+        self,
+        query: jax.Array,
+        keys: jax.Array,
+        value: jax.Array,
+        times: tuple[jax.Array, jax.Array] | None,
+        start: int,
+    ) -> jax.Array:
+        scores = jnp.einsum("nid,njd->nij", query, keys)
+        back = start + jnp.arange(query.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
+        scores = scores + jnp.asarray(self.by_place[...])[jnp.maximum(back, 0)][None]
+        if times is not None:
+            apart = times[0][:, :, None] - times[1][:, None]
+            of_pair = jnp.asarray(self.by_time[...])[buckets(apart)]
+            scores = scores + jnp.repeat(of_pair, self.heads, axis=0)
+        weights = jnp.where((back >= 0)[None], jax.nn.silu(scores) / self.length, 0)
+        return jnp.einsum("nij,njd->nid", weights, value)
+
+
+def buckets(seconds: jax.Array) -> jax.Array:
+    """The bucket of a time in seconds, by its logarithm.
+
+    >>> buckets(jnp.array([0, 1, 60, 86_400])).tolist()
+    [0, 0, 13, 37]
+    """
+    logarithm = jnp.log(jnp.maximum(jnp.abs(seconds), 1).astype(jnp.float32)) / _STEP
+    return jnp.minimum(logarithm.astype(jnp.int32), BUCKETS - 1)
