@@ -582,6 +582,14 @@ def _model(e: Experiment) -> Iterator[str]:
     heads = getattr(e.model.encoder, "heads", 1)
     if e.model.width % heads:
         yield f"model.width: {e.model.width} is no multiple of model.encoder.heads = {heads}"
+    if hasattr(e.model.encoder, "share") and e.data.hide_ties:
+        yield (
+            f"data.hide_ties: kind '{e.model.encoder.kind}' of model.encoder hides single events, "
+            "and would see the other one of the same time; set it to false, or use 'transformer'"
+        )
+    moments = [name for name, feature in e.features.items() if not feature.looked_up]
+    if len(moments) > 1:
+        yield f"features: {' and '.join(moments)} are both of kind 'moment'; keep one"
     yield from _bias(e)
     worths = e.model.fusion_objective
     for name in worths:
@@ -645,6 +653,20 @@ def _train(e: Experiment) -> Iterator[str]:
             "train.row_weight_decay: 'ftrl' computes rows from all their gradients anew, so that "
             "nothing decays; take another row_optimizer or rule, or remove it"
         )
+    if train.length_buckets > max(1, e.data.length):
+        yield (
+            f"train.length_buckets: {train.length_buckets} for histories of {e.data.length}; at "
+            "most one shape a place, and without histories 1"
+        )
+    shown = getattr(train.retrieval, "shown", "")
+    retrieval = [task for task in e.tasks.values() if task.kind == "retrieval"]
+    if shown and retrieval and not retrieval[0].where:
+        yield (
+            "train.retrieval.shown: every event is one that the retrieval is to find, so nothing "
+            "was passed over; set tasks.NAME.where of it to a binary task, such as 'click'"
+        )
+    if shown == "request" and not e.data.hide_ties:
+        yield "train.retrieval.shown: 'request' needs data.hide_ties = true; or take 'user'"
     if not e.split.validates:
         yield from _unjudged(e)
 

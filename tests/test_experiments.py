@@ -350,6 +350,22 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             {"clean": {"values": {"p": {"column": "p"}}}},
             "clean.values.p: give low, high or both",
         ),
+        (
+            {"model": {"encoder": "bert4rec"}, "data": {"hide_ties": True}},
+            "data.hide_ties: kind 'bert4rec' of model.encoder hides single events",
+        ),
+        (
+            {"features": {n: {"on": "history", "kind": "moment"} for n in ("a", "b")}},
+            "features: a and b are both of kind 'moment'",
+        ),
+        (
+            {"train": {"length_buckets": 9}, "data": {"history_length": 8}},
+            "train.length_buckets: 9 for histories of 8",
+        ),
+        (
+            {"train": {"retrieval": {"kind": "softmax", "shown": "user"}}},
+            "train.retrieval.shown: every event is one that the retrieval is to find",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem: str) -> None:
@@ -370,7 +386,7 @@ def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem:
         ("split.seed", 0),
         ("train.batch_size", 1),
         ("train.accumulate", 1),
-        ("train.negatives.count", 1),
+        ("train.length_buckets", 1),
         ("train.log_every", 1),
         ("evaluate.candidates", 1),
         ("evaluate.batch_size", 1),

@@ -1,9 +1,9 @@
-"""Causal attention whose scores are forgotten as soon as they are used.
+"""Attention whose scores are forgotten as soon as they are used.
 
 Of the way there, the inputs, the outputs and a normaliser of each query are kept; the way back
 makes the scores again (Dao et al., NeurIPS 2022), so that memory grows with the length and not with
-its square. Scores above the diagonal are mostly not made: queries come in blocks, each against the
-keys up to its end.
+its square. Where attention is causal, scores above the diagonal are mostly not made: queries come
+in blocks, each against the keys up to its end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 _QUERIES = 128  # of a block, at most
 
@@ -80,3 +80,26 @@ def _blocks(length: int) -> Iterator[tuple[slice, slice, Array]]:
 def _scores(query: Array, key: Array, seen: Array) -> Array:
     scores = jnp.einsum("nid,njd->nij", query, key)
     return jnp.where(seen[None], scores, -jnp.inf)
+
+
+def padded_attention(
+    query: Float[Array, "N S D"],
+    key: Float[Array, "N S D"],
+    value: Float[Array, "N S D"],
+    known: Bool[Array, "N S"],
+) -> Float[Array, "N S D"]:
+    """softmax(query . key / sqrt(D)) of all positions that are no padding, times the values. Scores
+    are made again on the way back.
+
+    >>> x = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    >>> padded_attention(x, x, x, jnp.array([[False, True, False]]))[0, 2].tolist()
+    [0.0, 1.0]
+    """
+
+    @jax.checkpoint
+    def mixed(query: Array, key: Array, value: Array) -> Array:
+        scores = jnp.einsum("nid,njd->nij", query * query.shape[-1] ** -0.5, key)
+        weights = jax.nn.softmax(jnp.where(known[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("nij,njd->nid", weights, value)
+
+    return mixed(query, key, value)

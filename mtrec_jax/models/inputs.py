@@ -360,6 +360,21 @@ def _dropped(inputs: Inputs, ids: dict[str, jax.Array], key: jax.Array) -> dict[
     return found
 
 
+def hidden_events(share: float, batch: Batch, key: jax.Array) -> Batch:
+    """The batch with some of the positions' own events hidden, `events["masked"]` [B, L + 1] by
+    place of the event, and no weight on the other positions."""
+    length, cutoff = jnp.asarray(batch.events["item"]).shape[1], jnp.asarray(batch.cutoff)
+    weight = jnp.asarray(batch.weight)
+    drawn = jax.random.uniform(key, weight.shape) < share
+    taken = drawn & (weight > 0)
+    places = jnp.zeros((len(cutoff), length + 1), bool)
+    masked = jax.vmap(lambda of, at, which: of.at[at].max(which))(places, cutoff, taken)
+    heard = jax.vmap(lambda of, at: of[at])(masked, cutoff)
+    return batch._replace(
+        events={**batch.events, "masked": masked}, weight=weight * heard.astype(weight.dtype)
+    )
+
+
 # --- Rows to vectors
 
 

@@ -28,6 +28,7 @@ from mtrec_jax.models.inputs import (
     ITEM,
     Inputs,
     find_ids,
+    hidden_events,
     item_ids,
     make_inputs,
     own_name,
@@ -70,6 +71,7 @@ class Model(NamedTuple):
     by_example: frozenset[str]  # groups whose ids are split like the batch; others are shared
     abstract: PyTree  # shapes of the layers' parameters
     init: Callable[[int], PyTree]  # seed -> their initial values, drawn on the host
+    altered: Callable[[Batch, jax.Array], Batch]  # what training makes of a batch, given a key
     ids: Callable[..., Wanted]  # batch, catalogue, key | None, what drawing remembers
     drawing: Callable[[], PyTree]  # what it remembers before the first step
     encode: Callable[[PyTree, Rows, Batch, Catalogue, Wanted, jax.Array | None], Shared]
@@ -93,12 +95,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
     inputs = make_inputs(experiment, manifest)
     abstract, network, init = _layers(experiment, inputs)
 
-    negatives = experiment.train.negatives
-
-    def ids(
-        batch: Batch, catalogue: Catalogue, key: jax.Array | None, drawing: PyTree = None
-    ) -> Wanted:
-        return find_ids(inputs, batch, catalogue, negatives, key, drawing)
+    altered, ids = _of_batches(experiment, inputs)
 
     def items(params: PyTree, rows: Rows, catalogue: Catalogue, item: Array) -> jax.Array:
         layers = network(params)
@@ -140,8 +137,9 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         by_example=_by_example(inputs),
         abstract={"network": nnx.to_pure_dict(nnx.state(abstract, nnx.Param))},
         init=init,
+        altered=altered,
         ids=ids,
-        drawing=lambda: state_before(negatives, manifest.items) if inputs.retrieval else {},
+        drawing=lambda: _first_drawing(experiment, inputs, manifest.items),
         encode=encode,
         weights=objective.weights,
         losses=objective.losses,
@@ -177,6 +175,28 @@ def _layers(
         return {"network": nnx.to_pure_dict(state)}
 
     return abstract, network, init
+
+
+def _of_batches(
+    experiment: Experiment, inputs: Inputs
+) -> tuple[Callable[[Batch, jax.Array], Batch], Callable[..., Wanted]]:
+    """`altered` and `ids` of a model."""
+    share = getattr(experiment.model.encoder, "share", 0.0) if inputs.has_events else 0.0
+
+    def altered(batch: Batch, key: jax.Array) -> Batch:
+        return hidden_events(share, batch, key) if share else batch
+
+    def ids(
+        batch: Batch, catalogue: Catalogue, key: jax.Array | None, drawing: PyTree = None
+    ) -> Wanted:
+        return find_ids(inputs, batch, catalogue, experiment.train.negatives, key, drawing)
+
+    return altered, ids
+
+
+def _first_drawing(experiment: Experiment, inputs: Inputs, items: int) -> PyTree:
+    """What the way to draw negatives remembers before the first step."""
+    return state_before(experiment.train.negatives, items) if inputs.retrieval else {}
 
 
 def _by_example(inputs: Inputs) -> frozenset[str]:

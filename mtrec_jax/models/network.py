@@ -141,9 +141,14 @@ class Network(nnx.Module):
         if moments is not None:
             moments = jnp.pad(jnp.asarray(moments), ((0, 0), (1, 0)), mode="edge")
         past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, moments)
-        hidden = self.encoder(past, key)
-        # Whole rows are gathered, each example's from its own: none comes from another device.
-        states = jax.vmap(lambda seen, cutoff: seen[cutoff])(hidden, cutoff)
+        if hasattr(self.encoder, "at"):
+            masked = batch.events.get("masked")
+            masked = None if masked is None else jnp.asarray(masked)
+            states = self.encoder.at(past, cutoff, masked, key)
+        else:
+            hidden = self.encoder(past, key)
+            # Whole rows are gathered, each example's from its own: none comes from another device.
+            states = jax.vmap(lambda seen, cutoff: seen[cutoff])(hidden, cutoff)
         if self.search is not None:
             searched = jnp.asarray(batch.events["item"]) == UNKNOWN
             states = states + self.search(behaviour, searched, cutoff)

@@ -114,10 +114,8 @@ def make_objective(
                     sums[n] = jnp.sum(values * counts * _weight(batch, n))
             return sums
 
-        sums = {}
-        if inputs.retrieval:
-            compared = _compared(experiment, inputs, layers.scale(), shared, batch, wanted)
-            sums[inputs.retrieval] = _retrieval_sum(experiment, compared, key)
+        of_retrieval = experiment, inputs, layers, shared, batch, wanted, key
+        sums = {name: _retrieval_sum(*of_retrieval) for name in [inputs.retrieval] if name}
         looks = {n: outputs.diagnostics[n] for n in asked}
         if outputs.members:  # the mean of their losses, each by itself
             of_each = jax.vmap(of_towers, in_axes=2)(outputs.members, looks)
@@ -145,9 +143,18 @@ def _task_sum(
     return jnp.sum(losses * weight)
 
 
-def _retrieval_sum(experiment: Experiment, compared: Compared, key: jax.Array | None) -> jax.Array:
+def _retrieval_sum(
+    experiment: Experiment,
+    inputs: Inputs,
+    layers: Network,
+    shared: Shared,
+    batch: Batch,
+    wanted: Wanted,
+    key: jax.Array | None,
+) -> jax.Array:
     """The weighted sum of the loss of the retrieval."""
     negatives, options = experiment.train.negatives, experiment.train.retrieval
+    compared = _compared(experiment, inputs, layers.scale(), shared, batch, wanted)
     if hasattr(negatives, "kept"):
         drawn = jax.random.key(0) if key is None else jax.random.fold_in(key, KEPT_DRAW)
         compared = negatives.kept(compared, drawn)

@@ -14,10 +14,13 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.kernels.attention import causal_attention
 from mtrec_jax.models.attention import LastSearch, TargetAttention
 from mtrec_jax.models.encoders import ENCODERS, Behaviour, EncoderSizes
+from mtrec_jax.models.encoders.bert4rec import BERT4Rec
 from mtrec_jax.models.encoders.gru import Units
 from mtrec_jax.models.encoders.hstu import HSTU, Unit
 from mtrec_jax.models.encoders.mean import Mean
 from mtrec_jax.models.encoders.transformer import Block, CausalTransformer, Transformer
+from mtrec_jax.models.inputs import hidden_events
+from tests import tiny
 
 B, S, D = 2, 6, 12
 FLOAT = jnp.dtype("float32")
@@ -77,7 +80,7 @@ def test_block_equals_attention_written_out() -> None:
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "none"])
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind not in ("none", "bert4rec")])
 def test_a_state_depends_on_the_tokens_up_to_it_and_on_no_later_one(kind: str) -> None:
     encoder = ENCODERS[kind]().make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
     run = jax.jit(lambda x: encoder(_past(x), None))
@@ -157,6 +160,39 @@ def test_pointwise_attention_with_places_and_times_written_out(heads: int) -> No
                 mixed[i, own] += score / (1 + np.exp(-score)) * value[j, own] / S
         expected = x[b] + _linear(unit.output, _normalise(unit.norm_mixed, mixed) * gate)
         np.testing.assert_allclose(found[b], expected, atol=1e-4)
+
+
+def test_hidden_events_are_filled_in_from_both_sides_and_answers_from_what_was_before() -> None:
+    """In training a state depends on all events but the hidden ones; else on those before."""
+    encoder = BERT4Rec(heads=2).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(9).normal(size=(1, S, D)).astype(np.float32)
+    known = np.arange(S)[None] < S - 1  # the start token, four events, and padding
+    cutoff = jnp.array([[1, 4]])
+    masked = np.zeros((1, S), bool)
+    masked[0, [1, 4]] = True  # the second event, and the one behind the last
+    run = jax.jit(lambda x, masked: encoder.at(_past(x, known), cutoff, masked, None))
+    for given, seen in ((masked, [[0, 1, 3, 4], [0, 1, 3, 4]]), (None, [[0, 1], [0, 1, 2, 3, 4]])):
+        before = np.asarray(run(tokens, given))
+        for s in range(S):
+            changed = tokens.copy()
+            changed[:, s] += np.random.default_rng(s).normal(size=D).astype(np.float32)
+            moved = np.abs(np.asarray(run(changed, given)) - before).max(axis=-1)[0]
+            for position in (0, 1):
+                assert (moved[position] > 1e-4) == (s in seen[position]), (s, position)
+
+
+def test_positions_whose_event_is_seen_do_not_learn() -> None:
+    """The hidden places are those of targets, a share of them, and all other weights are 0."""
+    batch = tiny.batch(0, 400)
+    cutoff = np.tile(np.array([[1, 3, 5]], np.int32), (400, 1))
+    found = hidden_events(0.3, batch._replace(cutoff=cutoff), jax.random.key(0))
+    masked, weight = np.asarray(found.events["masked"]), np.asarray(found.weight)
+    assert masked.shape == (400, tiny.HISTORY + 1)
+    np.testing.assert_array_equal(masked[:, [1, 3, 5]], weight > 0)
+    assert not masked[:, [0, 2, 4]].any()
+    share = (weight > 0).sum() / (batch.weight > 0).sum()
+    assert abs(share - 0.3) < 5 * np.sqrt(0.21 / (batch.weight > 0).sum())
+    assert (weight <= batch.weight).all()
 
 
 def test_units_are_those_of_the_paper() -> None:

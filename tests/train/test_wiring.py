@@ -107,6 +107,7 @@ def toy(lucky: bool) -> Model:
         by_example=frozenset({"item"}),
         abstract={"network": jax.eval_shape(lambda: network)},
         init=lambda seed: {"network": network},
+        altered=lambda batch, key: batch,
         ids=ids,
         drawing=lambda: {"steps": jnp.zeros((), jnp.int32)},
         encode=encode,

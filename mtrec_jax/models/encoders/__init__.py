@@ -6,6 +6,7 @@ all that there are.
 
 from __future__ import annotations
 
+from mtrec_jax.models.encoders.bert4rec import BERT4Rec
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
 from mtrec_jax.models.encoders.gru import GRU
 from mtrec_jax.models.encoders.hstu import HSTU
@@ -16,6 +17,7 @@ from mtrec_jax.models.encoders.transformer import Transformer
 ENCODERS = {
     "none": NoEncoder,
     "transformer": Transformer,
+    "bert4rec": BERT4Rec,
     "hstu": HSTU,
     "gru": GRU,
     "mean": Mean,

@@ -9,7 +9,12 @@ import jax
 
 class EncoderSizes(NamedTuple):
     """`options.make(sizes, dtype=..., rngs=...)` gives a module `(Behaviour, key) -> states
-    [B, S, D]`, whose state s has seen tokens 0 .. s. `key=None` means no dropout."""
+    [B, S, D]`, whose state s has seen tokens 0 .. s. `key=None` means no dropout.
+
+    A module that hides events in training has `at(Behaviour, cutoff [B, P], masked [B, L + 1] or
+    None, key) -> states [B, P, D]` in its place, and its options a `share` of them: positions whose
+    own event is not hidden are then not learned.
+    """
 
     width: int  # D
     length: int  # S: a start token and L events

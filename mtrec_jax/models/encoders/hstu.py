@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
-from mtrec_jax.errors import ConfigError
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
-from mtrec_jax.models.encoders.transformer import joined_heads, split_heads
+from mtrec_jax.models.encoders.transformer import check_heads, joined_heads, split_heads
 from mtrec_jax.models.layers import constant, dropout, layer_norm, linear
 
 BUCKETS = 64  # of the logarithm of seconds: e^(0.301 * 64) are seven years
@@ -38,10 +37,7 @@ class HSTU:
         Raises:
           ConfigError: the width does not divide by the heads.
         """
-        if sizes.width % self.heads:
-            raise ConfigError(
-                f"model.width: {sizes.width} is no multiple of model.encoder.heads = {self.heads}"
-            )
+        check_heads(sizes, self.heads)
         return HSTULayers(sizes, self, dtype=dtype, rngs=rngs)
 
 

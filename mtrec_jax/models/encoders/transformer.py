@@ -12,7 +12,7 @@ from flax import nnx
 from pydantic import Field
 
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.kernels.attention import causal_attention
+from mtrec_jax.kernels.attention import causal_attention, padded_attention
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
 from mtrec_jax.models.layers import dropout, layer_norm, linear, normal, product
 
@@ -33,11 +33,16 @@ class Transformer:
         Raises:
           ConfigError: the width does not divide by the heads.
         """
-        if sizes.width % self.heads:
-            raise ConfigError(
-                f"model.width: {sizes.width} is no multiple of model.encoder.heads = {self.heads}"
-            )
+        check_heads(sizes, self.heads)
         return CausalTransformer(sizes, self, dtype=dtype, rngs=rngs)
+
+
+def check_heads(sizes: EncoderSizes, heads: int) -> None:
+    """Raise `ConfigError` for a width that the heads do not divide."""
+    if sizes.width % heads:
+        raise ConfigError(
+            f"model.width: {sizes.width} is no multiple of model.encoder.heads = {heads}"
+        )
 
 
 class Block(nnx.Module):
@@ -55,18 +60,24 @@ class Block(nnx.Module):
         self.output = made(width, width)
         self.up, self.down = made(width, hidden), made(hidden, width)
 
-    def attention(self, x: jax.Array) -> jax.Array:
-        """Causal self-attention of x [B, S, D]."""
+    def attention(self, x: jax.Array, known: jax.Array | None) -> jax.Array:
+        """Self-attention of x [B, S, D]: causal, or of all that is `known` [B, S]."""
         width = x.shape[-1]
         every = product(x.reshape(-1, width), (self.query, self.key, self.value))
         parts = jnp.split(every.reshape(*x.shape[:-1], 3 * width), 3, axis=-1)
         q, k, v = (split_heads(part, self.heads) for part in parts)
-        return self.output(joined_heads(causal_attention(q, k, v), self.heads))
+        if known is None:
+            mixed = causal_attention(q, k, v)
+        else:
+            mixed = padded_attention(q, k, v, jnp.repeat(known, self.heads, axis=0))
+        return self.output(joined_heads(mixed, self.heads))
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, known: jax.Array | None = None
+    ) -> jax.Array:
         # Dropping attention weights as well doubles the cost of attention on CPUs, for no gain.
         keys = (None, None) if key is None else jax.random.split(key)
-        x = x + dropout(self.attention(self.norm_attention(x)), self.rate, keys[0])
+        x = x + dropout(self.attention(self.norm_attention(x), known), self.rate, keys[0])
         hidden = jax.nn.relu(self.up(self.norm_hidden(x)))
         return x + dropout(self.down(hidden), self.rate, keys[1])
 
