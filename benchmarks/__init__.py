@@ -8,6 +8,8 @@ contest between contestants that do the same job has
 - `CONTESTANTS`, {name: function(problem) -> the call that is timed}, ours first,
 - `contestants(case)`, the names of those who take part in a case, if not all do,
 - `check(problem, answer)`, which asserts that an answer is right,
+- `BEFORE`, where there is one, {name: the same by the calls of an earlier commit} of contestants
+  of ours that `--against` has run by that commit too,
 - `BOUNDS`, those of them that do less than the job, which no other can undercut by much,
 - `BLAS`, those of them whose speed depends on the kernel that OpenBLAS chooses.
 

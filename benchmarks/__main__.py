@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ from rich.table import Table
 
 import benchmarks
 from benchmarks import contest
+from benchmarks.commits import Side, other
 from mtrec_jax.machine import keep_freed_memory
 
 
@@ -45,7 +48,9 @@ def main() -> None:
         help="social, requests, census, funnel, fusion, …: other than theirs",
     )
     parser.add_argument(
-        "--against", metavar="COMMIT", help="first_result, serving_latency: beside this commit"
+        "--against",
+        metavar="COMMIT",
+        help="first_result, serving_latency, sequence_step: beside this commit",
     )
     parser.add_argument(
         "--only",
@@ -89,18 +94,33 @@ def main() -> None:
         sets = ["quick"] if chosen.quick else chosen.set or every
         if unknown := set(sets) - set(question.CASES):
             parser.error(f"--set: {', '.join(unknown)}; there are {', '.join(every)}")
-        _run_contest(question, sets, chosen.rounds or 7, chosen.threads, chosen.json)
+        with contextlib.ExitStack() as stack:
+            side = None
+            if chosen.against:
+                if not hasattr(question, "BEFORE"):
+                    parser.error(f"--against: {chosen.question} has no contestant of other commits")
+                work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                kept = chosen.folder or work
+                made = other(chosen.against, kept, work, chosen.folder is None)
+                side = stack.enter_context(made)
+            shared = chosen.rounds or 7, chosen.threads, chosen.json
+            _run_contest(question, sets, *shared, side)
 
 
 def _run_contest(
-    question: ModuleType, sets: list[str], rounds: int, threads: int, file: Path | None
+    question: ModuleType,
+    sets: list[str],
+    rounds: int,
+    threads: int,
+    file: Path | None,
+    against: Side | None = None,
 ) -> None:
     name = question.__name__.rpartition(".")[2]
     cases = [(group, number) for group in sets for number in range(len(question.CASES[group]))]
     kernels = contest.best_kernels(question, *cases[0])
     for group, number in track(cases, "cases", disable=not sys.stderr.isatty()):
         case = question.CASES[group][number]
-        results, failed = contest.compare(question, group, number, rounds, kernels)
+        results, failed = contest.compare(question, group, number, rounds, kernels, against)
         rich.print(_table(str(case), results, failed, question.BOUNDS))
         shared = {"question": name, "set": group, "case": case._asdict(), "threads": threads}
         _append(file, shared, [result._asdict() for result in results])

@@ -14,14 +14,18 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
+
+from benchmarks.commits import ROOT, Side
 
 # What would hold OpenBLAS to the kernel of another processor, or split the cores up.
 _REMOVED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
@@ -29,6 +33,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _KERNELS = ("", "SkylakeX", "Haswell", "Zen")  # of OpenBLAS, tried for those whom it concerns
 _CALLS = 2  # timed calls of a turn, after one that is not
 _PAUSE = 0.25  # seconds before a turn: idle threads of the one before spin for a while
+AT = " at "  # between a contestant of ours and the commit that it is of
 
 
 class Result(NamedTuple):
@@ -75,7 +80,8 @@ def fastest(ways: dict[str, Callable[[], Any]]) -> Callable[[], Any]:
 def serve(question: ModuleType, set_name: str, number: int, name: str) -> None:
     """Prepare and check; then do a turn of timed calls for each line of standard input."""
     problem = question.problem(question.CASES[set_name][number])
-    call = question.CONTESTANTS[name](problem)
+    own, at, _ = name.partition(AT)
+    call = (question.BEFORE if at else question.CONTESTANTS)[own](problem)
     before = _peak_mib()
     started = time.perf_counter()
     answer = call()
@@ -118,16 +124,26 @@ def _blas() -> list[str]:
 
 
 def compare(
-    question: ModuleType, set_name: str, number: int, rounds: int, kernels: dict[str, str]
+    question: ModuleType,
+    set_name: str,
+    number: int,
+    rounds: int,
+    kernels: dict[str, str],
+    against: Side | None = None,
 ) -> tuple[list[Result], dict[str, str]]:
-    """Results of a case, and why some contestants have none."""
+    """Results of a case, and why some contestants have none. With another commit, those of ours
+    that are in `question.BEFORE` take part as that commit has them, too."""
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         running = {}
         everyone = getattr(question, "contestants", lambda case: question.CONTESTANTS)
-        for name in everyone(question.CASES[set_name][number]):
+        names = [*everyone(question.CASES[set_name][number])]
+        if against:
+            names += [f"{name}{AT}{against.name}" for name in question.BEFORE if name in names]
+        for name in names:
             try:
-                start = _contestant(question, set_name, number, name, kernels.get(name, ""))
+                side = against if against and name.endswith(AT + against.name) else None
+                start = _contestant(question, set_name, number, name, kernels.get(name, ""), side)
                 running[name] = stack.enter_context(start)
             except _FailedError as error:
                 failed[name] = str(error)
@@ -172,7 +188,12 @@ class _FailedError(Exception):
 
 @contextlib.contextmanager
 def _contestant(
-    question: ModuleType, set_name: str, number: int, name: str, kernel: str
+    question: ModuleType,
+    set_name: str,
+    number: int,
+    name: str,
+    kernel: str,
+    side: Side | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     environment = {key: value for key, value in os.environ.items() if key not in _REMOVED}
     threads = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
@@ -181,13 +202,15 @@ def _contestant(
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several share a GPU
     if kernel:
         environment["OPENBLAS_CORETYPE"] = kernel
+    python, folder = (side.python, _beside(side)) if side else (sys.executable, None)
     short = question.__name__.rpartition(".")[2]
     turn = ["--contestant", name, "--set", set_name, "--case", str(number)]
     with (
         tempfile.TemporaryFile("w+") as said,  # a pipe that nobody reads would fill up
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks", short, *turn],
+            [python, "-m", "benchmarks", short, *turn],
             env=environment,
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
@@ -198,6 +221,17 @@ def _contestant(
             yield process, _answer(process, said)
         finally:
             process.kill()
+
+
+def _beside(side: Side) -> Path:
+    """A folder with the package of another commit and the benchmarks of this one."""
+    folder = side.work / "beside"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for name in ("mtrec_jax", "tests"):
+            (folder / name).symlink_to(side.root / name)
+        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
+    return folder
 
 
 def _answer(process: subprocess.Popen[str], said: IO[str] | None = None) -> dict[str, Any]:

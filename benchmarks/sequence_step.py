@@ -8,6 +8,8 @@ causal flag, as it is and compiled.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -65,53 +67,84 @@ def check(problem: Problem, answer: float) -> None:
 
 
 def _ours(problem: Problem) -> Call:
-    import dataclasses
-
-    import jax
-
-    from mtrec_jax.experiments import parse_experiment
     from mtrec_jax.models.model import make_catalogue, make_model
-    from mtrec_jax.sharding import make_mesh, put_batch, replicate
     from mtrec_jax.train.step import make_step
+
+    negatives = problem.case.negatives
+    model = {"encoder": {"kind": "transformer", "layers": problem.case.blocks, "heads": 1}}
+    negatives_kind = {"count": negatives} if negatives else "all"
+    tables = {"tables": {"item": {"update": "dense"}}}
+    experiment, manifest = _declared(problem.case, model, {"negatives": negatives_kind}, tables)
+    made = make_model(experiment, manifest)
+
+    def step_of(mesh: Any) -> Any:
+        return make_step(experiment, made, mesh, 1000)
+
+    return _steps(problem, step_of, make_catalogue)
+
+
+def _before(problem: Problem) -> Call:
+    """The same by the calls that commit 44dfaab had, which knew sampled negatives alone."""
+    if not problem.case.negatives:
+        raise ValueError("no full softmax in training")
+    nn, step = (importlib.import_module(f"mtrec_jax.{name}") for name in ("nn.model", "train.step"))
+    model = {"layers": problem.case.blocks, "item_placement": "dense"}
+    experiment, manifest = _declared(problem.case, model, {"negatives": problem.case.negatives})
+    made = nn.make_model(experiment, manifest)
+
+    def step_of(mesh: Any) -> Any:
+        return step.make_step(experiment, manifest, made, mesh, 1000)
+
+    return _steps(problem, step_of, nn.make_catalogue)
+
+
+def _declared(
+    case: Size, model: dict[str, Any], train: dict[str, Any], more: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """An experiment, and what preparation would have learned."""
+    from mtrec_jax.experiments import parse_experiment
     from tests import tiny
 
-    case = problem.case
-    length = case.length
     experiment = parse_experiment(
         {
             "name": "sequence",
-            "data": {"user": "user", "item": "item", "history_length": length},
+            "data": {"user": "user", "item": "item", "history_length": case.length},
             "tasks": {"next": {"kind": "retrieval"}},
-            "tables": {"item": {"update": "dense"}},
-            "model": {
-                "width": case.width,
-                "dropout": DROPOUT,
-                "temperature": TEMPERATURE,
-                "encoder": {"kind": "transformer", "layers": case.blocks, "heads": 1},
-            },
+            "model": {"width": case.width, "dropout": DROPOUT, "temperature": TEMPERATURE, **model},
             "train": {
                 "steps": 1000,
                 "batch_size": case.batch,
                 "learning_rate": RATE,
-                "negatives": {"count": case.negatives} if case.negatives else "all",
+                **train,
             },
+            **(more or {}),
         }
     )
-    manifest = dataclasses.replace(
-        tiny.manifest(features=False),
-        history_length=length,
-        items=case.items,
-        trained_items=case.items,
-        positions={"train": length},
+    known = {"items": case.items, "trained_items": case.items, "history_length": case.length}
+    positions = {"train": case.length}
+    return experiment, dataclasses.replace(
+        tiny.manifest(features=False), positions=positions, **known
     )
-    mesh, model = make_mesh((1, 1)), make_model(experiment, manifest)
+
+
+def _steps(problem: Problem, step_of: Callable[[Any], Any], make_catalogue: Any) -> Call:
+    """Calls that take `STEPS` steps on batches that are on the device."""
+    import jax
+
+    from mtrec_jax.sharding import make_mesh, put_batch, replicate
+
+    with contextlib.suppress(ImportError):  # as commands of the library do, since they do
+        from mtrec_jax.machine import keep_freed_memory
+
+        keep_freed_memory()
+    mesh, items = make_mesh((1, 1)), problem.case.items
     nothing: dict[str, np.ndarray] = {
-        "ids": np.zeros((case.items + 2, 0), np.int32),
-        "numbers": np.zeros((case.items + 2, 0)),
+        "ids": np.zeros((items + 2, 0), np.int32),
+        "numbers": np.zeros((items + 2, 0)),
     }
-    counts = np.ones(case.items, np.int64)
-    catalogue = replicate(make_catalogue(nothing, counts, case.items, 0.0, "float32"), mesh)
-    step = make_step(experiment, model, mesh, 1000)
+    counts = np.ones(items, np.int64)
+    catalogue = replicate(make_catalogue(nothing, counts, items, 0.0, "float32"), mesh)
+    step = step_of(mesh)
     batches = [put_batch(_batch(*both), mesh) for both in zip(*problem[1:], strict=True)]
     state, done, before = step.init(0), 0, np.zeros(2)
 
@@ -143,68 +176,6 @@ def _batch(events: np.ndarray, targets: np.ndarray) -> Any:
         weight=ones,
         row=np.arange(targets.size).reshape(targets.shape),
     )
-
-
-def _before(problem: Problem) -> Call:
-    """The same by the calls that commit 44dfaab had."""
-    import dataclasses
-
-    import jax
-
-    def of(module: str) -> Any:
-        return importlib.import_module(f"mtrec_jax.{module}")
-
-    tiny, case, length = importlib.import_module("tests.tiny"), problem.case, problem.case.length
-    experiment = of("experiments").parse_experiment(
-        {
-            "name": "sequence",
-            "data": {"user": "user", "item": "item", "history_length": length},
-            "tasks": {"next": {"kind": "retrieval"}},
-            "model": {
-                "width": case.width,
-                "dropout": DROPOUT,
-                "temperature": TEMPERATURE,
-                "layers": case.blocks,
-                "item_placement": "dense",
-            },
-            "train": {
-                "steps": 1000,
-                "batch_size": case.batch,
-                "learning_rate": RATE,
-                "negatives": {"count": case.negatives} if case.negatives else "all",
-            },
-        }
-    )
-    manifest = dataclasses.replace(
-        tiny.manifest(features=False),
-        history_length=length,
-        items=case.items,
-        trained_items=case.items,
-        positions={"train": length},
-    )
-    sharding, nn = of("sharding"), of("nn.model")
-    mesh, model = sharding.make_mesh((1, 1)), nn.make_model(experiment, manifest)
-    nothing: dict[str, np.ndarray] = {
-        "ids": np.zeros((case.items + 2, 0), np.int32),
-        "numbers": np.zeros((case.items + 2, 0)),
-    }
-    counts = np.ones(case.items, np.int64)
-    made = nn.make_catalogue(nothing, counts, case.items, 0.0, "float32")
-    catalogue = sharding.replicate(made, mesh)
-    step = of("train.step").make_step(experiment, manifest, model, mesh, 1000)
-    batches = [sharding.put_batch(_batch(*both), mesh) for both in zip(*problem[1:], strict=True)]
-    state, done, before = step.init(0), 0, np.zeros(2)
-
-    def call() -> float:
-        nonlocal state, done, before
-        for _ in range(STEPS):
-            state = step.update(state, batches[done % len(batches)], catalogue)
-            done += 1
-        sums = np.asarray(jax.device_get(state.sums["next"]))
-        (total, weight), before = sums - before, sums
-        return float(total / weight)
-
-    return call
 
 
 # --- Theirs
