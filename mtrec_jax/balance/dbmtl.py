@@ -31,7 +31,7 @@ _LEAST = 1e-8  # of a loss or a norm that is divided by
 class State(NamedTuple):
     """What DB-MTL keeps between steps."""
 
-    norms: Float[Array, " T"]  # moving averages, at the representation; 0: not observed yet
+    norms: Float[Array, " T"] | None  # moving averages, at the representation; 0: not observed yet
     gradients: tuple[PyTree, ...]  # moving averages of each task, at the parameters
 
 
@@ -78,7 +78,7 @@ class DBMTL:
             if self.at == "representation":
                 return State(jnp.zeros_like(initial), ())
             zeros = tuple(jax.tree.map(jnp.zeros_like, params) for _ in initial)
-            return State(jnp.zeros((0,), initial.dtype), zeros)
+            return State(None, zeros)
 
         return Balancer(init, combine, at=self.at)
 

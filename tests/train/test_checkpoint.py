@@ -15,6 +15,8 @@ import optax
 import pytest
 import tensorstore
 
+from mtrec_jax.balance import BALANCERS
+from mtrec_jax.choices import keys
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import CheckpointError, Error
@@ -104,6 +106,25 @@ def _read(path: Path) -> bytes:
 def _best(folder: Path) -> int:
     with checkpoint.open_manager(folder) as manager:
         return checkpoint.best_or_latest(manager, folder)
+
+
+def test_what_methods_of_balancing_keep_comes_back(shop_prepared: Prepared, tmp_path: Path) -> None:
+    """Of all methods, at the representation and at the parameters."""
+    state, places = make_state(1), ({}, {"at": "parameters"})
+    every = [
+        options(**at).make(jnp.array([1.0, 0.5])).init(state.params)
+        for options in BALANCERS.values()
+        for at in places
+        if at.keys() <= set(keys(options))
+    ]
+    state = state._replace(balance=jax.tree.map(lambda part: part + 1, every))
+    batches, notes = batches_of(shop_prepared), dict[str, Any]()
+    with checkpoint.open_manager(tmp_path, notes) as manager:
+        checkpoint.save(manager, state, batches, notes)
+        manager.wait_until_finished()
+        like = state._replace(balance=every)
+        found, _ = checkpoint.restore(manager, 1, like, batches_of(shop_prepared))
+    jax.tree.map(np.testing.assert_array_equal, found.balance, state.balance)
 
 
 def test_the_whole_state_and_the_position_in_the_data_come_back(
