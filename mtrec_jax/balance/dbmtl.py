@@ -62,7 +62,7 @@ class DBMTL:
             observed &= initial > 0
             per_loss = jnp.where(observed, 1 / jnp.maximum(losses_of(pullback, initial), _LEAST), 0)
             alone = each_alone(pullback, per_loss)
-            if self.at == "representation":
+            if state.norms is not None:
                 now = _norms(alone)
                 known = jnp.where(state.norms > 0, beta * state.norms + (1 - beta) * now, now)
                 norms = jnp.where(observed, known, state.norms)

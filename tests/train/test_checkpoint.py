@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import pytest
 import tensorstore
 
 from mtrec_jax.balance import BALANCERS
-from mtrec_jax.choices import keys
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import CheckpointError, Error
@@ -110,13 +110,10 @@ def _best(folder: Path) -> int:
 
 def test_what_methods_of_balancing_keep_comes_back(shop_prepared: Prepared, tmp_path: Path) -> None:
     """Of all methods, at the representation and at the parameters."""
-    state, places = make_state(1), ({}, {"at": "parameters"})
-    every = [
-        options(**at).make(jnp.array([1.0, 0.5])).init(state.params)
-        for options in BALANCERS.values()
-        for at in places
-        if at.keys() <= set(keys(options))
-    ]
+    state = make_state(1)
+    methods = [options() for options in BALANCERS.values()]
+    methods += [replace(each, at="parameters") for each in methods if hasattr(each, "at")]
+    every = [each.make(jnp.array([1.0, 0.5])).init(state.params) for each in methods]
     state = state._replace(balance=jax.tree.map(lambda part: part + 1, every))
     batches, notes = batches_of(shop_prepared), dict[str, Any]()
     with checkpoint.open_manager(tmp_path, notes) as manager:
@@ -201,6 +198,7 @@ def test_any_wrong_bit_and_any_exchange_shows(dtype: str) -> None:
 
 RESTORE = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import jax.numpy as jnp
 from mtrec_jax.errors import CheckpointError
