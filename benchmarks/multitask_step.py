@@ -88,11 +88,11 @@ def _labelled(tasks: int, rng: np.random.Generator, n: int) -> dict[str, np.ndar
 
 
 def check(problem: Problem, answer: list[float]) -> None:
-    """No task is far above a coin's 0.693 in its first epoch, in which a batch of 8,192 takes eight
-    steps from what each library begins with."""
+    """In its first epoch each task gets ahead of a coin's 0.693; in eight steps of 8,192, from what
+    each library begins with, it is at least not far above."""
     assert len(answer) == problem.case.tasks
     assert np.isfinite(answer).all(), answer
-    assert max(answer) < 0.8, answer
+    assert max(answer) < (0.69 if problem.case.rows >= 50 * problem.case.batch else 0.8), answer
 
 
 def contestants(case: Size) -> list[str]:

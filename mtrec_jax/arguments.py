@@ -52,6 +52,19 @@ def argument(name: str) -> str:
     return _naming.get()(name)
 
 
+def setting(name: str, key: str, value: str) -> str:
+    """How a message says that a key is set by an argument that takes several.
+
+    >>> setting("twins", "model.towers", "mmoe")
+    'twins={"model.towers": "mmoe"}'
+    >>> with naming("--{}".format):
+    ...     setting("set", "model.towers", "mmoe")
+    '--set model.towers=mmoe'
+    """
+    named = argument(name)
+    return f'{named}{{"{key}": "{value}"}}' if named.endswith("=") else f"{named} {key}={value}"
+
+
 def shown(value: Any) -> str:
     """A value for a message, cut where it is long.
 

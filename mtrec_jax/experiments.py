@@ -148,9 +148,8 @@ def cut(override: str, given: str = "overrides") -> tuple[str, Any]:
     """
     key, equals, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     if not equals:
-        raise ConfigError(
-            f"{argument(given)} {override}: write it as key=value, e.g. model.towers=ple"
-        )
+        example = "model.width=8..64" if given == "ranges" else "model.towers=ple"
+        raise ConfigError(f"{argument(given)} {override}: write it as key=value, e.g. {example}")
     try:
         return key.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

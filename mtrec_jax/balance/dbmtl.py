@@ -31,7 +31,7 @@ _LEAST = 1e-8  # of a loss or a norm that is divided by
 class State(NamedTuple):
     """What DB-MTL keeps between steps."""
 
-    norms: Float[Array, " T"]  # moving averages, at the representation; 0: not observed yet
+    norms: Float[Array, " T"] | None  # moving averages, at the representation; 0: not observed yet
     gradients: tuple[PyTree, ...]  # moving averages of each task, at the parameters
 
 
@@ -62,7 +62,7 @@ class DBMTL:
             observed &= initial > 0
             per_loss = jnp.where(observed, 1 / jnp.maximum(losses_of(pullback, initial), _LEAST), 0)
             alone = each_alone(pullback, per_loss)
-            if self.at == "representation":
+            if state.norms is not None:
                 now = _norms(alone)
                 known = jnp.where(state.norms > 0, beta * state.norms + (1 - beta) * now, now)
                 norms = jnp.where(observed, known, state.norms)
@@ -78,7 +78,7 @@ class DBMTL:
             if self.at == "representation":
                 return State(jnp.zeros_like(initial), ())
             zeros = tuple(jax.tree.map(jnp.zeros_like, params) for _ in initial)
-            return State(jnp.zeros((0,), initial.dtype), zeros)
+            return State(None, zeros)
 
         return Balancer(init, combine, at=self.at)
 

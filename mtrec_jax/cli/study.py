@@ -129,7 +129,7 @@ def crossval(
     console = Console()
     console.print(found.scores.rich(len(found.scores)))
     if found.pairs is not None:
-        console.print(found.pairs.rich())
+        console.print(found.pairs.rich(len(found.pairs)))
     say(f"looks at the test folds so far: {found.test_looks} · {folder / 'crossval.json'}")
 
 

@@ -62,9 +62,8 @@ class BiasTower(nnx.Module):
             logits[task] = logits[task] + _beside(heard, logits[task])
             if members:
                 members[task] = members[task] + _beside(heard[:, :, None], members[task])
-            each = heard[:, :, None] if members else heard  # looks are each member's own
             for name in (name for name, of in logits_of.items() if of == task):
-                looks[name] = looks[name] + _beside(each, looks[name])
+                looks[name] = looks[name] + _beside(heard, looks[name])
         return outputs._replace(logits=logits, members=members, diagnostics=looks)
 
 

@@ -68,6 +68,7 @@ class Model(NamedTuple):
     tasks: tuple[str, ...]  # order of the fusion weights
     names: tuple[str, ...]  # of the losses: those of the tasks, then those of no task
     fuses: bool  # whether a fused order is taught
+    owners: tuple[str, ...]  # tasks, or members after the first, with tables of their own
     by_example: frozenset[str]  # groups whose ids are split like the batch; others are shared
     abstract: PyTree  # shapes of the layers' parameters
     init: Callable[[int], PyTree]  # seed -> their initial values, drawn on the host
@@ -134,6 +135,7 @@ def make_model(experiment: Experiment, manifest: Manifest) -> Model:
         tasks=inputs.order,
         names=objective.names,
         fuses=objective.fuses,
+        owners=inputs.own,
         by_example=_by_example(inputs),
         abstract={"network": nnx.to_pure_dict(nnx.state(abstract, nnx.Param))},
         init=init,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax.arguments import a_path, a_whole_number, argument, instance
+from mtrec_jax.arguments import a_mapping, a_path, a_whole_number, instance, setting
 from mtrec_jax.config import Experiment, main_metric
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource
@@ -112,7 +112,8 @@ def transfer(
     a_whole_number("seeds", seeds, 1, 1000, "1,000", ConfigError)
     if len(e.tasks) < 2:
         raise ConfigError(f"transfer: '{e.name}' has one task; there is nothing to share")
-    plans = _plans(e, weights, twins or {})
+    example = setting("twins", "model.towers", "shared_bottom")
+    plans = _plans(e, weights, a_mapping("twins", twins or {}, example))
     for name, plan in plans.items():
         try:
             make_model(plan, prepared.chosen(plan).manifest)
@@ -120,7 +121,7 @@ def transfer(
             if name.startswith("only-"):
                 raise ConfigError(
                     f"transfer: the twin {name} cannot be trained: {error}. Give the twins other "
-                    f"towers, {argument('twins')} model.towers=shared_bottom"
+                    f"towers: {example}"
                 ) from error
             raise
     kept: dict[str, list[Predicted]] = {}

@@ -36,7 +36,8 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError, Error, nearest
 from mtrec_jax.experiments import overridden
 from mtrec_jax.result import Result
-from mtrec_jax.train.loop import is_better, train
+from mtrec_jax.studies.runs import trained
+from mtrec_jax.train.loop import is_better
 from mtrec_jax.train.records import read_records, write_json
 from mtrec_jax.train.stopping import Stopped
 
@@ -128,7 +129,7 @@ def tune(
         values: dict[str, Any], run: Path, report: Callable[[list[float]], None]
     ) -> float:
         one = overridden(e, values)
-        train(one, prepared, run, show_progress=False, on_evaluation=lambda *_: report(seen(run)))
+        trained(one, prepared, run, lambda *_: report(seen(run)), show_progress=False)
         report(seen(run))
         return best_of(seen(run), by.larger)
 
@@ -256,23 +257,43 @@ def as_key(key: str, each: Range, default: Any) -> Range:
     if each.values or not isinstance(default, int):
         return each._replace(whole=False)
     if not each.whole:
-        raise ConfigError(f"tune: {key} takes whole numbers; write its bounds without a point")
+        raise ConfigError(f"tune: {key} takes whole numbers; write its bounds as such: 8..64")
     return each
 
 
 def check_values(experiment: Experiment, ranges: Mapping[str, Range]) -> None:
-    """Every value of a list, and both bounds, beside the defaults of all else.
+    """Every value of a list, and the ends of the others, beside the defaults of all else.
+
+    A value that goes with one of another key alone, such as heads that divide no other width, is
+    none to refuse; what then does not fit is a bad trial.
 
     Raises:
-      ConfigError: the configuration does not take one of them.
+      ConfigError: the configuration does not take one of them, beside whatever value of a key.
     """
+
+    def refused(values: dict[str, Any]) -> ConfigError | None:
+        try:
+            overridden(experiment, values)
+        except ConfigError as error:
+            return error
+        return None
+
     for key, each in ranges.items():
-        bounds = [int(n) if each.whole else n for n in (each.low, each.high)]
-        for value in each.values or bounds:
-            try:
-                overridden(experiment, {key: value})
-            except ConfigError as error:
+        beside = [{other: v} for other in ranges if other != key for v in _ends(ranges[other])]
+        for value in _ends(each):
+            error = refused({key: value})
+            if error and all(refused({key: value} | other) for other in beside):
                 raise ConfigError(f"tune: {key} cannot be {value!r}: {error}") from error
+
+
+def _ends(each: Range) -> list[Any]:
+    """The values of a list; of numbers the least and the largest that may be drawn."""
+    if each.values:
+        return list(each.values)
+    if each.whole:
+        return [int(each.low), int(each.high)]
+    inside = (each.high - each.low) / 2**20  # a bound itself is hardly ever drawn
+    return [each.low + inside, each.high - inside]
 
 
 def selected_values(run: Path, experiment: Experiment) -> list[float]:

@@ -9,7 +9,7 @@ at the shared parameters, as the papers do, has a pass through everything for ea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -82,7 +82,7 @@ def backward(
         return _in_parts(model, given, catalogue, totals, parts, mesh, to_dense)
     halves = _halves(model, given, catalogue, totals, mesh)
     if at == "parameters":
-        return _at_parameters(halves, given, to_dense, model.tasks)
+        return _at_parameters(halves, given, to_dense, model)
     return _at_representation(halves, given, to_dense)
 
 
@@ -146,7 +146,7 @@ def _at_representation(halves: _Halves, given: Given, to_dense: ToDense) -> Back
     return Back(pullback, finish)
 
 
-def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, tasks: Sequence[str]) -> Back:
+def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, model: Model) -> Back:
     def everything(network: PyTree, rows: dict[str, jax.Array]) -> tuple[PyTree, PyTree]:
         shared = halves.encode(network, rows)
         losses, fusing = halves.behind(network, shared)
@@ -156,13 +156,13 @@ def _at_parameters(halves: _Halves, given: Given, to_dense: ToDense, tasks: Sequ
     losses, through, (shared, fusing) = made
 
     def of_tasks(network: PyTree) -> tuple[jax.Array, ...]:
-        return everything(network, given.rows)[0][: len(tasks)]
+        return everything(network, given.rows)[0][: len(model.tasks)]
 
     common = used_by_several(of_tasks, given.network)
-    # Tables of a task, and what encodes their rows, are its own, although all read them: beside
-    # the shared ones in one array, which the operations do not tell apart.
-    alone = {group for group in given.rows if owner_of(group) in tasks}
-    if alone:
+    # Tables of a task, and what encodes their rows and its numbers, are its own, although all read
+    # them: beside the shared ones in one array, which the operations do not tell apart.
+    alone = {group for group in given.rows if owner_of(group) in model.tasks}
+    if set(model.owners) & set(model.tasks):
         common = jax.tree.map_with_path(
             lambda path, several: several and not path[0].key.startswith("own_"), common
         )

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import optax
 
 from mtrec_jax import processes
 from mtrec_jax.arguments import a_path, argument, instance
-from mtrec_jax.config import Experiment, Selection, main_metric, selection, to_toml
+from mtrec_jax.config import Experiment, Selection, Task, main_metric, selection, to_toml
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
@@ -323,7 +323,7 @@ def _make_job(
     model = make_model(experiment, prepared.manifest)
     items = load_catalogue(prepared, experiment)
     if any(task.loss in LISTS for task in experiment.tasks.values()):
-        check_lists(experiment, [source[n] for n in range(min(len(source), 16))])
+        check_lists(experiment, map(source.__getitem__, range(source.batches_per_epoch)))
     buffers = exchange_buffers(model, items, source, mesh, experiment.train.seed)
     catalogue = replicate(items, mesh)
     return _Job(
@@ -344,28 +344,35 @@ def _make_job(
     )
 
 
-def check_lists(experiment: Experiment, batches: Sequence[Batch]) -> None:
-    """Raise `ConfigError` for a loss over lists that has nothing to compare in these batches, the
-    first ones: it would be 0 throughout."""
-    listed = {name: task for name, task in experiment.tasks.items() if task.loss in LISTS}
-    for name, task in listed.items():
-        for batch in batches:
-            cutoff = batch.cutoff if task.lists == "request" else 0 * batch.cutoff
-            label, known = np.asarray(batch.labels[name]), np.asarray(batch.mask[name]) > 0
-            pairs = known[:, :, None] & known[:, None] & (cutoff[:, :, None] == cutoff[:, None])
-            if np.any(pairs & (label[:, :, None] != label[:, None])):
-                break
-        else:
+def check_lists(experiment: Experiment, batches: Iterable[Batch]) -> None:
+    """Raise `ConfigError` for a loss over lists, and nothing beside it, that has nothing to compare
+    in the batches of an epoch: it would be 0 throughout. Mostly the first batch has something."""
+    left = {n: t for n, t in experiment.tasks.items() if t.loss in LISTS and not t.pointwise}
+    for batch in batches:
+        left = {name: task for name, task in left.items() if not _compares(name, task, batch)}
+        if not left:
+            return
+    for name, task in left.items():
+        remedy = "take loss = 'pointwise'"
+        if task.lists == "request":
             remedy = (
                 "The impressions of a request have one and the same time, that of the request; "
                 "else take lists = 'user'"
-                if task.lists == "request"
-                else "Raise data.positions, or take loss = 'pointwise'"
             )
-            raise ConfigError(
-                f"tasks.{name}.loss: '{task.loss}' compares labels inside of a list, and no list "
-                f"of the first training batches has two different ones. {remedy}"
-            )
+        elif experiment.data.positions:
+            remedy = f"Raise data.positions, or {remedy}"
+        raise ConfigError(
+            f"tasks.{name}.loss: '{task.loss}' compares labels inside of a list, and no list "
+            f"of the training examples has two different ones. {remedy[0].upper()}{remedy[1:]}"
+        )
+
+
+def _compares(name: str, task: Task, batch: Batch) -> bool:
+    """Whether a list of the batch has two different labels."""
+    cutoff = batch.cutoff if task.lists == "request" else 0 * batch.cutoff
+    label, known = np.asarray(batch.labels[name]), np.asarray(batch.mask[name]) > 0
+    pairs = known[:, :, None] & known[:, None] & (cutoff[:, :, None] == cutoff[:, None])
+    return bool(np.any(pairs & (label[:, :, None] != label[:, None])))
 
 
 def exchange_buffers(

@@ -328,5 +328,9 @@ def test_lists_that_teach_nothing_are_refused(experiment: Experiment) -> None:
     batch = _batch()
     check_lists(experiment, [batch])
     each = np.broadcast_to(np.arange(batch.weight.shape[1]), batch.weight.shape)
+    nothing = batch._replace(cutoff=each)
+    check_lists(experiment, [nothing, batch])
+    grade = dataclasses.replace(experiment.tasks["grade"], pointwise=0.5)
+    check_lists(dataclasses.replace(experiment, tasks={"grade": grade}), [nothing])
     with pytest.raises(ConfigError, match=r"tasks\.grade\.loss: .* that of the request"):
-        check_lists(experiment, [batch._replace(cutoff=each)])
+        check_lists(experiment, [nothing])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -302,23 +302,35 @@ def test_all_towers_give_what_the_network_wants(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in TOWERS if kind not in ("stem", "pepnet")])
 def test_all_that_is_read_is_learned(kind: str) -> None:
-    """Central differences along random weights: no gradient is held back on the way. (Those of
-    STEM and PEPNet are, and have tests of their own.)"""
+    """Central differences along random changes of each array: no gradient is held back on the way.
+    (Those of STEM and PEPNet are, and have tests of their own.)"""
     towers = TOWERS[kind](**SMALL.get(kind, {})).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
     graph, params = nnx.split(towers, nnx.Param)
     rng = np.random.default_rng(3)
     pull = {name: rng.normal(size=N) for name in NAMES}
 
+    @jax.jit
     def said(params: Any) -> jax.Array:
         logits = nnx.merge(graph, params)(_pairs(X)).logits
         return sum((jnp.vdot(logits[name], pull[name]) for name in NAMES), jnp.zeros(()))
 
-    def moved(far: float) -> jax.Array:
-        return said(jax.tree.map(lambda p, d: p + far * d, params, way))
-
-    way = jax.tree.map(lambda p: p * jnp.asarray(rng.normal(size=p.shape), FLOAT), params)
-    slope = jax.jvp(said, (params,), (way,))[1]
-    np.testing.assert_allclose(slope, (moved(0.01) - moved(-0.01)) / 0.02, rtol=5e-3)
+    leaves, structure = jax.tree.flatten(params)
+    gradients = jax.tree.leaves(jax.grad(said)(params))
+    slopes, differences = [], []
+    for place, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+        way = jnp.asarray(rng.normal(size=leaf.shape), FLOAT)
+        above, below = (
+            said(
+                jax.tree.unflatten(
+                    structure, [*leaves[:place], leaf + far * way, *leaves[place + 1 :]]
+                )
+            )
+            for far in (0.002, -0.002)
+        )
+        slopes.append(jnp.vdot(gradient, way))
+        differences.append((above - below) / 0.004)
+    largest = float(np.max(np.abs(slopes)))
+    np.testing.assert_allclose(slopes, differences, rtol=0.02, atol=1e-3 * largest)
 
 
 # --- ESMM, Ma et al. 2018: "Entire Space Multi-Task Model"
@@ -868,13 +880,15 @@ def _rows_model(**model: Any) -> Model:
     return make_model(*_rows(model))
 
 
-def _rows(model: dict[str, Any], balance: str = "static") -> tuple[Experiment, Manifest]:
+def _rows(
+    model: dict[str, Any], balance: str = "static", features: Sequence[str] = ("hour", "discount")
+) -> tuple[Experiment, Manifest]:
     """Of a funnel without users and items."""
     declared = parse_experiment(
         {
             "name": "rows",
             "split": {"kind": "random"},
-            "features": {name: tiny.FEATURES[name] for name in ("hour", "discount")},
+            "features": {name: tiny.FEATURES[name] for name in features},
             "tasks": {"click": "binary", "buy": {"kind": "binary", "where": "click"}},
             "model": {"width": 4, "dropout": 0.0, "fusion": "none"} | model,
             "train": {"steps": 1, "balance": balance},
@@ -883,6 +897,8 @@ def _rows(model: dict[str, Any], balance: str = "static") -> tuple[Experiment, M
     nothing: dict[str, Any] = dict.fromkeys(("context_ids", "context_numbers", "item_ids"), ())
     nothing |= dict.fromkeys(("item_numbers", "history"), ())
     nothing |= {"items": 0, "trained_items": 0, "history_length": 0}
+    if "hour" not in features:
+        nothing["request_ids"] = ()
     learned = {"click": TaskField(), "buy": TaskField()}
     return declared, dataclasses.replace(tiny.manifest(), tasks=learned, **nothing)
 
@@ -1057,12 +1073,16 @@ def test_the_calibrator_is_no_task_of_the_balancing() -> None:
     )  # of the click, read by buy
 
 
-def test_what_stem_keeps_apart_is_compared_with_nothing() -> None:
-    """At the parameters: experts and dense tables of a task, whose gradient is its own although
-    all tasks read them."""
+@pytest.mark.parametrize("features", [("hour", "discount"), ("discount",)])
+def test_what_stem_keeps_apart_is_compared_with_nothing(features: Sequence[str]) -> None:
+    """At the parameters: experts and dense tables of a task, and what encodes their rows and its
+    numbers, whose gradient is its own although all tasks read them."""
     towers = {"kind": "stem", "expert_hidden": [4], "tower_hidden": []}
-    model, mesh, key = _rows_model(towers=towers), make_mesh((1, 1)), jax.random.key(0)
+    declared = _rows({"towers": towers, "numbers": "periodic"}, features=features)
+    model, mesh, key = make_model(*declared), make_mesh((1, 1)), jax.random.key(0)
     batch, catalogue = _impressions(16), tiny.catalogue()
+    if "hour" not in features:
+        batch = batch._replace(request={"numbers": batch.request["numbers"]})
     wanted = model.ids(batch, catalogue, None)
     rows = fetch(model.layout, initial_stacks(model.layout, key, FLOAT, low=False), wanted.ids)
 
@@ -1077,10 +1097,10 @@ def test_what_stem_keeps_apart_is_compared_with_nothing() -> None:
 
     shared, own = run(model.init(0)["network"])
     for part, of_several in ((shared, True), (own, False)):
-        towers = part["network"]["towers"]
-        found = {name: part[f"request{name}"] for name in ("", ":click", ":buy")}
-        found |= {"": [found[""], towers["shared"]]}
-        found |= {f":{t}": [found[f":{t}"], towers["own"][i]] for i, t in enumerate(model.names)}
+        towers, encoded = part["network"]["towers"], part["network"]["own_request"]
+        found = {"": [part.get("request"), towers["shared"], part["network"]["request"]]}
+        for number, task in enumerate(model.names):
+            found[task] = [part.get(f"request:{task}"), towers["own"][number], encoded[number]]
         for name, parts in found.items():
             for leaf in jax.tree.leaves(parts):
                 assert np.any(leaf) == (of_several == (name == "")), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import optax
 import pytest
 import tensorstore
 
+from mtrec_jax.balance import BALANCERS
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import CheckpointError, Error
@@ -107,6 +109,22 @@ def _best(folder: Path) -> int:
         return checkpoint.best_or_latest(manager, folder)
 
 
+def test_what_methods_of_balancing_keep_comes_back(shop_prepared: Prepared, tmp_path: Path) -> None:
+    """Of all methods, at the representation and at the parameters."""
+    state = make_state(1)
+    methods = [options() for options in BALANCERS.values()]
+    methods += [replace(each, at="parameters") for each in methods if hasattr(each, "at")]
+    every = [each.make(jnp.array([1.0, 0.5])).init(state.params) for each in methods]
+    state = state._replace(balance=jax.tree.map(lambda part: part + 1, every))
+    batches, notes = batches_of(shop_prepared), dict[str, Any]()
+    with checkpoint.open_manager(tmp_path, notes) as manager:
+        checkpoint.save(manager, state, batches, notes)
+        manager.wait_until_finished()
+        like = state._replace(balance=every)
+        found, _ = checkpoint.restore(manager, 1, like, batches_of(shop_prepared))
+    jax.tree.map(np.testing.assert_array_equal, found.balance, state.balance)
+
+
 def test_the_whole_state_and_the_position_in_the_data_come_back(
     shop_prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -181,6 +199,7 @@ def test_any_wrong_bit_and_any_exchange_shows(dtype: str) -> None:
 
 RESTORE = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import jax.numpy as jnp
 from mtrec_jax.errors import CheckpointError

@@ -104,6 +104,7 @@ def toy(lucky: bool) -> Model:
         tasks=tuple(TASKS),
         names=names,
         fuses=False,
+        owners=(),
         by_example=frozenset({"item"}),
         abstract={"network": jax.eval_shape(lambda: network)},
         init=lambda seed: {"network": network},
