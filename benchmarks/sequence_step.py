@@ -120,11 +120,13 @@ def _declared(
             **(more or {}),
         }
     )
-    known = {"items": case.items, "trained_items": case.items, "history_length": case.length}
-    positions = {"train": case.length}
-    return experiment, dataclasses.replace(
-        tiny.manifest(features=False), positions=positions, **known
-    )
+    known: dict[str, Any] = {
+        "items": case.items,
+        "trained_items": case.items,
+        "history_length": case.length,
+    }
+    known["positions"] = {"train": case.length}
+    return experiment, dataclasses.replace(tiny.manifest(features=False), **known)
 
 
 def _steps(problem: Problem, step_of: Callable[[Any], Any], make_catalogue: Any) -> Call:

@@ -243,7 +243,7 @@ def test_values_are_checked_before_the_first_trial(shop_experiment: Experiment) 
         with pytest.raises(ConfigError, match=r"cannot be ('pel'|1\.4999)"):
             check_values(shop_experiment, read_ranges(declared))
     # what goes with a value of another key alone is left to the trials
-    heads = {"model.encoder.heads": "1, 3", "model.temperature": "0..1"}
+    heads = {"model.encoder.heads": "1, 3", "model.temperature": "0.0..1.0"}
     with pytest.raises(ConfigError, match=r"heads cannot be 3: (?s:.)* no multiple"):
         check_values(shop_experiment, read_ranges(heads))
     check_values(shop_experiment, read_ranges(heads | {"model.width": "8, 12"}))
