@@ -23,7 +23,7 @@ from mtrec_jax.baselines import Interactions
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.features import Encoding, Feature
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.models.encoders import EncoderSizes
+from mtrec_jax.models.encoders import Behaviour, EncoderSizes
 from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerSizes
 from mtrec_jax.train.records import read_records
 from mtrec_jax.train.run import Run
@@ -86,7 +86,8 @@ class MeanEncoder(nnx.Module):
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.project = nnx.Linear(width, width, param_dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, past: Behaviour, key: jax.Array | None) -> jax.Array:
+        tokens = past.tokens
         count = jnp.arange(1, tokens.shape[1] + 1, dtype=tokens.dtype)[None, :, None]
         return self.project(jnp.cumsum(tokens, axis=1) / count)
 

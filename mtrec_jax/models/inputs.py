@@ -14,7 +14,7 @@ from mtrec_jax.arguments import argument
 from mtrec_jax.config import Experiment, Model, table_of, utility_of
 from mtrec_jax.data.dataset import IdField, Manifest, NumberField
 from mtrec_jax.errors import ConfigError, nearest
-from mtrec_jax.losses.negatives import Pool
+from mtrec_jax.losses.negatives import Pool, state_before
 from mtrec_jax.losses.tasks import KINDS, class_levels, head_of
 from mtrec_jax.mixing import mixed_bits
 from mtrec_jax.models.fusions import Utility
@@ -305,6 +305,8 @@ def find_ids(
         if key is not None and inputs.retrieval:
             there = jnp.asarray(batch.mask[inputs.retrieval]) * jnp.asarray(batch.weight)
             pool = Pool(catalogue, inputs.trained, candidate, there)
+            if drawing is None:  # nobody keeps what a way to draw remembers
+                drawing = state_before(negatives, len(catalogue.row) - FIRST)
             (drawn, expected), drawing = negatives.draw(pool, drawing, key)
         if inputs.lists_items:
             listed = jnp.arange(catalogue.row.shape[0], dtype=jnp.int32)
