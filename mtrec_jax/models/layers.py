@@ -60,7 +60,8 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         rows = x.reshape(-1, x.shape[-1])
-        return _normalised(rows, self.scale[...], self.bias[...]).reshape(x.shape)
+        given = jnp.asarray(self.scale[...]), jnp.asarray(self.bias[...])
+        return _normalised(rows, *given).reshape(x.shape)
 
 
 @jax.custom_vjp
