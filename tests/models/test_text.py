@@ -3,6 +3,7 @@ library's on real weights and titles."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -13,11 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import special
 
+import mtrec_jax
+from mtrec_jax.data import features
+from mtrec_jax.data.features import Text
+from mtrec_jax.data.prepare import up_to_date
+from mtrec_jax.data.shop import CATEGORIES
 from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.models.inputs import make_inputs
 from mtrec_jax.models.text import (
     Bert,
     cached_text_vectors,
@@ -26,13 +34,14 @@ from mtrec_jax.models.text import (
     load_bert,
     text_vectors,
 )
+from mtrec_jax.types import FIRST
 
 REASON = "vectors of texts come with: pip install 'mtrec_jax[text]'"
 tokenizers = pytest.importorskip("tokenizers", reason=REASON)
 safetensors = pytest.importorskip("safetensors.numpy", reason=REASON)
 
 DATA = Path(os.environ.get("MTREC_TESTS_DATA", "data"))  # public data that was fetched before
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnop"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnop", *CATEGORIES]
 LAYERS, HEADS, WIDTH, HIDDEN, POSITIONS = 2, 2, 8, 12, 150
 CONFIG = {
     "model_type": "bert",
@@ -258,7 +267,7 @@ UP = "encoder.layer.1.intermediate.dense.weight"
         ),
         (with_text("model.safetensors", "no weights"), r"model\.safetensors: cannot be read"),
         (with_text("tokenizer.json", "{}"), r"tokenizer\.json: cannot be read"),
-        (with_one_more_token, "it has 21 tokens, but the model has 20"),
+        (with_one_more_token, "it has 29 tokens, but the model has 28"),
         (with_text("sentence_bert_config.json", '{"max_seq_length": 151}'), "has 150 positions"),
         (with_text("1_Pooling/config.json", '{"pooling_mode_cls_token": true}'), "cls_token"),
         (with_text("modules.json", '[{"type": "models.Dense"}]'), "there is a module Dense"),
@@ -325,15 +334,62 @@ def test_vectors_are_kept_until_texts_or_weights_change(folder: Path, tmp_path: 
     with_text("sentence_bert_config.json", '{"max_seq_length": 3}')(folder)
     found = cached_text_vectors(texts, folder, path)
     np.testing.assert_allclose(found, [numpy_vector(text, 3) for text in texts], atol=2e-6)
+    for _ in range(2):
+        assert cached_text_vectors([], folder, path.with_name("none.parquet")).shape == (0, WIDTH)
     path.write_bytes(path.read_bytes()[:100])
     assert (cached_text_vectors(texts, folder, path) == found).all()
 
 
 def as_table(vectors: np.ndarray, column: Any) -> Any:
-    import pyarrow as pa
-
     flat = pa.array(vectors.reshape(-1))
     return pa.table({"vector": pa.FixedSizeListArray.from_arrays(flat, type=column)})
+
+
+# --- As a feature
+
+
+def test_texts_are_inputs_of_items(folder: Path, shop_data: Path, tmp_path: Path) -> None:
+    """They stand beside the price, as numbers that belong together; other weights under the same
+    name make another folder, and a text without an encoder is no input."""
+    base = mtrec_jax.load_experiment("shop")
+    words = {
+        "words": Text(on="item", column="title", encoder=str(folder)),
+        "kept": Text(on="item", column="title"),
+    }
+    experiment = dataclasses.replace(base, features=dict(base.features) | words)
+    prepared = mtrec_jax.prepare(experiment, shop_data, tmp_path / "prepared")
+    titles = prepared.items["title"].to_pylist()
+    assert prepared.items["text_kept"].to_pylist() == titles
+    numbers = prepared.catalogue()["numbers"][FIRST:]
+    assert [(f.name, f.slots) for f in prepared.manifest.item_numbers] == [
+        ("price", 1),
+        ("words", WIDTH),
+    ]
+    expected = np.stack([numpy_vector(title) * WIDTH**0.5 for title in titles])
+    assert len(np.unique(expected.round(3), axis=0)) > 5
+    np.testing.assert_allclose(numbers[:, 1:], expected, atol=1e-5)
+    inputs = make_inputs(experiment, prepared.manifest)
+    assert inputs.numbers["item"] == (1, WIDTH)
+    assert inputs.coded["item"] == (False, True)
+    assert up_to_date(experiment, shop_data, tmp_path / "prepared") is not None
+    with_array(UP, np.ones((HIDDEN, WIDTH), np.float32))(folder)
+    assert up_to_date(experiment, shop_data, tmp_path / "prepared") is None
+
+
+def test_a_missing_text_is_zero_and_a_list_is_one_text(folder: Path) -> None:
+    feature = Text(on="item", encoder=str(folder))
+    cells = pa.array([["a", "b"], None, [], ["a b", None]])
+    fitted = features.fit("words", feature, cells, np.ones(4, np.int64))
+    expected = np.zeros((4, WIDTH))
+    expected[[0, 3]] = numpy_vector("a b") * WIDTH**0.5
+    np.testing.assert_allclose(features.encode(fitted, cells), expected, atol=1e-5)
+
+
+def test_vectors_are_of_items_alone() -> None:
+    with pytest.raises(ConfigError, match=r"features\.bio\.encoder: vectors are made of the texts"):
+        mtrec_jax.load_experiment(
+            "shop", ['features.bio={ kind = "text", on = "context", encoder = "x" }']
+        )
 
 
 # --- Real weights

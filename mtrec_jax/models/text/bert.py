@@ -16,6 +16,7 @@ A layer has `qkv` [D, 3 D] (queries, keys and values side by side), `output` [D,
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import PyTree
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_VERSION = b"1"  # of what `encode` computes; another one makes kept vectors anew
 _LENGTH = 256  # tokens of a text at most, where the folder says nothing
 _FETCH = "fetch weights with: mtrec data all-minilm-l6-v2"
 _FIXED = {  # what this encoder is; a folder that says something else is refused
@@ -103,6 +105,30 @@ def load_bert(folder: Path | str) -> Bert:
     arrays = _arrays(folder / "model.safetensors")
     params = jax.device_put(_params(folder / "model.safetensors", arrays, sizes))
     return Bert(sizes, params, _tokenizer(folder / "tokenizer.json", length, sizes), length)
+
+
+def load_sizes(folder: Path | str) -> BertSizes:
+    """The sizes that a folder of weights says, without reading the weights.
+
+    Raises:
+      DataError: as `load_bert`.
+    """
+    path = weights_folder(folder) / "config.json"
+    return _sizes(path, _json(path))
+
+
+def weights_digest(folder: Path | str) -> str:
+    """A hash of all that decides what the vector of a text is, in hex digits.
+
+    Raises:
+      DataError: there are no weights.
+    """
+    folder, whole = weights_folder(folder), hashlib.sha256(_VERSION)
+    for name in (*FILES, "sentence_bert_config.json"):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 def weights_folder(folder: Path | str) -> Path:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
 from mtrec_jax.errors import DataError
-from mtrec_jax.models.text.bert import FILES, Bert, encode_packed, load_bert, weights_folder
+from mtrec_jax.models.text.bert import Bert, encode_packed, load_bert, weights_digest
 
 Progress = Callable[[int, int], None]  # (texts so far, texts in all)
 
@@ -23,7 +23,6 @@ _ROW = 64  # tokens of a row; longer texts have rows of twice, four times … as
 _SHORTEST = 2  # tokens of a text: its first and its last, which are no words
 _AT_ONCE = 4096  # texts whose tokens are in memory
 _NOTE = b"mtrec"  # key of the file's metadata
-_VERSION = b"1"  # of what `encode` computes; another one makes kept vectors anew
 
 _program = jax.jit(encode_packed, static_argnames=("sizes", "texts", "dtype"))
 
@@ -94,7 +93,7 @@ def cached_text_vectors(
       ConfigError: vectors have to be made, and the libraries are not installed.
       DataError: something is no text, the weights cannot be read, or the file cannot be written.
     """
-    path, folder = a_path("path", path), weights_folder(folder)
+    path, folder = a_path("path", path), a_path("folder", folder)
     made_of = _digest(_checked(texts), folder)
     kept = _kept(path, made_of, len(texts))
     if kept is not None:
@@ -124,11 +123,7 @@ def _checked(texts: Sequence[Any]) -> list[str]:
 
 def _digest(texts: Sequence[str], folder: Path) -> bytes:
     """A hash of the texts in their order and of all that makes vectors of them."""
-    whole = hashlib.sha256(_VERSION)
-    for name in (*FILES, "sentence_bert_config.json"):
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
+    whole = hashlib.sha256(weights_digest(folder).encode())
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
         whole.update(len(encoded).to_bytes(8, "little") + encoded)
@@ -141,7 +136,7 @@ def _kept(path: Path, made_of: bytes, count: int) -> np.ndarray | None:
         if (pq.read_schema(path).metadata or {}).get(_NOTE) != made_of:
             return None
         column = pq.read_table(path)["vector"].combine_chunks()
-        return column.flatten().to_numpy().reshape(count, -1)
+        return column.flatten().to_numpy().reshape(count, column.type.list_size)
     except (OSError, pa.ArrowInvalid):  # not there, or damaged
         return None
 
