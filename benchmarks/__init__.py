@@ -30,10 +30,11 @@ QUESTIONS = (
     *("topk", "softmax", "rank", "everyone", "table_step", "multitask_step", "chaos"),
     *("input", "prepare", "engines", "shop", "fusion", "social", "requests", "first_result"),
     *("serving_latency", "census", "funnel", "conflict", "combinations", "sequence_step"),
+    "text",
 )
 COMPARED = (
     *("jax", "jaxlib", "numpy", "optax", "scikit-learn", "faiss-cpu", "torch", "implicit"),
-    *("jax-cce", "tokamax", "torch-rechub", "fbgemm-gpu-cpu", "lightgbm"),
+    *("jax-cce", "tokamax", "torch-rechub", "fbgemm-gpu-cpu", "lightgbm", "transformers"),
 )
 
 

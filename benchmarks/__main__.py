@@ -40,7 +40,7 @@ def main() -> None:
         help="prepare, first_result, serving_latency, census, conflict: where files go; all but "
         "prepare keep them",
     )
-    parser.add_argument("--data", type=Path, help="census: folder of the raw data (data)")
+    parser.add_argument("--data", type=Path, help="census, text: folder of the raw data (data)")
     parser.add_argument(
         "--seeds",
         type=int,

@@ -23,6 +23,7 @@ LAYERS = (
     (
         *("data.features", "balance", "models.layers", "models.encoders", "models.towers"),
         *("models.fusions", "models.interactions", "models.numbers"),
+        "models.text",
         *("baselines", "evaluation.metrics", "losses.tasks", "losses.lists"),
         *("losses.retrieval", "losses.negatives"),
     ),
@@ -62,6 +63,8 @@ OWNERS = {  # a third-party library, and the only files that may know it
     "pandas": (),
     "matplotlib": ("evaluation/picture.py", "studies/picture.py"),
     "optuna": ("studies/tune.py",),
+    "safetensors": ("models/text/bert.py",),
+    "tokenizers": ("models/text/bert.py",),
     "typer": ("cli/",),
 }
 

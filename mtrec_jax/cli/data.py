@@ -19,7 +19,8 @@ def data(
         int | None, typer.Option(min=0, help="Of the generated shop; default 0.")
     ] = None,
 ) -> None:
-    """Fetch a public data set by its hash and print its terms, or generate the shop's logs."""
+    """Fetch a public data set, or weights, by its hash and print its terms, or generate the shop's
+    logs."""
     from mtrec_jax.data import public
 
     if seed is not None and name not in SHOPS:

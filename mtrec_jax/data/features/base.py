@@ -35,7 +35,7 @@ class IdField:
 
 @dataclass(frozen=True, kw_only=True)
 class NumberField:
-    """A feature that is used as numbers: (x - mean) / std, 0 where missing, or a code in [0, 1]."""
+    """A feature that is used as numbers: (x - mean) / std, 0 where missing, or a code or vector."""
 
     name: str
     mean: float
