@@ -76,7 +76,7 @@ class Als:
         self, items: Float32[np.ndarray, "rows d"], histories: Lists
     ) -> Float32[np.ndarray, "Q d"]:
         """The user vectors of histories, the item vectors fixed; zero where a history has none."""
-        pairs = history_pairs(histories, len(items) - FIRST, items[FIRST:].any(axis=1))
+        pairs = history_pairs(histories, len(items) - FIRST, np.asarray(items[FIRST:].any(axis=1)))
         start = jnp.zeros((len(histories) + FIRST, items.shape[1]), jnp.float32)
         blocks, most = self._blocks(pairs), 4 * items.shape[1]
         found = _solve(start, jnp.asarray(items), blocks, self.unobserved, most, _EXACT)
