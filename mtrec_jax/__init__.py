@@ -28,6 +28,7 @@ _HOME = {
     "load": "mtrec_jax.serving.recommender",
     "Recommender": "mtrec_jax.serving.recommender",
     "fit_baseline": "mtrec_jax.serving.baseline",
+    "check_baseline": "mtrec_jax.testing",
     "plan": "mtrec_jax.planner",
     "keep_freed_memory": "mtrec_jax.machine",
     "study_tune": "mtrec_jax.studies.tune:tune",

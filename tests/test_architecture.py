@@ -31,7 +31,7 @@ LAYERS = (
     ("data", "tables"),
     ("losses",),
     ("models",),
-    ("evaluation",),
+    ("evaluation", "testing"),
     ("train",),
     ("serving", "studies"),
     ("from_tables", "planner"),

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int
+from pydantic import Field
 
 from mtrec_jax.baselines.contract import Interactions, check_ids
+from mtrec_jax.errors import DataError
 from mtrec_jax.types import FIRST, Lists
+
+DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Popularity:
-    """`kind = "popularity"`: how often each item is liked in the training split."""
+    """`kind = "popularity"`: how often each item is liked in the training split.
+
+    With `days`, in the last so many days before the last event of that split: what is popular
+    changes, and is a harder rival where a split is in time (Ji et al., "A re-visit of the
+    popularity baseline in recommender systems", SIGIR 2020).
+    """
 
     kind: Literal["popularity"] = "popularity"
+    days: Annotated[float, Field(ge=0)] = 0.0  # 0: all of the training split
 
     def fit(self, interactions: Interactions) -> Counts:
         """Count; padding and unknown items are left out.
 
         Raises:
-          DataError: an id is beyond the catalogue.
+          DataError: an id is beyond the catalogue, or `days` is asked of data without a time.
         """
         check_ids(self.kind, interactions)
-        items = interactions.items[interactions.liked]
+        counted = interactions.liked
+        if self.days:
+            if interactions.times is None:
+                raise DataError(
+                    f"popularity: days = {self.days:g} needs the times of the interactions, and "
+                    "there are none; declare data.time and prepare anew, or take days = 0"
+                )
+            times = interactions.times.astype(np.float64)
+            counted = counted & (times > times.max(initial=-np.inf) - self.days * DAY)
+        items = interactions.items[counted]
         return Counts(np.bincount(items, minlength=interactions.n_items + FIRST)[FIRST:])
 
 

@@ -18,6 +18,7 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     label_<task>  float32[P]      NaN where missing, outside the sample space, or padding
     reference_<task> float32[P]   only where the task declares a reference
     weight_<task> float32[P]      only where the task declares a weight_column
+    time          float64[P]      seconds, NaN on padding; only where the data has a time
     row           int64[P]        source row (0-based, over the event files in order), -1: padding
 items.parquet                     the catalogue, row r is item id r + 2; trained items come first,
                                   new ones, which no event has, last:
@@ -400,6 +401,14 @@ class Prepared:
             for name, array in block.items():
                 parts.setdefault(name, []).append(array[keep])
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def times(self, split: str = "train") -> np.ndarray | None:
+        """Seconds of the targets of a split, in the order of `interactions`; None: there are none,
+        also in folders of earlier versions."""
+        if "time" not in self.parquet(split).schema_arrow.names:
+            return None
+        blocks = self.blocks(split, ["row", "time"])
+        return np.concatenate([block["time"][block["row"] >= 0] for block in blocks])
 
 
 def _side_by_side(table: pa.Table, role: str, features: list[str]) -> np.ndarray:

@@ -226,6 +226,7 @@ def sequence_examples(
     seed: int = 0,
     past: Literal["rolling", "frozen"] = "rolling",
     numbers: Numbers | None = None,
+    timed: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Examples of a split in seeded random order, BLOCK at a time, as columns `[n, ...]`.
 
@@ -245,6 +246,7 @@ def sequence_examples(
       seed: of the order.
       past: which splits are visible.
       numbers: more of the context, which depends on the time of an example's first target.
+      timed: the log has a time, which is written.
     """
     targets, visible = _places(log.split == split), VISIBLE[past][split]
     if history_length:
@@ -274,6 +276,7 @@ def sequence_examples(
             **past_of,
             "candidate": np.where(there, log.events["item"][target], 0).astype(np.int32),
             **{n: np.where(there, v[target], np.float32(np.nan)) for n, v in log.targets.items()},
+            **({"time": np.where(there, log.time[target], np.nan)} if timed else {}),
             "row": np.where(there, log.row[target], -1),
         }
 

@@ -423,6 +423,7 @@ def _write_examples(
             data.seed,
             data.past,
             tastes.numbers if tastes else None,
+            timed=bool(data.time),
         )
         written[name] = examples.write_examples(folder / f"{name}.parquet", stream)
         say(f"{name}: {written[name][0]:,} examples, {written[name][1]:,} targets")

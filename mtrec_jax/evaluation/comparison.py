@@ -70,6 +70,7 @@ def training_interactions(experiment: Experiment, prepared: Prepared) -> Interac
         kinds=kinds,
         n_users=prepared.manifest.users,
         n_items=prepared.manifest.items,
+        times=prepared.times("train"),
     )
 
 

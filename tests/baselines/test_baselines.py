@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_jax.baselines import BASELINES, Interactions, Predicts, Ranks, Scorer, item_knn
+from mtrec_jax.baselines import BASELINES, Interactions, Predicts, Ranks, Scorer, neighbours
+from mtrec_jax.baselines.als import Als
 from mtrec_jax.baselines.bias import PROBABILITY, Bias, TaskBiases
+from mtrec_jax.baselines.ease import Ease
 from mtrec_jax.baselines.item_knn import ItemKnn
 from mtrec_jax.baselines.popularity import Popularity
+from mtrec_jax.baselines.user_knn import UserKnn
 from mtrec_jax.errors import DataError
 from mtrec_jax.evaluation.ranking import target_ranks, top_items
 from mtrec_jax.types import FIRST, Lists
@@ -47,8 +50,8 @@ def test_each_baseline_has_its_kind_and_says_what_it_can_do() -> None:
         assert options.kind == options().kind == kind
         fitted = options().fit(log([2, 3], [2, 3], 2, 2, [1.0, 2.0]))
         can[kind] = isinstance(fitted, Ranks), isinstance(fitted, Predicts)
-    expected = {"popularity": (True, False), "bias": (False, True), "item_knn": (True, False)}
-    assert can == expected
+    ranks = dict.fromkeys(("popularity", "item_knn", "user_knn", "als", "ease"), (True, False))
+    assert can == ranks | {"bias": (False, True)}
 
 
 def _checkerboard() -> tuple[Interactions, Lists]:
@@ -71,10 +74,16 @@ def _held_out(user: int) -> int:
 
 @pytest.mark.parametrize(
     ("baseline", "answer"),
-    [(Popularity(), _first_unseen), (ItemKnn(), _held_out)],
-    ids=["popularity", "item_knn"],
+    [
+        (Popularity(), _first_unseen),
+        (ItemKnn(), _held_out),
+        (UserKnn(), _held_out),
+        (Als(factors=4), _held_out),
+        (Ease(), _held_out),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
 )
-def test_checkerboard(baseline: Popularity | ItemKnn, answer: Callable[[int], int]) -> None:
+def test_checkerboard(baseline: Any, answer: Callable[[int], int]) -> None:
     interactions, histories = _checkerboard()
     queries = np.arange(SIZE)
     scorer = baseline.fit(interactions).scorer(queries + FIRST, histories)
@@ -105,6 +114,20 @@ def test_popularity_counts_real_items_that_are_liked() -> None:
     assert Popularity().fit(log([], [], 1, 2, liked=[])).counts.tolist() == [0, 0]
     with pytest.raises(DataError, match=r"popularity: item ids 4 \.\. 4 go beyond 0 \.\. 3"):
         Popularity().fit(log([2], [4], 1, 2))
+
+
+def test_popularity_of_the_last_days_counts_from_the_last_event_of_training() -> None:
+    seconds = np.array([0, 1, 43_201, 86_400, 86_401])
+    rows = log([2] * 5, [2, 2, 3, 3, 4], 1, 3, liked=[True, True, True, True, False])
+    timed = rows._replace(times=seconds)
+    assert Popularity().fit(timed).counts.tolist() == [2, 2, 0]
+    # the last event is not liked, and yet the end of the split; one a whole day before is outside
+    assert Popularity(days=1.0).fit(timed).counts.tolist() == [0, 2, 0]
+    assert Popularity(days=0.5).fit(timed).counts.tolist() == [0, 1, 0]
+    with pytest.raises(DataError, match=r"days = 7 needs the times .*; declare data.time"):
+        Popularity(days=7.0).fit(rows)
+    nothing = log([], [], 1, 2, liked=[])._replace(times=np.zeros(0))
+    assert Popularity(days=7.0).fit(nothing).counts.tolist() == [0, 0]
 
 
 # ---- bias ----
@@ -205,7 +228,7 @@ def test_knn_cosine_by_hand() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([1, 40, 1 << 25]))
-def test_knn_equals_dense_computation_in_any_blocks(seed: int, neighbours: int, work: int) -> None:
+def test_knn_equals_dense_computation_in_any_blocks(seed: int, kept: int, work: int) -> None:
     generator = np.random.default_rng(seed)
     seen = generator.random((8, 9)) < 0.4
     users, items = np.nonzero(seen)
@@ -221,10 +244,10 @@ def test_knn_equals_dense_computation_in_any_blocks(seed: int, neighbours: int, 
     )
     np.fill_diagonal(cosine, 0)
     for row in cosine:
-        row[np.argsort(-row, kind="stable")[neighbours:]] = 0
+        row[np.argsort(-row, kind="stable")[kept:]] = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(item_knn, "_WORK", work)
-        model = ItemKnn(neighbours=neighbours).fit(log(users + FIRST, items + FIRST, 8, 9))
+        patch.setattr(neighbours, "_WORK", work)
+        model = ItemKnn(neighbours=kept).fit(log(users + FIRST, items + FIRST, 8, 9))
     np.testing.assert_array_equal(model.similarity.toarray(), cosine)
 
 

@@ -20,6 +20,7 @@ import mtrec_jax
 from mtrec_jax import config
 from mtrec_jax.arguments import naming
 from mtrec_jax.balance import BALANCERS
+from mtrec_jax.baselines import BASELINES
 from mtrec_jax.cli import app, as_option
 from mtrec_jax.data.features import KINDS, Feature
 from mtrec_jax.experiments import parse_experiment
@@ -170,6 +171,7 @@ CHOICES = {
     "`[model.towers]`": TOWERS,
     "`[model.fusion]`": FUSIONS,
     "`[train.balance]`": BALANCERS,
+    "`[evaluate]`": BASELINES,
 }
 
 
