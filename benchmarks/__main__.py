@@ -21,7 +21,6 @@ from rich.table import Table
 import benchmarks
 from benchmarks import contest
 from benchmarks.commits import Side, other
-from mtrec_jax.machine import keep_freed_memory
 
 
 def main() -> None:
@@ -79,6 +78,8 @@ def main() -> None:
         del sys.argv[1:]  # some contestants read it
         contest.serve(question, chosen.set[0], chosen.case, chosen.contestant)
     elif hasattr(question, "answer"):  # a question of quality or throughput: figures
+        from mtrec_jax.machine import keep_freed_memory  # earlier commits have none
+
         keep_freed_memory()  # as commands of the library do
         taken = set(inspect.signature(question.answer).parameters) - {"quick"}
         given = {name: getattr(chosen, name) for name in taken}

@@ -95,7 +95,7 @@ def _before(problem: Problem) -> Call:
     def step_of(mesh: Any) -> Any:
         return step.make_step(experiment, manifest, made, mesh, 1000)
 
-    return _steps(problem, step_of, nn.make_catalogue)
+    return _steps(problem, step_of, nn.make_catalogue, by_key=True)
 
 
 def _declared(
@@ -108,7 +108,12 @@ def _declared(
     experiment = parse_experiment(
         {
             "name": "sequence",
-            "data": {"user": "user", "item": "item", "history_length": case.length},
+            "data": {
+                "user": "user",
+                "item": "item",
+                "time": "time",
+                "history_length": case.length,
+            },
             "tasks": {"next": {"kind": "retrieval"}},
             "model": {"width": case.width, "dropout": DROPOUT, "temperature": TEMPERATURE, **model},
             "train": {
@@ -129,7 +134,12 @@ def _declared(
     return experiment, dataclasses.replace(tiny.manifest(features=False), **known)
 
 
-def _steps(problem: Problem, step_of: Callable[[Any], Any], make_catalogue: Any) -> Call:
+def _steps(
+    problem: Problem,
+    step_of: Callable[[Any], Any],
+    make_catalogue: Any,
+    by_key: bool = False,
+) -> Call:
     """Calls that take `STEPS` steps on batches that are on the device."""
     import jax
 
@@ -148,7 +158,8 @@ def _steps(problem: Problem, step_of: Callable[[Any], Any], make_catalogue: Any)
     catalogue = replicate(make_catalogue(nothing, counts, items, 0.0, "float32"), mesh)
     step = step_of(mesh)
     batches = [put_batch(_batch(*both), mesh) for both in zip(*problem[1:], strict=True)]
-    state, done, before = step.init(0), 0, np.zeros(2)
+    seed = jax.random.key(0, impl="rbg") if by_key else 0
+    state, done, before = step.init(seed), 0, np.zeros(2)
 
     def call() -> float:
         nonlocal state, done, before
@@ -166,9 +177,10 @@ def _batch(events: np.ndarray, targets: np.ndarray) -> Any:
     from mtrec_jax.types import Batch
 
     ones = np.ones(targets.shape, np.float32)
+    moments: dict[str, Any] = {"request": {}} if "request" in Batch._fields else {}  # 44dfaab: none
     return Batch(
         context={},
-        request={},
+        **moments,
         events={"item": events},
         cutoff=np.tile(np.arange(1, events.shape[1] + 1, dtype=np.int32), (len(events), 1)),
         candidate=targets,
