@@ -38,7 +38,7 @@ def _attention(query: Array, key: Array, value: Array) -> Array:
 
 def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
     mixed, normalisers = [], []
-    for own, past, seen in _blocks(query.shape[1]):
+    for own, past, seen in blocks(query.shape[1]):
         scores = _scores(query[:, own], key[:, past], seen)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
@@ -53,7 +53,7 @@ def _backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, A
     query, key, value, mixed, normaliser = kept
     own_part = jnp.sum(gradient * mixed, axis=-1, keepdims=True)
     to_query, to_key, to_value = [], jnp.zeros_like(key), jnp.zeros_like(value)
-    for own, past, seen in _blocks(query.shape[1]):
+    for own, past, seen in blocks(query.shape[1]):
         scores = _scores(query[:, own], key[:, past], seen)
         weights = jnp.exp(scores - normaliser[:, own, None])
         to_weights = jnp.einsum("nid,njd->nij", gradient[:, own], value[:, past])
@@ -67,7 +67,7 @@ def _backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, A
 _attention.defvjp(_forward, _backward)
 
 
-def _blocks(length: int) -> Iterator[tuple[slice, slice, Array]]:
+def blocks(length: int) -> Iterator[tuple[slice, slice, Array]]:
     """Queries, the keys that some of them see, and which see which."""
     count = -(-length // _QUERIES)
     size = -(-length // count)

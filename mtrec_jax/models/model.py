@@ -53,6 +53,7 @@ from mtrec_jax.types import (
 )
 
 Rows = dict[str, jax.Array]  # {group: rows [..., M, D]}
+HIDDEN_DRAW = 1 << 16  # of events that are hidden; negatives have the same key
 CALIBRATION = "calibration"  # of the parameters, where they answer: {task: calibration of logits}
 
 
@@ -186,7 +187,7 @@ def _of_batches(
     share = getattr(experiment.model.encoder, "share", 0.0) if inputs.has_events else 0.0
 
     def altered(batch: Batch, key: jax.Array) -> Batch:
-        return hidden_events(share, batch, key) if share else batch
+        return hidden_events(share, batch, jax.random.fold_in(key, HIDDEN_DRAW)) if share else batch
 
     def ids(
         batch: Batch, catalogue: Catalogue, key: jax.Array | None, drawing: PyTree = None

@@ -63,7 +63,7 @@ def make_probe(
         state: TrainState, batch: Batch, known: Catalogue, number: jax.Array
     ) -> tuple[jax.Array, list[PyTree]]:
         keys = jax.random.split(jax.random.fold_in(state.key, number), 2)
-        batch = model.altered(batch, jax.random.fold_in(keys[0], 1 << 16))
+        batch = model.altered(batch, keys[0])
         wanted = model.ids(batch, known, keys[0], state.drawing)
         stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
         rows, ticket = lookup(model.layout, stacks, state.scratch, wanted.ids, mesh, buffers)

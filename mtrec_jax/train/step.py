@@ -137,7 +137,7 @@ def _finder(
     def find(state: TrainState, batch: Batch, catalogue: Catalogue) -> Found:
         """Lookup, losses, and their gradients combined."""
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
-        batch = model.altered(batch, jax.random.fold_in(keys[0], 1 << 16))
+        batch = model.altered(batch, keys[0])
         wanted = model.ids(batch, catalogue, keys[0], state.drawing)
         stacks = state.tables | {n: state.params[n] for n in (DENSE,) if n in state.params}
         known = model.layout, stacks, state.scratch, wanted.ids, devices, buffers

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from pydantic import Field
 
+from mtrec_jax.kernels.attention import blocks
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
 from mtrec_jax.models.encoders.transformer import check_heads, joined_heads, split_heads
 from mtrec_jax.models.layers import constant, dropout, layer_norm, linear
 
 BUCKETS = 64  # of the logarithm of seconds: e^(0.301 * 64) are seven years
 _STEP = 0.301
-_QUERIES = 128  # of a block, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +87,11 @@ class Unit(nnx.Module):
         self, query: jax.Array, keys: jax.Array, value: jax.Array, moments: jax.Array | None
     ) -> jax.Array:
         """Block by block of queries, whose weights are made again on the way back."""
-        length = query.shape[1]
-        size = -(-length // -(-length // _QUERIES))
-        found = []
-        for start in range(0, length, size):
-            stop = min(start + size, length)
-            times = None if moments is None else (moments[:, start:stop], moments[:, :stop])
-            block = jax.checkpoint(self._block, static_argnums=(4,))
-            given = query[:, start:stop], keys[:, :stop], value[:, :stop], times
-            found.append(block(*given, start))
+        block, found = jax.checkpoint(self._block, static_argnums=(4,)), []
+        for own, past, _ in blocks(query.shape[1]):
+            times = None if moments is None else (moments[:, own], moments[:, past])
+            given = query[:, own], keys[:, past], value[:, past], times
+            found.append(block(*given, own.start))
         return jnp.concatenate(found, axis=1)
 
     def _block(
