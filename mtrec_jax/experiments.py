@@ -586,9 +586,7 @@ def _model(e: Experiment) -> Iterator[str]:
             f"data.hide_ties: kind '{e.model.encoder.kind}' of model.encoder hides single events, "
             "and would see the other one of the same time; set it to false, or use 'transformer'"
         )
-    moments = [name for name, feature in e.features.items() if not feature.looked_up]
-    if len(moments) > 1:
-        yield f"features: {' and '.join(moments)} are both of kind 'moment'; keep one"
+    yield from _moments(e)
     yield from _bias(e)
     worths = e.model.fusion_objective
     for name in worths:
@@ -601,6 +599,23 @@ def _model(e: Experiment) -> Iterator[str]:
         yield "model.fusion_objective: at least one worth must be above 0"
     yield from _segments(e)
     yield from _train(e)
+
+
+def _moments(e: Experiment) -> Iterator[str]:
+    """Times that encoders compare: one of the events, and one of the query."""
+    moments = {n: f.on for n, f in e.features.items() if not f.looked_up}
+    of_events, of_query = (
+        [n for n, on in moments.items() if on == side] for side in ("history", "request")
+    )
+    for names in (of_events, of_query):
+        if len(names) > 1:
+            yield f"features: {' and '.join(names)} are both of kind 'moment'; keep one"
+    if of_query and not (of_events and hasattr(e.model.encoder, "compares_times")):
+        yield (
+            f"features.{of_query[0]}: the time of the query is compared with those of events by "
+            "encoders of kind 'hstu', with a feature of kind 'moment' on = 'history'; have both, "
+            "or leave it out"
+        )
 
 
 def _segments(e: Experiment) -> Iterator[str]:

@@ -31,6 +31,7 @@ class Protocol:
     exclude_seen: bool = False  # seen items of earlier splits are no candidates
     seen: tuple[str, ...] = ()  # binary tasks of which a 1 makes an item seen, or "any" event
     seen_targets: str = ""  # a target that was seen: "missed", as nobody could recommend it
+    query_time: Literal["unknown", "known"] = "unknown"  # to the retrieval
     ties: str = "lower item first"
     ks: tuple[int, ...] = ()
     reranked: int = 0  # nearest items that the orders of several tasks are compared on
@@ -44,9 +45,10 @@ class Protocol:
         if self.exclude_seen:
             of = "" if self.seen == (ANY,) else f" with {' or '.join(self.seen)}"
             seen = f"those of earlier splits{of} left out (targets too: {self.seen_targets})"
+        when = ", the time of the query known" if self.query_time == "known" else ""
         return (
             f"{data}; {self.task} ranked among {self.candidates} ({self.items:,}), {seen}, of "
-            f"equals the {self.ties}, at {', '.join(map(str, self.ks))}"
+            f"equals the {self.ties}, at {', '.join(map(str, self.ks))}{when}"
         )
 
     @property
@@ -69,6 +71,8 @@ def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
         ranked = {"task": retrieval[0], "items": manifest.items, "ks": evaluate.ks}
         if len(experiment.tasks) > 1:
             ranked["reranked"] = min(evaluate.candidates, manifest.items)
+        if any(not field.size for field in manifest.request_ids):
+            ranked["query_time"] = "known"
     if retrieval and evaluate.exclude_seen:
         seen = seen_behaviours(experiment) or (ANY,)
         ranked |= {"exclude_seen": True, "seen": seen, "seen_targets": "missed"}

@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     trained: int  # items that training has seen, which come first
     thresholds: dict[str, tuple[float, ...]]  # {ordinal task: of a fresh model}
     # {side: {"ids", "numbers": which of the batch's moments are its}}, where the moments are those
-    # of two sides, "request" and "bias"; {}: all are of the former
+    # of several sides, "request", "bias" and "asked"; {}: all are of the first
     places: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
     read: Mapping[str, tuple[str, int]] = {}  # {feature that towers read by name: (side, place)}
     # who has tables of its own beside the shared ones: tasks, or members after the first
@@ -141,7 +141,7 @@ def make_inputs(experiment: Experiment, manifest: Manifest) -> Inputs:
         has_items=has_items,
         has_events=has_events,
         trained=manifest.trained_items,
-        places=_places(manifest, biased) if biased else {},
+        places=_places(manifest, biased),
         read=_read(getattr(towers, "reads", ()), groups),
         own=own,
     )
@@ -155,7 +155,7 @@ def _sides(
     return {
         "context": (manifest.context_ids, manifest.context_numbers),
         "request": (
-            tuple(f for f in ids if f.name not in biased),
+            tuple(f for f in ids if f.name not in biased and f.size),
             tuple(f for f in numbers if f.name not in biased),
         ),
         "bias": (
@@ -218,18 +218,25 @@ def _read(
 
 
 def _places(manifest: Manifest, biased: tuple[str, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Which slots of the moments are features of the request, and which of the bias."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {"request": {}, "bias": {}}
+    """Which slots of the moments are features of the request, which of the bias, and which is the
+    time of the query; {} where all are of the request."""
+
+    def side(field: IdField | NumberField) -> str:
+        if isinstance(field, IdField) and not field.size:
+            return "asked"
+        return "bias" if field.name in biased else "request"
+
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     for part, fields in (("ids", manifest.request_ids), ("numbers", manifest.request_numbers)):
-        of_slot = [f.name in biased for f in fields for _ in range(f.slots)]
-        for side, chosen in (("request", False), ("bias", True)):
-            places = tuple(i for i, is_biased in enumerate(of_slot) if is_biased == chosen)
-            found[side] |= {part: places} if places else {}
-    return found
+        of_slot = [side(f) for f in fields for _ in range(f.slots)]
+        for name in dict.fromkeys(of_slot):
+            places = tuple(i for i, is_of in enumerate(of_slot) if is_of == name)
+            found[name] = found.get(name, {}) | {part: places}
+    return {"request": {}} | found if found.keys() - {"request"} else {}
 
 
 def side_of(inputs: Inputs, batch: Batch, side: str) -> Mapping[str, Array]:
-    """The ids and numbers of a side, as far as it has any: "context", "request", "bias" or
+    """The ids and numbers of a side, as far as it has any: "context", "request", "bias", "asked" or
     "history"."""
     if side in inputs.places:
         places = inputs.places[side]

@@ -21,7 +21,7 @@ from mtrec_jax.models.calibration import Calibration
 from mtrec_jax.models.encoders import Behaviour, EncoderSizes
 from mtrec_jax.models.fusions import FusionSizes
 from mtrec_jax.models.fusions.none import NoFusion
-from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped
+from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped, side_of
 from mtrec_jax.models.interactions import InteractionSizes
 from mtrec_jax.models.layers import Thresholds, dropout, linear, normal, unit_length
 from mtrec_jax.models.members import Members, together
@@ -140,7 +140,8 @@ class Network(nnx.Module):
         moments = batch.events.get("moment")
         if moments is not None:
             moments = jnp.pad(jnp.asarray(moments), ((0, 0), (1, 0)), mode="edge")
-        past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, moments)
+        times = moments, self._asked(batch, moments, known)
+        past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, *times)
         if hasattr(self.encoder, "at"):
             masked = batch.events.get("masked")
             masked = None if masked is None else jnp.asarray(masked)
@@ -155,6 +156,18 @@ class Network(nnx.Module):
         if self.user_numbers is not None:  # they belong to this example's time, not to the start
             states = states + self.user_numbers(clipped(batch.context["numbers"]))[:, None]
         return UserStates(states, *features, events, tokens, cutoff)
+
+    def _asked(self, batch: Batch, moments: jax.Array | None, known: jax.Array) -> jax.Array | None:
+        """When what follows each token is asked for [B, S]: at the time of the query where there
+        is one and it has a time, else of the event that follows, else of the last event."""
+        if "asked" not in self.inputs.places or moments is None:
+            return None
+        following = jnp.pad(moments[:, 1:], ((0, 0), (0, 1)))
+        follows = jnp.pad(known[:, 1:], ((0, 0), (0, 1)))
+        asked = side_of(self.inputs, batch, "asked")["ids"]
+        return jax.vmap(lambda at, cutoff, time: at.at[cutoff].max(time))(
+            jnp.where(follows, following, moments), jnp.asarray(batch.cutoff), asked[..., 0]
+        )
 
     def _tokens(
         self, batch: Batch, rows: Mapping[str, jax.Array], events: jax.Array

@@ -263,11 +263,12 @@ class Encoder:
             values = [m.get(name, m.get(column)) for m in given]
             if column in own and not any(name in m or column in m for m in given):
                 values = list(own[column])
-            if isinstance(encoding.feature, Clock):
+            if isinstance(clock := encoding.feature, Clock):
+                named = not isinstance(clock, Moment)  # by its own name an hour is an hour
                 values = [
                     m[name]
-                    if name in m
-                    else encoding.feature.of(seconds(m.get(column), data.time_unit))
+                    if named and name in m
+                    else clock.of(seconds(m.get(name, m.get(column)), data.time_unit))
                     for m in given
                 ]
             rows[f"feature_{name}"] = self._cells(encoding, values)

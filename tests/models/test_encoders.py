@@ -137,15 +137,20 @@ def test_attention_in_blocks_is_attention(length: int) -> None:
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_pointwise_attention_with_places_and_times_written_out(heads: int) -> None:
+@pytest.mark.parametrize(("heads", "later"), [(1, None), (2, 3600)])
+def test_pointwise_attention_with_places_and_times_written_out(
+    heads: int, later: int | None
+) -> None:
     """Pair by pair, as in section 3.2 of Zhai et al. 2024; events 0, 1, 60, 86,400 seconds after
-    each other are in buckets 0, 0, 13 and 37."""
+    each other are in buckets 0, 0, 13 and 37. What follows is asked for an hour later, or at a time
+    that is not known."""
     unit = Unit(SIZES, HSTU(heads=heads), dtype=FLOAT, rngs=nnx.Rngs(0))
     _random_parameters(unit)
     x = np.random.default_rng(3).normal(size=(B, S, D)).astype(np.float32)
     moments = np.cumsum([[5, 0, 1, 60, 86_400, 0], [7, 1, 1, 1, 0, 60]], axis=1).astype(np.int32)
-    found = jax.jit(lambda x, moments: unit(x, moments, None))(x, moments)
+    asked = moments if later is None else moments + later
+    known = jnp.ones((B, S), bool), jnp.asarray(moments), None if later is None else asked
+    found = jax.jit(lambda x: unit(x, Behaviour(x, *known), None))(x)
     by_place, by_time = np.asarray(unit.by_place[...]), np.asarray(unit.by_time[...])
     for b in range(B):
         every = _linear(unit.inputs, _normalise(unit.norm_inputs, x[b].astype(np.float64)))
@@ -154,7 +159,7 @@ def test_pointwise_attention_with_places_and_times_written_out(heads: int) -> No
         for head, i in np.ndindex(heads, S):
             own = slice(head * size, (head + 1) * size)
             for j in range(i + 1):
-                apart = max(1, int(moments[b, i] - moments[b, j]))
+                apart = max(1, int(asked[b, i] - moments[b, j]))
                 score = query[i, own] @ key[j, own] + by_place[i - j]
                 score += by_time[int(np.log(apart) / 0.301)]
                 mixed[i, own] += score / (1 + np.exp(-score)) * value[j, own] / S

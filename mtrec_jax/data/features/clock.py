@@ -89,12 +89,14 @@ class Weekday(Clock):
 class Moment(Clock):
     """The second itself, for encoders that ask how long apart events are; it has no table.
 
+    Of the history: when each event was. Of the request: when the answer is wanted, which makes the
+    time of the query known to the retrieval, and its scores those of a league of their own.
     Seconds are counted from 1990 on, and begin anew after 68 years.
     """
 
     kind: Literal["moment"] = "moment"
 
-    places: ClassVar[tuple[str, ...]] = ("history",)
+    places: ClassVar[tuple[str, ...]] = ("history", "request")
     because = "it is no number that a tower could read: encoders compare the times of events"
     imputes = ("none",)
     looked_up = False

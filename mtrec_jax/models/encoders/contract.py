@@ -29,3 +29,5 @@ class Behaviour(NamedTuple):
     # [B, S] int32 seconds, of which differences say how far events are apart; that of the start
     # token is the first event's. None without a feature of kind "moment"
     moments: jax.Array | None
+    # [B, S] int32 seconds: when what follows each token is asked for. None where this is not known
+    asked: jax.Array | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,14 @@ class HSTU:
     """`[model.encoder] kind = "hstu"`: hierarchical sequential transduction units (Zhai et al.,
     ICML 2024): attention weights are SiLU of scores over the length, not a softmax, and a gate
     takes the place of the feed-forward layers. With a history feature of kind "moment", scores
-    have a part for how long before each other two events were.
+    have a part for how long before each other two events were; with one of the request as well, for
+    how long before the query, which follows the event, the other event was.
     """
 
     kind: Literal["hstu"] = "hstu"
     layers: Annotated[int, Field(ge=1)] = 2
     heads: Annotated[int, Field(ge=1)] = 1
+    compares_times: ClassVar[bool] = True
 
     def make(self, sizes: EncoderSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> HSTULayers:
         """The encoder.
@@ -57,13 +59,14 @@ class HSTULayers(nnx.Module):
             keys = list(jax.random.split(key, len(self.units) + 1))
         x = dropout(past.tokens, self.rate, keys[0])
         for unit, unit_key in zip(self.units, keys[1:], strict=True):
-            x = unit(x, past.moments, unit_key)
+            x = unit(x, past, unit_key)
         return self.norm(x)
 
 
 class Unit(nnx.Module):
     """u, v, q, k = SiLU(W norm(x)), then x + W' (norm(m) * u), where m_i = sum over j up to i of
-    SiLU(q_i . k_j + p(i - j) + t(time between i and j)) v_j / S."""
+    SiLU(q_i . k_j + p(i - j) + t(time between i and j)) v_j / S; the time of i is that of the query
+    after it, where this is known."""
 
     def __init__(self, sizes: EncoderSizes, options: HSTU, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, self.rate, self.heads = sizes.width, sizes.dropout, options.heads
@@ -76,21 +79,24 @@ class Unit(nnx.Module):
         self.by_place = nnx.Param(zeros(None, (sizes.length,), dtype))
         self.by_time = nnx.Param(zeros(None, (BUCKETS,), dtype))
 
-    def __call__(self, x: jax.Array, moments: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, past: Behaviour, key: jax.Array | None) -> jax.Array:
         every = jax.nn.silu(self.inputs(self.norm_inputs(x)))
         gate, *parts = jnp.split(every, 4, axis=-1)
         value, query, keys = (split_heads(part, self.heads) for part in parts)
-        mixed = joined_heads(self._mixed(query, keys, value, moments), self.heads)
+        mixed = joined_heads(self._mixed(query, keys, value, past), self.heads)
         return x + dropout(self.output(self.norm_mixed(mixed) * gate), self.rate, key)
 
     def _mixed(
-        self, query: jax.Array, keys: jax.Array, value: jax.Array, moments: jax.Array | None
+        self, query: jax.Array, keys: jax.Array, value: jax.Array, past: Behaviour
     ) -> jax.Array:
         """Block by block of queries, whose weights are made again on the way back."""
         block, found = jax.checkpoint(self._block, static_argnums=(4,)), []
-        for own, past, _ in blocks(query.shape[1]):
-            times = None if moments is None else (moments[:, own], moments[:, past])
-            given = query[:, own], keys[:, past], value[:, past], times
+        asked = past.moments if past.asked is None else past.asked
+        for own, seen, _ in blocks(query.shape[1]):
+            times = None
+            if asked is not None and past.moments is not None:
+                times = asked[:, own], past.moments[:, seen]
+            given = query[:, own], keys[:, seen], value[:, seen], times
             found.append(block(*given, own.start))
         return jnp.concatenate(found, axis=1)
 
