@@ -37,6 +37,7 @@ from mtrec_jax.models.numbers import NUMBERS
 from mtrec_jax.models.numbers.plain import PlainNumbers
 from mtrec_jax.models.towers import TOWERS
 from mtrec_jax.models.towers.mmoe import MMoE
+from mtrec_jax.models.views import Contrast
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
 _ALONE = BeforeValidator(kind_alone)  # its kind alone will do
@@ -247,10 +248,12 @@ class Model:
     __pydantic_config__ = _STRICT
     width: Count = 64  # D: table rows, user and item vectors
     dropout: Fraction = 0.1  # in the encoder and before the towers
+    event_dropout: Fraction = 0.0  # of a history's events, that the encoder does not see
     item_id_scale: float = 1.0  # of an item's own row beside its features; < 1: features lead
     temperature: Positive = 0.05  # of the cosine in the loss of the retrieval
     learn_temperature: bool = False  # from this one on
     encoder: Annotated[Any, Choice(ENCODERS, "transformer")] = field(default_factory=Transformer)
+    interests: Count = 1  # vectors of a user; the one that is nearest to an item counts
     numbers: Annotated[Any, Choice(NUMBERS, "plain")] = field(default_factory=PlainNumbers)
     interaction: Annotated[Any, Choice(INTERACTIONS, "none")] = field(default_factory=NoInteraction)
     towers: Annotated[Any, Choice(TOWERS, "mmoe")] = field(default_factory=MMoE)
@@ -288,6 +291,7 @@ class Train:
     balance: Annotated[Any, Choice(BALANCERS, "static")] = field(default_factory=Static)
     retrieval: Annotated[Any, Choice(RETRIEVAL, "softmax")] = field(default_factory=Softmax)
     negatives: Annotated[Any, Choice(NEGATIVES, "uniform")] = field(default_factory=Uniform)
+    contrast: Contrast | None = None  # a loss that two altered views of a history are alike
     evaluate_every: Natural = 0  # steps; 0: each epoch
     checkpoint_every: Natural = 0  # steps; 0: with each evaluation
     checkpoint_wait: bool = False  # steps wait until it is written: tables need no second copy

@@ -80,7 +80,7 @@ class Shared(NamedTuple):
     Balancing methods that need a gradient of each task by itself take it here.
     """
 
-    users: jax.Array  # [B, P, D]: compared with item vectors by cosine
+    users: jax.Array  # [B, P, K * D]: interests, compared with item vectors by cosine
     context: jax.Array  # [B, F], those of the shared tables, then those of each task's own
     request: jax.Array  # [B, P, R], likewise
     events: jax.Array  # [B, L, D]
@@ -93,7 +93,7 @@ class Shared(NamedTuple):
 class UserStates(NamedTuple):
     """What the encoder knows about the user at each position."""
 
-    vectors: Array  # [B, P, D]: compared with item vectors by cosine
+    vectors: Array  # [B, P, K * D]: K interests, the best of which is compared with an item
     context: Array  # [B, F]: the user's features, for the ranking towers, as in `Shared`
     request: Array  # [B, P, R]: those of the moment
     events: Array  # [B, L, D]: item vectors of the past, which candidates are compared with

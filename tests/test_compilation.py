@@ -57,6 +57,7 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path: Path) -> Non
     assert hits > 0
 
 
+@pytest.mark.slow
 def test_programs_are_another_where_threads_or_processor_are(tmp_path: Path) -> None:
     first, *_ = compiled(MTREC_CACHE=tmp_path)
     assert Path(first).name.endswith(f"-{machine.threads()}")

@@ -78,6 +78,7 @@ def test_recommendations_and_predictions_follow_at_once(recommender: Any) -> Non
     assert recommender.recommend(["nobody"], k=1)["known"] == [False]
 
 
+@pytest.mark.slow
 def test_without_a_time_the_order_of_the_table_counts(recommender: Any) -> None:
     """A table that is in the order of time says the same without it."""
     ordered = events().sort_values("when", kind="stable")

@@ -109,6 +109,7 @@ def test_a_run_whose_terminal_is_lost_saves(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_ignores_lost_terminals_goes_on(tmp_path: Path) -> None:
     """`nohup` starts a process so."""
     process = subprocess.Popen(
@@ -139,7 +140,7 @@ def test_a_lost_terminal_is_no_error_where_outputs_are_closed() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 7
 
 
-@pytest.mark.parametrize("command", ["prepare", "recommend"])
+@pytest.mark.parametrize("command", ["prepare", pytest.param("recommend", marks=pytest.mark.slow)])
 def test_an_interrupted_command_leaves_nothing_partial(
     shop_data: Path, shop_run: Run, tmp_path: Path, command: str
 ) -> None:

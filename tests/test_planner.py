@@ -360,6 +360,7 @@ def test_a_refusal_has_the_numbers_and_names_what_matters(pod: Path) -> None:
     assert 'What matters here: tables.page.update = "sparse"' in refused("tables.page.update=dense")
 
 
+@pytest.mark.slow
 def test_what_a_step_works_with_is_part_of_a_refusal(pod: Path) -> None:
     changes = ["train.mesh=[2,4]", "model.width=8", "train.batch_size=4096"]
     experiment = mtrec_jax.load_experiment(pod, changes)

@@ -84,6 +84,7 @@ def test_a_refused_run_loses_nothing(
     assert len(Recommender("runs/shop").recommend(["u00001"], 3)) == 3
 
 
+@pytest.mark.slow
 def test_preparation_alone_heeds_the_runs_too(mtrec: Mtrec, home: Path) -> None:
     before = everything(home)
     status, _, err = mtrec("prepare", "mine.toml")

@@ -14,6 +14,7 @@ from mtrec_jax.data.dataset import SHOWN, SPLITS, Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.losses.tasks import Head, TaskField, class_numbers, head_of
+from mtrec_jax.models import interests
 from mtrec_jax.models.serve import Answer, Serving, pad_rows
 from mtrec_jax.types import FIRST, Batch, Lists, PyTree, UserStates
 
@@ -75,11 +76,12 @@ def collect(
                 queries = serving.moments(states, places)
                 exclude = _exclude(seen, widest, part, chosen)
                 targets = pad_rows(part.candidate[chosen] - FIRST, QUERIES).astype(np.int32)
-                ranks = index.rank(queries.vectors[:, 0], targets, exclude)
+                users, most = queries.vectors[:, 0], max(experiment.evaluate.ks, default=1)
+                ranks = interests.ranks(index, users, targets, exclude, most)
                 part.ranks[chosen] = missed(ranks[: len(chosen)], targets, exclude)
                 if orders:
                     k = min(experiment.evaluate.candidates, prepared.manifest.items)
-                    found = index.search(queries.vectors[:, 0], k, exclude)[1]
+                    found = interests.search(index, users, k, exclude)[1]
                     given = serving, own_params, part, chosen, queries, own_vectors, found
                     _rerank(*given, sorted_by)
         parts.append(part)

@@ -33,7 +33,7 @@ def segments(
         field = fields.get(name)
         if isinstance(field, IdField):
             ids = _ids(experiment, prepared, split, candidate, field)
-            found[name] = _by_value(ids, _names(experiment, prepared, field))
+            found[name] = _by_value(ids, value_names(experiment, prepared, field))
         else:
             ids = user if name == COLD_USERS else candidate
             cold = ~np.isin(ids, _trained(prepared, name))
@@ -71,7 +71,7 @@ def _ids(
     return np.concatenate(parts)
 
 
-def _names(experiment: Experiment, prepared: Prepared, field: IdField) -> list[str]:
+def value_names(experiment: Experiment, prepared: Prepared, field: IdField) -> list[str]:
     """What each id is called."""
     size = field.size
     if not prepared.has_vocabulary(field.name):

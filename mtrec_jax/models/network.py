@@ -23,11 +23,14 @@ from mtrec_jax.models.fusions import FusionSizes
 from mtrec_jax.models.fusions.none import NoFusion
 from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, clipped, side_of
 from mtrec_jax.models.interactions import InteractionSizes
+from mtrec_jax.models.interests import Interests, nearest
 from mtrec_jax.models.layers import Thresholds, dropout, linear, normal, unit_length
 from mtrec_jax.models.members import Members, together
 from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerSizes
 from mtrec_jax.tables.layout import pool
 from mtrec_jax.types import UNKNOWN, Array, Batch, Fusing, Outputs, UserStates
+
+EVENTS = 1 << 16  # draw of the events that are hidden; encoders split the same key
 
 
 class Network(nnx.Module):
@@ -69,6 +72,10 @@ class Network(nnx.Module):
                 self.behaviour = made(d, d)
             seen = EncoderSizes(d, history_length + 1, config.dropout)
             self.encoder = config.encoder.make(seen, dtype=dtype, rngs=rngs)
+            several = config.interests > 1
+            self.interests = (
+                Interests(config.interests, d, dtype=dtype, rngs=rngs) if several else None
+            )
         alone = config.members if inputs.tasks and config.members_share == "encoder" else 1
         of_context = self.user_context is not None and not inputs.has_events
         self.other_users = nnx.List([made(context, d) for _ in range(1, alone) if of_context])
@@ -132,6 +139,7 @@ class Network(nnx.Module):
             states = jnp.broadcast_to(projected[:, None], (b, p, d))
             return UserStates(states, *features, none, none, cutoff)
         tokens, events, behaviour = self._tokens(batch, rows, jnp.asarray(events))
+        tokens = self._some(tokens, key)
         start = self.start[...][None] + projected
         # (B, 1 + L, D): state s has seen s events
         known = jnp.pad(
@@ -148,14 +156,42 @@ class Network(nnx.Module):
             states = self.encoder.at(past, cutoff, masked, key)
         else:
             hidden = self.encoder(past, key)
+            if self.interests is not None:
+                hidden = self.interests(past.tokens, known, hidden)
             # Whole rows are gathered, each example's from its own: none comes from another device.
             states = jax.vmap(lambda seen, cutoff: seen[cutoff])(hidden, cutoff)
         if self.search is not None:
             searched = jnp.asarray(batch.events["item"]) == UNKNOWN
-            states = states + self.search(behaviour, searched, cutoff)
+            states = states + self._to_each(self.search(behaviour, searched, cutoff))
         if self.user_numbers is not None:  # they belong to this example's time, not to the start
-            states = states + self.user_numbers(clipped(batch.context["numbers"]))[:, None]
+            numbers = self.user_numbers(clipped(batch.context["numbers"]))
+            states = states + self._to_each(numbers)[:, None]
         return UserStates(states, *features, events, tokens, cutoff)
+
+    def _some(self, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Tokens of the past [B, L, D] without those of events that training hides."""
+        rate = self.config.event_dropout
+        if key is None or not rate:
+            return tokens
+        kept = dropout(
+            jnp.ones(tokens.shape[:2], self.dtype), rate, jax.random.fold_in(key, EVENTS)
+        )
+        return jnp.where(kept[..., None] > 0, tokens, 0)
+
+    def state_after(self, tokens: jax.Array, count: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The state [B, D] after the first `count` [B] of a stranger's events [B, L, D], of whose
+        times nothing is known; the interests side by side, if there are several."""
+        start = jnp.broadcast_to(self.start[...], (len(tokens), 1, tokens.shape[-1]))
+        known = jnp.arange(tokens.shape[1] + 1)[None] <= count[:, None]
+        past = Behaviour(jnp.concatenate([start, tokens], axis=1), known, None)
+        hidden = self.encoder(past, key)
+        if self.interests is not None:
+            hidden = self.interests(past.tokens, known, hidden)
+        return jnp.take_along_axis(hidden, count[:, None, None], axis=1)[:, 0]
+
+    def _to_each(self, part: jax.Array) -> jax.Array:
+        """What is added to each interest [..., D], as often as there are any."""
+        return jnp.concatenate([part] * self.config.interests, axis=-1)
 
     def _asked(self, batch: Batch, moments: jax.Array | None, known: jax.Array) -> jax.Array | None:
         """When what follows each token is asked for [B, S]: at the time of the query where there
@@ -198,7 +234,7 @@ class Network(nnx.Module):
     ) -> tuple[Outputs, Fusing | None]:
         """Score candidates [B, P, W] for the states: every task's logits, and the fused order of
         them calibrated; and what the fusion was given."""
-        b, p, d = states.vectors.shape
+        (b, p), d = states.vectors.shape[:2], self.config.width
         n, versions = b * p, 1 + len(self.inputs.own)  # the shared tables, then those of each owner
         context = jnp.broadcast_to(states.context[:, None], (b, p, states.context.shape[1]))
         contexts, requests = (
@@ -209,7 +245,7 @@ class Network(nnx.Module):
         users, pairs, logits = [user] * versions, [list[jax.Array]()] * versions, {}
         items = users
         if self.inputs.has_items and candidates is not None:
-            user = jnp.asarray(states.vectors).reshape(n, d)
+            user = nearest(jnp.asarray(states.vectors), candidates[..., :d]).reshape(n, d)
             items = jnp.split(candidates.reshape(n, -1), candidates.shape[-1] // d, axis=-1)
             others = [of(c) for of, c in zip(self.other_users, contexts[1:], strict=False)]
             users = [user, *(others or [user] * (versions - 1))]  # own where all known of them is

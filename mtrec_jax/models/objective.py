@@ -17,8 +17,10 @@ from mtrec_jax.losses.lists import LISTS
 from mtrec_jax.losses.retrieval import Compared
 from mtrec_jax.losses.tasks import TaskField, class_numbers, head_of
 from mtrec_jax.models.inputs import Inputs, group_slots, with_group
+from mtrec_jax.models.interests import nearest
 from mtrec_jax.models.layers import unit_length
 from mtrec_jax.models.network import Network
+from mtrec_jax.models.views import Contrast, contrast_loss, views
 from mtrec_jax.types import (
     FIRST,
     Batch,
@@ -30,6 +32,8 @@ from mtrec_jax.types import (
     Wanted,
 )
 
+CONTRAST = "contrast"  # the loss of altered views of the histories, which is not balanced
+CONTRAST_DRAW = (1 << 16) + 2  # of these views
 KEPT_DRAW = (1 << 16) + 1  # of the negatives that are kept
 BIAS_DRAW = 1 << 16  # of the bias tower's silence; members fold their numbers into the same key
 FUSION = "fusion"  # the loss that teaches the fused order, beside the balanced ones
@@ -67,7 +71,9 @@ def make_objective(
     _check_lists(experiment, manifest)
     towers = getattr(abstract, "towers", None)
     brings, asked = getattr(towers, "losses", None), getattr(towers, "loss_inputs", ())
-    names = (*experiment.tasks, *getattr(towers, "extra_losses", ()))
+    contrast = experiment.train.contrast
+    own_names = getattr(towers, "extra_losses", ())
+    names = (*experiment.tasks, *own_names, *[CONTRAST] * (contrast is not None))
     fusion = _make_fusion(experiment, inputs, network)
 
     def weights(batch: Batch, lottery: jax.Array) -> dict[str, jax.Array]:
@@ -81,6 +87,8 @@ def make_objective(
             own = brings(zeros, *_labels(batch))
             _check_brought(experiment, own)
             found |= {n: counts * _weight(batch, n) for n, (_, counts) in own.items()}
+        if contrast is not None:
+            found[CONTRAST] = _contrasted(batch)
         totals = {name: jnp.sum(found[name]) for name in names}
         return totals | ({FUSION: fusion.weight(batch, lottery)} if fusion else {})
 
@@ -116,6 +124,8 @@ def make_objective(
 
         of_retrieval = experiment, inputs, layers, shared, batch, wanted, key
         sums = {name: _retrieval_sum(*of_retrieval) for name in [inputs.retrieval] if name}
+        if contrast is not None:
+            sums[CONTRAST] = _contrast_sum(contrast, layers, shared, batch, key)
         looks = {n: outputs.diagnostics[n] for n in asked}
         if outputs.members:  # the mean of their losses, each by itself
             of_each = jax.vmap(of_towers, in_axes=2)(outputs.members, looks)
@@ -162,6 +172,27 @@ def _retrieval_sum(
     return total
 
 
+def _contrasted(batch: Batch) -> jax.Array:
+    """[B]: 1 for each example of the batch with two events or more."""
+    events = jnp.sum(jnp.asarray(batch.events["item"]) > 0, axis=1)
+    weight = jnp.asarray(batch.weight)
+    return jnp.where((events > 1) & jnp.any(weight > 0, axis=1), 1, 0).astype(weight.dtype)
+
+
+def _contrast_sum(
+    options: Contrast, layers: Network, shared: Shared, batch: Batch, key: jax.Array | None
+) -> jax.Array:
+    """The weighted sum of the loss that two views of a history are alike; without a key the views
+    are those of a fixed one."""
+    count = jnp.sum(jnp.asarray(batch.events["item"]) > 0, axis=1)
+    drawn = jax.random.fold_in(jax.random.key(0) if key is None else key, CONTRAST_DRAW)
+    states = []
+    for of_views, of_encoder in jax.random.split(drawn, (2, 2)):
+        tokens, left = views(options, shared.outcomes, count, of_views)
+        states.append(layers.state_after(tokens, left, None if key is None else of_encoder))
+    return options.weight * contrast_loss(*states, _contrasted(batch), options.temperature)
+
+
 def _compared(
     experiment: Experiment,
     inputs: Inputs,
@@ -171,11 +202,11 @@ def _compared(
     wanted: Wanted,
 ) -> Compared:
     """What the loss of the retrieval compares."""
-    name, d = str(inputs.retrieval), shared.users.shape[-1]
-    there = jnp.asarray(batch.mask[name])
+    name, d = str(inputs.retrieval), inputs.layout.width
+    there, positives = jnp.asarray(batch.mask[name]), shared.candidates[..., :d]
     return Compared(
-        users=unit_length(shared.users),
-        positives=unit_length(shared.candidates[..., :d]),
+        users=unit_length(nearest(shared.users, positives)),
+        positives=unit_length(positives),
         negatives=unit_length(shared.negatives[:, :d]),
         positive_ids=jnp.asarray(batch.candidate),
         negative_ids=wanted.negatives,
@@ -284,7 +315,8 @@ def _make_fusion(
             fused = layers.fusion(fusing)[0].reshape(value.shape)
             return jnp.sum(optax.sigmoid_binary_cross_entropy(fused, value) * weight)
         chosen = order.chosen_position(weight, lottery)
-        return _list_loss(layers, shared, batch, wanted, weight, chosen, mesh)
+        given = layers, shared, batch, wanted, weight, chosen
+        return _list_loss(*given, inputs.layout.width, mesh)
 
     return _Fusion(weight_of, fusion_loss)
 
@@ -308,6 +340,7 @@ def _list_loss(
     wanted: Wanted,
     weight: jax.Array,
     chosen: jax.Array,
+    width: int,
     mesh: jax.sharding.Mesh,
 ) -> jax.Array:
     """The fused score puts the target above hard negatives, at one position `chosen` an example.
@@ -321,15 +354,16 @@ def _list_loss(
         place = chosen.reshape(*chosen.shape, *[1] * (array.ndim - 2))
         return jnp.take_along_axis(array, place, axis=1)
 
-    user, own = at_chosen(shared.users), at_chosen(shared.candidates)  # (B, 1, D), (B, 1, W)
-    target, d = at_chosen(jnp.asarray(batch.candidate)), user.shape[-1]
+    user, own = at_chosen(shared.users), at_chosen(shared.candidates)  # (B, 1, K * D), (B, 1, W)
+    target, d = at_chosen(jnp.asarray(batch.candidate)), width
+    of_target = nearest(user, own[..., :d])
     places, retrieved = order.hardest(
-        user[:, 0], own[:, 0, :d], target, shared.negatives[:, :d], wanted.negatives, mesh
+        of_target[:, 0], own[:, 0, :d], target, shared.negatives[:, :d], wanted.negatives, mesh
     )
     candidates = jnp.concatenate([own, jnp.take(shared.negatives, places, axis=0)], axis=1)
     shape = candidates.shape[:2]  # (B, K)
     states = states_of(shared, batch)._replace(
-        vectors=jnp.broadcast_to(user, (*shape, d)),
+        vectors=jnp.broadcast_to(user, (*shape, user.shape[-1])),
         request=jnp.broadcast_to(at_chosen(shared.request), (*shape, shared.request.shape[-1])),
         cutoff=jnp.broadcast_to(at_chosen(jnp.asarray(batch.cutoff)), shape),
     )

@@ -28,9 +28,11 @@ from mtrec_jax.evaluation.answers import CHOSEN, FUSED, Answers, described
 from mtrec_jax.evaluation.collect import ordering
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.losses.tasks import class_numbers, labelled
+from mtrec_jax.models import interests
 from mtrec_jax.models.serve import Answer, look_names, pad_rows, prepared_serving
 from mtrec_jax.result import Result
 from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
+from mtrec_jax.serving.interests import NEAR, events_of, table_of
 from mtrec_jax.serving.requests import (
     BATCH,
     SIZES,
@@ -48,6 +50,7 @@ from mtrec_jax.train.run import Run, load_answers, load_best, open_run, shared_m
 from mtrec_jax.types import FIRST, UNKNOWN, UserStates
 
 WIDE = 512  # candidates of a wider answer than `evaluate.candidates`; then 8 times as many, …
+_ASK_POPULAR = 'Pass on_unknown="popular" for the most popular items, or to answer by a history'
 _UNSCORED = "a new item, of which no feature is known"
 SEEN = (1024, 4096)  # bounds of the seen items of a user that are taken out by a list
 
@@ -445,6 +448,41 @@ class Recommender:
         }
         return Result(pa.table(columns))
 
+    def interests(self, users: Iterable[Any]) -> Result:
+        """What each of a user's `model.interests` is: the one vector of most models, or several.
+
+        Args:
+          users: raw ids of users of the data.
+
+        Returns:
+          A `Result`, a row an interest, those of a user by falling number of events: user,
+          interest (1, 2, …), events (how many of the model's history are nearer to it than to the
+          others), values (what the items near it have in common, see `shared_values`) and items
+          (titles of the nearest).
+
+        Raises:
+          ConfigError: the run has no retrieval task.
+          DataError: a user who is not in the data.
+        """
+        users = raw_texts("users", users)
+        size = self._checked(min(NEAR, len(self._index)), True)
+        self._refuse_unknown(users, "Strangers have no events to be told apart")
+        width = self._serving.model.layout.width
+        events: list[np.ndarray] = []
+        near = [np.zeros((0, self.experiment.model.interests, size), np.int64)]
+        for part in portions(len(users), self._encoder.sizes):
+            n = part.stop - part.start
+            encoded = self._encoder.users(users[part], None, [{}] * n)
+            vectors = np.asarray(self._states(encoded).vectors)[:, 0]
+            each = vectors.reshape(len(vectors), -1, width)
+            found = self._index.search(each.reshape(-1, width), size)[1]
+            near.append(found.reshape(*each.shape[:2], size)[:n])
+            met = jnp.take(self._vectors, jnp.asarray(encoded.batch.events["item"]), axis=0)
+            past, lengths = np.asarray(self._serving.compared(met)), encoded.batch.cutoff[:, 0]
+            events += [events_of(each[row], past[row, : lengths[row]]) for row in range(n)]
+        given = self.experiment, self.prepared, users, events, np.concatenate(near)
+        return Result(table_of(*given))
+
     def _recommend_batch(self, users: list[str], encoded: Requests, asked: _Question) -> pa.Table:
         n = len(users)
         states = self._states(encoded)
@@ -515,13 +553,13 @@ class Recommender:
             if len(items) <= room:
                 exclude[row, : len(items)] = items
         self._announce(len(queries), width)
-        scores, found = self._index.search(queries, width, exclude, mask)
+        scores, found = interests.search(self._index, queries, width, exclude, mask)
         for row in (row for row, items in enumerate(seen) if len(items) > room):
             own = mask.copy()
             own[seen[row]] = False
             alone = np.repeat(queries[row : row + 1], self._encoder.sizes[0], axis=0)
             none = np.full((len(alone), room), -1, np.int32)
-            found_alone = self._index.search(alone, width, none, own)
+            found_alone = interests.search(self._index, alone, width, none, own)
             scores[row], found[row] = (array[0] for array in found_alone)
         return scores, found
 
@@ -698,13 +736,12 @@ class Recommender:
     def _has_pairs(self) -> bool:
         return bool(self.experiment.data.user and self.experiment.data.item)
 
-    def _refuse_unknown(self, users: Sequence[str]) -> None:
+    def _refuse_unknown(self, users: Sequence[str], remedy: str = _ASK_POPULAR) -> None:
         for user in users:
             if user not in self.prepared.user_ids:
                 hint = nearest(user, list(self.prepared.user_ids)[:20_000])
                 raise DataError(
-                    f"user {user!r} is not in the data of {self.run.folder}.{hint} Pass "
-                    'on_unknown="popular" for the most popular items, or to answer by a history'
+                    f"user {user!r} is not in the data of {self.run.folder}.{hint} {remedy}"
                 )
 
 

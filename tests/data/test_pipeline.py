@@ -228,6 +228,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_command_ends_although_storage_still_hangs(
     shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_what_was_changed_is_not_trusted(raw: Path, file: str) -> None:
     assert {p: p.read_bytes() for p in first.folder.rglob("*") if p.is_file()} == content
 
 
+@pytest.mark.slow
 def test_other_bytes_and_another_meaning_are_cleaned_anew(raw: Path) -> None:
     first, _ = cleaned(raw)
     for experiment, same in (
@@ -148,6 +149,7 @@ def test_equal_bytes_with_other_events_are_other_data(
         assert len(set(of)) == 3
 
 
+@pytest.mark.slow
 def test_the_split_belongs_to_it_where_cleaning_depends_on_it(raw: Path) -> None:
     bounds = {"values": {"odd": {"column": "rating", "bounds": "quantiles", "high": 0.9}}}
     for seed, same in ((0, False), (0, True), (1, False)):

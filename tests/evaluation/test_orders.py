@@ -205,6 +205,7 @@ def test_biases_predict_for_the_users_and_items_of_the_targets(
     assert abs(np.mean(np.where(label == 1, np.log(q), np.log(1 - q))) + loss) > 1e-3
 
 
+@pytest.mark.slow
 def test_targets_are_ranked_alike_in_blocks_of_any_size(
     shop_run: Run, serving: Serving, collected: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ LIMITS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_places_beyond_the_items_are_filled_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices are asked for no more than there is, and for large k a few queries at a time."""
     asked: list[int] = []
@@ -86,7 +87,7 @@ def test_eight_devices_give_the_answer_of_one(limits: dict[str, Any]) -> None:
     assert "over 8 devices" in repr(eight)
 
 
-@pytest.mark.parametrize("kind", ["int", "text"])
+@pytest.mark.parametrize("kind", [pytest.param("int", marks=pytest.mark.slow), "text"])
 def test_raw_ids(kind: str) -> None:
     ids: Any = np.arange(1001)[::-1] * 10
     ids = ids if kind == "int" else np.char.add("p", ids.astype(str))
@@ -222,6 +223,7 @@ def test_the_index_holds_a_copy() -> None:
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_items_on_another_device_are_searched_there() -> None:
     items = np.random.default_rng(0).normal(size=(320, 8)).astype(np.float32)
     expected = ItemIndex(items).search(items[:5], 3)

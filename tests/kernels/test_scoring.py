@@ -95,6 +95,7 @@ def test_an_equal_score_in_a_weaker_group_keeps_its_lower_index() -> None:
         assert cosine_topk(np.array(query), items, 4)[1].tolist()[0][1:3] == [2, 18]
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_other_queries() -> None:
     queries, items, _ = _problem(Scoring(258, 700, 16, 5))
     found = cosine_topk(queries, items, 5)

@@ -49,7 +49,7 @@ def _admissible(
     ties=st.booleans(),
     cosine=st.booleans(),
 )
-@hypothesis.settings(max_examples=5, deadline=None)
+@hypothesis.settings(max_examples=3, deadline=None)
 def test_streams_are_the_reference(
     seed: int,
     shape: tuple[int, int, int],

@@ -286,6 +286,7 @@ def test_a_queue_has_the_last_batches_and_its_empty_places_do_not_count() -> Non
         np.testing.assert_array_equal(np.asarray(ids)[filled], seen[: filled.sum()])
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_next_item_brings_padding() -> None:
     pool = Pool(_catalogue(1.0), N, BATCH, THERE * 0)
     for options in (FromBatch(count=4), Mixed(count=4), Queue(count=4)):

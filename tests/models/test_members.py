@@ -179,7 +179,9 @@ def _without_a_past(**model: Any) -> tuple[Model, Any]:
     return make_model(declared, learned), examples
 
 
-@pytest.mark.parametrize("towers", [GATED, AITM], ids=["pepnet", "aitm"])
+@pytest.mark.parametrize(
+    "towers", [pytest.param(GATED, marks=pytest.mark.slow), AITM], ids=["pepnet", "aitm"]
+)
 def test_members_with_tables_of_their_own_are_models_of_their_own(towers: dict[str, Any]) -> None:
     """Loss and gradients of two members are halves of those of two models, one with the tables and
     layers of each: neither learns from the other."""

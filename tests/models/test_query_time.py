@@ -15,6 +15,7 @@ pandas = pytest.importorskip("pandas")
 FILMS, SOON, LATE = 12, 60, 86_400
 
 
+@pytest.mark.slow
 def test_the_time_since_the_last_event_decides_what_is_recommended(tmp_path: Path) -> None:
     """Soon after a film its successor follows, a day later the one on the other side of the circle:
     nobody without the time of the query can know which."""

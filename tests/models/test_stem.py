@@ -86,6 +86,7 @@ def test_a_gate_mixes_the_experts_of_all_tables(normalise: bool) -> None:
         np.testing.assert_allclose(found.hidden[name], mixed, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gradient_reaches_the_shared_tables_and_the_tasks_own(towers: STEMTowers) -> None:
     """Zero to the last bit at the other tasks' tables and experts, which all are read."""
     graph, state = nnx.split(towers)

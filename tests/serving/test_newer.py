@@ -79,6 +79,7 @@ def test_the_same_folder_stays_what_it_is(own: Prepared) -> None:
     assert (view.item_rows() == own.item_rows()).all()
 
 
+@pytest.mark.slow
 def test_numbers_come_to_the_own_scale(tmp_path: Path) -> None:
     own, newer = (_with_ages(tmp_path / n, ages) for n, ages in (("own", "1,3"), ("new", "5,13")))
     # own: mean 2, deviation 1; there: mean 9, deviation 4
@@ -92,8 +93,8 @@ def test_numbers_come_to_the_own_scale(tmp_path: Path) -> None:
     ("impute", "wanted"),
     [
         ("own", [[3, 0], [11, 0], [0, 1]]),
-        ("none", [[3], [11], [0]]),
-        ("constant", [[3], [11], [5]]),  # is 7 in both
+        pytest.param("none", [[3], [11], [0]], marks=pytest.mark.slow),
+        pytest.param("constant", [[3], [11], [5]], marks=pytest.mark.slow),  # is 7 in both
     ],
 )
 def test_what_is_missing_stays_missing_on_another_scale(
@@ -120,6 +121,7 @@ def _with_ages(folder: Path, ages: str, impute: str = "own") -> Prepared:
     return mtrec_jax.prepare(experiment, folder, folder / "out")
 
 
+@pytest.mark.slow
 def test_other_features_and_bins_are_refused_by_name(own: Prepared, tmp_path: Path) -> None:
     other = prepared(tmp_path / "other", NEWER, shade={"kind": "hashed"}, bin={"bins": 4})
     with pytest.raises(ConfigError) as error:
@@ -218,6 +220,7 @@ def test_a_recommender_answers_with_new_events(
         mtrec_jax.evaluate_run(newer.run)
 
 
+@pytest.mark.slow
 def test_who_has_met_more_needs_no_other_program(
     shop_run: Run, shop_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_study_has_twins_cosines_and_gates(
     assert draw_transfer(tmp_path).read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_the_probe_takes_the_gradients_that_autodiff_takes(
     small: tuple[Experiment, Prepared], compiled_programs: dict[str, str]
 ) -> None:

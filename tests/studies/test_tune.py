@@ -315,6 +315,7 @@ def test_trials_are_runs_on_prepared_data(
     assert best == run.experiment == found.experiment
 
 
+@pytest.mark.slow
 def test_a_trial_goes_on_from_its_checkpoint(
     small: tuple[Experiment, Prepared], tmp_path: Path, compiled_programs: dict[str, str]
 ) -> None:

@@ -90,6 +90,7 @@ def crash() -> None:
     raise RuntimeError("power cut")
 
 
+@pytest.mark.slow
 def test_a_seed_decides_the_run(
     shop_run: Run, shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -230,6 +231,7 @@ def test_the_best_checkpoint_of_a_lower_is_better_metric_is_kept_and_stops_the_r
     assert (run.folder / "metrics.jsonl").read_bytes() == before, "the stop is remembered"
 
 
+@pytest.mark.slow
 def test_patience_counts_since_the_best_step_which_is_the_first_of_equal_ones(
     shop_experiment: Experiment,
     shop_prepared: Prepared,
@@ -251,6 +253,7 @@ def test_patience_counts_since_the_best_step_which_is_the_first_of_equal_ones(
     assert load_best(run)[2] == 6
 
 
+@pytest.mark.slow
 def test_the_mean_of_several_tasks_chooses_and_what_is_undefined_judges_nothing(
     plain: Experiment,
     shop_prepared: Prepared,

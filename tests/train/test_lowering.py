@@ -32,7 +32,7 @@ def lowered(traced: Any) -> str:
     return texts[0]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4)])
 def test_the_step(shape: tuple[int, int]) -> None:
     """With dropout, negatives, both kinds of tables and the fusion; over devices, the exchange."""
     train = {"batch_size": 16, "row_precision": "bfloat16", "optimizer": "adamw", "clip_norm": 1.0}

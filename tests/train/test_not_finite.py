@@ -144,6 +144,7 @@ def test_the_step_itself_moves_nothing_but_its_count(
             assert (bits(state, (part,)) != bits(job.step.init(0), (part,))) == again, part
 
 
+@pytest.mark.slow
 def test_a_gradient_whose_square_is_not_finite_changes_nothing(
     plain: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:

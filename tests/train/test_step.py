@@ -80,6 +80,7 @@ def _learned(state: TrainState) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+@pytest.mark.slow
 def test_every_loss_falls_on_a_batch_that_is_seen_again(single: Compiled) -> None:
     state, examples, sums = single.place(), tiny.batch(0, SIZE), []
     for _ in range(30):
@@ -220,7 +221,8 @@ def _assert_same(one: PyTree, other: PyTree, relative: float, except_for: str = 
         assert np.abs(one[name] - other[name]).max() <= relative * scale, name
 
 
-@pytest.mark.parametrize("steps", [8, pytest.param(STEPS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [8, STEPS])
 def test_devices_agree_in_double_precision(steps: int) -> None:
     """Dropout, negatives and the fusion's lottery included; the tables split over "table"."""
     with jax.enable_x64(True):

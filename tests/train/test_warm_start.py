@@ -146,7 +146,7 @@ OWNERS = ("item", "user_id", "segment", "brand", "price_bin")
         pytest.param("grown", {"capacity": 0}, marks=pytest.mark.slow),
         ("anew", {}),
         pytest.param("anew", {"item": "dense"}, marks=pytest.mark.slow),
-        ("anew", {"mesh": (2, 4)}),
+        pytest.param("anew", {"mesh": (2, 4)}, marks=pytest.mark.slow),
     ],
 )
 def test_rows_are_carried_over_by_raw_value(

@@ -55,6 +55,7 @@ def test_the_length_of_such_a_training_is_given() -> None:
     assert experiment_of(*given, {}).train.patience == 4
 
 
+@pytest.mark.slow
 def test_the_last_step_is_kept_and_there_is_nothing_to_evaluate(
     tmp_path: Path, compiled_programs: dict[str, str]
 ) -> None:

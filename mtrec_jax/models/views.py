@@ -1,0 +1,93 @@
+"""Altered views of a history, and the loss that two views of one user are alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from mtrec_jax.models.layers import unit_length
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+VIEWS = ("crop", "mask", "reorder", "drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """`[train.contrast]`: each user's history is altered twice, each time in one of the ways whose
+    share is above 0, and encoded; the state after one view has to be nearer to that after the other
+    view of the same user than to those of the batch's other users (Xie et al., "Contrastive
+    learning for sequential recommendation", ICDE 2022).
+    """
+
+    weight: Annotated[float, Field(gt=0)] = 0.1
+    temperature: Annotated[float, Field(gt=0)] = 0.5  # of the cosine between two states
+    crop: Share = 0.4  # of the events that are cut off at both ends together
+    mask: Share = 0.3  # of the events whose places stay empty
+    reorder: Share = 0.4  # of the events, one stretch of them, that are shuffled
+    drop: Share = 0.0  # of the events that are left out
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Those that are used."""
+        return tuple(name for name in VIEWS if getattr(self, name))
+
+
+def views(
+    options: Contrast, tokens: jax.Array, count: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One altered view of each history.
+
+    Args:
+      options: the ways, of which each history is altered in one, drawn evenly.
+      tokens: [B, L, D], of which the first `count` [B] of each are events.
+      key: of the draws.
+
+    Returns:
+      Tokens [B, L, D], and how many of each are events [B]; at least one where there was one.
+    """
+    b, length = tokens.shape[:2]
+    of_way, of_start, of_event = jax.random.split(key, 3)
+    way = jax.random.randint(of_way, (b, 1), 0, len(options.ways))
+    start, event = jax.random.uniform(of_start, (b, 1)), jax.random.uniform(of_event, (b, length))
+    place, size = jnp.arange(length)[None], count[:, None]
+    there = place < size
+    keys, kept, hidden = place * jnp.ones((b, 1), event.dtype), there, jnp.zeros_like(there)
+    for number, name in enumerate(options.ways):
+        chosen, share = way == number, getattr(options, name)
+        stretch = jnp.maximum(1, jnp.round((1 - share if name == "crop" else share) * size))
+        first = jnp.floor(start * (size - stretch + 1))
+        inside = (place >= first) & (place < first + stretch)
+        if name == "crop":
+            kept = kept & (inside | ~chosen)
+        elif name == "reorder":  # a random key between the ends of the stretch for each of its own
+            keys = jnp.where(chosen & inside, first + (stretch - 1) * event, keys)
+        elif name == "mask":
+            hidden = hidden | (chosen & (event < share))
+        else:  # the event with the largest draw stays
+            most = jnp.max(jnp.where(there, event, -1), axis=1, keepdims=True)
+            kept = kept & ((event >= share) | (event == most) | ~chosen)
+    order = jnp.argsort(jnp.where(kept, keys, length), axis=1)
+    left = jnp.sum(kept, axis=1)
+    taken = jnp.take_along_axis(jnp.where(hidden[..., None], 0, tokens), order[..., None], axis=1)
+    return jnp.where((place < left[:, None])[..., None], taken, 0), left
+
+
+def contrast_loss(
+    one: jax.Array, other: jax.Array, counts: jax.Array, temperature: float
+) -> jax.Array:
+    """The sum over users of the softmax cross-entropy that the other view [B, D] of a user is told
+    from both views of the other users; those whose `counts` [B] is 0 are left out."""
+    n = len(one)
+    states = unit_length(jnp.concatenate([one, other]))
+    weight = jnp.concatenate([counts, counts])
+    logits = states @ states.T / temperature
+    out = jnp.eye(2 * n, dtype=bool) | (weight == 0)[None]
+    logits = jnp.where(out, -jnp.inf, logits)
+    own = jnp.sum(states * jnp.concatenate([states[n:], states[:n]]), axis=1) / temperature
+    # a user who is left out has nobody to be told from
+    total = jax.nn.logsumexp(jnp.where((weight > 0)[:, None], logits, 0), axis=1)
+    return jnp.sum((total - own) * weight) / 2
