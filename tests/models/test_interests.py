@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,6 @@ from flax import nnx
 
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.models import interests
-
 
 K, D, N = 3, 4, 40
 
