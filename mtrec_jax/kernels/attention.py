@@ -22,7 +22,8 @@ def causal_attention(
 ) -> Float[Array, "N S D"]:
     """softmax(query . key / sqrt(D)) of the positions up to each query's own, times the values.
 
-    Heads stand in the first axis. Differentiable by all three.
+    Heads stand in the first axis. Differentiable by all three. Of fewer bits than 32, products are
+    summed in 32, and weights are made in 32.
 
     >>> x = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
     >>> causal_attention(x, x, x)[0, 0].tolist()  # it sees itself alone
@@ -43,25 +44,28 @@ def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed.append(jnp.einsum("nij,njd->nid", weights, value[:, past]) / total)
+        mixed.append(_mixed("nij,njd->nid", weights, value[:, past]) / total)
         normalisers.append((largest + jnp.log(total))[..., 0])
     found, normaliser = jnp.concatenate(mixed, axis=1), jnp.concatenate(normalisers, axis=1)
+    found = found.astype(value.dtype)
     return found, (query, key, value, found, normaliser)
 
 
 def _backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     query, key, value, mixed, normaliser = kept
-    own_part = jnp.sum(gradient * mixed, axis=-1, keepdims=True)
-    to_query, to_key, to_value = [], jnp.zeros_like(key), jnp.zeros_like(value)
+    own_part = jnp.sum((gradient * mixed).astype(normaliser.dtype), axis=-1, keepdims=True)
+    to_query, wide = [], normaliser.dtype
+    to_key, to_value = jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide)
     for own, past, seen in blocks(query.shape[1]):
         scores = _scores(query[:, own], key[:, past], seen)
         weights = jnp.exp(scores - normaliser[:, own, None])
-        to_weights = jnp.einsum("nid,njd->nij", gradient[:, own], value[:, past])
+        to_weights = _mixed("nid,njd->nij", gradient[:, own], value[:, past])
         to_scores = weights * (to_weights - own_part[:, own])
-        to_query.append(jnp.einsum("nij,njd->nid", to_scores, key[:, past]))
-        to_key = to_key.at[:, past].add(jnp.einsum("nij,nid->njd", to_scores, query[:, own]))
-        to_value = to_value.at[:, past].add(jnp.einsum("nij,nid->njd", weights, gradient[:, own]))
-    return jnp.concatenate(to_query, axis=1), to_key, to_value
+        to_query.append(_mixed("nij,njd->nid", to_scores, key[:, past]))
+        to_key = to_key.at[:, past].add(_mixed("nij,nid->njd", to_scores, query[:, own]))
+        to_value = to_value.at[:, past].add(_mixed("nij,nid->njd", weights, gradient[:, own]))
+    found = jnp.concatenate(to_query, axis=1), to_key, to_value
+    return tuple(to.astype(of.dtype) for to, of in zip(found, kept[:3], strict=True))  # type: ignore[return-value]
 
 
 _attention.defvjp(_forward, _backward)
@@ -78,8 +82,13 @@ def blocks(length: int) -> Iterator[tuple[slice, slice, Array]]:
 
 
 def _scores(query: Array, key: Array, seen: Array) -> Array:
-    scores = jnp.einsum("nid,njd->nij", query, key)
-    return jnp.where(seen[None], scores, -jnp.inf)
+    return jnp.where(seen[None], _mixed("nid,njd->nij", query, key), -jnp.inf)
+
+
+def _mixed(axes: str, one: Array, other: Array) -> Array:
+    """A product of numbers of the second's bits, summed in 32 at least."""
+    wide = jnp.promote_types(other.dtype, jnp.float32)
+    return jnp.einsum(axes, one.astype(other.dtype), other, preferred_element_type=wide)
 
 
 def padded_attention(

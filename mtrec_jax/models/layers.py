@@ -41,12 +41,20 @@ class Dense(nnx.Linear):
         return super().__call__(rows).reshape(*x.shape[:-1], self.out_features)
 
 
-def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Dense:
-    """A dense layer whose initial values are drawn on the host, without a compiled program."""
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    compute: jnp.dtype | None = None,
+) -> Dense:
+    """A dense layer whose initial values are drawn on the host, without a compiled program; its
+    product is taken in `compute`, which is `dtype` unless given."""
     return Dense(
         inputs,
         outputs,
-        dtype=dtype,
+        dtype=compute or dtype,
         param_dtype=dtype,
         kernel_init=lecun_normal,
         bias_init=constant(0.0),
@@ -169,7 +177,9 @@ def product(x: Float[Array, "n in"], layers: Sequence[nnx.Linear]) -> Float[Arra
     """The outputs of dense layers with one input, side by side: one large product for many small
     ones."""
     kernels = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
-    return x @ kernels + jnp.concatenate([layer.bias[...] for layer in layers])[None]
+    biases = jnp.concatenate([layer.bias[...] for layer in layers])
+    x, kernels, biases = (part.astype(layers[0].dtype) for part in (x, kernels, biases))
+    return x @ kernels + biases[None]
 
 
 class Experts(nnx.Module):

@@ -167,6 +167,46 @@ def test_pointwise_attention_with_places_and_times_written_out(
         np.testing.assert_allclose(found[b], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["transformer", "hstu"])
+def test_layers_as_a_loop_are_the_same_layers(kind: str) -> None:
+    """Values, what is dropped, and the gradient of each layer."""
+    plain, deep = (
+        ENCODERS[kind](layers=3, heads=2, deep=deep).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))
+        for deep in (False, True)
+    )
+    x = np.random.default_rng(3).normal(size=(B, S, D)).astype(np.float32)
+
+    def learned(encoder: Any) -> Any:
+        graph, state = nnx.split(encoder)
+
+        def loss(state: Any) -> jax.Array:
+            return jnp.sum(nnx.merge(graph, state)(_past(x), jax.random.key(1)) ** 2)
+
+        value, gradient = jax.jit(jax.value_and_grad(loss))(state)
+        return value, nnx.to_pure_dict(gradient)["blocks" if kind == "transformer" else "units"]
+
+    (value, layers), (of_loop, stacked) = learned(plain), learned(deep)
+    assert float(of_loop) == pytest.approx(float(value), rel=1e-5)
+    for number, layer in layers["layers"].items():
+        own = jax.tree.map(lambda array, number=number: array[number], stacked["loop"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), own, layer
+        )
+
+
+@pytest.mark.parametrize("kind", ["transformer", "hstu"])
+def test_products_of_fewer_bits_are_near_and_the_states_as_precise_as_before(kind: str) -> None:
+    x = np.random.default_rng(3).normal(size=(B, S, D)).astype(np.float32)
+    states = [
+        jax.jit(lambda x, encoder=encoder: encoder(_past(x), None))(x)
+        for compute in ("same", "bfloat16")
+        for encoder in [ENCODERS[kind](compute=compute).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))]
+    ]
+    assert states[1].dtype == jnp.float32
+    difference = np.abs(states[1] - states[0]).max()
+    assert 1e-4 < difference < 0.1
+
+
 def test_hidden_events_are_filled_in_from_both_sides_and_answers_from_what_was_before() -> None:
     """In training a state depends on all events but the hidden ones; else on those before."""
     encoder = BERT4Rec(heads=2).make(SIZES, dtype=FLOAT, rngs=nnx.Rngs(0))

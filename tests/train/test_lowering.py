@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.kernels.softmax import softmax_loss
+from mtrec_jax.models.encoders import Behaviour, EncoderSizes
+from mtrec_jax.models.encoders.transformer import Transformer
 from mtrec_jax.models.model import make_model
 from mtrec_jax.sharding import make_mesh, put_batch, replicate
 from mtrec_jax.tables.exchange import Buffers, look_up, update
@@ -42,6 +45,48 @@ def test_the_step(shape: tuple[int, int]) -> None:
     text = lowered(step.update.trace(step.abstract, *given))  # type: ignore[attr-defined]
     assert "stablehlo.dot_general" in text
     assert ("all_to_all" in text) == (shape == (2, 4))
+
+
+def _deep(layers: int, width: int, length: int, deep: bool) -> Any:
+    """The gradients of an encoder's parameters, traced without any array."""
+    options = Transformer(layers=layers, heads=16, expansion=4, deep=deep, compute="bfloat16")
+    sizes, like = EncoderSizes(width, length, 0.1), jax.ShapeDtypeStruct
+    encoder = nnx.eval_shape(
+        lambda: options.make(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    )
+    graph, state = nnx.split(encoder)
+
+    def loss(state: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
+        known = jnp.ones(tokens.shape[:2], bool)
+        return jnp.sum(nnx.merge(graph, state)(Behaviour(tokens, known, None), key))
+
+    given = like((8, length, width), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(jax.grad(loss)).trace(state, *given)
+
+
+def test_an_encoder_of_24_layers_of_1024_is_a_loop_over_one() -> None:
+    text = lowered(_deep(24, 1024, 512, True))
+    assert "stablehlo.while" in text
+    assert text.count("stablehlo.dot_general") < 60  # of one layer there and back
+    assert "tensor<24x1024x4096xf32>" in text
+    assert "bf16" in text
+
+
+@pytest.mark.slow
+def test_memory_of_a_loop_grows_by_the_inputs_of_its_layers_alone() -> None:
+    """Beside the parameters and their gradients."""
+    needed = {
+        (layers, deep): _deep(layers, 64, 128, deep).lower().compile().memory_analysis()
+        for layers in (4, 12)
+        for deep in (True, False)
+    }
+    grown = {
+        deep: needed[12, deep].temp_size_in_bytes - needed[4, deep].temp_size_in_bytes
+        for deep in (True, False)
+    }
+    inputs = 8 * (8 * 128 * 64 * 4)  # of 8 more layers
+    assert grown[True] < 2.5 * inputs
+    assert grown[False] > 3 * grown[True]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -200,8 +200,8 @@ def test_an_optimizer_of_ones_own_sees_every_array_by_its_name(single: Compiled)
     state, expected = step.init(3), _learned(_train(single, 3))
     for s in range(3):
         state = step.update(state, put_batch(tiny.batch(s, SIZE), single.mesh), single.catalogue)
-    assert {"dense", "network.encoder.blocks.0.key.kernel"} < set(seen)
-    _assert_same(expected, _learned(state), 1e-5, "params.network.encoder.blocks.0.key.bias")
+    assert {"dense", "network.encoder.blocks.layers.0.key.kernel"} < set(seen)
+    _assert_same(expected, _learned(state), 1e-5, "params.network.encoder.blocks.layers.0.key.bias")
 
 
 def _compilations() -> tuple[list[str], Callable[..., None]]:
@@ -239,7 +239,7 @@ def test_devices_agree_in_double_precision(steps: int) -> None:
     # not float32 in disguise
     whole = np.concatenate([v.ravel() for n, v in expected.items() if n.startswith("params.net")])
     assert np.mean(whole.astype(np.float32) != whole) > 0.99
-    unused = "params.network.encoder.blocks.0.key.bias"
+    unused = "params.network.encoder.blocks.layers.0.key.bias"
     assert np.abs(expected.pop(unused)).max() < 1e-9  # rounding: a softmax does not see this bias
     for found in others:
         assert np.abs(found.pop(unused)).max() < 1e-9
@@ -252,7 +252,7 @@ def test_devices_agree_in_single_precision(single: Compiled) -> None:
     split = _compiled((4, 2), start=single.start)
     found = _learned(_train(split))
     # the gradient of this bias is rounding noise, which Adam scales up to steps of full length
-    _assert_same(expected, found, 1e-4, except_for="params.network.encoder.blocks.0.key.bias")
+    _assert_same(expected, found, 1e-4, except_for="params.network.encoder.blocks.layers.0.key.bias")
     names, listen = _compilations()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

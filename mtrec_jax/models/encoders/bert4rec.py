@@ -11,7 +11,8 @@ from flax import nnx
 from pydantic import Field
 
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
-from mtrec_jax.models.encoders.transformer import Block, Transformer, check_heads
+from mtrec_jax.models.encoders.stack import Stack, split
+from mtrec_jax.models.encoders.transformer import Block, Compute, Transformer, check_heads
 from mtrec_jax.models.layers import dropout, layer_norm, normal
 
 
@@ -27,6 +28,8 @@ class BERT4Rec:
     layers: Annotated[int, Field(ge=1)] = 2
     heads: Annotated[int, Field(ge=1)] = 1
     expansion: Annotated[int, Field(ge=1)] = 2
+    deep: bool = False  # as of kind "transformer"
+    compute: Compute = "same"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
     def make(self, sizes: EncoderSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> MaskedTransformer:
@@ -45,12 +48,13 @@ class MaskedTransformer(nnx.Module):
 
     def __init__(self, sizes: EncoderSizes, options: BERT4Rec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.rate, width = sizes.dropout, sizes.width
-        like = Transformer(heads=options.heads, expansion=options.expansion)
+        like = Transformer(
+            heads=options.heads, expansion=options.expansion, compute=options.compute
+        )
         self.hidden = nnx.Param(normal(rngs, (width,), 0.02, dtype))
         self.positions = nnx.Param(normal(rngs, (sizes.length + 1, width), 0.02, dtype))
-        self.blocks = nnx.List(
-            [Block(sizes, like, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
-        )
+        made = [Block(sizes, like, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
+        self.blocks = Stack(made, options.deep)
         self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
 
     def at(
@@ -83,11 +87,7 @@ class MaskedTransformer(nnx.Module):
         return found.reshape(b, p, -1)
 
     def _filled(self, tokens: jax.Array, known: jax.Array, key: jax.Array | None) -> jax.Array:
-        keys = [None] * (len(self.blocks) + 1)
-        if key is not None:
-            keys = list(jax.random.split(key, len(self.blocks) + 1))
+        first, others = split(key, self.blocks.count)
         places = self.positions[...][None, : tokens.shape[1]]
-        x = dropout(tokens + places, self.rate, keys[0])
-        for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, block_key, known)
-        return self.norm(x)
+        x = dropout(tokens + places, self.rate, first)
+        return self.norm(self.blocks(x, others, lambda block, x, key: block(x, key, known)))

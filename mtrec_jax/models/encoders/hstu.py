@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -12,7 +13,8 @@ from pydantic import Field
 
 from mtrec_jax.kernels.attention import blocks
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
-from mtrec_jax.models.encoders.transformer import check_heads, joined_heads, split_heads
+from mtrec_jax.models.encoders.stack import Stack, split
+from mtrec_jax.models.encoders.transformer import Compute, check_heads, joined_heads, split_heads
 from mtrec_jax.models.layers import constant, dropout, layer_norm, linear
 
 BUCKETS = 64  # of the logarithm of seconds: e^(0.301 * 64) are seven years
@@ -31,6 +33,8 @@ class HSTU:
     kind: Literal["hstu"] = "hstu"
     layers: Annotated[int, Field(ge=1)] = 2
     heads: Annotated[int, Field(ge=1)] = 1
+    deep: bool = False  # as of kind "transformer"
+    compute: Compute = "same"
     compares_times: ClassVar[bool] = True
 
     def make(self, sizes: EncoderSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> HSTULayers:
@@ -48,19 +52,14 @@ class HSTULayers(nnx.Module):
 
     def __init__(self, sizes: EncoderSizes, options: HSTU, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.rate = sizes.dropout
-        self.units = nnx.List(
-            [Unit(sizes, options, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
-        )
+        made = [Unit(sizes, options, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
+        self.units = Stack(made, options.deep)
         self.norm = layer_norm(sizes.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, past: Behaviour, key: jax.Array | None) -> jax.Array:
-        keys = [None] * (len(self.units) + 1)
-        if key is not None:
-            keys = list(jax.random.split(key, len(self.units) + 1))
-        x = dropout(past.tokens, self.rate, keys[0])
-        for unit, unit_key in zip(self.units, keys[1:], strict=True):
-            x = unit(x, past, unit_key)
-        return self.norm(x)
+        first, others = split(key, self.units.count)
+        x = dropout(past.tokens, self.rate, first)
+        return self.norm(self.units(x, others, lambda unit, x, key: unit(x, past, key)))
 
 
 class Unit(nnx.Module):
@@ -73,8 +72,9 @@ class Unit(nnx.Module):
         self.length = sizes.length
         self.norm_inputs = layer_norm(width, dtype=dtype, rngs=rngs)
         self.norm_mixed = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.inputs = linear(width, 4 * width, dtype=dtype, rngs=rngs)
-        self.output = linear(width, width, dtype=dtype, rngs=rngs)
+        compute = None if options.compute == "same" else jnp.dtype(options.compute)
+        made = functools.partial(linear, dtype=dtype, rngs=rngs, compute=compute)
+        self.inputs, self.output = made(width, 4 * width), made(width, width)
         zeros = constant(0.0)
         self.by_place = nnx.Param(zeros(None, (sizes.length,), dtype))
         self.by_time = nnx.Param(zeros(None, (BUCKETS,), dtype))
@@ -84,7 +84,8 @@ class Unit(nnx.Module):
         gate, *parts = jnp.split(every, 4, axis=-1)
         value, query, keys = (split_heads(part, self.heads) for part in parts)
         mixed = joined_heads(self._mixed(query, keys, value, past), self.heads)
-        return x + dropout(self.output(self.norm_mixed(mixed) * gate), self.rate, key)
+        gated = self.output(self.norm_mixed(mixed) * gate.astype(x.dtype)).astype(x.dtype)
+        return x + dropout(gated, self.rate, key)
 
     def _mixed(
         self, query: jax.Array, keys: jax.Array, value: jax.Array, past: Behaviour
@@ -108,7 +109,8 @@ class Unit(nnx.Module):
         times: tuple[jax.Array, jax.Array] | None,
         start: int,
     ) -> jax.Array:
-        scores = jnp.einsum("nid,njd->nij", query, keys)
+        wide = jnp.promote_types(query.dtype, jnp.float32)  # products are summed in 32 bits
+        scores = jnp.einsum("nid,njd->nij", query, keys, preferred_element_type=wide)
         back = start + jnp.arange(query.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
         scores = scores + jnp.asarray(self.by_place[...])[jnp.maximum(back, 0)][None]
         if times is not None:
@@ -116,7 +118,8 @@ class Unit(nnx.Module):
             of_pair = jnp.asarray(self.by_time[...])[buckets(apart)]
             scores = scores + jnp.repeat(of_pair, self.heads, axis=0)
         weights = jnp.where((back >= 0)[None], jax.nn.silu(scores) / self.length, 0)
-        return jnp.einsum("nij,njd->nid", weights, value)
+        weights = weights.astype(value.dtype)
+        return jnp.einsum("nij,njd->nid", weights, value, preferred_element_type=wide)
 
 
 def buckets(seconds: jax.Array) -> jax.Array:

@@ -14,7 +14,10 @@ from pydantic import Field
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.kernels.attention import causal_attention, padded_attention
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
+from mtrec_jax.models.encoders.stack import Stack, split
 from mtrec_jax.models.layers import dropout, layer_norm, linear, normal, product
+
+Compute = Literal["same", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class Transformer:
     layers: Annotated[int, Field(ge=1)] = 2
     heads: Annotated[int, Field(ge=1)] = 1
     expansion: Annotated[int, Field(ge=1)] = 2  # of the hidden layer behind the attention
+    deep: bool = False  # layers as a loop, which needs the memory of one, and a third more time
+    compute: Compute = "same"  # of products; "bfloat16": on accelerators faster, weights stay
 
     def make(self, sizes: EncoderSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> CausalTransformer:
         """The encoder.
@@ -51,7 +56,8 @@ class Block(nnx.Module):
     def __init__(
         self, sizes: EncoderSizes, options: Transformer, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        made = functools.partial(linear, dtype=dtype, rngs=rngs)
+        compute = None if options.compute == "same" else jnp.dtype(options.compute)
+        made = functools.partial(linear, dtype=dtype, rngs=rngs, compute=compute)
         width, hidden = sizes.width, options.expansion * sizes.width
         self.heads, self.rate = options.heads, sizes.dropout
         self.norm_attention = layer_norm(width, dtype=dtype, rngs=rngs)
@@ -77,9 +83,10 @@ class Block(nnx.Module):
     ) -> jax.Array:
         # Dropping attention weights as well doubles the cost of attention on CPUs, for no gain.
         keys = (None, None) if key is None else jax.random.split(key)
-        x = x + dropout(self.attention(self.norm_attention(x), known), self.rate, keys[0])
+        mixed = self.attention(self.norm_attention(x), known).astype(x.dtype)
+        x = x + dropout(mixed, self.rate, keys[0])
         hidden = jax.nn.relu(self.up(self.norm_hidden(x)))
-        return x + dropout(self.down(hidden), self.rate, keys[1])
+        return x + dropout(self.down(hidden).astype(x.dtype), self.rate, keys[1])
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -107,17 +114,12 @@ class CausalTransformer(nnx.Module):
     ):
         self.rate = sizes.dropout
         self.positions = nnx.Param(normal(rngs, (sizes.length, sizes.width), 0.02, dtype))
-        self.blocks = nnx.List(
-            [Block(sizes, options, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
-        )
+        made = [Block(sizes, options, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
+        self.blocks = Stack(made, options.deep)
         self.norm = layer_norm(sizes.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, past: Behaviour, key: jax.Array | None) -> jax.Array:
-        keys = [None] * (len(self.blocks) + 1)
-        if key is not None:
-            keys = list(jax.random.split(key, len(self.blocks) + 1))
+        first, others = split(key, self.blocks.count)
         places = self.positions[...][None, : past.tokens.shape[1]]
-        x = dropout(past.tokens + places, self.rate, keys[0])
-        for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, block_key)
-        return self.norm(x)
+        x = dropout(past.tokens + places, self.rate, first)
+        return self.norm(self.blocks(x, others, lambda block, x, key: block(x, key)))
