@@ -186,11 +186,13 @@ def _contrast_sum(
     are those of a fixed one."""
     count = jnp.sum(jnp.asarray(batch.events["item"]) > 0, axis=1)
     drawn = jax.random.fold_in(jax.random.key(0) if key is None else key, CONTRAST_DRAW)
-    states = []
+    states: list[jax.Array] = []
     for of_views, of_encoder in jax.random.split(drawn, (2, 2)):
         tokens, left = views(options, shared.outcomes, count, of_views)
         states.append(layers.state_after(tokens, left, None if key is None else of_encoder))
-    return options.weight * contrast_loss(*states, _contrasted(batch), options.temperature)
+    one, other = states
+    loss = contrast_loss(one, other, _contrasted(batch), options.temperature)
+    return options.weight * loss
 
 
 def _compared(

@@ -149,8 +149,10 @@ def test_pointwise_attention_with_places_and_times_written_out(
     x = np.random.default_rng(3).normal(size=(B, S, D)).astype(np.float32)
     moments = np.cumsum([[5, 0, 1, 60, 86_400, 0], [7, 1, 1, 1, 0, 60]], axis=1).astype(np.int32)
     asked = moments if later is None else moments + later
-    known = jnp.ones((B, S), bool), jnp.asarray(moments), None if later is None else asked
-    found = jax.jit(lambda x: unit(x, Behaviour(x, *known), None))(x)
+    past = _past(x)._replace(
+        moments=jnp.asarray(moments), asked=None if later is None else jnp.asarray(asked)
+    )
+    found = jax.jit(lambda x: unit(x, past, None))(x)
     by_place, by_time = np.asarray(unit.by_place[...]), np.asarray(unit.by_time[...])
     for b in range(B):
         every = _linear(unit.inputs, _normalise(unit.norm_inputs, x[b].astype(np.float64)))

@@ -19,9 +19,9 @@ def _views(name: str, share: float) -> list[list[int]]:
     tokens = np.where(there, np.arange(LENGTH) + 1, 0).astype(np.float32)[..., None]
     options = Contrast(**(OFF | {name: share}))
     found, left = views(options, jnp.asarray(tokens), jnp.asarray(COUNTS), jax.random.key(1))
-    found, left = np.asarray(found)[..., 0].astype(int), np.asarray(left)
-    assert not found[np.arange(LENGTH) >= left[:, None]].any()
-    return [row[:size].tolist() for row, size in zip(found, left, strict=True)]
+    rows, sizes = np.asarray(found)[..., 0].astype(int), np.asarray(left)
+    assert not rows[np.arange(LENGTH) >= sizes[:, None]].any()
+    return [row[:size].tolist() for row, size in zip(rows, sizes, strict=True)]
 
 
 def test_a_crop_is_a_stretch_of_the_history() -> None:
@@ -56,8 +56,9 @@ def test_a_stretch_is_shuffled_and_all_else_stays() -> None:
 def test_each_way_is_taken_by_some() -> None:
     there = (np.arange(LENGTH) < 10).astype(np.float32)
     tokens = jnp.asarray(np.tile(there * (np.arange(LENGTH) + 1), (200, 1))[..., None])
-    found, left = views(Contrast(drop=0.5), tokens, jnp.full(200, 10), jax.random.key(0))
-    rows, left = np.asarray(found)[..., 0], np.asarray(left)
+    given = tokens, jnp.full(200, 10), jax.random.key(0)
+    rows, left = (np.asarray(part) for part in views(Contrast(drop=0.5), *given))
+    rows = rows[..., 0]
     cropped = (left == 6) & (np.diff(rows[:, :6], axis=1) == 1).all(axis=1)
     masked = (left == 10) & (rows[:, :10] == 0).any(axis=1)
     shuffled = (left == 10) & (np.diff(rows[:, :10], axis=1) < 0).any(axis=1) & ~masked
@@ -69,7 +70,8 @@ def test_views_are_told_from_those_of_the_others_written_out() -> None:
     rng, temperature = np.random.default_rng(0), 0.5
     one, other = rng.normal(size=(2, 4, 3)).astype(np.float32)
     counts = np.array([1.0, 1.0, 0.0, 1.0], np.float32)
-    found = contrast_loss(*map(jnp.asarray, (one, other, counts)), temperature)
+    states_of_views = jnp.asarray(one), jnp.asarray(other)
+    found = contrast_loss(*states_of_views, jnp.asarray(counts), temperature)
     states = np.concatenate([one, other])[[0, 1, 3, 4, 5, 7]].astype(np.float64)
     states /= np.linalg.norm(states, axis=1, keepdims=True)
     expected = 0.0

@@ -252,7 +252,9 @@ def test_devices_agree_in_single_precision(single: Compiled) -> None:
     split = _compiled((4, 2), start=single.start)
     found = _learned(_train(split))
     # the gradient of this bias is rounding noise, which Adam scales up to steps of full length
-    _assert_same(expected, found, 1e-4, except_for="params.network.encoder.blocks.layers.0.key.bias")
+    _assert_same(
+        expected, found, 1e-4, except_for="params.network.encoder.blocks.layers.0.key.bias"
+    )
     names, listen = _compilations()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
