@@ -37,6 +37,7 @@ from mtrec_jax.models.numbers import NUMBERS
 from mtrec_jax.models.numbers.plain import PlainNumbers
 from mtrec_jax.models.towers import TOWERS
 from mtrec_jax.models.towers.mmoe import MMoE
+from mtrec_jax.serving.diversity import DIVERSIFIERS
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
 _ALONE = BeforeValidator(kind_alone)  # its kind alone will do
@@ -318,6 +319,8 @@ class Evaluate:
     seen: tuple[str, ...] = ()  # binary tasks: a past event with a 1 in one makes its item seen;
     # (): what the retrieval task counts, its `where` or any event; ("any",): any event
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
+    diversify: Annotated[Any, Choice(DIVERSIFIERS)] | None = None  # puts the lists together so that
+    # their items differ, in `recommend` too; None: in the plain order
     calibration: Literal["platt", "temperature", "isotonic", "none"] = "platt"  # fitted on
     # validation when training ends: what the fusion takes for probabilities
     calibrate: bool = False  # predictions and their metrics are calibrated as well

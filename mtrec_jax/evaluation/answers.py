@@ -144,15 +144,16 @@ def order_statistics(
         seen |= ~np.isnan(labels[task])
     worth = sum((w * np.nan_to_num(labels[n]) for n, w in objective.items()), np.zeros(len(seen)))
     rows, chosen = np.flatnonzero(seen), np.flatnonzero(collected.retrieved)
-    found: dict[str, dict[str, tuple[Statistic, np.ndarray]]] = {}
-    for name, score in order_scores(experiment, prepared, collected).items():
-        found[name] = {}
-        if collected.order_ranks and len(chosen):
-            ranks = collected.order_ranks[name][chosen]
-            for k in experiment.evaluate.ks:
-                gain = np.where(ranks < k, 1 / np.log2(ranks + 2.0), 0)
-                found[name][f"ndcg@{k}"] = _share(gain, np.ones(len(chosen))), chosen
-                found[name][f"value@{k}"] = _share(gain, worth[chosen]), chosen
+    scores = order_scores(experiment, prepared, collected)
+    found: dict[str, dict[str, tuple[Statistic, np.ndarray]]] = {name: {} for name in scores}
+    for name, of in collected.order_ranks.items() if len(chosen) else ():
+        found.setdefault(name, {})
+        ranks = of[chosen]
+        for k in experiment.evaluate.ks:
+            gain = np.where(ranks < k, 1 / np.log2(ranks + 2.0), 0)
+            found[name][f"ndcg@{k}"] = _share(gain, np.ones(len(chosen))), chosen
+            found[name][f"value@{k}"] = _share(gain, worth[chosen]), chosen
+    for name, score in scores.items():  # a diversified order has no score of a target
         if objective:
             found[name]["utility auc"] = utility_auc_statistic(worth[rows], score[rows]), rows
         for task in objective:

@@ -31,6 +31,7 @@ from mtrec_jax.experiments import check, cut, load_experiment
 from mtrec_jax.models.model import Model, make_model
 from mtrec_jax.models.serve import prepared_serving
 from mtrec_jax.result import Result
+from mtrec_jax.serving.diversity import DIVERSIFIERS
 from mtrec_jax.sharding import make_mesh
 from mtrec_jax.train import checkpoint
 from mtrec_jax.train.records import read_json, write_json
@@ -274,13 +275,14 @@ def measured_under(
                 "rules of split or data it was prepared"
             )
         )
-    kinds = [type(baseline) for baseline in e.evaluate.baselines]
+    kinds = [type(chosen) for chosen in (*e.evaluate.baselines, e.evaluate.diversify)]
+    own = [k for k in kinds if k not in (*BASELINES.values(), *DIVERSIFIERS.values(), type(None))]
     changed = {
         name: choices.read(
             type(getattr(e, name)),
             {**vars(getattr(e, name)), **new},
             argument("under"),
-            [kind for kind in kinds if kind not in BASELINES.values()],
+            own,
         )
         for name, new in sections.items()
         if new

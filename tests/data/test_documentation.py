@@ -29,6 +29,7 @@ from mtrec_jax.models.fusions import FUSIONS
 from mtrec_jax.models.interactions import INTERACTIONS
 from mtrec_jax.models.numbers import NUMBERS
 from mtrec_jax.models.towers import TOWERS
+from mtrec_jax.serving.diversity import DIVERSIFIERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -171,7 +172,7 @@ CHOICES = {
     "`[model.towers]`": TOWERS,
     "`[model.fusion]`": FUSIONS,
     "`[train.balance]`": BALANCERS,
-    "`[evaluate]`": BASELINES,
+    "`[evaluate]`": {**BASELINES, **DIVERSIFIERS},
 }
 
 
