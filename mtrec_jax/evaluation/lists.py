@@ -63,7 +63,7 @@ def make_background(
     keys = owner * n + item
     pairs = _different(keys[train])
     shown = pairs if np.array_equal(train, before) else _different(keys[before])
-    trained = np.count_nonzero(np.bincount(pairs // n, minlength=users))
+    trained = int(np.count_nonzero(np.bincount(pairs // n, minlength=users)))
     share = np.bincount(pairs % n, minlength=n) / (trained or np.nan)  # undefined without users
     place = np.empty(n, np.int64)
     place[np.argsort(-share, kind="stable")] = np.arange(n)

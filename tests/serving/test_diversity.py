@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,15 +115,15 @@ def spread(recommender: Recommender, items: list[str]) -> float:
     return float((own @ own.T)[np.triu_indices(len(ids), 1)].mean())
 
 
-@pytest.mark.parametrize("diversify", [{"kind": kind, "trade": 0.2} for kind in DIVERSIFIERS])
+@pytest.mark.parametrize("how", [{"kind": kind, "trade": 0.2} for kind in DIVERSIFIERS])
 def test_recommended_lists_differ_within_and_keep_to_the_candidates(
-    shop_recommender: Recommender, diversify: Any
+    shop_recommender: Recommender, how: dict[str, Any]
 ) -> None:
     users = [*USERS, "nobody"]
     blocked = shop_recommender.recommend(users, 2)["item"][:2]
-    asked = {"blocked": blocked, "order_by": "next_item"}
+    asked: dict[str, Any] = {"blocked": blocked, "order_by": "next_item"}
     plain = shop_recommender.recommend(users, 8, **asked)
-    found = shop_recommender.recommend(users, 8, **asked, diversify=diversify)
+    found = shop_recommender.recommend(users, 8, **asked, diversify=how)
     pool = shop_recommender.recommend(users, 20, **asked)
     for user in USERS:
         items = items_of(found, user)
@@ -145,10 +146,10 @@ def scored(result: Result) -> list[tuple[tuple[str, str], float | None]]:
 def test_nobody_gets_fewer_items_or_another_order_by_relevance_alone(
     shop_recommender: Recommender,
 ) -> None:
-    few = {"allowed": shop_recommender.prepared.item_names[:9]}
+    few: dict[str, Any] = {"allowed": shop_recommender.prepared.item_names[:9]}
     plain = shop_recommender.recommend(USERS, 12, **few)
-    for diversify in ({"kind": "mmr", "trade": 0.0}, "dpp"):
-        found = shop_recommender.recommend(USERS, 12, **few, diversify=diversify)
+    for how in ({"kind": "mmr", "trade": 0.0}, "dpp"):
+        found = shop_recommender.recommend(USERS, 12, **few, diversify=how)
         for user in USERS:
             assert sorted(items_of(found, user)) == sorted(items_of(plain, user))
     same = shop_recommender.recommend(USERS, 12, **few, diversify={"kind": "dpp", "trade": 1})
@@ -168,7 +169,7 @@ class Backwards:
 
 
 def test_a_diversifier_of_ones_own(shop_recommender: Recommender) -> None:
-    asked = {"order_by": "click", "exclude_seen": False}
+    asked: dict[str, Any] = {"order_by": "click", "exclude_seen": False}
     pool = shop_recommender.recommend(USERS[:1], 20, **asked)["item"]
     found = shop_recommender.recommend(USERS[:1], 3, **asked, diversify=Backwards())
     assert found["item"] == pool[::-1][:3]
@@ -176,9 +177,9 @@ def test_a_diversifier_of_ones_own(shop_recommender: Recommender) -> None:
 
 
 def test_an_unknown_diversifier_is_refused(shop_recommender: Recommender) -> None:
-    with pytest.raises(ConfigError, match="diversify.*\n.*'mrr' is not one of 'mmr', 'dpp'.*mmr"):
+    with pytest.raises(ConfigError, match="'mrr' is not one of 'mmr', 'dpp'"):
         shop_recommender.recommend(USERS, diversify="mrr")
-    with pytest.raises(ConfigError, match="trade: must be 1 or less, not 2"):
+    with pytest.raises(ConfigError, match=r"must be 1\.0 or less, not 2"):
         shop_recommender.recommend(USERS, diversify={"kind": "dpp", "trade": 2})
 
 
@@ -188,7 +189,7 @@ def test_the_command_line_gives_the_same_lists(
     mtrec: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
 ) -> None:
-    out = tmp_path / "lists.csv"
+    out = tmp_path / "lists.jsonl"
     users = [part for user in USERS for part in ("--users", user)]
     how = ["--diversify", "{kind='mmr', trade=0.2}", "--k", 4, "--out", out]
     status, _, notes = mtrec("recommend", shop_run.folder, *users, *how)
@@ -196,5 +197,4 @@ def test_the_command_line_gives_the_same_lists(
     assert "diversified by mmr (trade = 0.2)" in notes
     expected = shop_recommender.recommend(USERS, 4, diversify={"kind": "mmr", "trade": 0.2})
     lines = out.read_text("utf-8").splitlines()
-    item = lines[0].split(",").index("item")
-    assert [line.split(",")[item] for line in lines[1:]] == expected["item"]
+    assert [json.loads(line)["item"] for line in lines] == expected["item"]

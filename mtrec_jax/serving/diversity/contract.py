@@ -65,7 +65,7 @@ def diversify(
     low = np.where(there, rated, np.inf).min(axis=1, keepdims=True)
     spread = np.where(high > low, high - low, 1)
     relevance = np.where(there, (rated - low) / spread, 0)
-    own = np.take_along_axis(vectors, order[..., None], axis=1)
+    own = vectors[np.arange(len(order))[:, None], order]
     lengths = np.sqrt((own * own).sum(axis=2, keepdims=True))
     places = diversifier.choose(relevance, own / np.where(lengths > 0, lengths, 1), there, k)
     return np.take_along_axis(order, places, axis=1)
