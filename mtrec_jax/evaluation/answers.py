@@ -22,6 +22,7 @@ from mtrec_jax.evaluation.metrics import Statistic, auc_statistic, utility_auc_s
 from mtrec_jax.models import calibration
 from mtrec_jax.models.calibration import Calibration
 from mtrec_jax.models.serve import Serving
+from mtrec_jax.serving import diversity
 from mtrec_jax.types import FIRST, PyTree
 
 FUSED, CHOSEN = "fused", "chosen"
@@ -188,8 +189,11 @@ def order_values(
     return (by, values) if any(values.values()) else ("", {})
 
 
-def described(experiment: Experiment, answers: Answers, asked: str = CHOSEN) -> str:
-    """One line for people: the order, why it is the one, and the declared utility."""
+def described(
+    experiment: Experiment, answers: Answers, asked: str = CHOSEN, diversifier: Any = None
+) -> str:
+    """One line for people: the order, why it is the one, the declared utility, and what puts the
+    lists together, if anything does."""
     order = answers.order if asked == CHOSEN else asked
     name = f"{FUSED} ({experiment.model.fusion.kind})" if order == FUSED else f"by {order}"
     if asked != CHOSEN:
@@ -202,7 +206,9 @@ def described(experiment: Experiment, answers: Answers, asked: str = CHOSEN) -> 
         beside = f", {next_best} {others[next_best]:.4f}" if next_best else ""
         why = f"chosen on validation by {answers.by} {answers.values[order]:.4f}{beside}"
     utility = utility_of(experiment)
-    return f"order: {name}, {why}" + (f"; utility: {utility}" if utility.terms else "")
+    parts = [f"order: {name}, {why}", *([f"utility: {utility}"] if utility.terms else [])]
+    by = [] if diversifier is None else [f"diversified by {diversity.described(diversifier)}"]
+    return "; ".join([*parts, *by])
 
 
 def to_json(answers: Answers) -> dict[str, Any]:

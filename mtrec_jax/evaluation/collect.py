@@ -295,7 +295,7 @@ def _rerank(
         if ways.length:
             places = falling(score[:n], real)[:, : ways.length]
             _list(part, name, chosen, found[:n], places)
-    if ways.diversifier is not None and ways.length:
+    if ways.diversifier is not None:
         assert ways.vectors is not None
         score, k = scores[ways.diversified][:n], min(ways.length, found.shape[1])
         places = diversify(ways.diversifier, score, real, ways.vectors[found[:n]], k)

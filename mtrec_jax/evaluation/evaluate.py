@@ -143,7 +143,7 @@ def evaluate(
     return dataclasses.replace(
         result,
         orders=_orders(experiment, prepared, collected, background),
-        order=described(experiment, answers) if answers and len(experiment.tasks) > 1 else "",
+        order=_order(experiment, answers),
         baselines=compare(experiment, prepared, collected, split, background),
         intervals=_intervals(measured, collected.user, config.bootstrap),
         reliability={
@@ -155,6 +155,14 @@ def evaluate(
         users=sums_by_user(prepared, measured, collected.user, split),
         alarms=_alarms(experiment, collected, background, order),
     )
+
+
+def _order(experiment: Experiment, answers: Answers | None) -> str:
+    """The order that `recommend` takes, in words, where there are several."""
+    diversifier = experiment.evaluate.diversify
+    if answers is None or (len(experiment.tasks) < 2 and diversifier is None):
+        return ""
+    return described(experiment, answers, diversifier=diversifier)
 
 
 def _background(

@@ -111,14 +111,13 @@ class Recommender:
         )
 
     def order(self, order_by: str = CHOSEN, diversify: Any = CONFIGURED) -> str:
-        """One line for people: by which order it recommends, why, and what the declared utility is.
+        """One line for people: by which order it recommends, why, what the declared utility is, and
+        what puts lists together.
 
         Args:
           order_by, diversify: as `recommend` takes them.
         """
-        diversifier = self._diversifier(diversify)
-        by = "" if diversifier is None else f"; diversified by {diversity.described(diversifier)}"
-        return described(self.experiment, self.answers, order_by) + by
+        return described(self.experiment, self.answers, order_by, self._diversifier(diversify))
 
     def _diversifier(self, asked: Any) -> Any:
         """What `recommend(diversify=)` names; None: nothing."""

@@ -275,8 +275,8 @@ def measured_under(
                 "rules of split or data it was prepared"
             )
         )
-    kinds = [type(chosen) for chosen in (*e.evaluate.baselines, e.evaluate.diversify)]
-    own = [k for k in kinds if k not in (*BASELINES.values(), *DIVERSIFIERS.values(), type(None))]
+    of_package = (*BASELINES.values(), *DIVERSIFIERS.values())
+    own = [kind for kind in choices.chosen_kinds(e.evaluate) if kind not in of_package]
     changed = {
         name: choices.read(
             type(getattr(e, name)),

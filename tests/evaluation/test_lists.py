@@ -10,8 +10,9 @@ import pytest
 
 from mtrec_jax.baselines import BASELINES
 from mtrec_jax.baselines.popularity import Counts
-from mtrec_jax.config import seen_behaviours
+from mtrec_jax.config import seen_behaviours, to_dict
 from mtrec_jax.data.examples import past_items
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import seen_items
 from mtrec_jax.evaluation.comparison import training_interactions
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate
@@ -26,9 +27,10 @@ from mtrec_jax.evaluation.lists import (
 from mtrec_jax.evaluation.metrics import bootstrap_interval, bootstrap_intervals, mean_statistic
 from mtrec_jax.evaluation.ranking import ranks_and_lists, top_items
 from mtrec_jax.evaluation.tables import print_evaluation
+from mtrec_jax.experiments import overridden, parse_experiment
 from mtrec_jax.models.serve import prepared_serving
-from mtrec_jax.serving.diversity import Mmr
-from mtrec_jax.train.run import Run, load_answers, load_best
+from mtrec_jax.serving.diversity import Dpp, Mmr
+from mtrec_jax.train.run import Run, load_answers, load_best, measured_under
 from mtrec_jax.types import FIRST, UNKNOWN, Lists
 
 # Items 0 and 1 are of genre a, 2 of a and b, 3 of b; of 4 nothing is known. Of eight training users
@@ -197,6 +199,16 @@ def test_intervals_of_many_metrics_are_those_of_each() -> None:
         assert found[name] == bootstrap_interval(statistic, users, 30)
 
 
+def test_a_diversifier_is_read_kept_and_asked_for_anew(shop_run: Run) -> None:
+    experiment = measured_under(
+        shop_run, ["evaluate.diversify={kind='dpp', trade=0.2}"], None, "test"
+    ).experiment
+    assert experiment.evaluate.diversify == Dpp(trade=0.2)
+    assert parse_experiment(to_dict(experiment)) == experiment
+    with pytest.raises(ConfigError, match=r"evaluate\.diversify: 'mrr' is not one of 'mmr', 'dpp'"):
+        overridden(experiment, {"evaluate.diversify": "mrr"})
+
+
 @pytest.fixture(scope="module")
 def diversified(shop_run: Run) -> Evaluation:
     """The test split, with lists put together by MMR."""
@@ -228,8 +240,9 @@ def test_the_price_of_diversity_stands_beside_the_plain_orders(
     assert own["ndcg@5"] <= own["ndcg@10"]
     assert "utility auc" not in own, "a list has no score of what is not in it"
     print_evaluation(shop_run.experiment, diversified)
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert f"{plain}, mmr" in printed
+    assert "diversified by mmr (trade = 0.3)" in printed
     assert "diversity@5" in printed
 
 

@@ -47,14 +47,15 @@ def test_maximal_marginal_relevance_by_hand() -> None:
 
 def test_the_determinant_is_the_largest_of_all_lists() -> None:
     """Three of five items, beside the exhaustive search for the largest determinant of
-    exp(a r_i) cos(i, j) exp(a r_j), a = trade / (2 (1 - trade)); and each step beside all steps."""
+    exp(a r_i) (1 + cos(i, j)) / 2 exp(a r_j), a = trade / (2 (1 - trade)); and each step beside all
+    other steps."""
     scores, real, vectors = some(1, 5, 4)
     trade = 0.4
     (found,) = diversify(Dpp(trade=trade), scores, real, vectors, 3)
     relevance = (scores[0] - scores.min()) / np.ptp(scores)
     quality = np.exp(trade / (2 * (1 - trade)) * relevance)
     unit = vectors[0] / np.linalg.norm(vectors[0], axis=1, keepdims=True)
-    kernel = quality[:, None] * (unit @ unit.T) * quality
+    kernel = quality[:, None] * (1 + unit @ unit.T) / 2 * quality
 
     def volume(chosen: tuple[int, ...]) -> float:
         return float(np.linalg.det(kernel[np.ix_(chosen, chosen)]))

@@ -20,12 +20,12 @@ class Dpp:
 
     trade * sum of relevance + (1 - trade) * log det S,
 
-    S being the cosines of the items of the list: the greedy search for the most probable list of a
-    determinantal point process, by Cholesky factors that grow by a row an item (Chen, Zhang and
-    Zhou, "Fast greedy MAP inference for determinantal point process to improve recommendation
-    diversity", NeurIPS 2018, algorithm 1 and equation 20, whose theta is `trade`). Unlike MMR it
-    sees what several items together leave of another. With `trade` = 1 lists are in the plain
-    order.
+    S being (1 + cosine) / 2 of the items of the list, so that opposites are most unlike: the greedy
+    search for the most probable list of a determinantal point process, by Cholesky factors that grow
+    by a row an item (Chen, Zhang and Zhou, "Fast greedy MAP inference for determinantal point
+    process to improve recommendation diversity", NeurIPS 2018, algorithm 1, whose trade-off theta
+    is `trade`). Unlike MMR it sees what several items together leave of another. With `trade` = 1
+    lists are in the plain order.
 
     An item of which nothing is left, as all of it lies in the span of the list, adds log `FLAT`:
     where no other is there, lists go on by relevance.
@@ -50,6 +50,6 @@ class Dpp:
             found[:, place] = best = best_left(gain, real, taken)
             projected = cosines(factors, best)
             scale = np.sqrt(np.maximum(left[users, best], FLAT))[:, None]
-            factors[..., place] = (cosines(vectors, best) - projected) / scale
+            factors[..., place] = ((1 + cosines(vectors, best)) / 2 - projected) / scale
             left = left - factors[..., place] ** 2
         return found
