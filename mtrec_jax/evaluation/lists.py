@@ -21,8 +21,9 @@ from mtrec_jax.evaluation.metrics import Statistic, mean_statistic, ratio_statis
 from mtrec_jax.types import FIRST
 
 # Of what chance leaves open, more than this share in common is an alarm: between the lists of two
-# users, and between a user's list and the most popular items that the user may be shown.
-SAME, POPULAR = 0.5, 0.7
+# users, and between a user's list and the most popular items that the user may be shown. On the
+# built-in shop item-kNN has .47 and .65, popularity .82 and 1; on MovieLens-1M .14, .34, .40 and 1.
+SAME, POPULAR = 0.6, 0.8
 
 
 @dataclass(frozen=True)

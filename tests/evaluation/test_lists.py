@@ -119,7 +119,7 @@ def test_alarms_go_off_for_popularity_and_not_for_neighbours(shop_run: Run) -> N
     assert overlap_with_popular(lists, users, background)[0] == 1
     same, popular = alarms("one", lists, users, background, 10)
     assert same.startswith("one: nearly everyone gets the same list. Two users share ")
-    assert "the alarm is at 50% of what chance leaves open" in same
+    assert "the alarm is at 60% of what chance leaves open" in same
     assert popular.startswith("one: the lists are the popularity list. A user's list holds 100% of")
     assert alarms("other", *ranked(shop_run, BASELINES["item_knn"](), 10), 10) == []
 

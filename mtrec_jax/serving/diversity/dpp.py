@@ -21,8 +21,8 @@ class Dpp:
     trade * sum of relevance + (1 - trade) * log det S,
 
     S being (1 + cosine) / 2 of the items of the list, so that opposites are most unlike: the greedy
-    search for the most probable list of a determinantal point process, by Cholesky factors that grow
-    by a row an item (Chen, Zhang and Zhou, "Fast greedy MAP inference for determinantal point
+    search for the most probable list of a determinantal point process, by Cholesky factors that
+    grow by a row an item (Chen, Zhang and Zhou, "Fast greedy MAP inference for determinantal point
     process to improve recommendation diversity", NeurIPS 2018, algorithm 1, whose trade-off theta
     is `trade`). Unlike MMR it sees what several items together leave of another. With `trade` = 1
     lists are in the plain order.
