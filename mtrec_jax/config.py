@@ -21,6 +21,7 @@ from mtrec_jax.balance.static import Static
 from mtrec_jax.baselines import BASELINES
 from mtrec_jax.choices import Choice, kind_alone
 from mtrec_jax.data.features import CHOICE, Feature
+from mtrec_jax.diversity import DIVERSIFIERS
 from mtrec_jax.evaluation.metrics import METRICS, metric_named
 from mtrec_jax.losses.negatives import NEGATIVES
 from mtrec_jax.losses.negatives.catalogue import Uniform
@@ -322,6 +323,8 @@ class Evaluate:
     seen: tuple[str, ...] = ()  # binary tasks: a past event with a 1 in one makes its item seen;
     # (): what the retrieval task counts, its `where` or any event; ("any",): any event
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
+    diversify: Annotated[Any, Choice(DIVERSIFIERS)] | None = None  # puts the lists together so that
+    # their items differ, in `recommend` too; None: in the plain order
     calibration: Literal["platt", "temperature", "isotonic", "none"] = "platt"  # fitted on
     # validation when training ends: what the fusion takes for probabilities
     calibrate: bool = False  # predictions and their metrics are calibrated as well

@@ -25,7 +25,7 @@ LAYERS = (
         *("models.fusions", "models.interactions", "models.numbers"),
         "models.text",
         *("baselines", "evaluation.metrics", "losses.tasks", "losses.lists"),
-        *("losses.retrieval", "losses.negatives"),
+        *("losses.retrieval", "losses.negatives", "diversity"),
     ),
     ("config", "experiments"),
     ("data", "tables"),

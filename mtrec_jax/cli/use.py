@@ -42,6 +42,14 @@ def recommend(
             "was worth most on validation.",
         ),
     ] = "chosen",
+    diversify: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Lists whose items differ: mmr, dpp, a table such as {kind='mmr', trade=0.5}, or "
+            "none; by default what evaluate.diversify of the run says.",
+        ),
+    ] = "configured",
     unknown_items: Annotated[
         Literal["ignore", "error"],
         typer.Option(help="Ids of the filters that are not in the catalogue: count them, or stop."),
@@ -55,6 +63,8 @@ def recommend(
     profiles: NewUsers = None,
 ) -> None:
     """Recommend items to users: `mtrec recommend runs/ml-1m --users 1m_1 1m_2 --k 5`."""
+    from mtrec_jax.experiments import cut
+
     if more_users and (not users or blocked or allowed):
         raise typer.BadParameter(
             f"unexpected {' '.join(more_users)}: repeat the option for each id, as in "
@@ -65,9 +75,11 @@ def recommend(
     recommender = _opened(run, prepared, events, profiles)
     filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
     filters |= {"k": k, "exclude_seen": exclude_seen, "order_by": order_by, "new_items": new_items}
+    filters["diversify"] = cut(f"diversify={diversify}")[1]  # a kind, or a table
     rows = _written(recommender, chosen, out, filters)
     if out is not None:
-        say(f"{rows:,} recommendations in {out}; {recommender.order(order_by)}")
+        order = recommender.order(order_by, filters["diversify"])
+        say(f"{rows:,} recommendations in {out}; {order}")
     if rows < k * (len(chosen) or recommender.prepared.manifest.users):
         _say_fewer(k, exclude_seen)
 

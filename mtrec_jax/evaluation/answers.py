@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtrec_jax import diversity
 from mtrec_jax.config import Experiment, fusion_objective, utility_of
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.evaluation.collect import Collected, collect, ordering
@@ -144,15 +145,16 @@ def order_statistics(
         seen |= ~np.isnan(labels[task])
     worth = sum((w * np.nan_to_num(labels[n]) for n, w in objective.items()), np.zeros(len(seen)))
     rows, chosen = np.flatnonzero(seen), np.flatnonzero(collected.retrieved)
-    found: dict[str, dict[str, tuple[Statistic, np.ndarray]]] = {}
-    for name, score in order_scores(experiment, prepared, collected).items():
-        found[name] = {}
-        if collected.order_ranks and len(chosen):
-            ranks = collected.order_ranks[name][chosen]
-            for k in experiment.evaluate.ks:
-                gain = np.where(ranks < k, 1 / np.log2(ranks + 2.0), 0)
-                found[name][f"ndcg@{k}"] = _share(gain, np.ones(len(chosen))), chosen
-                found[name][f"value@{k}"] = _share(gain, worth[chosen]), chosen
+    scores = order_scores(experiment, prepared, collected)
+    found: dict[str, dict[str, tuple[Statistic, np.ndarray]]] = {name: {} for name in scores}
+    for name, of in collected.order_ranks.items() if len(chosen) else ():
+        found.setdefault(name, {})
+        ranks = of[chosen]
+        for k in experiment.evaluate.ks:
+            gain = np.where(ranks < k, 1 / np.log2(ranks + 2.0), 0)
+            found[name][f"ndcg@{k}"] = _share(gain, np.ones(len(chosen))), chosen
+            found[name][f"value@{k}"] = _share(gain, worth[chosen]), chosen
+    for name, score in scores.items():  # a diversified order has no score of a target
         if objective:
             found[name]["utility auc"] = utility_auc_statistic(worth[rows], score[rows]), rows
         for task in objective:
@@ -187,8 +189,11 @@ def order_values(
     return (by, values) if any(values.values()) else ("", {})
 
 
-def described(experiment: Experiment, answers: Answers, asked: str = CHOSEN) -> str:
-    """One line for people: the order, why it is the one, and the declared utility."""
+def described(
+    experiment: Experiment, answers: Answers, asked: str = CHOSEN, diversifier: Any = None
+) -> str:
+    """One line for people: the order, why it is the one, the declared utility, and what puts the
+    lists together, if anything does."""
     order = answers.order if asked == CHOSEN else asked
     name = f"{FUSED} ({experiment.model.fusion.kind})" if order == FUSED else f"by {order}"
     if asked != CHOSEN:
@@ -201,7 +206,9 @@ def described(experiment: Experiment, answers: Answers, asked: str = CHOSEN) -> 
         beside = f", {next_best} {others[next_best]:.4f}" if next_best else ""
         why = f"chosen on validation by {answers.by} {answers.values[order]:.4f}{beside}"
     utility = utility_of(experiment)
-    return f"order: {name}, {why}" + (f"; utility: {utility}" if utility.terms else "")
+    parts = [f"order: {name}, {why}", *([f"utility: {utility}"] if utility.terms else [])]
+    by = [] if diversifier is None else [f"diversified by {diversity.described(diversifier)}"]
+    return "; ".join([*parts, *by])
 
 
 def to_json(answers: Answers) -> dict[str, Any]:

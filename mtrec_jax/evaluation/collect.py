@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from mtrec_jax import processes
 from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import SHOWN, SPLITS, Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
+from mtrec_jax.diversity import diversify, falling
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.losses.tasks import Head, TaskField, class_numbers, head_of
 from mtrec_jax.models import interests
@@ -35,6 +37,35 @@ class Collected:
     retrieved: np.ndarray  # [n] bool: a target of the retrieval task
     ranks: np.ndarray  # [n] among all items by cosine, ABSENT where not retrieved, or seen before
     order_ranks: dict[str, np.ndarray]  # {order: [n]} among the candidates, ABSENT as well
+    # {order: [n, K] the first catalogue indexes of its list, -1 where there are fewer, or none}
+    lists: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Ways(NamedTuple):
+    """The ways to put candidates in order."""
+
+    sorted_by: Mapping[str, OrderOf]  # {task: of its logits}; beside them the fused one
+    length: int = 0  # K of the lists that are kept; 0: none are
+    diversifier: Any = None  # puts the list of one order together anew; None: of none
+    diversified: str = ""  # that order
+    vectors: np.ndarray | None = None  # [N, D] by which it compares items
+
+    @property
+    def names(self) -> list[str]:
+        """All orders."""
+        plain = ["fused", *self.sorted_by]
+        own = recommended_name(self.diversified, self.diversifier)
+        return plain if self.diversifier is None else [*plain, own]
+
+
+def recommended_name(order: str, diversifier: Any) -> str:
+    """What an order is called whose lists a diversifier, if there is one, puts together.
+
+    >>> from mtrec_jax.diversity import Mmr
+    >>> recommended_name("fused", Mmr()), recommended_name("click", None)
+    ('fused, mmr', 'click')
+    """
+    return order if diversifier is None else f"{order}, {diversifier.kind}"
 
 
 def collect(
@@ -45,14 +76,22 @@ def collect(
     tables: dict[str, jax.Array],
     split: str,
     orders: bool,
+    recommended: str = "",
 ) -> Collected:
-    """Run the model over a split; `orders` also reranks the retrieved candidates of each target."""
+    """Run the model over a split.
+
+    Args:
+      experiment, prepared, serving, params, tables, split: what is run over what.
+      orders: also put the retrieved candidates of each target in order, by each way.
+      recommended: with `orders`, the order that `recommend` takes: the lists of all orders are kept
+        as far as metrics look, and that of `evaluate.diversify` upon this order; "": neither.
+    """
     vectors = serving.item_vectors(params, tables)
     own_vectors = serving.own(vectors) if prepared.manifest.items else vectors
     own_params = serving.own(params)
     index = ItemIndex(serving.compared(own_vectors)[FIRST:])
     retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
-    sorted_by = ordering(experiment, prepared.manifest)
+    ways = _ways(experiment, prepared, serving.compared(own_vectors), recommended)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
     behaviours = seen_behaviours(experiment)
     everyone = np.arange(prepared.manifest.users) + FIRST
@@ -67,8 +106,9 @@ def collect(
             observed = np.asarray(batch.mask[retrieval])[r, p] > 0
             part.retrieved = observed & (part.candidate >= FIRST)
             if orders:
-                names = ["fused", *sorted_by]
-                part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in names}
+                part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in ways.names}
+            if ways.length:
+                part.lists = {n: np.full((len(r), ways.length), -1, np.int32) for n in ways.names}
             rows = np.flatnonzero(part.retrieved)
             for start in range(0, len(rows), QUERIES):
                 chosen = rows[start : start + QUERIES]
@@ -80,10 +120,13 @@ def collect(
                 ranks = interests.ranks(index, users, targets, exclude, most)
                 part.ranks[chosen] = missed(ranks[: len(chosen)], targets, exclude)
                 if orders:
-                    k = min(experiment.evaluate.candidates, prepared.manifest.items)
+                    reranked = min(experiment.evaluate.candidates, prepared.manifest.items)
+                    k = max(reranked, ways.length)
                     found = interests.search(index, users, k, exclude)[1]
-                    given = serving, own_params, part, chosen, queries, own_vectors, found
-                    _rerank(*given, sorted_by)
+                    given = serving, own_params, part, chosen, queries, own_vectors
+                    _rerank(*given, found[:, :reranked], ways)
+                    if ways.length:  # by cosine, as ranks are: no fewer than metrics look at
+                        part.lists[retrieval][chosen] = found[: len(chosen), : ways.length]
         parts.append(part)
     return _in_file_order(parts)
 
@@ -238,18 +281,49 @@ def _rerank(
     queries: UserStates,
     vectors: jax.Array | np.ndarray,
     found: np.ndarray,
-    sorted_by: Mapping[str, OrderOf],
+    ways: Ways,
 ) -> None:
-    """Fill in the rank of each chosen target among its retrieved candidates, in each order."""
+    """Fill in the rank of each chosen target among its retrieved candidates, in each order, and
+    the first places of each order where these are kept."""
     ids = (found + FIRST).astype(np.int32)  # the filling -1 becomes unknown
     answer = serving.answer(params, queries, vectors, ids)
     scores = {"fused": np.asarray(answer.fused)}
-    for name, order in sorted_by.items():
+    for name, order in ways.sorted_by.items():
         scores[name] = order(np.asarray(answer.logits[name]))
     n = len(chosen)
     hit, real = ids[:n] == part.candidate[chosen][:, None], ids[:n] >= FIRST
     for name, score in scores.items():
         part.order_ranks[name][chosen] = rank_in_list(score[:n], hit, real)
+        if ways.length:
+            places = falling(score[:n], real)[:, : ways.length]
+            _list(part, name, chosen, found[:n], places)
+    if ways.diversifier is not None:
+        assert ways.vectors is not None
+        score, k = scores[ways.diversified][:n], min(ways.length, found.shape[1])
+        places = diversify(ways.diversifier, score, real, ways.vectors[found[:n]], k)
+        name = recommended_name(ways.diversified, ways.diversifier)
+        _list(part, name, chosen, found[:n], places)
+        hit = np.take_along_axis(hit, places, axis=1)
+        part.order_ranks[name][chosen] = np.where(hit.any(axis=1), hit.argmax(axis=1), ABSENT)
+
+
+def _list(
+    part: Collected, order: str, chosen: np.ndarray, found: np.ndarray, places: np.ndarray
+) -> None:
+    """Keep the candidates at these places as the lists of an order."""
+    part.lists[order][chosen, : places.shape[1]] = np.take_along_axis(found, places, axis=1)
+
+
+def _ways(experiment: Experiment, prepared: Prepared, vectors: Any, recommended: str) -> Ways:
+    """The ways to put candidates in order, and how long lists are kept of them."""
+    sorted_by = ordering(experiment, prepared.manifest)
+    if not recommended:
+        return Ways(sorted_by)
+    length = min(max(experiment.evaluate.ks), prepared.manifest.items)
+    diversifier = experiment.evaluate.diversify
+    if diversifier is None:
+        return Ways(sorted_by, length)
+    return Ways(sorted_by, length, diversifier, recommended, np.asarray(vectors)[FIRST:])
 
 
 def ordering(experiment: Experiment, manifest: Manifest) -> dict[str, OrderOf]:

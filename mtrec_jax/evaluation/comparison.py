@@ -13,8 +13,9 @@ from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.collect import ABSENT, Collected, people, seen_items
+from mtrec_jax.evaluation.lists import Background, list_statistics
 from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
-from mtrec_jax.evaluation.ranking import target_ranks
+from mtrec_jax.evaluation.ranking import ranks_and_lists
 from mtrec_jax.losses.tasks import KINDS, labelled
 from mtrec_jax.types import FIRST
 
@@ -22,9 +23,18 @@ Metrics = dict[str, float]
 
 
 def compare(
-    experiment: Experiment, prepared: Prepared, collected: Collected, split: str
+    experiment: Experiment,
+    prepared: Prepared,
+    collected: Collected,
+    split: str,
+    background: Background | None = None,
 ) -> dict[str, Metrics]:
     """The configured baselines on the same targets, seen items excluded as for the model.
+
+    Args:
+      experiment, prepared, split: what is measured.
+      collected: the targets.
+      background: what recommended lists are judged against; None: they are not.
 
     Returns:
       {baseline: {"task/metric": value}}.
@@ -45,7 +55,8 @@ def compare(
             )
         found[name] = {}
         if isinstance(fitted, Ranks):
-            found[name] |= _ranked(experiment, prepared, collected, split, fitted)
+            parts = experiment, prepared, collected, split
+            found[name] |= _ranked(*parts, fitted, background)
         if isinstance(fitted, Predicts):
             found[name] |= _predicted(experiment, collected, fitted)
     reference = _reference(experiment, prepared, split)
@@ -90,9 +101,14 @@ def _named(baselines: Iterable[Any]) -> dict[str, Any]:
 
 
 def _ranked(
-    experiment: Experiment, prepared: Prepared, collected: Collected, split: str, fitted: Ranks
+    experiment: Experiment,
+    prepared: Prepared,
+    collected: Collected,
+    split: str,
+    fitted: Ranks,
+    background: Background | None,
 ) -> Metrics:
-    """Ranks of the retrieval targets among all items."""
+    """Ranks of the retrieval targets among all items, and what the lists are like."""
     from mtrec_jax.data.examples import past_items  # answers do without the query engine
 
     rows = np.flatnonzero(collected.retrieved)
@@ -105,11 +121,18 @@ def _ranked(
         excluded = seen_items(prepared, split, users, seen_behaviours(experiment))
     targets = (collected.candidate[rows] - FIRST).astype(np.int64)
     scorer = fitted.scorer(users, past_items(prepared, split, rows))
-    ranks = target_ranks(scorer, targets, excluded, prepared.manifest.items)
+    n, ks = prepared.manifest.items, experiment.evaluate.ks
+    k = min(max(ks), n) if background else 0
+    ranks, lists = ranks_and_lists(scorer, targets, excluded, k, n)
     if excluded is not None:
         is_seen = [target in excluded[i] for i, target in enumerate(targets)]
         ranks = np.where(is_seen, ABSENT, ranks)
-    return _of_task(retrieval, ranking_metrics(ranks, experiment.evaluate.ks))
+    found = ranking_metrics(ranks, ks)
+    if background:
+        ones = np.ones(len(rows))
+        statistics = list_statistics(lists, users, background, ks)
+        found |= {name: value(ones) for name, value in statistics.items()}
+    return _of_task(retrieval, found)
 
 
 def _predicted(experiment: Experiment, collected: Collected, fitted: Predicts) -> Metrics:

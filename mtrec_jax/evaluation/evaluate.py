@@ -17,17 +17,19 @@ from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.answers import (
     FOLDS,
+    FUSED,
     Answers,
     calibrated_logits,
     described,
     order_statistics,
 )
-from mtrec_jax.evaluation.collect import Collected, collect, people
+from mtrec_jax.evaluation.collect import Collected, collect, people, recommended_name
 from mtrec_jax.evaluation.comparison import Metrics, compare
+from mtrec_jax.evaluation.lists import Background, alarms, list_statistics, make_background
 from mtrec_jax.evaluation.metrics import (
     Linear,
     Statistic,
-    bootstrap_interval,
+    bootstrap_intervals,
     metric_named,
     ranking_statistics,
     reliability,
@@ -64,6 +66,7 @@ class Evaluation:
     users: pa.Table | None = field(default=None, compare=False, repr=False)  # see `sums_by_user`
     order: str = ""  # the one that `recommend` takes, why, and the declared utility
     calibration: str = ""  # how the predictions are calibrated; "": they are not
+    alarms: tuple[str, ...] = ()  # what is wrong with the recommended lists, see `lists.alarms`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined metrics are null. The users have a file of their own."""
@@ -76,6 +79,7 @@ class Evaluation:
         """What `to_dict` gave; other keys are left out."""
         known = {f.name for f in dataclasses.fields(cls)} - {"users"}
         found = {n: _with_nan(v) for n, v in values.items() if n in known}
+        found["alarms"] = tuple(found.get("alarms", ()))
         found["intervals"] = {
             task: {metric: tuple(ends) for metric, ends in of.items()}
             for task, of in found["intervals"].items()
@@ -101,8 +105,8 @@ def evaluate(
       serving: compiled passes of the model.
       params, tables: what is evaluated.
       split: "train", "validation" or "test".
-      full: also the orders, the baselines, the bootstrap intervals, the segments and the sums of
-        each user; training leaves them out.
+      full: also the recommended lists and their alarms, the orders, the baselines, the bootstrap
+        intervals, the segments and the sums of each user; training leaves them out.
       answers: calibrations and the chosen order of these parameters, found on validation. Where
         `evaluate.calibrate` is set, metrics are those of calibrated predictions, and on validation
         itself cross-fitted over users.
@@ -115,17 +119,21 @@ def evaluate(
     config = experiment.evaluate
     known = answers.calibration if answers else {}
     params = serving.calibrated(params, known)
-    collected = collect(experiment, prepared, serving, params, tables, split, orders=full)
+    order = answers.order if answers else FUSED
+    parts = experiment, prepared, serving, params, tables, split
+    collected = collect(*parts, orders=full, recommended=order if full else "")
+    background = _background(*parts) if collected.lists else None
     here = known if config.calibrate else {}
     logits = calibrated_logits(experiment, collected, here, bool(here) and split == "validation")
     values = predictions(experiment, prepared.manifest, logits)
     everything = np.arange(len(collected.user))
-    measured = _measured(experiment, prepared.manifest, collected, values, everything)
+    manifest = prepared.manifest
+    measured = _measured(experiment, manifest, collected, values, everything, background)
     result = Evaluation(
         split=split,
-        protocol=protocol_of(experiment, prepared.manifest),
-        fingerprint=prepared.manifest.fingerprint,
-        judged=judged(prepared.manifest),
+        protocol=protocol_of(experiment, manifest),
+        fingerprint=manifest.fingerprint,
+        judged=judged(manifest),
         tasks={task: _at_ones(*found) for task, found in measured.items()},
         targets={task: len(rows) for task, (_, rows) in measured.items()},
         calibration=_calibration(config.calibration, split) if here else "",
@@ -134,18 +142,59 @@ def evaluate(
         return result
     return dataclasses.replace(
         result,
-        orders=_orders(experiment, prepared, collected),
-        order=described(experiment, answers) if answers and len(experiment.tasks) > 1 else "",
-        baselines=compare(experiment, prepared, collected, split),
-        intervals=_intervals(measured, collected.user, experiment.evaluate.bootstrap),
+        orders=_orders(experiment, prepared, collected, background),
+        order=_order(experiment, answers),
+        baselines=compare(experiment, prepared, collected, split, background),
+        intervals=_intervals(measured, collected.user, config.bootstrap),
         reliability={
             name: reliability(collected.labels[name][rows], values[name][rows])
             for name, (_, rows) in measured.items()
             if experiment.tasks[name].kind == "binary"
         },
-        segments=_segments(experiment, prepared, collected, values, split),
+        segments=_segments(experiment, prepared, collected, values, split, background),
         users=sums_by_user(prepared, measured, collected.user, split),
+        alarms=_alarms(experiment, collected, background, order),
     )
+
+
+def _order(experiment: Experiment, answers: Answers | None) -> str:
+    """The order that `recommend` takes, in words, where there are several."""
+    diversifier = experiment.evaluate.diversify
+    if answers is None or (len(experiment.tasks) < 2 and diversifier is None):
+        return ""
+    return described(experiment, answers, diversifier=diversifier)
+
+
+def _background(
+    experiment: Experiment,
+    prepared: Prepared,
+    serving: Serving,
+    params: PyTree,
+    tables: dict[str, jax.Array],
+    split: str,
+) -> Background:
+    """What the lists of a split are judged against."""
+
+    def vectors() -> np.ndarray:
+        whole = serving.own(serving.item_vectors(params, tables))
+        return np.asarray(serving.compared(whole))[FIRST:]
+
+    return make_background(experiment, prepared, split, vectors)
+
+
+def _alarms(
+    experiment: Experiment, collected: Collected, background: Background | None, order: str
+) -> tuple[str, ...]:
+    """Alarms about the lists of the retrieval, and of the order that `recommend` takes."""
+    rows, found = np.flatnonzero(collected.retrieved), list[str]()
+    if background is None or not len(rows):
+        return ()
+    retrieval = next(n for n, t in experiment.tasks.items() if t.kind == "retrieval")
+    recommended = recommended_name(order, experiment.evaluate.diversify)
+    for name in dict.fromkeys([retrieval, recommended]):
+        lists, users = collected.lists[name][rows], collected.user[rows]
+        found += alarms(name, lists, users, background, experiment.evaluate.ks[0])
+    return tuple(found)
 
 
 def _calibration(kind: str, split: str) -> str:
@@ -168,6 +217,7 @@ def _measured(
     collected: Collected,
     values: dict[str, np.ndarray],
     of: np.ndarray,
+    background: Background | None = None,
 ) -> Measured:
     """The statistics of each task on some of the targets, and those of them that they are of."""
     found: Measured = {}
@@ -176,6 +226,9 @@ def _measured(
         if task.kind == "retrieval":
             rows = of[collected.retrieved[of]]
             statistics = ranking_statistics(collected.ranks[rows], ks)
+            if background:
+                lists, users = collected.lists[name][rows], collected.user[rows]
+                statistics |= list_statistics(lists, users, background, ks)
         else:
             rows = of[~np.isnan(collected.labels[name][of])]
             labels, predicted = collected.labels[name][rows], values[name][rows]
@@ -197,6 +250,7 @@ def _segments(
     collected: Collected,
     values: dict[str, np.ndarray],
     split: str,
+    background: Background | None,
 ) -> Segments:
     """All metrics of each part of the split, and how many targets they are of."""
     parts = segments(experiment, prepared, split, collected.candidate, collected.user)
@@ -204,7 +258,8 @@ def _segments(
     for name, by_value in parts.items():
         found[name] = {}
         for value, places in by_value.items():
-            measured = _measured(experiment, prepared.manifest, collected, values, places)
+            parts_of = experiment, prepared.manifest, collected, values
+            measured = _measured(*parts_of, places, background)
             found[name][value] = {
                 task: {"targets": len(rows), **_at_ones(statistics, rows)}
                 for task, (statistics, rows) in measured.items()
@@ -245,14 +300,27 @@ def sums_by_user(prepared: Prepared, measured: Measured, user: np.ndarray, split
     return pa.table(columns)
 
 
-def _orders(experiment: Experiment, prepared: Prepared, collected: Collected) -> dict[str, Metrics]:
-    """The fused order beside each task's own order, by the metrics of `order_statistics`."""
-    if len(experiment.tasks) < 2:
+def _orders(
+    experiment: Experiment,
+    prepared: Prepared,
+    collected: Collected,
+    background: Background | None = None,
+) -> dict[str, Metrics]:
+    """The fused order beside each task's own order and the diversified one, by the metrics of
+    `order_statistics`, and how diverse the lists of each are."""
+    if len(experiment.tasks) < 2 and experiment.evaluate.diversify is None:
         return {}
-    return {
+    found = {
         order: {metric: value(np.ones(len(rows))) for metric, (value, rows) in metrics.items()}
         for order, metrics in order_statistics(experiment, prepared, collected).items()
     }
+    rows, ks = np.flatnonzero(collected.retrieved), experiment.evaluate.ks
+    if background:
+        for order, lists in collected.lists.items():
+            of = list_statistics(lists[rows], collected.user[rows], background, ks)
+            for name in (f"diversity@{k}" for k in ks):
+                found[order][name] = of[name](np.ones(len(rows)))
+    return found
 
 
 def _intervals(
@@ -261,15 +329,11 @@ def _intervals(
     """95 % bootstrap intervals over the users; a target of nobody known is on its own."""
     if not resamples:
         return {}
-    who = people(user)
-    return {
-        task: {
-            metric: bootstrap_interval(statistic, who[rows], resamples)
-            for metric, statistic in statistics.items()
-            if metric_named(metric).resampled
-        }
-        for task, (statistics, rows) in measured.items()
-    }
+    who, found = people(user), {}
+    for task, (statistics, rows) in measured.items():
+        resampled = {n: of for n, of in statistics.items() if metric_named(n).resampled}
+        found[task] = bootstrap_intervals(resampled, who[rows], resamples)
+    return found
 
 
 def _with_nan(value: Any) -> Any:

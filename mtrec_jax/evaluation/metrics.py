@@ -12,7 +12,7 @@ the bins of the calibration error need the order of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -564,12 +564,29 @@ METRICS: dict[str, dict[str, Metric]] = {
         "xauc": Metric(xauc_statistic, resampled=False),  # slow
     },
 }
-# {name: of each query, from the rank (0 = first) of its one relevant item}, 0 from rank k on
-RANKING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "hr": np.ones_like,
-    "ndcg": lambda rank: 1 / np.log2(rank + 2),  # the ideal order has DCG 1
-    "mrr": lambda rank: 1 / (rank + 1),
-    "recall": np.ones_like,  # hr, since there is one item to find; both names are in use
+# {name: of each query, from the rank (0 = first) of its one relevant item and k}, 0 from rank k on.
+# With one item to find, recall is hr, map is mrr and precision is hr / k: all names are in use.
+RANKING: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "hr": lambda rank, k: np.ones_like(rank),
+    "ndcg": lambda rank, k: 1 / np.log2(rank + 2),  # the ideal order has DCG 1
+    "mrr": lambda rank, k: 1 / (rank + 1),
+    "recall": lambda rank, k: np.ones_like(rank),
+    "precision": lambda rank, k: np.full_like(rank, 1 / k),
+    "map": lambda rank, k: 1 / (rank + 1),  # the precision at the one place that is relevant
+}
+
+
+def _mean_of_predictions(labels: np.ndarray, predictions: np.ndarray) -> Statistic:
+    return mean_statistic(predictions)
+
+
+# {name: of recommended lists, see `evaluation.lists`}; resampled users share fewer different items
+OF_LISTS: dict[str, Metric] = {
+    "coverage": Metric(_mean_of_predictions, resampled=False),
+    "novelty": Metric(_mean_of_predictions),
+    "diversity": Metric(_mean_of_predictions),
+    "popularity": Metric(_mean_of_predictions, ideal=1.0),
+    "gini": Metric(_mean_of_predictions, larger_is_better=False, resampled=False),
 }
 
 
@@ -591,9 +608,11 @@ def metric_named(name: str) -> Metric:
 
     >>> metric_named("rmse").larger_is_better, metric_named("ndcg@10").larger_is_better
     (False, True)
+    >>> metric_named("popularity@10").ideal
+    1.0
     """
-    plain = Metric(lambda labels, predictions: mean_statistic(predictions))
-    return next((known[name] for known in METRICS.values() if name in known), plain)
+    of_lists = OF_LISTS.get(name.partition("@")[0], Metric(_mean_of_predictions))
+    return next((known[name] for known in METRICS.values() if name in known), of_lists)
 
 
 def task_statistics(
@@ -662,19 +681,21 @@ def ranking_statistics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[
         raise DataError(f"ranks start at 0, found {ranks.min()}; give unknown ranks a large number")
     rank = ranks.astype(np.float64)
     return {
-        f"{name}@{k}": mean_statistic(np.where(rank < k, gain(rank), 0))
+        f"{name}@{k}": mean_statistic(np.where(rank < k, gain(rank, k), 0))
         for k in ks
         for name, gain in RANKING.items()
     }
 
 
 def ranking_metrics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[str, float]:
-    """Means over queries of hr, ndcg (Järvelin and Kekäläinen, 2002), mrr and recall at each k.
+    """Means over queries of hr, ndcg (Järvelin and Kekäläinen, 2002), mrr, recall, precision and
+    map at each k.
 
-    Each held-out event is a query of its own with one relevant item. With several targets a user
-    most libraries take the user as one query with all of them, which gives larger values: hits at
-    places 1, 3 and 8 of five targets are ndcg@10 .363, hr .6 here, .616 and 1 there. With one
-    target a user the definitions coincide, but for LensKit (2025.8), where places 1 and 2 weigh
+    Each held-out event is a query of its own with one relevant item, so that recall is hr,
+    precision hr / k, and map, whose average precision has one term, mrr. With several targets a
+    user most libraries take the user as one query with all of them, which gives larger values:
+    hits at places 1, 3 and 8 of five targets are ndcg@10 .363, hr .6 here, .616 and 1 there. With
+    one target a user the definitions coincide, but for LensKit (2025.8), where places 1 and 2 weigh
     alike, and RecTools (0.19), whose ideal has k relevant items unless `divide_by_achievable`.
 
     Args:
@@ -683,8 +704,11 @@ def ranking_metrics(ranks: Int[np.ndarray, " Q"], ks: Iterable[int]) -> dict[str
     Raises:
       DataError: a rank is negative.
 
-    >>> ranking_metrics(np.array([0, 2, 9, 99]), [10])
-    {'hr@10': 0.75, 'ndcg@10': 0.447..., 'mrr@10': 0.358..., 'recall@10': 0.75}
+    >>> found = ranking_metrics(np.array([0, 2, 9, 99]), [10])
+    >>> [(name, round(value, 3)) for name, value in found.items()][:3]
+    [('hr@10', 0.75), ('ndcg@10', 0.447), ('mrr@10', 0.358)]
+    >>> [(name, round(value, 3)) for name, value in found.items()][3:]
+    [('recall@10', 0.75), ('precision@10', 0.075), ('map@10', 0.358)]
     """
     return _values(ranking_statistics(ranks, ks), len(ranks))
 
@@ -712,13 +736,33 @@ def bootstrap_interval(
     >>> bootstrap_interval(mean_statistic(np.full(20, 0.5)), np.arange(20), resamples=10)
     (0.5, 0.5)
     """
+    return bootstrap_intervals({"": statistic}, users, resamples, seed)[""]
+
+
+def bootstrap_intervals(
+    statistics: Mapping[str, Statistic],
+    users: Int[np.ndarray, " n"],
+    resamples: int = 200,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """`bootstrap_interval` of several metrics of the same examples: drawn once for all of them.
+
+    >>> bootstrap_intervals({"hr": mean_statistic(np.full(9, 0.5))}, np.arange(9), resamples=10)
+    {'hr': (0.5, 0.5)}
+    """
     generator = np.random.default_rng(seed)
     people, who = np.unique(users, return_inverse=True)
     n = len(people)
-    values = np.empty(resamples if n else 0)
-    for i in range(len(values)):
+    values = np.empty((len(statistics), resamples if n else 0))
+    for i in range(values.shape[1]):
         counts = np.bincount(generator.integers(0, n, n), minlength=n)
-        values[i] = statistic(counts[who].astype(np.float64))
+        weights = counts[who].astype(np.float64)
+        values[:, i] = [statistic(weights) for statistic in statistics.values()]
+    return {name: _middle(of) for name, of in zip(statistics, values, strict=True)}
+
+
+def _middle(values: Float[np.ndarray, " R"]) -> tuple[float, float]:
+    """The middle 95 % of those that are defined."""
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")

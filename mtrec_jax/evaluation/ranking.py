@@ -16,6 +16,7 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import Lists
 
 CELLS = 1 << 24  # scores that are held at once
+PART = 1 << 20  # of them that are put in order at once
 
 
 def target_ranks(
@@ -41,6 +42,22 @@ def target_ranks(
     >>> target_ranks(Counts(np.array([5, 9, 7])), np.array([0, 2]), None, items=3)
     array([2, 1])
     """
+    return ranks_and_lists(scorer, targets, exclude, 0, items)[0]
+
+
+def ranks_and_lists(
+    scorer: Scorer,
+    targets: Int[np.ndarray, " Q"],
+    exclude: Lists | None,
+    k: int,
+    items: int,
+) -> tuple[Int64[np.ndarray, " Q"], Int64[np.ndarray, "Q K"]]:
+    """`target_ranks`, and the indexes that `top_items` gives, of scores that are asked for once.
+
+    >>> from mtrec_jax.baselines.popularity import Counts
+    >>> ranks_and_lists(Counts(np.array([5, 9, 7])), np.array([0]), None, 2, items=3)
+    (array([2]), array([[1, 2]]))
+    """
     if exclude is not None and len(exclude) != len(targets):
         raise DataError(
             f"{len(exclude)} lists in exclude for {len(targets)} queries; pass one for each"
@@ -51,13 +68,17 @@ def target_ranks(
             f"{items - 1}; pass item id - 2, and leave out unknown items"
         )
     ranks = np.zeros(len(targets), np.int64)
+    lists = np.full((len(targets), k), -1, np.int64)
     for queries in _blocks(np.arange(len(targets)), items):
         scores, target = _scores(scorer, queries, items), targets[queries][:, None]
-        own = np.take_along_axis(scores, target, axis=1)
+        own, hidden = np.take_along_axis(scores, target, axis=1), _excluded(exclude, queries, items)
         ahead = (scores > own) | ((scores == own) & (np.arange(items) < target))
-        ahead[_excluded(exclude, queries, items)] = False
+        ahead[hidden] = False
         ranks[queries] = np.count_nonzero(ahead, axis=1)
-    return ranks
+        if k:
+            best, found = _best(scores, hidden, k)
+            lists[queries, : found.shape[1]] = np.where(best > -np.inf, found, -1)
+    return ranks, lists
 
 
 def top_items(
@@ -91,13 +112,33 @@ def top_items(
     ids = np.full((len(queries), k), -1, np.int64)
     start = 0
     for block in _blocks(queries, items):
-        scores = _scores(scorer, block, items).copy()  # may be a read-only view
-        scores[_excluded(exclude, block, items)] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        there = slice(start, start + len(block)), slice(0, order.shape[1])
-        best[there], ids[there] = np.take_along_axis(scores, order, axis=1), order
+        found = _best(_scores(scorer, block, items), _excluded(exclude, block, items), k)
+        there = slice(start, start + len(block)), slice(0, found[1].shape[1])
+        best[there], ids[there] = found
         start += len(block)
     return best, np.where(best > -np.inf, ids, -1)
+
+
+def _best(
+    scores: Float32[np.ndarray, "q N"], hidden: tuple[np.ndarray, np.ndarray], k: int
+) -> tuple[Float32[np.ndarray, "q K"], Int64[np.ndarray, "q K"]]:
+    """The k best scores of each row and their places, equal ones by place; hidden ones are -inf.
+
+    Score and place make one whole number, whose largest ones are found without sorting all.
+    """
+    items = scores.shape[1]
+    k, size = min(k, items), max(PART // max(items, 1), 1)
+    scores = scores + np.float32(0)  # a copy, without -0, which would stand behind 0
+    scores[hidden] = -np.inf
+    order = np.empty((len(scores), k), np.int64)
+    for start in range(0, len(scores), size):
+        bits = scores[start : start + size].view(np.int32)
+        rising = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
+        keys = rising << 32 | np.arange(items - 1, -1, -1)
+        keys.partition(items - k, axis=1)
+        best = np.sort(keys[:, items - k :], axis=1)[:, ::-1]
+        order[start : start + size] = items - 1 - (best & 0xFFFFFFFF)
+    return np.take_along_axis(scores, order, axis=1), order
 
 
 def _blocks(queries: Int[np.ndarray, " Q"], items: int) -> Iterator[Int[np.ndarray, " q"]]:

@@ -37,13 +37,14 @@ def evaluation_tables(experiment: Experiment, evaluation: Evaluation) -> Rendera
     if evaluation.calibration:
         parts.append(Text(f"predictions are calibrated: {evaluation.calibration}"))
     parts += [_task_table(experiment, evaluation, name) for name in experiment.tasks]
+    parts += [Text(f"ALARM {text}", style="bold red") for text in evaluation.alarms]
     if evaluation.orders:
-        title = "Orders: candidates put in order by each score"
-        columns = list(next(iter(evaluation.orders.values())))
-        table = _table(title, ["order", *columns])
-        for name, metrics in evaluation.orders.items():
-            table.add_row(name, *(_number(metrics.get(c)) for c in columns))
-        parts += [table] if columns else []
+        columns = sorted(next(iter(evaluation.orders.values())), key=lambda c: "@" not in c)
+        rows = [
+            (name, [_number(metrics.get(c)) for c in columns], "")
+            for name, metrics in evaluation.orders.items()
+        ]
+        parts += _tables("Orders: candidates put in order by each score", columns, rows)
         if evaluation.order:
             flattered = evaluation.split == "validation" and UNCHOSEN not in evaluation.order
             own = "; it was chosen, and scores were calibrated, on this split" * flattered
@@ -249,6 +250,8 @@ def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> Re
         if published.protocol not in ("", evaluation.protocol.hash):
             rules += f", by ANOTHER PROTOCOL ({published.protocol}), not comparable"
         notes.append(f"published, {rules}: {published.name}: {published.source}")
+    if kind == "retrieval":
+        notes.append("one item to find: recall@k is hr@k, map@k is mrr@k, precision@k is hr@k / k")
     title = f"{task} ({kind}, {count:,} targets)"
     return Group(
         *_tables(title, columns, rows), *(Text(note, style="dim") for note in notes), Text()
@@ -285,8 +288,9 @@ def _segment_tables(experiment: Experiment, evaluation: Evaluation) -> Iterator[
 
 
 def _columns(evaluation: Evaluation, task: str) -> list[str]:
-    """The metrics that people read: with one relevant item, recall is the hit rate."""
-    return [metric for metric in evaluation.tasks[task] if not metric.startswith("recall")]
+    """The metrics that people read: with one relevant item, three others say the same."""
+    others = ("recall", "map", "precision")
+    return [m for m in evaluation.tasks[task] if m.partition("@")[0] not in others]
 
 
 def _arrow(metric: str) -> str:

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from mtrec_jax import processes
-from mtrec_jax.arguments import a_list, a_path, a_whole_number, one_of, shown
+from mtrec_jax import choices, diversity, processes
+from mtrec_jax.arguments import a_list, a_path, a_whole_number, argument, one_of, shown
+from mtrec_jax.choices import Choice
 from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import seen_behaviours
 from mtrec_jax.data import features
 from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.diversity import DIVERSIFIERS
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.answers import CHOSEN, FUSED, Answers, described
 from mtrec_jax.evaluation.collect import ordering
@@ -51,6 +53,7 @@ from mtrec_jax.types import FIRST, UNKNOWN, UserStates
 
 WIDE = 512  # candidates of a wider answer than `evaluate.candidates`; then 8 times as many, …
 _ASK_POPULAR = 'Pass on_unknown="popular" for the most popular items, or to answer by a history'
+CONFIGURED, PLAIN = "configured", "none"  # of `diversify`
 _UNSCORED = "a new item, of which no feature is known"
 SEEN = (1024, 4096)  # bounds of the seen items of a user that are taken out by a list
 
@@ -64,6 +67,7 @@ class _Question:
     exclude_seen: bool
     order_by: str  # a task, "fused" or "chosen"
     popular: bool  # strangers without a history get the most popular items
+    diversifier: Any  # puts the lists together; None: they are in the plain order
     ignored: dict[str, int]  # ids in each filter that are not in the catalogue
 
 
@@ -108,13 +112,20 @@ class Recommender:
             f"Recommender({self.experiment.name!r}, step {self.step}: {tasks}; {self.prepared!r})"
         )
 
-    def order(self, order_by: str = CHOSEN) -> str:
-        """One line for people: by which order it recommends, why, and what the declared utility is.
+    def order(self, order_by: str = CHOSEN, diversify: Any = CONFIGURED) -> str:
+        """One line for people: by which order it recommends, why, what the declared utility is, and
+        what puts lists together.
 
         Args:
-          order_by: as `recommend` takes it.
+          order_by, diversify: as `recommend` takes them.
         """
-        return described(self.experiment, self.answers, order_by)
+        return described(self.experiment, self.answers, order_by, self._diversifier(diversify))
+
+    def _diversifier(self, asked: Any) -> Any:
+        """What `recommend(diversify=)` names; None: nothing."""
+        if isinstance(asked, str) and asked in (CONFIGURED, PLAIN):
+            return self.experiment.evaluate.diversify if asked == CONFIGURED else None
+        return choices.read(Choice(DIVERSIFIERS), asked, argument("diversify"))
 
     def warm_up(self) -> float:
         """Compile what requests need, so that none has to wait: the seconds it took.
@@ -212,6 +223,7 @@ class Recommender:
         blocked: Ids = (),
         exclude_seen: bool = True,
         order_by: str = CHOSEN,
+        diversify: Any = CONFIGURED,
         on_unknown: Literal["popular", "model", "error"] = "popular",
         unknown_items: UnknownItems = "ignore",
         new_items: bool = True,
@@ -239,6 +251,11 @@ class Recommender:
           exclude_seen: leave out what the user has seen, as the run's `evaluate.seen` says.
           order_by: "chosen": what training has found best on validation, as `order()` says;
             "fused": the fusion in any case; or a task whose prediction puts them in order.
+          diversify: what puts lists together so that their items differ, from the candidates in
+            that order and the cosines of item vectors: a kind ("mmr", "dpp"), a table such as
+            {"kind": "mmr", "trade": 0.5}, or an instance, also of a class of your own; "none":
+            nothing; "configured": what the run's `evaluate.diversify` says. Scores are as they are,
+            so that they no longer fall along a list. The most popular items stay in their order.
           on_unknown: of a user who is neither in the data nor has a history: "popular"; "model"
             asks the model about a stranger; "error" raises for any user who is not in the data.
           unknown_items: "error" refuses ids of the filters and histories that are not in the
@@ -263,9 +280,8 @@ class Recommender:
         users = raw_texts("users", users)
         one_of("on_unknown", on_unknown, ("popular", "model", "error"))
         filters = allowed, blocked, unknown_items
-        asked = self._question(
-            k, filters, exclude_seen, order_by, new_items, on_unknown == "popular"
-        )
+        orders = order_by, self._diversifier(diversify)
+        asked = self._question(k, filters, exclude_seen, orders, new_items, on_unknown == "popular")
         if histories is not None:
             histories = a_list("histories", histories)
             if len(histories) != len(users):
@@ -285,7 +301,7 @@ class Recommender:
             unknown.update(encoded.unknown)
             tables.append(self._recommend_batch(users[part], encoded, asked))
         in_histories = {"histories": len(unknown)} if unknown else {}
-        order = self.order(order_by)
+        order = self.order(order_by, diversify)
         return Result(pa.concat_tables(tables), asked.ignored | in_histories, order)
 
     def recommend_all(
@@ -296,6 +312,7 @@ class Recommender:
         blocked: Ids = (),
         exclude_seen: bool = True,
         order_by: str = CHOSEN,
+        diversify: Any = CONFIGURED,
         unknown_items: UnknownItems = "ignore",
         new_items: bool = True,
     ) -> Iterator[pa.Table]:
@@ -305,7 +322,8 @@ class Recommender:
         """
         users = self.prepared.user_names
         filters = allowed, blocked, unknown_items
-        asked = self._question(k, filters, exclude_seen, order_by, new_items)
+        orders = order_by, self._diversifier(diversify)
+        asked = self._question(k, filters, exclude_seen, orders, new_items)
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
@@ -497,7 +515,11 @@ class Recommender:
         real = candidates >= FIRST
         key, score = self._order(answer, asked.order_by, n)
         key = np.where(nothing[:, None], -np.arange(width, dtype=key.dtype), key)
-        order = np.argsort(-np.where(real, key, -np.inf), axis=1, kind="stable")[:, : asked.k]
+        order = diversity.falling(key, real)[:, : asked.k]
+        if asked.diversifier is not None:
+            vectors, k = self._host_vectors[candidates], min(asked.k, width)
+            places = diversity.diversify(asked.diversifier, key, real, vectors, k)
+            order = np.where(nothing[:, None], order, places)
         row, rank = np.nonzero(np.take_along_axis(real, order, axis=1))
         place = order[row, rank]
         chosen, told = candidates[row, place] - FIRST, ~nothing[row]
@@ -603,6 +625,11 @@ class Recommender:
         places = pad_rows(ids.astype(np.int32), self._encoder.sizes[0], FIRST)
         return np.asarray(self._serving.compared(jnp.take(self._vectors, places, axis=0)))
 
+    @functools.cached_property
+    def _host_vectors(self) -> np.ndarray:
+        """Vectors by item id [N + 2, D], for what compares the items of a list with each other."""
+        return np.asarray(self._serving.compared(self._vectors))
+
     def _states(self, encoded: Requests) -> UserStates:
         self._announce(len(encoded.batch.user))
         return self._serving.states(*self._shared, encoded.batch)
@@ -675,17 +702,19 @@ class Recommender:
         k: int,
         filters: tuple[Ids, Ids, UnknownItems],
         exclude_seen: bool,
-        order_by: str,
+        orders: tuple[str, Any],
         new_items: bool,
         popular: bool = True,
     ) -> _Question:
-        """What is asked of the items that `filters` (allowed, blocked, unknown_items) leave.
+        """What is asked of the items that `filters` (allowed, blocked, unknown_items) leave, with
+        `orders` (order_by, diversifier).
 
         Raises:
           ConfigError, DataError: what `recommend` refuses.
         """
-        orders = ordering(self.experiment, self.prepared.manifest)
-        one_of("order_by", order_by, (CHOSEN, FUSED, *orders))
+        order_by, diversifier = orders
+        tasks = ordering(self.experiment, self.prepared.manifest)
+        one_of("order_by", order_by, (CHOSEN, FUSED, *tasks))
         k = self._checked(k, exclude_seen)
         found = read_filters(self.prepared, *filters)
         one_of("new_items", new_items, (True, False))
@@ -695,7 +724,7 @@ class Recommender:
                 "the filters allowed and blocked leave no item that the model can score"
             )
         ignored = {name: len(ids) for name, ids in found.ignored.items()}
-        return _Question(k, mask, exclude_seen, order_by, popular, ignored)
+        return _Question(k, mask, exclude_seen, order_by, popular, diversifier, ignored)
 
     @property
     def _has_retrieval(self) -> bool:

@@ -22,6 +22,7 @@ from mtrec_jax.baselines import BASELINES
 from mtrec_jax.config import Experiment, to_dict, to_toml
 from mtrec_jax.data.dataset import SPLITS, Manifest, Prepared, open_prepared
 from mtrec_jax.data.newer import in_terms_of
+from mtrec_jax.diversity import DIVERSIFIERS
 from mtrec_jax.errors import CheckpointError, ConfigError, DataError
 from mtrec_jax.evaluation.answers import Answers, from_json
 from mtrec_jax.evaluation.evaluate import Evaluation, evaluate, judged
@@ -274,13 +275,14 @@ def measured_under(
                 "rules of split or data it was prepared"
             )
         )
-    kinds = [type(baseline) for baseline in e.evaluate.baselines]
+    of_package = (*BASELINES.values(), *DIVERSIFIERS.values())
+    own = [kind for kind in choices.chosen_kinds(e.evaluate) if kind not in of_package]
     changed = {
         name: choices.read(
             type(getattr(e, name)),
             {**vars(getattr(e, name)), **new},
             argument("under"),
-            [kind for kind in kinds if kind not in BASELINES.values()],
+            own,
         )
         for name, new in sections.items()
         if new

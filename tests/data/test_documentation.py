@@ -23,6 +23,7 @@ from mtrec_jax.balance import BALANCERS
 from mtrec_jax.baselines import BASELINES
 from mtrec_jax.cli import app, as_option
 from mtrec_jax.data.features import KINDS, Feature
+from mtrec_jax.diversity import DIVERSIFIERS
 from mtrec_jax.experiments import parse_experiment
 from mtrec_jax.models.encoders import ENCODERS
 from mtrec_jax.models.fusions import FUSIONS
@@ -171,7 +172,7 @@ CHOICES = {
     "`[model.towers]`": TOWERS,
     "`[model.fusion]`": FUSIONS,
     "`[train.balance]`": BALANCERS,
-    "`[evaluate]`": BASELINES,
+    "`[evaluate]`": {**BASELINES, **DIVERSIFIERS},
 }
 
 

@@ -24,7 +24,7 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation.collect import Collected, rank_in_list, seen_items
 from mtrec_jax.evaluation.comparison import _reference
 from mtrec_jax.evaluation.evaluate import Evaluation, _intervals, _orders, evaluate
-from mtrec_jax.evaluation.metrics import mean_statistic
+from mtrec_jax.evaluation.metrics import OF_LISTS, RANKING, mean_statistic
 from mtrec_jax.evaluation.picture import draw_reliability
 from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.evaluation.segments import _by_value
@@ -118,6 +118,8 @@ def retrieval_metrics(ranks: np.ndarray, k: int) -> dict[str, float]:
         f"ndcg@{k}": np.mean(hit / np.log2(ranks + 2)),
         f"mrr@{k}": np.mean(hit / (ranks + 1)),
         f"recall@{k}": hit.mean(),
+        f"precision@{k}": hit.mean() / k,
+        f"map@{k}": np.mean(hit / (ranks + 1)),
     }
 
 
@@ -182,7 +184,8 @@ def test_the_popularity_baseline_has_the_same_targets(
     scores = np.broadcast_to(counts, (len(hidden), len(counts)))
     ranks = sorted_ranks(scores, test["candidate"][clicked].tolist(), hidden)
     expected = {f"next_item/{m}": v for m, v in retrieval_metrics(ranks, 10).items()}
-    assert evaluation.baselines["popularity"] == pytest.approx(expected)
+    found = evaluation.baselines["popularity"]
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_reference_predictions_are_measured_on_the_same_rows(
@@ -202,9 +205,8 @@ def test_reference_predictions_are_measured_on_the_same_rows(
 def test_every_baseline_has_its_row(shop_run: Run, evaluation: Evaluation) -> None:
     reference = shop_run.experiment.data.reference
     assert set(evaluation.baselines) == {"popularity", "item_knn", "bias", reference}
-    ranking = {"hr@10", "ndcg@10", "mrr@10", "recall@10"}
     knn = evaluation.baselines["item_knn"]
-    assert set(knn) == {f"next_item/{m}" for m in ranking}
+    assert set(knn) == {f"next_item/{m}@10" for m in (*RANKING, *OF_LISTS)}
     shared = ("auc", "log_loss", "accuracy", "gauc", "ndcg@10")
     both = {f"{t}/{m}" for t in ("click", "buy") for m in shared}
     assert both <= set(evaluation.baselines["bias"])
@@ -213,8 +215,10 @@ def test_every_baseline_has_its_row(shop_run: Run, evaluation: Evaluation) -> No
 def test_intervals_contain_the_value(evaluation: Evaluation) -> None:
     assert set(evaluation.intervals) == set(evaluation.tasks) == TASKS
     for task, metrics in evaluation.tasks.items():
-        # resampling moves the calibration error upwards: its percentiles may leave the value out
-        assert set(evaluation.intervals[task]) == set(metrics) - {"calibration_error"}
+        # resampling moves the calibration error upwards: its percentiles may leave the value out;
+        # and fewer users have fewer items
+        without = {"calibration_error", "coverage@10", "gini@10"}
+        assert set(evaluation.intervals[task]) == set(metrics) - without
         ends = [end for pair in evaluation.intervals[task].values() for end in pair]
         assert not np.isnan(ends).any()
         for metric, (low, high) in evaluation.intervals[task].items():
@@ -253,7 +257,7 @@ def test_sums_by_user_are_kept(
         total = evaluation.targets[task]
         assert pc.sum(table[f"{task} targets"]).as_py() == total
         for metric, value in found.items():
-            if metric != "calibration_error":
+            if metric not in ("calibration_error", "coverage@10", "gini@10"):
                 assert pc.sum(table[f"{task}/{metric}"]).as_py() / total == pytest.approx(value)
     one = names[3]
     [place] = [i for i, name in enumerate(table["user"].to_pylist()) if name == one]
@@ -333,7 +337,9 @@ def test_orders_compare_the_fused_score_with_each_task(
 ) -> None:
     assert set(evaluation.orders) == {"fused"} | TASKS
     for metrics in evaluation.orders.values():
-        assert set(metrics) == {"ndcg@10", "value@10", "utility auc", "auc click", "auc buy"}
+        assert set(metrics) == {
+            *("ndcg@10", "value@10", "utility auc", "auc click", "auc buy", "diversity@10")
+        }
         assert all(0 <= value <= 1 for value in metrics.values())
     for task in ("click", "buy"):
         own = evaluation.orders[task][f"auc {task}"]
@@ -412,7 +418,8 @@ def test_targets_of_source_rows_beyond_32_bits_are_measured(
     prepared = replace(shop_run.prepared, folder=folder)
     found = evaluate(shop_run.experiment, prepared, serving, params, tables, "test", full=False)
     assert found.targets == evaluation.targets
-    assert found.tasks == evaluation.tasks
+    for task, metrics in found.tasks.items():  # but for those of lists
+        assert metrics == {name: evaluation.tasks[task][name] for name in metrics}
 
 
 def test_seen_items_are_those_of_earlier_splits(shop_prepared: Prepared, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from mtrec_jax.baselines import BASELINES
 from mtrec_jax.data.examples import past_items
 from mtrec_jax.evaluation import collect as collecting
-from mtrec_jax.evaluation.collect import ABSENT, Collected, _rerank, collect, ordering
+from mtrec_jax.evaluation.collect import ABSENT, Collected, Ways, _rerank, collect, ordering
 from mtrec_jax.evaluation.comparison import compare, training_interactions
 from mtrec_jax.evaluation.evaluate import _orders
 from mtrec_jax.losses.tasks import TaskField
@@ -77,7 +77,7 @@ def test_the_fused_order_puts_the_largest_first(
     found = np.tile(np.array([[0, 3, 1, 2]]), (3, 1))
     own: Any = replace(serving, answer=answer)
     chosen = np.array([1, 2, 3])
-    _rerank(own, {}, part, chosen, states, np.zeros((1, 1)), found, sorted_by)
+    _rerank(own, {}, part, chosen, states, np.zeros((1, 1)), found, Ways(sorted_by))
     assert part.order_ranks["fused"].tolist() == [ABSENT, 1, 0, ABSENT]
     assert part.order_ranks["click"].tolist() == [ABSENT, 2, 3, ABSENT]
     assert part.order_ranks["stars"].tolist() == [ABSENT, 1, 2, ABSENT]
