@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Bool, Float32, Int, Int64
 
 from mtrec_jax.baselines import Scorer
 from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.kernels.constrained import Picks, Quotas
 from mtrec_jax.types import Lists
 
 CELLS = 1 << 24  # scores that are held at once
@@ -61,7 +62,14 @@ def target_ranks(
 
 
 def top_items(
-    scorer: Scorer, queries: Int[np.ndarray, " Q"], k: int, exclude: Lists | None, items: int
+    scorer: Scorer,
+    queries: Int[np.ndarray, " Q"],
+    k: int,
+    exclude: Lists | None,
+    items: int,
+    mask: Bool[np.ndarray, " N"] | None = None,
+    among: list[np.ndarray] | None = None,
+    quotas: Quotas | None = None,
 ) -> tuple[Float32[np.ndarray, "Q K"], Int64[np.ndarray, "Q K"]]:
     """The k best items of each query: (scores, catalogue indexes), best first, ties lowest index.
 
@@ -69,6 +77,9 @@ def top_items(
       queries: positions of the evaluation set; `exclude[q]` belongs to query q.
       exclude: as in `target_ranks`.
       items: N.
+      mask: which items may be recommended to anybody.
+      among: of each query the catalogue indexes that it may get; None: all.
+      quotas: how many items of a group a list may hold, taken greedily.
 
     Returns:
       Scores and indexes; -inf and -1 where fewer than k items can be recommended (a score of -inf
@@ -93,7 +104,20 @@ def top_items(
     for block in _blocks(queries, items):
         scores = _scores(scorer, block, items).copy()  # may be a read-only view
         scores[_excluded(exclude, block, items)] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        if mask is not None:
+            scores[:, ~mask] = -np.inf
+        for row, query in enumerate(block if among is not None else ()):
+            assert among is not None
+            scores[row, np.setdiff1d(np.arange(items), among[query])] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")
+        if quotas is not None:
+            for row, first in enumerate(order):
+                pick = Picks(quotas, k)
+                good = first[scores[row, first] > -np.inf]
+                pick.take(scores[row, good], good)
+                scores[row, np.setdiff1d(good, pick.places)] = -np.inf
+            order = np.argsort(-scores, axis=1, kind="stable")
+        order = order[:, :k]
         there = slice(start, start + len(block)), slice(0, order.shape[1])
         best[there], ids[there] = np.take_along_axis(scores, order, axis=1), order
         start += len(block)

@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Int
 
 from mtrec_jax.errors import ConfigError, DataError, nearest
-from mtrec_jax.kernels.constrained import Quotas
+from mtrec_jax.kernels.constrained import NO_LIMIT, Quotas
 from mtrec_jax.types import Array
 
 _MOST = 1 << 24  # results of a query
-_NO_LIMIT = np.iinfo(np.int64).max  # the quota of a group that has none
 
 
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -224,14 +223,14 @@ def quotas(groups: Any, at_most: Any, count: int) -> Quotas | None:
             f"groups holds {wrong}; number groups from 0 on, with -1 for none, as "
             "np.unique(groups, return_inverse=True)[1] does"
         )
-    limits = np.append(_limits(at_most, most + 1), _NO_LIMIT)
+    limits = np.append(_limits(at_most, most + 1), NO_LIMIT)
     return Quotas(found.reshape(count, -1).astype(np.int32), limits)
 
 
 def _limits(at_most: Any, groups: int) -> np.ndarray:
     """The quota of each group, as a number, a mapping or an array says."""
     if isinstance(at_most, Mapping):
-        limits = np.full(groups, _NO_LIMIT)
+        limits = np.full(groups, NO_LIMIT)
         for group, most in at_most.items():
             if not _is_whole(group):
                 raise ConfigError(f"at_most: {group!r} is no group; groups are numbered from 0 on")

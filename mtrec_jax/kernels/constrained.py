@@ -25,7 +25,8 @@ import numpy as np
 from mtrec_jax.types import Lists
 
 NEVER = np.iinfo(np.int32).max  # the id of no item
-LONG = 32  # lists of more than one item in so many are searched as masks
+NO_LIMIT = np.iinfo(np.int64).max  # the quota of a group that has none
+_LONG, _SHORT = 32, 1024  # longer lists than one item in 32 are masks, up to 1024 ids never
 _MASKS = 1 << 27  # bytes of masks at a time
 _FIRST, _LATER = 1024, 4096  # results a query in the first round and in the others, or k
 _FEWEST = 8  # masks, so that few programs are compiled
@@ -167,7 +168,7 @@ def among(
 ) -> Found:
     """The k best of each query's own list, whose ids ascend; `top` as in `best`."""
     lengths = np.diff(lists.offsets)
-    is_long = lengths > count // LONG
+    is_long = lengths > max(count // _LONG, _SHORT)
     query = np.repeat(np.arange(len(lengths)), lengths)
     query, item = (array[~is_long[query]] for array in (query, lists.values))
     good = asked.may(query, item)

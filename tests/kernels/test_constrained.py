@@ -37,6 +37,11 @@ LIMITS: list[Any] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constrained, "_SHORT", 31)
+
+
 def _same(found: Any, expected: Any) -> None:
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_array_equal(found[0], expected[0])
