@@ -89,7 +89,7 @@ def _cosine_topk(problem: Problem) -> Call:
 # --- Theirs
 
 
-def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest scores [Q, K] of each row, best first, and their columns."""
     columns = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
     kept = np.take_along_axis(scores, columns, axis=1)
@@ -100,7 +100,7 @@ def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def _numpy_argpartition(problem: Problem) -> Call:
     queries, items, k = problem
     scores = np.zeros((len(queries), len(items)), np.float32)  # used again: no fresh pages a call
-    return lambda: _best(np.matmul(queries, items.T, out=scores), k)
+    return lambda: best(np.matmul(queries, items.T, out=scores), k)
 
 
 def _numpy_blocked(problem: Problem) -> Call:
@@ -117,11 +117,11 @@ def _numpy_blocked(problem: Problem) -> Call:
             scores[:, max(0, count - start) :] = -np.inf
             maxima.append(scores.reshape(-1, _GROUP, stride).max(axis=1))
         every = np.concatenate(maxima, axis=1)
-        groups = _best(every, min(k, every.shape[1]))[1]
+        groups = best(every, min(k, every.shape[1]))[1]
         first = groups // stride * _BLOCK + groups % stride
         ids = (first[:, :, None] + np.arange(_GROUP) * stride).reshape(len(queries), -1)
         scores = (padded[ids] @ queries[:, :, None])[:, :, 0]
-        scores, columns = _best(np.where(ids < count, scores, -np.inf), k)
+        scores, columns = best(np.where(ids < count, scores, -np.inf), k)
         return scores, np.take_along_axis(ids, columns, axis=1)
 
     return call
