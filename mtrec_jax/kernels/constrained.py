@@ -175,23 +175,7 @@ def among(
     if quotas is not None:
         good &= quotas.open()[item]
     query, item = query[good], item[good]
-    if quotas is None:
-        rough = pairs.score(query, item, False)
-        good = _may_be_best(rough, query, k, len(lengths), 2 * pairs.error)
-        query, item = query[good], item[good]
-    exact = pairs.score(query, item, True)
-    bounds = np.searchsorted(query, np.arange(len(lengths) + 1))
-    answers: list[tuple[Any, Any]] = [((), ())] * len(lengths)
-    for row in np.flatnonzero(~is_long):
-        own, ids = (array[bounds[row] : bounds[row + 1]] for array in (exact, item))
-        order = np.argsort(-own, kind="stable")
-        if quotas is None:
-            answers[row] = own[order[:k]], ids[order[:k]]
-        else:
-            pick = Picks(quotas, k)
-            pick.take(own[order], ids[order])
-            answers[row] = pick.scores, pick.places
-    scores, places = _listed(answers, k, exact.dtype)
+    scores, places = best_pairs(pairs, query, item, k, len(lengths), quotas)
     for part in _parts(np.flatnonzero(is_long).tolist(), count):
         masks = (asked.mask(row, count) & _mask(lists[row], count) for row in part)
         one = _masked(asked.queries[part], masks, count)
@@ -199,6 +183,33 @@ def among(
         for whole, array in zip((scores, places), found, strict=True):
             whole[part, : min(k, count)] = array
     return scores, places
+
+
+def best_pairs(
+    pairs: Pairs,
+    query: np.ndarray,
+    item: np.ndarray,
+    k: int,
+    queries: int,
+    quotas: Quotas | None,
+) -> Found:
+    """The k best of each query among pairs [E], by ascending query and then item."""
+    if quotas is None:
+        rough = pairs.score(query, item, False)
+        good = _may_be_best(rough, query, k, queries, 2 * pairs.error)
+        query, item = query[good], item[good]
+    exact = pairs.score(query, item, True)
+    answers: list[tuple[Any, Any]] = []
+    for start, stop in itertools.pairwise(np.searchsorted(query, np.arange(queries + 1))):
+        own, ids = exact[start:stop], item[start:stop]
+        order = np.argsort(-own, kind="stable")
+        if quotas is None:
+            answers.append((own[order[:k]], ids[order[:k]]))
+        else:
+            pick = Picks(quotas, k)
+            pick.take(own[order], ids[order])
+            answers.append((pick.scores, pick.places))
+    return _listed(answers, k, exact.dtype)
 
 
 def _may_be_best(

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from mtrec_jax.kernels import arithmetic, checks, reference
+from mtrec_jax.kernels import arithmetic, checks, once, reference
 from mtrec_jax.kernels.index import ItemIndex
 from mtrec_jax.types import Array
 
@@ -143,6 +143,13 @@ def _topk(
     checks.matrix("queries", queries, "[Q, D]")
     checks.one_of("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "xla":
+        checks.matrix("items", items, "[N, D]")
+        checks.queries(queries, items.shape)
+        k, limits = checks.positive(k), (exclude, allowed, group, among, groups, at_most)
+        if all(limit is None for limit in limits) and once.serves(queries, items, k):
+            found = once.topk(np.asarray(queries), items, k, metric)
+            if found is not None:
+                return found
         index = ItemIndex(items, metric=metric)
         return index.search(queries, k, exclude, allowed, group, among, groups, at_most)
     checks.matrix("items", items, "[N, D]")
