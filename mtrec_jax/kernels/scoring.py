@@ -145,8 +145,9 @@ def _topk(
     if implementation == "xla":
         checks.matrix("items", items, "[N, D]")
         checks.queries(queries, items.shape)
-        k, limits = checks.positive(k), (exclude, allowed, group, among, groups, at_most)
-        if all(limit is None for limit in limits) and once.serves(queries, items, k):
+        k, given = checks.positive(k), (exclude, allowed, group, among, groups, at_most)
+        free = all(limit is None for limit in given)
+        if free and isinstance(items, np.ndarray) and once.serves(np.asarray(queries), items, k):
             found = once.topk(np.asarray(queries), items, k, metric)
             if found is not None:
                 return found
