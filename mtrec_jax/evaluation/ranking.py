@@ -106,22 +106,26 @@ def top_items(
         scores[_excluded(exclude, block, items)] = -np.inf
         if mask is not None:
             scores[:, ~mask] = -np.inf
-        for row, query in enumerate(block if among is not None else ()):
-            assert among is not None
-            scores[row, np.setdiff1d(np.arange(items), among[query])] = -np.inf
+        if among is not None:
+            for own, query in zip(scores, block, strict=True):
+                own[np.setdiff1d(np.arange(items), among[query])] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")
         if quotas is not None:
-            for row, first in enumerate(order):
-                pick = Picks(quotas, k)
-                good = first[scores[row, first] > -np.inf]
-                pick.take(scores[row, good], good)
-                scores[row, np.setdiff1d(good, pick.places)] = -np.inf
-            order = np.argsort(-scores, axis=1, kind="stable")
+            order = _within(quotas, scores, order, k)
         order = order[:, :k]
         there = slice(start, start + len(block)), slice(0, order.shape[1])
         best[there], ids[there] = np.take_along_axis(scores, order, axis=1), order
         start += len(block)
     return best, np.where(best > -np.inf, ids, -1)
+
+
+def _within(quotas: Quotas, scores: np.ndarray, order: np.ndarray, k: int) -> np.ndarray:
+    """Places of the first k within quotas, and then some that score -inf, as `scores` now say."""
+    for own, places in zip(scores, order, strict=True):
+        pick, good = Picks(quotas, k), places[own[places] > -np.inf]
+        pick.take(own[good], good)
+        own[np.setdiff1d(good, pick.places)] = -np.inf
+    return np.argsort(-scores, axis=1, kind="stable")
 
 
 def _blocks(queries: Int[np.ndarray, " Q"], items: int) -> Iterator[Int[np.ndarray, " q"]]:

@@ -94,7 +94,7 @@ class Picks:
     def __init__(self, quotas: Quotas, k: int):
         self._quotas, self._k = quotas, k
         self._room: dict[int, int] = {}  # by group
-        self.closed: set[int] = set()  # groups that are full
+        self.closed: set[int] = set(np.flatnonzero(quotas.most <= 0).tolist())  # that are full
         self.scores: list[float] = []
         self.places: list[int] = []
 

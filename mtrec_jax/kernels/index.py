@@ -307,7 +307,13 @@ class ItemIndex:
         ]
         item = np.concatenate([empty, *places])
         query = np.repeat(np.arange(queries, dtype=np.int64), [len(ids) for ids in lists])
-        query, item = _unpacked(np.unique(query[item != NEVER] << 32 | item[item != NEVER]))
+        pairs = query << 32 | item
+        if (item == NEVER).any():
+            pairs = pairs[item != NEVER]
+        if not (pairs[1:] > pairs[:-1]).all():
+            pairs = np.sort(pairs)  # faster than `unique`
+            pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+        query, item = _unpacked(pairs)
         return Lists(item.astype(np.int32), np.searchsorted(query, np.arange(queries + 1)))
 
     def _places(self, name: str, ids: Any, shape: tuple[int, ...], may_lack: bool) -> np.ndarray:

@@ -42,6 +42,8 @@ def test_quotas_are_taken_in_the_order_of_the_list(shop_recommender: Recommender
         expected = greedy(items_of(every, user), 7, [(brand, 1), (category, 2)])
         assert items_of(found, user) == expected
         assert expected != items_of(every, user)[:7]
+    nothing = shop_recommender.recommend([*USERS, "nobody"], 4, at_most={"brand": 0})
+    assert len(nothing) == 0
     alike = shop_recommender.recommend(USERS, 4, at_most={"brand": 60})
     assert alike.table == shop_recommender.recommend(USERS, 4).table
 
@@ -113,6 +115,7 @@ def test_baselines_take_the_same_limits(
     for user in USERS:
         left = [item for item in items_of(every, user) if item not in names[:3]]
         assert items_of(found, user) == greedy(left, 5, [(brand, 1)])
+    assert len(popularity.recommend(USERS, 5, at_most={"brand": 0})) == 0
     lists = dict(zip(USERS, np.split(np.array(names), 3), strict=True))
     found = popularity.recommend(USERS, 5, allowed=lists)
     for user in USERS:
