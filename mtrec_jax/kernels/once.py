@@ -83,7 +83,8 @@ def topk(
 
 def _ready(queries: np.ndarray, metric: str) -> tuple[jax.Array, float]:
     """Queries as they are multiplied, filled up to a power of two, and a bound of their norms."""
-    host = queries.astype(np.float32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is named
+        host = queries.astype(np.float32)
     size = 1 << (len(host) - 1).bit_length()
     host = np.concatenate([host, np.repeat(host[-1:], size - len(host), axis=0)])
     rows, *told = programs.prepared(host, np.dtype(np.float32), metric)

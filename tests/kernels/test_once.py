@@ -56,6 +56,10 @@ def test_what_is_not_finite_is_named() -> None:
     queries[2, 0] = np.nan
     with pytest.raises(DataError, match="queries row 2 holds NaN"):
         cosine_topk(queries, ITEMS, 3)
+    far = QUERIES.astype(np.float64)
+    far[1, 1] = 1e200
+    with pytest.raises(DataError, match=r"queries row 1 holds .* infinite in float32"):
+        cosine_topk(far, ITEMS, 3)
     items[7, 3] = np.inf
     with pytest.raises(DataError, match="items row 7 holds NaN"):
         cosine_topk(QUERIES, items, 3)
