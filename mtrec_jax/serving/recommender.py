@@ -145,9 +145,10 @@ class Recommender:
     def warm_up(self) -> float:
         """Compile what requests need, so that none has to wait: the seconds it took.
 
-        That is up to 512 users or pairs at once, any history and filters, `predict` without looks,
-        `similar_items`, and k up to 512. What is larger, and `recommend_all`, compiles once for
-        batches of 256, and a larger k once for each of 4,096, 32,768, …; both say so.
+        That is up to 512 users or pairs at once, any history, filters and quotas, `predict` without
+        looks, `similar_items`, and k up to 512. What is larger, and `recommend_all`, compiles once
+        for batches of 256, and a larger k once for each of 4,096, 32,768, …; both say so. Lists of
+        users compile when they first come.
         """
         start = time.perf_counter()
         size = self._encoder.sizes[0]
