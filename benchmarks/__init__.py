@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 QUESTIONS = (
-    *("topk", "softmax", "rank", "everyone", "table_step", "multitask_step", "chaos"),
+    *("topk", "limits", "softmax", "rank", "everyone", "table_step", "multitask_step", "chaos"),
     *("input", "prepare", "engines", "shop", "fusion", "social", "requests", "first_result"),
     *("serving_latency", "census", "funnel", "conflict", "combinations", "sequence_step"),
     "text",

@@ -1,7 +1,8 @@
 """How long does an exact cosine top-k over a catalogue take, and beside what?
 
 All get the same float32 unit vectors, with the catalogue where they like it: ours is an
-`ItemIndex`; "mtrec_jax raw" is `cosine_topk`, which makes an index of the NumPy array in each call.
+`ItemIndex`; "mtrec_jax raw" is `cosine_topk`, and "numpy raw" NumPy, which get the array anew in
+each call and normalise it.
 The bounds keep nothing of what they compute: the bare products in NumPy and in XLA, whole or in
 blocks, whichever is faster. For few queries they take as long as reading the catalogue once.
 """
@@ -33,8 +34,18 @@ CASES = {
     "items": tuple(_TABLE[0]._replace(items=n) for n in (3_000, 10_000, 50_000, 1_000_000)),
     "queries": tuple(_TABLE[0]._replace(queries=q) for q in (1, 8, 64, 1024)),
     "results": tuple(_TABLE[0]._replace(results=k) for k in (1, 1000)),
+    "small": tuple(_TABLE[2]._replace(items=n) for n in (3_000, 10_000, 200_000)),
+    "long": (Scoring(queries=64, items=200_000, width=64, results=1000),),
 }
-BLAS = ("numpy argpartition", "numpy blocked", "scikit-learn", "faiss", "implicit", "bound numpy")
+BLAS = (
+    "numpy argpartition",
+    "numpy raw",
+    "numpy blocked",
+    "scikit-learn",
+    "faiss",
+    "implicit",
+    "bound numpy",
+)
 BOUNDS = ("bound numpy", "bound xla")
 
 Call = Callable[[], tuple[Any, Any]]  # scores, ids: [Q, K]
@@ -89,7 +100,7 @@ def _cosine_topk(problem: Problem) -> Call:
 # --- Theirs
 
 
-def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest scores [Q, K] of each row, best first, and their columns."""
     columns = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
     kept = np.take_along_axis(scores, columns, axis=1)
@@ -100,7 +111,18 @@ def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def _numpy_argpartition(problem: Problem) -> Call:
     queries, items, k = problem
     scores = np.zeros((len(queries), len(items)), np.float32)  # used again: no fresh pages a call
-    return lambda: _best(np.matmul(queries, items.T, out=scores), k)
+    return lambda: best(np.matmul(queries, items.T, out=scores), k)
+
+
+def _numpy_raw(problem: Problem) -> Call:
+    """All of the job, as `cosine_topk` does it."""
+    queries, items, k = problem
+
+    def call() -> tuple[np.ndarray, np.ndarray]:
+        units = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (queries, items)]
+        return best(units[0] @ units[1].T, k)
+
+    return call
 
 
 def _numpy_blocked(problem: Problem) -> Call:
@@ -117,11 +139,11 @@ def _numpy_blocked(problem: Problem) -> Call:
             scores[:, max(0, count - start) :] = -np.inf
             maxima.append(scores.reshape(-1, _GROUP, stride).max(axis=1))
         every = np.concatenate(maxima, axis=1)
-        groups = _best(every, min(k, every.shape[1]))[1]
+        groups = best(every, min(k, every.shape[1]))[1]
         first = groups // stride * _BLOCK + groups % stride
         ids = (first[:, :, None] + np.arange(_GROUP) * stride).reshape(len(queries), -1)
         scores = (padded[ids] @ queries[:, :, None])[:, :, 0]
-        scores, columns = _best(np.where(ids < count, scores, -np.inf), k)
+        scores, columns = best(np.where(ids < count, scores, -np.inf), k)
         return scores, np.take_along_axis(ids, columns, axis=1)
 
     return call
@@ -222,6 +244,7 @@ CONTESTANTS: dict[str, Callable[[Problem], Call]] = {
     "mtrec_jax": _index,
     "mtrec_jax raw": _cosine_topk,
     "numpy argpartition": _numpy_argpartition,
+    "numpy raw": _numpy_raw,
     "numpy blocked": _numpy_blocked,
     "torch": _torch,
     "faiss": _faiss,
@@ -230,3 +253,4 @@ CONTESTANTS: dict[str, Callable[[Problem], Call]] = {
     "bound numpy": _bound_numpy,
     "bound xla": _bound_xla,
 }
+BEFORE = {name: CONTESTANTS[name] for name in ("mtrec_jax", "mtrec_jax raw")}

@@ -407,6 +407,26 @@ def test_filters_hold_for_everyone(mtrec: Mtrec, shop_run: Run, tmp_path: Path) 
     assert shown <= {names[0], *names[3:30]}
 
 
+def test_lists_of_users_and_quotas(mtrec: Mtrec, shop_run: Run, tmp_path: Path) -> None:
+    out, names = tmp_path / "out.jsonl", shop_run.prepared.item_names
+    lists = {"u00001": set(names[:20]), "u00003": set(names[20:])}
+    lines = [f"{user},{item}" for user, items in lists.items() for item in sorted(items)]
+    (tmp_path / "lists.csv").write_text("\n".join(["user,item", *lines]))
+    base = ("recommend", shop_run.folder, "--users", "u00001", "--users", "u00003", "--out", out)
+    asked = (*base, "--k", 4, "--allowed-by-user", tmp_path / "lists.csv")
+    status, _, err = mtrec(*asked, "--at-most", "brand=1", "--include-seen")
+    assert status == 0, err
+    brand = dict(zip(names, shop_run.prepared.items["item_brand"].to_pylist(), strict=False))
+    for user, allowed in lists.items():
+        shown = [r["item"] for r in READERS[".jsonl"](out) if r["user"] == user]
+        assert len(shown) == len({brand[item] for item in shown}) == 4
+        assert set(shown) <= allowed
+    status, _, err = mtrec(*base, "--at-most", "brand")
+    assert (status, "write COLUMN=NUMBER" in flat(err)) == (2, True)
+    status, _, err = mtrec(*asked, "--allowed", names[0])
+    assert (status, "in the place of the other --allowed" in flat(err)) == (2, True)
+
+
 @pytest.mark.parametrize(
     "words",
     [

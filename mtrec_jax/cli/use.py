@@ -30,6 +30,16 @@ def recommend(
     allowed_file: Annotated[
         Path | None, typer.Option(help="Ids to choose from, in such a file.")
     ] = None,
+    allowed_by_user: Annotated[
+        Path | None,
+        typer.Option(help="A table with the columns of users and items: what each may get."),
+    ] = None,
+    at_most: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=NUMBER", help="Most items of one author: author=2. May be repeated."
+        ),
+    ] = None,
     exclude_seen: Annotated[
         bool,
         typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has seen."),
@@ -74,6 +84,7 @@ def recommend(
     _check_who(chosen, all_users, out)
     recommender = _opened(run, prepared, events, profiles)
     filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
+    filters |= _by_user(recommender, allowed_by_user, filters) | {"at_most": _quotas(at_most)}
     filters |= {"k": k, "exclude_seen": exclude_seen, "order_by": order_by, "new_items": new_items}
     filters["diversify"] = cut(f"diversify={diversify}")[1]  # a kind, or a table
     rows = _written(recommender, chosen, out, filters)
@@ -134,6 +145,28 @@ def _filters(
     }
     for name, unknown in read_filters(known, **found).ignored.items():
         say(f"mtrec: {name}: not in the catalogue, and ignored: {named(unknown)}")
+    return found
+
+
+def _by_user(recommender: Any, file: Path | None, filters: dict[str, Any]) -> dict[str, Any]:
+    """The lists of users, in the place of one list for all."""
+    from mtrec_jax.serving.filters import read_lists
+
+    if file is None:
+        return {}
+    if filters["allowed"] is not None:
+        raise typer.BadParameter("--allowed-by-user stands in the place of the other --allowed")
+    return {"allowed": read_lists(recommender.prepared, file)}
+
+
+def _quotas(at_most: list[str] | None) -> dict[str, int]:
+    """{column: number}."""
+    found = {}
+    for text in at_most or ():
+        name, _, number = (part.strip() for part in text.partition("="))
+        if not name or not number.isdecimal():
+            raise typer.BadParameter(f"--at-most {text}: write COLUMN=NUMBER, as in author=2")
+        found[name] = int(number)
     return found
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Bool, Float32, Int, Int64
 
 from mtrec_jax.baselines import Scorer
 from mtrec_jax.errors import ConfigError, DataError
+from mtrec_jax.kernels.constrained import Picks, Quotas
 from mtrec_jax.types import Lists
 
 CELLS = 1 << 24  # scores that are held at once
@@ -82,7 +83,14 @@ def ranks_and_lists(
 
 
 def top_items(
-    scorer: Scorer, queries: Int[np.ndarray, " Q"], k: int, exclude: Lists | None, items: int
+    scorer: Scorer,
+    queries: Int[np.ndarray, " Q"],
+    k: int,
+    exclude: Lists | None,
+    items: int,
+    mask: Bool[np.ndarray, " N"] | None = None,
+    among: list[np.ndarray] | None = None,
+    quotas: Quotas | None = None,
 ) -> tuple[Float32[np.ndarray, "Q K"], Int64[np.ndarray, "Q K"]]:
     """The k best items of each query: (scores, catalogue indexes), best first, ties lowest index.
 
@@ -90,6 +98,9 @@ def top_items(
       queries: positions of the evaluation set; `exclude[q]` belongs to query q.
       exclude: as in `target_ranks`.
       items: N.
+      mask: which items may be recommended to anybody.
+      among: of each query the catalogue indexes that it may get; None: all.
+      quotas: how many items of a group a list may hold, taken greedily.
 
     Returns:
       Scores and indexes; -inf and -1 where fewer than k items can be recommended (a score of -inf
@@ -112,7 +123,17 @@ def top_items(
     ids = np.full((len(queries), k), -1, np.int64)
     start = 0
     for block in _blocks(queries, items):
-        found = _best(_scores(scorer, block, items), _excluded(exclude, block, items), k)
+        scores, hidden = _scores(scorer, block, items), _excluded(exclude, block, items)
+        if mask is not None or among is not None or quotas is not None:
+            scores = scores.copy()  # may be a read-only view
+            scores[hidden] = -np.inf
+            if mask is not None:
+                scores[:, ~mask] = -np.inf
+            for own, query in zip(scores, block if among is not None else (), strict=False):
+                own[np.setdiff1d(np.arange(items), among[query])] = -np.inf
+            if quotas is not None:
+                _keep_within(quotas, scores, k)
+        found = _best(scores, hidden, k)
         there = slice(start, start + len(block)), slice(0, found[1].shape[1])
         best[there], ids[there] = found
         start += len(block)
@@ -139,6 +160,15 @@ def _best(
         best = np.sort(keys[:, items - k :], axis=1)[:, ::-1]
         order[start : start + size] = items - 1 - (best & 0xFFFFFFFF)
     return np.take_along_axis(scores, order, axis=1), order
+
+
+def _keep_within(quotas: Quotas, scores: np.ndarray, k: int) -> None:
+    """What is beyond the first k within quotas scores -inf from here on."""
+    for own in scores:
+        order = np.argsort(-own, kind="stable")
+        pick, good = Picks(quotas, k), order[own[order] > -np.inf]
+        pick.take(own[good], good)
+        own[np.setdiff1d(good, pick.places)] = -np.inf
 
 
 def _blocks(queries: Int[np.ndarray, " Q"], items: int) -> Iterator[Int[np.ndarray, " q"]]:

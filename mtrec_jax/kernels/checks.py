@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mtrec_jax.errors import ConfigError, DataError, nearest
+from mtrec_jax.kernels.constrained import NO_LIMIT, Quotas
 from mtrec_jax.types import Array
 
 _MOST = 1 << 24  # results of a query
@@ -178,3 +179,80 @@ def masks(
     if group is None:
         return mask[None], None
     return mask, indices("group", group, (queries,), 0, len(mask))
+
+
+def id_lists(name: str, lists: Any, queries: int) -> list[np.ndarray]:
+    """An array of ids for each query; raises `DataError`."""
+    try:
+        found = [np.asarray(lists[row]) for row in range(len(lists))]
+    except TypeError:
+        raise DataError(
+            f"{name} is a {type(lists).__name__}; pass a list of arrays of ids, one a query"
+        ) from None
+    if len(found) != queries:
+        raise DataError(
+            f"{name} holds {len(found)} lists for {queries} queries; pass one a query, as in "
+            f"{name}=[ids] * {queries}"
+        )
+    for row, part in enumerate(found):
+        if part.ndim != 1 or (part.size and part.dtype.kind not in "iuU"):
+            raise DataError(
+                f"{name}[{row}] has shape {part.shape} and dtype {part.dtype}; each list is an "
+                "array of ids with one axis, and a mask of booleans belongs into `allowed`"
+            )
+    return found
+
+
+def quotas(groups: Any, at_most: Any, count: int) -> Quotas | None:
+    """`groups` and `at_most` as arrays, or None; raises `DataError` and `ConfigError`."""
+    if groups is None or at_most is None:
+        if groups is not at_most:
+            raise DataError("groups and at_most belong together: pass both, or none")
+        return None
+    concrete("groups", groups)
+    found = np.asarray(groups)
+    if found.ndim not in (1, 2) or len(found) != count or found.dtype.kind not in "iu":
+        raise DataError(
+            f"groups must hold integers [N], or [N, S] for several of an item, with N={count}, but "
+            f"has shape {found.shape} and dtype {found.dtype}"
+        )
+    most = int(found.max(initial=-1))
+    if found.min(initial=-1) < -1 or most >= max(found.size, 1):
+        wrong = most if most >= max(found.size, 1) else int(found.min())
+        raise DataError(
+            f"groups holds {wrong}; number groups from 0 on, with -1 for none, as "
+            "np.unique(groups, return_inverse=True)[1] does"
+        )
+    limits = np.append(_limits(at_most, most + 1), NO_LIMIT)
+    return Quotas(found.reshape(count, -1).astype(np.int32), limits)
+
+
+def _limits(at_most: Any, groups: int) -> np.ndarray:
+    """The quota of each group, as a number, a mapping or an array says."""
+    if isinstance(at_most, Mapping):
+        limits = np.full(groups, NO_LIMIT)
+        for group, most in at_most.items():
+            if not _is_whole(group):
+                raise ConfigError(f"at_most: {group!r} is no group; groups are numbered from 0 on")
+            if not _is_whole(most):
+                raise ConfigError(f"at_most[{group}] is {most!r}; quotas are integers from 0 on")
+            if group < groups:
+                limits[group] = most
+        return limits
+    limits = np.asarray(at_most)
+    if limits.dtype.kind not in "iu" or limits.ndim > 1 or limits.min(initial=0) < 0:
+        raise ConfigError(
+            f"at_most is {at_most!r}; quotas are integers from 0 on: one for all groups, a mapping "
+            "{group: quota}, or an array with one for each group"
+        )
+    if limits.ndim and len(limits) < groups:
+        raise ConfigError(
+            f"at_most holds {len(limits)} quotas for {groups} groups; give each one, or a mapping "
+            "of those that have one"
+        )
+    return limits[:groups] if limits.ndim else np.full(groups, limits)
+
+
+def _is_whole(value: Any) -> bool:
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_whole and bool(value >= 0)

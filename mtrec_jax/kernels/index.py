@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from mtrec_jax.errors import DataError
-from mtrec_jax.kernels import checks, programs, streaming
+from mtrec_jax.kernels import candidates, checks, constrained, programs, streaming
 from mtrec_jax.kernels.blocks import Admissible, Items
+from mtrec_jax.kernels.constrained import NEVER, Asked, Pairs
 from mtrec_jax.kernels.placing import (
     all_axes,
     in_large_pages,
@@ -25,8 +27,7 @@ from mtrec_jax.kernels.placing import (
     unit_rows,
     widened,
 )
-from mtrec_jax.kernels.programs import NEVER
-from mtrec_jax.types import Array
+from mtrec_jax.types import Array, Lists
 
 METRICS = ("cosine", "dot")
 _FIXED = 4096  # columns of exclude lists whose sizes are kept, however few of them are filled
@@ -111,6 +112,9 @@ class ItemIndex:
         exclude: Array | None = None,
         allowed: Array | None = None,
         group: Array | None = None,
+        among: Any = None,
+        groups: Array | None = None,
+        at_most: Any = None,
     ) -> tuple[Float[np.ndarray, "Q K"], np.ndarray]:
         """The k items with the highest score per query: scores [Q, K], and ids [Q, K].
 
@@ -123,20 +127,41 @@ class ItemIndex:
           exclude: [Q, X] ids that a query must not get, filled up with -1 ("" for texts).
           allowed: [N] booleans, which items may be found; or [G, N], one row a group of queries.
           group: [Q], which row of `allowed` holds for a query.
+          among: a list of ids for each query, outside of which nothing is found: Q arrays, or
+            `Lists`; -1 ("" for texts) and repeats mean nothing. What a list costs follows from its
+            length, and not from N.
+          groups: [N], the number of each item's group, such as its author, from 0 on; -1: none. Or
+            [N, S], several groups of each, filled up with -1.
+          at_most: how many items of a group a query may get: a number for all groups; a mapping of
+            those that have one; or an array [G]. Items are taken by falling score as long as their
+            groups have room. That is the best list there is, at every place of it, if items have
+            one group each; with several, another list may have a higher sum of scores.
 
         Raises:
-          DataError: wrong axes, widths that differ, NaN in a query, an id that is not there.
-          ConfigError: k below 1.
+          DataError: wrong axes, widths that differ, NaN in a query, an id that is not there, not
+            one list a query, groups that are not numbered from 0 on.
+          ConfigError: k or a quota is not such a number.
+
+        >>> index = ItemIndex(np.array([[1.0, 0], [2, 1], [1, 1], [0, 1]]))
+        >>> index.search(np.array([[1, 0]]), 2, among=[[1, 2, 3]])[1].tolist()
+        [[1, 2]]
+        >>> books = np.array([0, 0, 1, 1])  # by their author
+        >>> index.search(np.array([[1, 0]]), 3, groups=books, at_most=1)[1].tolist()
+        [[0, 2, -1]]
         """
         checks.queries(queries, self.shape)
-        k = checks.positive(k)
-        kept = min(k, len(self)) or 1  # devices are not asked for places that nothing can fill
-        found = self._run("topk", queries, exclude, allowed, group, kept)
+        k, count = checks.positive(k), len(self)
+        quotas = checks.quotas(groups, at_most, count)
+        asked = self._asked(queries, exclude, allowed, group)
+        kept = min(k, count) or 1  # devices are not asked for places that nothing can fill
+        if among is None or not count:
+            found = constrained.best(self._top, asked, kept, quotas if count else None, count)
+        else:
+            lists, pairs = self._own(among, len(queries)), self._pairs(asked.queries)
+            found = constrained.among(self._top, pairs, asked, kept, lists, quotas, count)
         scores = np.full((len(queries), k), -np.inf, self._score_dtype(queries))
         ids = np.full((len(queries), k), -1, np.int32)
-        if found:
-            scores[:, :kept] = np.concatenate([scores for scores, _ in found])
-            ids[:, :kept] = np.concatenate([ids for _, ids in found])
+        scores[:, :kept], ids[:, :kept] = found
         return scores, self._raw(ids)
 
     def rank(
@@ -161,7 +186,7 @@ class ItemIndex:
         """
         checks.queries(queries, self.shape)
         wanted = self._places("targets", targets, (len(queries),), may_lack=False)
-        found = self._run("rank", queries, exclude, allowed, group, wanted)
+        found = self._run("rank", self._asked(queries, exclude, allowed, group), wanted)
         return np.concatenate([np.zeros(0, np.int32), *found])
 
     def save(self, path: str | Path) -> None:
@@ -209,10 +234,8 @@ class ItemIndex:
     def _score_dtype(self, queries: Array) -> np.dtype:
         return checks.score_dtype(queries.dtype, self._dtype)
 
-    def _run(
-        self, what: str, queries: Array, exclude: Any, allowed: Any, group: Any, goal: Any
-    ) -> list[Any]:
-        """The answer for each chunk of queries, on the host."""
+    def _asked(self, queries: Array, exclude: Any, allowed: Any, group: Any) -> Asked:
+        """Queries on the host, and rows of items for what they may get, all checked."""
         host = checks.native(np.asarray(queries))
         if host.dtype.kind in "iu" and host.dtype.itemsize > 4:  # a device may hold 32 bits
             host = host.astype(self._score_dtype(queries))
@@ -221,32 +244,77 @@ class ItemIndex:
             width = exclude.shape[1] if exclude.ndim == 2 else -1
             exclude = self._places("exclude", exclude, (len(host), width), may_lack=True)
         masks, group = checks.masks(allowed, group, len(host), len(self))
+        if self._real is not None:
+            masks = self._real[None, : len(self)] & (True if masks is None else masks)
+        return Asked(host, exclude, masks, group)
+
+    def _top(self, asked: Asked, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of items [Q, k]."""
+        found = self._run("topk", asked, k)
+        if not found:
+            return np.zeros((0, k), self._score_dtype(asked.queries)), np.zeros((0, k), np.int32)
+        scores, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return scores, places
+
+    def _run(self, what: str, asked: Asked, goal: Any) -> list[Any]:
+        """The answer for each chunk of queries, on the host."""
+        host, exclude, masks, group = asked
+        shown: Any = None
         if masks is not None:
             masks = widened(masks, len(self._items.vectors), axis=1)
-        if self._real is not None:
-            masks = self._real[None] & (True if masks is None else masks)
-        shown: Any = None if masks is None else put(masks, self.mesh, P(None, all_axes(self.mesh)))
-        dtype, answers = self._score_dtype(queries), []
+            shown = put(masks, self.mesh, P(None, all_axes(self.mesh)))
+        answers: list[Any] = []
         program = programs.program(self.mesh, what, self._memory)
         size = streaming.group_size(goal) if what == "topk" else streaming.RANK_GROUP
         kept = goal if what == "topk" else 1
         for chunk in programs.chunks(len(host), self._items, size, self.mesh, kept):
-            rows, *told = programs.prepared(_padded(host, chunk), dtype, self.metric)
-            first_bad, longest = jax.device_get(told)
-            if first_bad >= 0:
-                raise checks.not_finite("queries", chunk.start + int(first_bad), dtype)
-            largest = 1.0
-            if self.metric == "dot":
-                largest = checks.largest_product(float(longest), self._longest, dtype)
+            rows, items = self._ready(host, chunk)
             admissible = _lists(None if exclude is None else _padded(exclude, chunk, NEVER))
             its: Any = None if group is None else _padded(group, chunk, 0)
             admissible = admissible._replace(allowed=shown, group=its, stop=self._stop)
             one = goal if what == "topk" else _padded(goal, chunk, 0)
-            items = self._items._replace(largest=largest)
             answers.append((program(rows, items, one, admissible), chunk))
         return [
             jax.tree.map(lambda a, n=c.stop - c.start: np.asarray(a)[:n], a) for a, c in answers
         ]
+
+    def _ready(self, host: np.ndarray, chunk: slice) -> tuple[jax.Array, Items]:
+        """A chunk of queries as they are multiplied, and the items with a bound of the products."""
+        dtype = self._score_dtype(host)
+        rows, *told = programs.prepared(_padded(host, chunk), dtype, self.metric)
+        first_bad, longest = jax.device_get(told)
+        if first_bad >= 0:
+            raise checks.not_finite("queries", chunk.start + int(first_bad), dtype)
+        largest = 1.0
+        if self.metric == "dot":
+            largest = checks.largest_product(float(longest), self._longest, dtype)
+        return rows, self._items._replace(largest=largest)
+
+    def _pairs(self, host: np.ndarray) -> Pairs:
+        """What scores pairs of these queries with items."""
+        if not len(host):
+            return Pairs(lambda query, item, exact: np.zeros(0, self._score_dtype(host)), 0.0)
+        rows, items = self._ready(host, slice(0, len(host)))
+        score = functools.partial(programs.pair_scores, self.mesh, rows, items)
+        return Pairs(score, float(candidates.error_bound(rows, items)))
+
+    def _own(self, among: Any, queries: int) -> Lists:
+        """Each query's list as rows of items, ascending, each once."""
+        lists, empty = checks.id_lists("among", among, queries), np.zeros(0, np.int64)
+        places = [
+            self._places(f"among[{row}]", ids, ids.shape, may_lack=True) if ids.size else empty
+            for row, ids in enumerate(lists)
+        ]
+        item = np.concatenate([empty, *places])
+        query = np.repeat(np.arange(queries, dtype=np.int64), [len(ids) for ids in lists])
+        pairs = query << 32 | item
+        if (item == NEVER).any():
+            pairs = pairs[item != NEVER]
+        if not (pairs[1:] > pairs[:-1]).all():
+            pairs = np.sort(pairs)  # faster than `unique`
+            pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+        query, item = _unpacked(pairs)
+        return Lists(item.astype(np.int32), np.searchsorted(query, np.arange(queries + 1)))
 
     def _places(self, name: str, ids: Any, shape: tuple[int, ...], may_lack: bool) -> np.ndarray:
         """Row numbers of raw ids; what stands for no item is `NEVER`."""

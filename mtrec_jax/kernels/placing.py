@@ -17,7 +17,7 @@ from mtrec_jax.types import Array
 
 _PAGE = 1 << 21  # bytes of a large page
 _LARGE = 8 * _PAGE  # less memory than this is left where it is
-_EXTREME = 1e15  # of norms: beyond it, or below its inverse, their squares leave float32
+EXTREME = 1e15  # of norms: beyond it, or below its inverse, their squares leave float32
 
 
 def all_axes(mesh: Mesh | None) -> tuple[str, ...] | None:
@@ -94,7 +94,7 @@ def survey(
     bad = np.flatnonzero(~np.isfinite(largest))
     norms = np.where(np.isfinite(largest), norms, 0)
     is_zero = largest < np.finfo(dtype).tiny
-    extreme = ((norms > _EXTREME) | (norms < 1 / _EXTREME)) & ~is_zero & np.isfinite(largest)
+    extreme = ((norms > EXTREME) | (norms < 1 / EXTREME)) & ~is_zero & np.isfinite(largest)
     if metric == "dot" or extreme.any():
         return None, float(norms.max(initial=0)), bad
     inverse = np.where(is_zero | ~np.isfinite(largest), 0, 1 / np.where(norms > 0, norms, 1))
@@ -105,7 +105,7 @@ def survey(
 def _norms(vectors: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = vectors.astype(dtype)
     squares = jnp.sum(rows * rows, axis=1)
-    odd = ~jnp.all((squares > 1 / _EXTREME**2) & (squares < _EXTREME**2))
+    odd = ~jnp.all((squares > 1 / EXTREME**2) & (squares < EXTREME**2))
     return lax.rsqrt(squares), jnp.sqrt(jnp.max(squares, initial=0)) * 1.001, odd
 
 

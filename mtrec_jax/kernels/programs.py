@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from mtrec_jax.kernels import arithmetic, candidates, streaming
 from mtrec_jax.kernels.blocks import Admissible, Items, Plan, at_once, make_plan
+from mtrec_jax.kernels.constrained import NEVER
 from mtrec_jax.kernels.placing import all_axes
 
-NEVER = np.iinfo(np.int32).max  # the id of no item
 _CHUNK = 256  # queries of one program at most; a power of two
 _MEMORY = 1 << 27  # bytes of scores that are made at once
 _FEWEST = 16  # queries of a chunk for which that pays off; with less, blocks are streamed
@@ -111,6 +111,59 @@ def _topk(
     answer = _settled(rows, items, k, found, may, count, scores)
     memory.give(scores)
     return answer
+
+
+# --- Pairs of a query and an item
+
+PIECES = (1024, 4096, 16_384)  # pairs of a program
+
+
+def pair_scores(
+    mesh: Mesh | None,
+    rows: jax.Array,
+    items: Items,
+    query: np.ndarray,
+    item: np.ndarray,
+    exact: bool,
+) -> np.ndarray:
+    """Scores [E] of pairs on the host, rough or exact, in programs of a few sizes."""
+    size = next((size for size in PIECES if size >= len(query)), PIECES[-1])
+    run, found = _pairs if mesh is None else _pairs_over(mesh), []
+    for start in range(0, len(query), size):
+        part = np.zeros((2, size), np.int32)
+        pairs = query[start : start + size], item[start : start + size]
+        part[:, : len(pairs[0])] = pairs
+        found.append(run(rows, items, part, exact))
+    scores = [np.zeros(0, rows.dtype), *map(np.asarray, found)]
+    return np.concatenate(scores)[: len(query)]
+
+
+def _score_pairs(rows: jax.Array, items: Items, pairs: jax.Array, exact: bool) -> jax.Array:
+    how = candidates.exact_scores if exact else candidates.rough_scores
+    return how(rows.at[pairs[0]].get(mode="promise_in_bounds"), items, pairs[1][:, None])[:, 0]
+
+
+_pairs = jax.jit(_score_pairs, static_argnums=3)
+
+
+@functools.cache
+def _pairs_over(mesh: Mesh) -> Callable[..., Any]:
+    axes = all_axes(mesh)
+
+    def shard(exact: bool, rows: Any, items: Items, pairs: jax.Array) -> jax.Array:
+        size = items.vectors.shape[0]
+        local = pairs[1] - lax.axis_index(axes) * size
+        here = (local >= 0) & (local < size)
+        own = jnp.stack([pairs[0], jnp.where(here, local, 0)])
+        return lax.psum(jnp.where(here, _score_pairs(rows, items, own, exact), 0), axes)
+
+    def scores(rows: jax.Array, given: Items, pairs: jax.Array, exact: bool) -> Any:
+        specs = (P(), Items(P(axes), P(axes), P()), P())  # type: ignore[arg-type]
+        part = functools.partial(shard, exact)
+        run = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+        return run(rows, given, pairs)
+
+    return jax.jit(scores, static_argnums=3)
 
 
 # --- A mesh

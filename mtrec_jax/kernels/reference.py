@@ -73,17 +73,37 @@ def scores(
 
 
 def topk(
-    all_scores: Float[np.ndarray, "Q N"], k: int, admissible: Bool[np.ndarray, "Q N"] | None = None
+    all_scores: Float[np.ndarray, "Q N"],
+    k: int,
+    admissible: Bool[np.ndarray, "Q N"] | None = None,
+    groups: Int[np.ndarray, "N S"] | None = None,
+    most: Int[np.ndarray, " G"] | None = None,
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
-    """Sort everything by (score descending, id ascending) and keep the first k admissible items."""
+    """Sort everything by (score descending, id ascending) and keep the first k admissible items.
+
+    With groups, of which an item has those that are not -1, an item is passed over if a group of
+    it has as many items in the list as `most` says.
+    """
     found = np.full((len(all_scores), k), -np.inf, all_scores.dtype)
     ids = np.full((len(all_scores), k), -1, np.int32)
     for row, order in enumerate(np.argsort(-all_scores, axis=1, kind="stable")):
         best = order if admissible is None else order[admissible[row][order]]
+        if groups is not None and most is not None:
+            best = _within(best, groups, most.copy())
         best = best[:k]
         ids[row, : len(best)] = best
         found[row, : len(best)] = all_scores[row, best]
     return found, ids
+
+
+def _within(order: np.ndarray, groups: np.ndarray, left: np.ndarray) -> np.ndarray:
+    kept = []
+    for item in order:
+        own = groups[item][groups[item] >= 0]
+        if (left[own] > 0).all():
+            left[own] -= 1
+            kept.append(item)
+    return np.array(kept, int)
 
 
 def rank(

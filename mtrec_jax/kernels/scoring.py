@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from mtrec_jax.kernels import arithmetic, checks, reference
+from mtrec_jax.kernels import arithmetic, checks, once, reference
 from mtrec_jax.kernels.index import ItemIndex
 from mtrec_jax.types import Array
 
@@ -65,6 +65,9 @@ def cosine_topk(
     implementation: str = "xla",
     allowed: Array | None = None,
     group: Array | None = None,
+    among: Any = None,
+    groups: Array | None = None,
+    at_most: Any = None,
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """The k items with the highest cosine per query: scores [Q, K] and int32 indices [Q, K].
 
@@ -80,11 +83,13 @@ def cosine_topk(
       implementation: "xla", or "reference" for the NumPy specification, which holds [Q, N].
       allowed: [N] booleans, which items may be found; or [G, N], one row a group of queries.
       group: [Q], which row of `allowed` holds for a query.
+      among: a list of item indices for each query, outside of which nothing is found; and
+      groups, at_most: how many items of a group a query may get; all as in `ItemIndex.search`.
 
     Raises:
       DataError: wrong axes, widths that differ, a dtype that is no number, NaN or infinity, an
-        excluded index outside -1 .. N-1.
-      ConfigError: k below 1, or an unknown implementation.
+        index outside -1 .. N-1, not one list a query, groups that are not numbered from 0 on.
+      ConfigError: k or a quota is not such a number, or an unknown implementation.
 
     >>> items = np.array([[1, 0], [1, 1], [2, 2], [0, 1]])
     >>> scores, indices = cosine_topk(np.array([[2, 2]]), items, k=3)
@@ -93,7 +98,9 @@ def cosine_topk(
     >>> cosine_topk(np.array([[2, 2]]), items, k=2, exclude=np.array([[1, -1]]))[1].tolist()
     [[2, 0]]
     """
-    return _topk("cosine", queries, items, k, exclude, implementation, allowed, group)
+    return _topk(
+        "cosine", queries, items, k, exclude, implementation, allowed, group, among, groups, at_most
+    )
 
 
 def dot_topk(
@@ -104,6 +111,9 @@ def dot_topk(
     implementation: str = "xla",
     allowed: Array | None = None,
     group: Array | None = None,
+    among: Any = None,
+    groups: Array | None = None,
+    at_most: Any = None,
 ) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
     """The k items with the highest dot product per query; all else as in `cosine_topk`.
 
@@ -112,7 +122,9 @@ def dot_topk(
     >>> indices.tolist(), scores.tolist()
     ([[2, 1]], [[8.0, 4.0]])
     """
-    return _topk("dot", queries, items, k, exclude, implementation, allowed, group)
+    return _topk(
+        "dot", queries, items, k, exclude, implementation, allowed, group, among, groups, at_most
+    )
 
 
 def _topk(
@@ -124,12 +136,23 @@ def _topk(
     implementation: str,
     allowed: Array | None,
     group: Array | None,
+    among: Any,
+    groups: Array | None,
+    at_most: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     checks.matrix("queries", queries, "[Q, D]")
     checks.one_of("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "xla":
+        checks.matrix("items", items, "[N, D]")
+        checks.queries(queries, items.shape)
+        k, given = checks.positive(k), (exclude, allowed, group, among, groups, at_most)
+        free = all(limit is None for limit in given)
+        if free and isinstance(items, np.ndarray) and once.serves(np.asarray(queries), items, k):
+            found = once.topk(np.asarray(queries), items, k, metric)
+            if found is not None:
+                return found
         index = ItemIndex(items, metric=metric)
-        return index.search(queries, k, exclude, allowed, group)
+        return index.search(queries, k, exclude, allowed, group, among, groups, at_most)
     checks.matrix("items", items, "[N, D]")
     checks.queries(queries, items.shape)
     k, dtype = checks.positive(k), checks.score_dtype(queries.dtype, items.dtype)
@@ -143,7 +166,16 @@ def _topk(
     masks, which = checks.masks(allowed, group, len(queries), len(items))
     if masks is not None:
         admissible &= masks[0] if which is None else masks[which]
-    return reference.topk(reference.scores(rows[0], rows[1], metric), k, admissible)
+    if among is not None:
+        listed = np.zeros_like(admissible)
+        for row, ids in enumerate(checks.id_lists("among", among, len(queries))):
+            whole = ids.astype(int) if not ids.size else ids
+            own = checks.indices(f"among[{row}]", whole, whole.shape, -1, len(items))
+            listed[row, own[own >= 0]] = True
+        admissible &= listed
+    quotas = checks.quotas(groups, at_most, len(items))
+    limits = () if quotas is None else (quotas.groups, quotas.most)
+    return reference.topk(reference.scores(rows[0], rows[1], metric), k, admissible, *limits)
 
 
 def target_rank(

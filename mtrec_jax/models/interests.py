@@ -5,6 +5,8 @@ A user's state then is K vectors side by side, [..., K * D]. With one, all of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,7 @@ def search(
     k: int,
     exclude: np.ndarray | None = None,
     mask: np.ndarray | None = None,
+    among: Sequence[np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k items [Q, k] that are nearest to the best of each user's vectors [Q, K * D]: their
     cosines and catalogue indexes, as `ItemIndex.search` gives them; exact, ties lowest index first.
@@ -76,10 +79,12 @@ def search(
     queries = vectors.reshape(-1, index.shape[1])
     count = len(queries) // max(1, len(vectors))
     if count == 1:
-        return index.search(queries, k, exclude, mask)
+        return index.search(queries, k, exclude, mask, among=among)
+    among = None if among is None else [own for own in among for _ in range(count)]
     lists = None if exclude is None else np.repeat(exclude, count, axis=0)
     scores, ids = (
-        found.reshape(len(vectors), -1) for found in index.search(queries, k, lists, mask)
+        found.reshape(len(vectors), -1)
+        for found in index.search(queries, k, lists, mask, among=among)
     )
     order = np.lexsort((ids, -scores), axis=-1)
     scores, ids = (np.take_along_axis(found, order, axis=1) for found in (scores, ids))

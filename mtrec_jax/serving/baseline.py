@@ -19,6 +19,15 @@ from mtrec_jax.evaluation.collect import counted_items
 from mtrec_jax.evaluation.comparison import training_interactions
 from mtrec_jax.evaluation.ranking import top_items
 from mtrec_jax.result import Result
+from mtrec_jax.serving.filters import (
+    Allowed,
+    AtMost,
+    Ids,
+    UnknownItems,
+    lists_of,
+    read_filters,
+    read_quotas,
+)
 from mtrec_jax.serving.requests import raw_texts
 from mtrec_jax.types import FIRST, UNKNOWN, Lists
 
@@ -31,20 +40,32 @@ class BaselineRecommender:
     fitted: Ranks | Predicts
     behaviours: tuple[str, ...] = ()  # binary tasks of which a 1 makes an item seen; (): any event
 
-    def recommend(self, users: Iterable[Any], k: int = 10, *, exclude_seen: bool = True) -> Result:
+    def recommend(
+        self,
+        users: Iterable[Any],
+        k: int = 10,
+        *,
+        allowed: Allowed = None,
+        blocked: Ids = (),
+        at_most: AtMost = None,
+        exclude_seen: bool = True,
+        unknown_items: UnknownItems = "ignore",
+    ) -> Result:
         """The k best items of each user, given the user's whole stored history.
 
         Args:
           users: raw user ids; one who is not in the data has no history.
           k: items a user; fewer come back where there are fewer.
+          allowed, blocked, at_most, unknown_items: as in `Recommender.recommend`.
           exclude_seen: leave out what the user has seen, as `evaluate.seen` says.
 
         Returns:
           A `Result`, a row an item: user, known, rank, item, title, score.
 
         Raises:
-          ConfigError: the baseline does not rank items.
-          DataError: k is below 1 or above the catalogue.
+          ConfigError: the baseline does not rank items, or there is no such column.
+          DataError: k is below 1 or above the catalogue, or what `Recommender.recommend` refuses of
+            filters.
         """
         if not isinstance(self.fitted, Ranks):
             raise ConfigError(f"{type(self.fitted).__name__} predicts labels, it ranks no items")
@@ -60,7 +81,10 @@ class BaselineRecommender:
             known = [seen_of[user - FIRST] if user >= FIRST else met.values[:0] for user in ids]
             seen = _joined([items.astype(np.int64) - FIRST for items in known])
         scorer = self.fitted.scorer(ids, history)
-        scores, found = top_items(scorer, np.arange(len(ids)), k, seen, n)
+        filters = read_filters(prepared, allowed, blocked, unknown_items)
+        own, quotas = lists_of(names, filters.own), read_quotas(prepared, at_most)
+        limits = filters.mask, own, quotas
+        scores, found = top_items(scorer, np.arange(len(ids)), k, seen, n, *limits)
         row, place = np.nonzero(found >= 0)
         items = found[row, place]
         columns: dict[str, Any] = {
@@ -71,7 +95,8 @@ class BaselineRecommender:
             "title": pa.array([prepared.titles[i] for i in items], pa.string()),
             "score": scores[row, place],
         }
-        return Result(pa.table(columns))
+        ignored = {name: len(unknown) for name, unknown in filters.ignored.items()}
+        return Result(pa.table(columns), ignored)
 
 
 def _joined(parts: list[np.ndarray]) -> Lists:

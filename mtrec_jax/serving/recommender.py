@@ -8,7 +8,7 @@ import functools
 import html
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +29,20 @@ from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.answers import CHOSEN, FUSED, Answers, described
 from mtrec_jax.evaluation.collect import ordering
 from mtrec_jax.kernels import ItemIndex
+from mtrec_jax.kernels.constrained import Picks, Quotas
 from mtrec_jax.losses.tasks import class_numbers, labelled
 from mtrec_jax.models import interests
 from mtrec_jax.models.serve import Answer, look_names, pad_rows, prepared_serving
 from mtrec_jax.result import Result
-from mtrec_jax.serving.filters import Ids, UnknownItems, read_filters
+from mtrec_jax.serving.filters import (
+    Allowed,
+    AtMost,
+    Ids,
+    UnknownItems,
+    lists_of,
+    read_filters,
+    read_quotas,
+)
 from mtrec_jax.serving.interests import NEAR, events_of, table_of
 from mtrec_jax.serving.requests import (
     BATCH,
@@ -69,6 +78,26 @@ class _Question:
     popular: bool  # strangers without a history get the most popular items
     diversifier: Any  # puts the lists together; None: they are in the plain order
     ignored: dict[str, int]  # ids in each filter that are not in the catalogue
+    own: dict[str, np.ndarray] | None  # of each user, the catalogue indexes to choose from
+    quotas: Quotas | None
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """Which items the users of a batch may get."""
+
+    mask: np.ndarray  # [N] bool
+    seen: list[np.ndarray]  # catalogue indexes that each must not be shown
+    own: list[np.ndarray] | None  # and those to choose from
+
+    def of(self, row: int | np.integer) -> np.ndarray:
+        """[N] bool: those of one user."""
+        mask = self.mask.copy()
+        if self.own is not None:
+            mask[:] = False
+            mask[self.own[row]] = self.mask[self.own[row]]
+        mask[self.seen[row]] = False
+        return mask
 
 
 class Recommender:
@@ -130,9 +159,10 @@ class Recommender:
     def warm_up(self) -> float:
         """Compile what requests need, so that none has to wait: the seconds it took.
 
-        That is up to 512 users or pairs at once, any history and filters, `predict` without looks,
-        `similar_items`, and k up to 512. What is larger, and `recommend_all`, compiles once for
-        batches of 256, and a larger k once for each of 4,096, 32,768, …; both say so.
+        That is up to 512 users or pairs at once, any history, filters and quotas, `predict` without
+        looks, `similar_items`, and k up to 512. What is larger, and `recommend_all`, compiles once
+        for batches of 256, and a larger k once for each of 4,096, 32,768, …; both say so. Lists of
+        users compile when they first come.
         """
         start = time.perf_counter()
         size = self._encoder.sizes[0]
@@ -219,8 +249,9 @@ class Recommender:
         *,
         histories: Sequence[History] | None = None,
         request: Moments = None,
-        allowed: Ids = None,
+        allowed: Allowed = None,
         blocked: Ids = (),
+        at_most: AtMost = None,
         exclude_seen: bool = True,
         order_by: str = CHOSEN,
         diversify: Any = CONFIGURED,
@@ -238,16 +269,21 @@ class Recommender:
 
         Args:
           users: raw user ids, length U.
-          k: items a user. Fewer are returned, without an error, where `exclude_seen`, `allowed` and
-            `blocked` leave fewer: often so with a small catalogue.
+          k: items a user. Fewer are returned, without an error, where `exclude_seen`, `allowed`,
+            `blocked` and `at_most` leave fewer: often so with a small catalogue.
           histories: instead of the stored ones, for each user the raw item ids, oldest first; or a
             mapping {"item": [...], "<history feature>": [...]}.
           request: what is known of the moment, {"<request feature, or its column>": value}, for all
             users, or a list with one each; what is left out is missing.
           allowed: raw item ids to choose from, or a `pathlib.Path` of a file of them: an id a line,
             or a .csv, .tsv, .jsonl or .parquet with the data's column of items; None: the whole
-            catalogue.
+            catalogue. A mapping {user: such ids} has a list for each of the users.
           blocked: raw item ids never to be shown, or such a file.
+          at_most: how many items of a value of a column a list may hold, {"author": 2}. The columns
+            are categorical or multi_valued features of items; of those with several values an item
+            counts for each. An item without a value is not limited, and values that the model does
+            not know count as one. The list is taken greedily in its order; where that leaves it
+            short, further candidates are asked for, until no item is left.
           exclude_seen: leave out what the user has seen, as the run's `evaluate.seen` says.
           order_by: "chosen": what training has found best on validation, as `order()` says;
             "fused": the fusion in any case; or a task whose prediction puts them in order.
@@ -271,17 +307,18 @@ class Recommender:
           number).
 
         Raises:
-          ConfigError: the run has no retrieval task, no such task to order by, or an option is none
-            of those above.
+          ConfigError: the run has no retrieval task, no such task to order by, no such column, or
+            an option is none of those above.
           DataError: k is below 1 or above the catalogue; ids that are not in the catalogue, with
             unknown_items="error"; no item is left; unknown users with on_unknown="error"; a text
             instead of a list of ids.
         """
         users = raw_texts("users", users)
         one_of("on_unknown", on_unknown, ("popular", "model", "error"))
-        filters = allowed, blocked, unknown_items
+        filters = allowed, blocked, unknown_items, at_most
         orders = order_by, self._diversifier(diversify)
         asked = self._question(k, filters, exclude_seen, orders, new_items, on_unknown == "popular")
+        lists_of(users, asked.own)
         if histories is not None:
             histories = a_list("histories", histories)
             if len(histories) != len(users):
@@ -308,8 +345,9 @@ class Recommender:
         self,
         k: int = 10,
         *,
-        allowed: Ids = None,
+        allowed: Allowed = None,
         blocked: Ids = (),
+        at_most: AtMost = None,
         exclude_seen: bool = True,
         order_by: str = CHOSEN,
         diversify: Any = CONFIGURED,
@@ -321,9 +359,10 @@ class Recommender:
         Several processes share the users: each gets tables of its own part, equally many.
         """
         users = self.prepared.user_names
-        filters = allowed, blocked, unknown_items
+        filters = allowed, blocked, unknown_items, at_most
         orders = order_by, self._diversifier(diversify)
         asked = self._question(k, filters, exclude_seen, orders, new_items)
+        lists_of(users, asked.own)
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
@@ -504,17 +543,26 @@ class Recommender:
     def _recommend_batch(self, users: list[str], encoded: Requests, asked: _Question) -> pa.Table:
         n = len(users)
         states = self._states(encoded)
-        seen = self._seen_of(encoded, asked, len(states.cutoff))
-        width = self._width(asked.k)
-        candidates = self._search(np.asarray(states.vectors)[:, 0], width, seen, asked.mask)[:n]
+        queries = np.asarray(states.vectors)[:, 0]
+        seen = self._seen_of(encoded, asked, len(queries))
+        width, own = self._width(asked.k), lists_of(users, asked.own)
+        candidates = self._search(queries, width, seen, asked.mask, own)[:n]
         # without any history the model has nothing to say: popularity keeps its order
         nothing = asked.popular & ~encoded.known & (encoded.batch.cutoff[:n, 0] == 0)
+        masks = _Masks(asked.mask, seen, own)
         for stranger in np.flatnonzero(nothing):
-            candidates[stranger] = self._popular(seen[stranger], asked.mask, width)
-        answer = self._answer(states, candidates)
+            candidates[stranger] = self._popular(masks.of(stranger), width)
+        ordered = functools.partial(self._ordered, states, nothing, asked.order_by)
+        answer, key, score = ordered(candidates)
         real = candidates >= FIRST
-        key, score = self._order(answer, asked.order_by, n)
-        key = np.where(nothing[:, None], -np.arange(width, dtype=key.dtype), key)
+        if asked.quotas is not None:
+            again = functools.partial(self._again, queries, width, nothing, masks)
+            picks = _within(asked.quotas, asked.k, candidates, key, lambda c: ordered(c)[1], again)
+            candidates = np.full_like(candidates, UNKNOWN)
+            for own_list, pick in zip(candidates, picks, strict=True):
+                own_list[: len(pick.places)] = np.array(pick.places, int) + FIRST
+            answer, key, score = ordered(candidates)
+            real = candidates >= FIRST
         order = diversity.falling(key, real)[:, : asked.k]
         if asked.diversifier is not None:
             vectors, k = self._host_vectors[candidates], min(asked.k, width)
@@ -536,6 +584,31 @@ class Recommender:
         columns |= self._weight_columns(answer, (row, place), told)
         return pa.table(columns | {"new": self._is_new[chosen + FIRST]})
 
+    def _ordered(
+        self, states: UserStates, nothing: np.ndarray, order_by: str, candidates: np.ndarray
+    ) -> tuple[Answer, np.ndarray, np.ndarray]:
+        """What is said of candidates [n, K]; what they are ordered by, and the score shown."""
+        answer = self._answer(states, candidates)
+        key, score = self._order(answer, order_by, len(candidates))
+        places = -np.arange(candidates.shape[1], dtype=key.dtype)
+        return answer, np.where(nothing[:, None], places, key), score
+
+    def _again(
+        self,
+        queries: np.ndarray,
+        width: int,
+        nothing: np.ndarray,
+        masks: _Masks,
+        row: int,
+        left: np.ndarray,
+    ) -> np.ndarray:
+        """Further candidates [width] of one user, among the items that are left."""
+        mask = masks.of(row) & left
+        if nothing[row]:
+            return self._popular(mask, width)
+        found = self._alone(queries[row], width, mask)[1]
+        return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
+
     def _width(self, k: int) -> int:
         """Candidates that are put in order: `evaluate.candidates`, or the first of 512, 4,096, …
         that has room for k; few compiled shapes."""
@@ -555,20 +628,35 @@ class Recommender:
         return seen
 
     def _search(
-        self, queries: np.ndarray, width: int, seen: list[np.ndarray], mask: np.ndarray
+        self,
+        queries: np.ndarray,
+        width: int,
+        seen: list[np.ndarray],
+        mask: np.ndarray,
+        own: list[np.ndarray] | None = None,
     ) -> np.ndarray:
         """Item ids [B, width] by falling cosine, unknown (1) where there are fewer."""
-        found = self._nearest(queries, width, seen, mask)[1]
+        found = self._nearest(queries, width, seen, mask, own)[1]
         return np.where(found >= 0, found + FIRST, UNKNOWN).astype(np.int32)
 
     def _nearest(
-        self, queries: np.ndarray, width: int, seen: list[np.ndarray], mask: np.ndarray
+        self,
+        queries: np.ndarray,
+        width: int,
+        seen: list[np.ndarray],
+        mask: np.ndarray,
+        own: list[np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and catalogue indexes [B, width], -1 where there are fewer.
+        """Cosines and catalogue indexes [B, width], -1 where there are fewer; `own` are the lists
+        of the first users, where these have any.
 
         A user who has seen more than a list holds is asked for alone, with a mask: the sizes, and
         so the programs, are always the same.
         """
+        if own is not None:
+            left = [np.setdiff1d(*pair) for pair in zip(own, seen, strict=False)]
+            left += [np.zeros(0, np.int64)] * (len(queries) - len(left))
+            return interests.search(self._index, queries, width, None, mask, left)
         room = self._room
         exclude = np.full((len(queries), room), -1, np.int32)
         for row, items in enumerate(seen):
@@ -576,14 +664,19 @@ class Recommender:
                 exclude[row, : len(items)] = items
         self._announce(len(queries), width)
         scores, found = interests.search(self._index, queries, width, exclude, mask)
+        masks = _Masks(mask, seen, None)
         for row in (row for row, items in enumerate(seen) if len(items) > room):
-            own = mask.copy()
-            own[seen[row]] = False
-            alone = np.repeat(queries[row : row + 1], self._encoder.sizes[0], axis=0)
-            none = np.full((len(alone), room), -1, np.int32)
-            found_alone = interests.search(self._index, alone, width, none, own)
-            scores[row], found[row] = (array[0] for array in found_alone)
+            scores[row], found[row] = self._alone(queries[row], width, masks.of(row))
         return scores, found
+
+    def _alone(
+        self, query: np.ndarray, width: int, mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`_nearest` of one user among the items of a mask."""
+        alone = np.repeat(query[None], self._encoder.sizes[0], axis=0)
+        none = np.full((len(alone), self._room), -1, np.int32)
+        scores, found = interests.search(self._index, alone, width, none, mask)
+        return scores[0], found[0]
 
     @functools.cached_property
     def _room(self) -> int:
@@ -609,10 +702,9 @@ class Recommender:
         predicted = np.asarray(answer.predictions[order_by])[:n]
         return score, predicted if predicted.ndim == 2 else score
 
-    def _popular(self, seen: np.ndarray, mask: np.ndarray, width: int) -> np.ndarray:
-        """Item ids [width] by falling number of training events, unknown where there are fewer."""
-        free = mask.copy()
-        free[seen] = False
+    def _popular(self, free: np.ndarray, width: int) -> np.ndarray:
+        """Item ids [width] of a mask by falling number of training events, unknown where there are
+        fewer."""
         items = np.flatnonzero(free)
         counts = self.prepared.items.column("count").to_numpy()
         best = items[np.argsort(-counts[items], kind="stable")[:width]]
@@ -700,13 +792,13 @@ class Recommender:
     def _question(
         self,
         k: int,
-        filters: tuple[Ids, Ids, UnknownItems],
+        filters: tuple[Allowed, Ids, UnknownItems, AtMost],
         exclude_seen: bool,
         orders: tuple[str, Any],
         new_items: bool,
         popular: bool = True,
     ) -> _Question:
-        """What is asked of the items that `filters` (allowed, blocked, unknown_items) leave, with
+        """What is asked of the items that `filters` leave, in the order of their annotation, with
         `orders` (order_by, diversifier).
 
         Raises:
@@ -716,7 +808,8 @@ class Recommender:
         tasks = ordering(self.experiment, self.prepared.manifest)
         one_of("order_by", order_by, (CHOSEN, FUSED, *tasks))
         k = self._checked(k, exclude_seen)
-        found = read_filters(self.prepared, *filters)
+        allowed, blocked, unknown_items, at_most = filters
+        found = read_filters(self.prepared, allowed, blocked, unknown_items)
         one_of("new_items", new_items, (True, False))
         mask = found.mask & ~(self._unscored if new_items else self._is_new)[FIRST:]
         if not mask.any():
@@ -724,7 +817,11 @@ class Recommender:
                 "the filters allowed and blocked leave no item that the model can score"
             )
         ignored = {name: len(ids) for name, ids in found.ignored.items()}
-        return _Question(k, mask, exclude_seen, order_by, popular, diversifier, ignored)
+        quotas = read_quotas(self.prepared, at_most)
+        if quotas is not None:  # which decide what is in a list, so that nothing else can
+            diversifier = None
+        filtered = ignored, found.own, quotas
+        return _Question(k, mask, exclude_seen, order_by, popular, diversifier, *filtered)
 
     @property
     def _has_retrieval(self) -> bool:
@@ -772,6 +869,38 @@ class Recommender:
                 raise DataError(
                     f"user {user!r} is not in the data of {self.run.folder}.{hint} {remedy}"
                 )
+
+
+def _within(
+    quotas: Quotas,
+    k: int,
+    candidates: np.ndarray,
+    key: np.ndarray,
+    keys_of: Callable[[np.ndarray], np.ndarray],
+    again: Callable[[int, np.ndarray], np.ndarray],
+) -> list[Picks]:
+    """The list of each user, greedily by falling key, within quotas.
+
+    Whose list is short gets further candidates from `again(user, items that are left)`. Each round
+    adds an item at least, as the first of them has room, until there are k or no items are left.
+
+    Args:
+      candidates, key: [n, K] item ids, unknown where there are fewer, and what orders them.
+      keys_of: the keys of other candidates.
+    """
+    picks, asked = [Picks(quotas, k) for _ in candidates], list(range(len(candidates)))
+    while asked:
+        for row in asked:
+            order = np.argsort(-key[row], kind="stable")
+            ids = candidates[row][order]
+            picks[row].take(key[row][order][ids >= FIRST], ids[ids >= FIRST] - FIRST)
+        asked = [i for i in asked if not picks[i].is_full and (candidates[i] >= FIRST).all()]
+        if asked:
+            candidates = np.full_like(candidates, UNKNOWN)
+            for row in asked:
+                candidates[row] = again(row, picks[row].left())
+            key = keys_of(candidates)
+    return picks
 
 
 def _say(text: str) -> None:
