@@ -23,7 +23,7 @@ LAYERS = (
     (
         *("data.features", "balance", "models.layers", "models.encoders", "models.towers"),
         *("models.fusions", "models.interactions", "models.numbers"),
-        "models.text",
+        *("models.text", "models.views"),
         *("baselines", "evaluation.metrics", "losses.tasks", "losses.lists"),
         *("losses.retrieval", "losses.negatives", "diversity"),
     ),

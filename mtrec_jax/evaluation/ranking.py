@@ -129,8 +129,9 @@ def top_items(
             scores[hidden] = -np.inf
             if mask is not None:
                 scores[:, ~mask] = -np.inf
-            for own, query in zip(scores, block if among is not None else (), strict=False):
-                own[np.setdiff1d(np.arange(items), among[query])] = -np.inf
+            if among is not None:
+                for own, query in zip(scores, block, strict=True):
+                    own[np.setdiff1d(np.arange(items), among[query])] = -np.inf
             if quotas is not None:
                 _keep_within(quotas, scores, k)
         found = _best(scores, hidden, k)

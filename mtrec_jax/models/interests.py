@@ -82,10 +82,8 @@ def search(
         return index.search(queries, k, exclude, mask, among=among)
     among = None if among is None else [own for own in among for _ in range(count)]
     lists = None if exclude is None else np.repeat(exclude, count, axis=0)
-    scores, ids = (
-        found.reshape(len(vectors), -1)
-        for found in index.search(queries, k, lists, mask, among=among)
-    )
+    both = index.search(queries, k, lists, mask, among=among)
+    scores, ids = (found.reshape(len(vectors), -1) for found in both)
     order = np.lexsort((ids, -scores), axis=-1)
     scores, ids = (np.take_along_axis(found, order, axis=1) for found in (scores, ids))
     # the first of equal ids stays: its score is the highest

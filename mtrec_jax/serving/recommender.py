@@ -290,7 +290,8 @@ class Recommender:
           diversify: what puts lists together so that their items differ, from the candidates in
             that order and the cosines of item vectors: a kind ("mmr", "dpp"), a table such as
             {"kind": "mmr", "trade": 0.5}, or an instance, also of a class of your own; "none":
-            nothing; "configured": what the run's `evaluate.diversify` says. Scores are as they are,
+            nothing; "configured": what the run's `evaluate.diversify` says. With `at_most`, which
+            decides what is in a list, nothing does. Scores are as they are,
             so that they no longer fall along a list. The most popular items stay in their order.
           on_unknown: of a user who is neither in the data nor has a history: "popular"; "model"
             asks the model about a stranger; "error" raises for any user who is not in the data.
