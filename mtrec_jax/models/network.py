@@ -66,16 +66,7 @@ class Network(nnx.Module):
         learns = bool(inputs.retrieval) and config.learn_temperature
         self.log_scale = nnx.Param(jnp.zeros((), dtype)) if learns else None
         if inputs.has_events:
-            self.start = nnx.Param(normal(rngs, (d,), 0.02, dtype))
-            self.target_attention = TargetAttention(d, dtype=dtype, rngs=rngs)
-            if "history" in inputs.layout.groups:
-                self.behaviour = made(d, d)
-            seen = EncoderSizes(d, history_length + 1, config.dropout)
-            self.encoder = config.encoder.make(seen, dtype=dtype, rngs=rngs)
-            several = config.interests > 1
-            self.interests = (
-                Interests(config.interests, d, dtype=dtype, rngs=rngs) if several else None
-            )
+            self._make_encoder(history_length, dtype, rngs)
         alone = config.members if inputs.tasks and config.members_share == "encoder" else 1
         of_context = self.user_context is not None and not inputs.has_events
         self.other_users = nnx.List([made(context, d) for _ in range(1, alone) if of_context])
@@ -108,6 +99,17 @@ class Network(nnx.Module):
         fused = FusionSizes(state, of_task, inputs.order, inputs.utility)
         options = config.fusion if inputs.utility.terms else NoFusion()  # nothing has a worth
         self.fusion = options.make(fused, dtype=dtype, rngs=rngs)
+
+    def _make_encoder(self, history_length: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        """What reads the events of the past."""
+        config, d = self.config, self.config.width
+        self.start = nnx.Param(normal(rngs, (d,), 0.02, dtype))
+        self.target_attention = TargetAttention(d, dtype=dtype, rngs=rngs)
+        if "history" in self.inputs.layout.groups:
+            self.behaviour = linear(d, d, dtype=dtype, rngs=rngs)
+        seen, count = EncoderSizes(d, history_length + 1, config.dropout), config.interests
+        self.encoder = config.encoder.make(seen, dtype=dtype, rngs=rngs)
+        self.interests = Interests(count, d, dtype=dtype, rngs=rngs) if count > 1 else None
 
     def _make_own(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         """What reads the tables of each owner, as `items`, `context` and `request` read the shared

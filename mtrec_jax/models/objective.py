@@ -122,10 +122,7 @@ def make_objective(
                     sums[n] = jnp.sum(values * counts * _weight(batch, n))
             return sums
 
-        of_retrieval = experiment, inputs, layers, shared, batch, wanted, key
-        sums = {name: _retrieval_sum(*of_retrieval) for name in [inputs.retrieval] if name}
-        if contrast is not None:
-            sums[CONTRAST] = _contrast_sum(contrast, layers, shared, batch, key)
+        sums = _of_users(experiment, inputs, layers, shared, batch, wanted, key)
         looks = {n: outputs.diagnostics[n] for n in asked}
         if outputs.members:  # the mean of their losses, each by itself
             of_each = jax.vmap(of_towers, in_axes=2)(outputs.members, looks)
@@ -151,6 +148,25 @@ def _task_sum(
         own = with_group(own, group)
     losses = _losses(task, manifest.tasks[name], own, batch, name, weight)
     return jnp.sum(losses * weight)
+
+
+def _of_users(
+    experiment: Experiment,
+    inputs: Inputs,
+    layers: Network,
+    shared: Shared,
+    batch: Batch,
+    wanted: Wanted,
+    key: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """The weighted sums of the losses that no tower has a part in."""
+    sums, contrast = {}, experiment.train.contrast
+    if inputs.retrieval:
+        given = layers, shared, batch, wanted, key
+        sums[inputs.retrieval] = _retrieval_sum(experiment, inputs, *given)
+    if contrast is not None:
+        sums[CONTRAST] = _contrast_sum(contrast, layers, shared, batch, key)
+    return sums
 
 
 def _retrieval_sum(

@@ -43,6 +43,7 @@ OTHER: dict[str, Any] = {
     "exclude_seen": True,
     "seen": ("click",),
     "seen_targets": "missed",
+    "query_time": "known",
     "ties": "at random",
     "ks": (3,),
     "reranked": 20,
