@@ -79,12 +79,7 @@ def make_objective(
     def weights(batch: Batch, lottery: jax.Array) -> dict[str, jax.Array]:
         found = {n: jnp.asarray(batch.mask[n]) * _weight(batch, n) for n in experiment.tasks}
         if brings is not None:  # their masks do not depend on the logits
-            zeros = {
-                n: jnp.zeros((*batch.weight.shape, *([t.outputs] * (t.outputs > 1))))
-                for n, t in inputs.tasks.items()
-            }
-            zeros |= {n: jnp.zeros(batch.weight.shape) for n in asked}
-            own = brings(zeros, *_labels(batch))
+            own = brings(_zeros(inputs, asked, batch), *_labels(batch))
             _check_brought(experiment, own)
             found |= {n: counts * _weight(batch, n) for n, (_, counts) in own.items()}
         if contrast is not None:
@@ -148,6 +143,15 @@ def _task_sum(
         own = with_group(own, group)
     losses = _losses(task, manifest.tasks[name], own, batch, name, weight)
     return jnp.sum(losses * weight)
+
+
+def _zeros(inputs: Inputs, asked: Iterable[str], batch: Batch) -> dict[str, jax.Array]:
+    """Logits of all tasks with a tower, and the diagnostics `asked`, without a pass."""
+    found = {
+        n: jnp.zeros((*batch.weight.shape, *([t.outputs] * (t.outputs > 1))))
+        for n, t in inputs.tasks.items()
+    }
+    return found | {n: jnp.zeros(batch.weight.shape) for n in asked}
 
 
 def _of_users(
