@@ -322,6 +322,8 @@ class Evaluate:
     exclude_seen: bool = True
     seen: tuple[str, ...] = ()  # binary tasks: a past event with a 1 in one makes its item seen;
     # (): what the retrieval task counts, its `where` or any event; ("any",): any event
+    among: Literal["all", "untrained"] = "all"  # items that targets are ranked among; "untrained":
+    # those without training events, among themselves; targets with some are not ranked then
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
     diversify: Annotated[Any, Choice(DIVERSIFIERS)] | None = None  # puts the lists together so that
     # their items differ, in `recommend` too; None: in the plain order

@@ -17,9 +17,11 @@ from mtrec_jax.baselines.contract import (
 from mtrec_jax.baselines.ease import Ease
 from mtrec_jax.baselines.item_knn import ItemKnn
 from mtrec_jax.baselines.popularity import Popularity
+from mtrec_jax.baselines.random import Random
 from mtrec_jax.baselines.user_knn import UserKnn
 
 BASELINES: dict[str, Any] = {
+    "random": Random,
     "popularity": Popularity,
     "bias": Bias,
     "item_knn": ItemKnn,

@@ -14,6 +14,7 @@ from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import SHOWN, SPLITS, Manifest, Prepared
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.diversity import diversify, falling
+from mtrec_jax.errors import ConfigError
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.losses.tasks import Head, TaskField, class_numbers, head_of
 from mtrec_jax.models import interests
@@ -96,6 +97,7 @@ def collect(
     behaviours = seen_behaviours(experiment)
     everyone = np.arange(prepared.manifest.users) + FIRST
     seen = seen_items(prepared, split, everyone, behaviours) if exclude_seen else None
+    mask = candidates_of(experiment, prepared)
     widest = 0 if seen is None else int(np.diff(seen.offsets).max(initial=0))
     parts: list[Collected] = []
     for batch in _own_batches(experiment, prepared, serving, split):
@@ -105,6 +107,8 @@ def collect(
         if retrieval is not None:
             observed = np.asarray(batch.mask[retrieval])[r, p] > 0
             part.retrieved = observed & (part.candidate >= FIRST)
+            if mask is not None:
+                part.retrieved &= mask[np.maximum(part.candidate - FIRST, 0)]
             if orders:
                 part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in ways.names}
             if ways.length:
@@ -117,18 +121,36 @@ def collect(
                 exclude = _exclude(seen, widest, part, chosen)
                 targets = pad_rows(part.candidate[chosen] - FIRST, QUERIES).astype(np.int32)
                 users, most = queries.vectors[:, 0], max(experiment.evaluate.ks, default=1)
-                ranks = interests.ranks(index, users, targets, exclude, most)
+                ranks = interests.ranks(index, users, targets, exclude, mask, most)
                 part.ranks[chosen] = missed(ranks[: len(chosen)], targets, exclude)
                 if orders:
                     reranked = min(experiment.evaluate.candidates, prepared.manifest.items)
                     k = max(reranked, ways.length)
-                    found = interests.search(index, users, k, exclude)[1]
+                    found = interests.search(index, users, k, exclude, mask)[1]
                     given = serving, own_params, part, chosen, queries, own_vectors
                     _rerank(*given, found[:, :reranked], ways)
                     if ways.length:  # by cosine, as ranks are: no fewer than metrics look at
                         part.lists[retrieval][chosen] = found[: len(chosen), : ways.length]
         parts.append(part)
     return _in_file_order(parts)
+
+
+def candidates_of(experiment: Experiment, prepared: Prepared) -> np.ndarray | None:
+    """[N] bool: the items that targets are ranked among, and which targets have to be one of; None:
+    all.
+
+    Raises:
+      ConfigError: every item has trained.
+    """
+    if experiment.evaluate.among == "all":
+        return None
+    n, trained = prepared.manifest.items, prepared.manifest.trained_items
+    if trained == n:
+        raise ConfigError(
+            "evaluate.among: 'untrained', but every item has training events; prepare with "
+            "split.kind = 'cold_item', or take 'all'"
+        )
+    return np.arange(n) >= trained
 
 
 def people(user: np.ndarray) -> np.ndarray:

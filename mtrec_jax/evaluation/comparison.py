@@ -12,7 +12,7 @@ from mtrec_jax.baselines import Interactions, Predicts, Ranks
 from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import ABSENT, Collected, people, seen_items
+from mtrec_jax.evaluation.collect import ABSENT, Collected, candidates_of, people, seen_items
 from mtrec_jax.evaluation.lists import Background, list_statistics
 from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import ranks_and_lists
@@ -123,7 +123,8 @@ def _ranked(
     scorer = fitted.scorer(users, past_items(prepared, split, rows))
     n, ks = prepared.manifest.items, experiment.evaluate.ks
     k = min(max(ks), n) if background else 0
-    ranks, lists = ranks_and_lists(scorer, targets, excluded, k, n)
+    mask = candidates_of(experiment, prepared)
+    ranks, lists = ranks_and_lists(scorer, targets, excluded, k, n, mask)
     if excluded is not None:
         is_seen = [target in excluded[i] for i, target in enumerate(targets)]
         ranks = np.where(is_seen, ABSENT, ranks)

@@ -69,8 +69,11 @@ def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
     ranked: dict[str, Any] = {}
     if retrieval:
         ranked = {"task": retrieval[0], "items": manifest.items, "ks": evaluate.ks}
+        if evaluate.among == "untrained":
+            ranked["candidates"] = "items without training events"
+            ranked["items"] -= manifest.trained_items
         if len(experiment.tasks) > 1:
-            ranked["reranked"] = min(evaluate.candidates, manifest.items)
+            ranked["reranked"] = min(evaluate.candidates, ranked["items"])
         if any(not field.size for field in manifest.request_ids):
             ranked["query_time"] = "known"
     if retrieval and evaluate.exclude_seen:

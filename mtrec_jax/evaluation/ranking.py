@@ -52,8 +52,10 @@ def ranks_and_lists(
     exclude: Lists | None,
     k: int,
     items: int,
+    mask: Bool[np.ndarray, " N"] | None = None,
 ) -> tuple[Int64[np.ndarray, " Q"], Int64[np.ndarray, "Q K"]]:
-    """`target_ranks`, and the indexes that `top_items` gives, of scores that are asked for once.
+    """`target_ranks`, and the indexes that `top_items` gives, of scores that are asked for once;
+    with a `mask` among some of the items alone.
 
     >>> from mtrec_jax.baselines.popularity import Counts
     >>> ranks_and_lists(Counts(np.array([5, 9, 7])), np.array([0]), None, 2, items=3)
@@ -72,6 +74,8 @@ def ranks_and_lists(
     lists = np.full((len(targets), k), -1, np.int64)
     for queries in _blocks(np.arange(len(targets)), items):
         scores, target = _scores(scorer, queries, items), targets[queries][:, None]
+        if mask is not None:
+            scores = np.where(mask, scores, np.float32(-np.inf))
         own, hidden = np.take_along_axis(scores, target, axis=1), _excluded(exclude, queries, items)
         ahead = (scores > own) | ((scores == own) & (np.arange(items) < target))
         ahead[hidden] = False

@@ -98,13 +98,18 @@ def search(
 
 
 def ranks(
-    index: ItemIndex, vectors: Array, targets: np.ndarray, exclude: np.ndarray | None, k: int
+    index: ItemIndex,
+    vectors: Array,
+    targets: np.ndarray,
+    exclude: np.ndarray | None,
+    mask: np.ndarray | None,
+    k: int,
 ) -> np.ndarray:
     """The rank [Q] of each user's target, 0 = first; with several vectors a user N, the size of the
     catalogue, where it is excluded or not among the first k."""
     vectors = np.asarray(vectors)
     if vectors.shape[1] == index.shape[1]:
-        return index.rank(vectors, targets, exclude)
-    found = search(index, vectors, min(k, len(index)), exclude)[1]
+        return index.rank(vectors, targets, exclude, mask)
+    found = search(index, vectors, min(k, len(index)), exclude, mask)[1]
     hit = found == targets[:, None]
     return np.where(hit.any(axis=1), hit.argmax(axis=1), len(index))

@@ -41,7 +41,7 @@ def test_lists_and_ranks_are_those_of_the_best_vector() -> None:
         assert (np.isfinite(found) == there).all()
     assert ids[0, :2].tolist() == [3, 7]
     targets = np.argsort(-scores, axis=1, kind="stable")[np.arange(6), [0, 1, 4, 9, 10, 30]]
-    ranks = interests.ranks(index, vectors, targets, exclude, 10)
+    ranks = interests.ranks(index, vectors, targets, exclude, None, 10)
     assert ranks.tolist() == [0, 1, 4, 9, N, N]
 
 
