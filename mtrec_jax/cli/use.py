@@ -95,6 +95,32 @@ def recommend(
         _say_fewer(k, exclude_seen)
 
 
+def interests(
+    run: RunFolder,
+    users: Annotated[list[str] | None, typer.Option(help="Raw user ids.")] = None,
+    more_users: Annotated[list[str] | None, typer.Argument(help="Further user ids.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .csv, .jsonl or .parquet file.")] = None,
+    prepared: MovedFolder = None,
+    events: NewEvents = None,
+) -> None:
+    """Say what each interest of users is: `mtrec interests runs/ml-1m --users 1m_1 1m_2`.
+
+    How many events of a user's history it is of, what the items near it have in common, and which
+    they are. Most models have one interest a user; `model.interests` makes them several.
+    """
+    from rich.console import Console
+
+    chosen = list(dict.fromkeys([*(users or []), *(more_users or [])]))
+    if not chosen:
+        raise typer.BadParameter("name users: --users u1 u2")
+    result = _opened(run, prepared, events, None).interests(chosen)
+    if out is not None:
+        result.save(out)
+        say(f"{len(result):,} interests in {out}")
+    else:
+        Console(width=160).print(result.rich(len(result)))
+
+
 def _check_who(chosen: list[str], all_users: bool, out: Path | None) -> None:
     from mtrec_jax import processes
 
