@@ -50,8 +50,8 @@ def test_each_baseline_has_its_kind_and_says_what_it_can_do() -> None:
         assert options.kind == options().kind == kind
         fitted = options().fit(log([2, 3], [2, 3], 2, 2, [1.0, 2.0]))
         can[kind] = isinstance(fitted, Ranks), isinstance(fitted, Predicts)
-    ranks = dict.fromkeys(("popularity", "item_knn", "user_knn", "als", "ease"), (True, False))
-    assert can == ranks | {"bias": (False, True)}
+    ranking = ("random", "popularity", "item_knn", "user_knn", "als", "ease")
+    assert can == dict.fromkeys(ranking, (True, False)) | {"bias": (False, True)}
 
 
 def _checkerboard() -> tuple[Interactions, Lists]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mtrec_jax.baselines import Scorer
 from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.evaluation import ranking
-from mtrec_jax.evaluation.ranking import target_ranks, top_items
+from mtrec_jax.evaluation.ranking import ranks_and_lists, target_ranks, top_items
 from mtrec_jax.types import Lists
 
 
@@ -89,6 +89,12 @@ def test_queries_are_asked_for_in_blocks_and_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ranking, "CELLS", 400)
     target_ranks(table, generator.integers(0, 100, 10), None, 100)
     assert table.asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_ranks_and_lists_among_some_items_alone() -> None:
+    scorer, among = Table(np.array([[5.0, 4, 3, 2, 1]])), np.array([False, True, True, False, True])
+    ranks, lists = ranks_and_lists(scorer, np.array([2]), _lists([[1]]), 3, 5, among)
+    assert (ranks.tolist(), lists.tolist()) == ([0], [[2, 4, -1]])
 
 
 def test_target_in_the_excluded_list_still_counts() -> None:
