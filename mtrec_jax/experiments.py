@@ -586,17 +586,23 @@ def _model(e: Experiment) -> Iterator[str]:
             f"data.hide_ties: kind '{e.model.encoder.kind}' of model.encoder hides single events, "
             "and would see the other one of the same time; set it to false, or use 'transformer'"
         )
-    if e.model.interests > 1 and (hasattr(e.model.encoder, "share") or not is_read):
+    reads_past = is_read and e.data.length and not hasattr(e.model.encoder, "share")
+    if e.model.interests > 1 and not reads_past:
         yield (
             f"model.interests: {e.model.interests}, which are running sums over the history; kind "
-            f"'{e.model.encoder.kind}' of model.encoder has no states to add them to; set it to 1, "
-            "or use 'transformer'"
+            f"'{e.model.encoder.kind}' of model.encoder has no states to add them to here; set it "
+            "to 1, or use 'transformer' and a history"
         )
-    if e.train.contrast and (hasattr(e.model.encoder, "share") or not (is_read and e.data.length)):
+    if e.train.contrast and not reads_past:
         yield (
             "train.contrast: it compares what an encoder makes of altered histories, and kind "
             f"'{e.model.encoder.kind}' of model.encoder makes nothing of them here; remove it, or "
             "use 'transformer' and a history"
+        )
+    elif e.train.contrast and e.train.accumulate > 1:
+        yield (
+            f"train.contrast: it compares the users of a batch with each other, and "
+            f"train.accumulate = {e.train.accumulate} takes them in parts; keep one of the two"
         )
     elif e.train.contrast and not e.train.contrast.ways:
         yield "train.contrast: crop, mask, reorder and drop are all 0; keep one, or remove it"

@@ -1,8 +1,8 @@
-"""Items in no order at all, another one for each query: what every list has to beat."""
+"""Items in no order at all, another one for each user: what every list has to beat."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from mtrec_jax.types import Lists
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """`kind = "random"`: scores that are drawn anew for each query, the same in each evaluation."""
+    """`kind = "random"`: scores that are drawn for each user, the same in each evaluation."""
 
     kind: Literal["random"] = "random"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -29,19 +29,22 @@ class Random:
 class Drawn:
     """Scores between 0 and 1.
 
-    >>> found = Drawn(items=3, seed=0).scores(np.array([0, 1]))
-    >>> found.shape, bool((found[0] == found[1]).any())
-    ((2, 3), False)
+    >>> found = Drawn(items=3, seed=0).scorer(np.array([2, 3, 2]), None).scores(np.arange(3))
+    >>> bool((found[0] == found[1]).any()), bool((found[0] == found[2]).all())
+    (False, True)
     """
 
     items: int
     seed: int
+    users: np.ndarray | None = None  # [Q] ids of the queries
 
-    def scorer(self, users: Int[np.ndarray, " Q"], histories: Lists) -> Drawn:
-        """Itself: neither users nor histories change anything."""
-        return self
+    def scorer(self, users: Int[np.ndarray, " Q"], histories: Lists | None) -> Drawn:
+        """The same of some queries: a user has one order, and whoever is not known that of 1."""
+        return replace(self, users=users)
 
     def scores(self, queries: Int[np.ndarray, " q"]) -> Float32[np.ndarray, "q N"]:
-        """Those of each query's number."""
-        drawn = [np.random.default_rng([self.seed, q]).random(self.items) for q in queries]
-        return np.array(drawn, np.float32).reshape(len(queries), self.items)
+        """Those of each query's user."""
+        assert self.users is not None
+        drawn = [np.random.default_rng([self.seed, int(self.users[q])]) for q in queries]
+        found = [generator.random(self.items) for generator in drawn]
+        return np.array(found, np.float32).reshape(len(queries), self.items)

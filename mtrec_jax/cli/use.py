@@ -89,7 +89,8 @@ def recommend(
     filters["diversify"] = cut(f"diversify={diversify}")[1]  # a kind, or a table
     rows = _written(recommender, chosen, out, filters)
     if out is not None:
-        order = recommender.order(order_by, filters["diversify"])
+        shown = "none" if filters["at_most"] else filters["diversify"]
+        order = recommender.order(order_by, shown)
         say(f"{rows:,} recommendations in {out}; {order}")
     if rows < k * (len(chosen) or recommender.prepared.manifest.users):
         _say_fewer(k, exclude_seen)

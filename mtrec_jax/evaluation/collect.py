@@ -342,6 +342,8 @@ def _ways(experiment: Experiment, prepared: Prepared, vectors: Any, recommended:
     if not recommended:
         return Ways(sorted_by)
     length = min(max(experiment.evaluate.ks), prepared.manifest.items)
+    if experiment.evaluate.among != "all":  # what is usual among all items says nothing of these
+        length = 0
     diversifier = experiment.evaluate.diversify
     if diversifier is None:
         return Ways(sorted_by, length)

@@ -53,8 +53,8 @@ def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array
 
 def _backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     query, key, value, mixed, normaliser = kept
-    own_part = jnp.sum((gradient * mixed).astype(normaliser.dtype), axis=-1, keepdims=True)
     to_query, wide = [], normaliser.dtype
+    own_part = jnp.sum(gradient.astype(wide) * mixed.astype(wide), axis=-1, keepdims=True)
     to_key, to_value = jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide)
     for own, past, seen in blocks(query.shape[1]):
         scores = _scores(query[:, own], key[:, past], seen)
@@ -107,8 +107,8 @@ def padded_attention(
 
     @jax.checkpoint
     def mixed(query: Array, key: Array, value: Array) -> Array:
-        scores = jnp.einsum("nid,njd->nij", query * query.shape[-1] ** -0.5, key)
+        scores = _mixed("nid,njd->nij", query * query.shape[-1] ** -0.5, key)
         weights = jax.nn.softmax(jnp.where(known[:, None], scores, -jnp.inf), axis=-1)
-        return jnp.einsum("nij,njd->nid", weights, value)
+        return _mixed("nij,njd->nid", weights, value).astype(value.dtype)
 
     return mixed(query, key, value)

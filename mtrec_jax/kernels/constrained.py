@@ -119,7 +119,7 @@ class Picks:
                 continue
             self.scores.append(score)
             self.places.append(place)
-            for group in groups:
+            for group in set(groups):  # an item counts once, however often its group stands there
                 if group >= 0:
                     room = self._room.get(group, int(self._quotas.most[group])) - 1
                     self._room[group] = room

@@ -211,7 +211,8 @@ def _contrast_sum(
         tokens, left = views(options, shared.outcomes, count, of_views)
         states.append(layers.state_after(tokens, left, None if key is None else of_encoder))
     one, other = states
-    loss = contrast_loss(one, other, _contrasted(batch), options.temperature)
+    users = jnp.asarray(batch.user)
+    loss = contrast_loss(one, other, users, _contrasted(batch), options.temperature)
     return options.weight * loss
 
 

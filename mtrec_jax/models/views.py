@@ -77,15 +77,18 @@ def views(
 
 
 def contrast_loss(
-    one: jax.Array, other: jax.Array, counts: jax.Array, temperature: float
+    one: jax.Array, other: jax.Array, users: jax.Array, counts: jax.Array, temperature: float
 ) -> jax.Array:
-    """The sum over users of the softmax cross-entropy that the other view [B, D] of a user is told
-    from both views of the other users; those whose `counts` [B] is 0 are left out."""
+    """The sum over examples of the softmax cross-entropy that the other view [B, D] of an example
+    is told from both views of the other users [B]; those whose `counts` [B] is 0 are left out."""
     n = len(one)
     states = unit_length(jnp.concatenate([one, other]))
     weight = jnp.concatenate([counts, counts])
     logits = states @ states.T / temperature
-    out = jnp.eye(2 * n, dtype=bool) | (weight == 0)[None]
+    example, whose = jnp.tile(jnp.arange(n), 2), jnp.tile(users, 2)
+    others = (whose[:, None] != whose[None]) & (weight > 0)[None]
+    pair = (example[:, None] == example[None]) & ~jnp.eye(2 * n, dtype=bool)
+    out = ~(others | pair)
     logits = jnp.where(out, -jnp.inf, logits)
     own = jnp.sum(states * jnp.concatenate([states[n:], states[:n]]), axis=1) / temperature
     # a user who is left out has nobody to be told from

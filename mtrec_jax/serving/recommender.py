@@ -150,8 +150,12 @@ class Recommender:
         """
         return described(self.experiment, self.answers, order_by, self._diversifier(diversify))
 
-    def _diversifier(self, asked: Any) -> Any:
-        """What `recommend(diversify=)` names; None: nothing."""
+    def _diversifier(self, asked: Any, at_most: AtMost = None) -> Any:
+        """What `recommend(diversify=)` names; None: nothing, as quotas decide what is in a list."""
+        if at_most:
+            if isinstance(asked, str) and asked in (CONFIGURED, PLAIN):
+                return None
+            raise ConfigError("diversify: at_most decides what is in a list; give one of the two")
         if isinstance(asked, str) and asked in (CONFIGURED, PLAIN):
             return self.experiment.evaluate.diversify if asked == CONFIGURED else None
         return choices.read(Choice(DIVERSIFIERS), asked, argument("diversify"))
@@ -290,9 +294,9 @@ class Recommender:
           diversify: what puts lists together so that their items differ, from the candidates in
             that order and the cosines of item vectors: a kind ("mmr", "dpp"), a table such as
             {"kind": "mmr", "trade": 0.5}, or an instance, also of a class of your own; "none":
-            nothing; "configured": what the run's `evaluate.diversify` says. With `at_most`, which
-            decides what is in a list, nothing does. Scores are as they are,
-            so that they no longer fall along a list. The most popular items stay in their order.
+            nothing; "configured": what the run's `evaluate.diversify` says, nothing with `at_most`.
+            Scores are as they are, so that they no longer fall along a list. The most popular items
+            stay in their order.
           on_unknown: of a user who is neither in the data nor has a history: "popular"; "model"
             asks the model about a stranger; "error" raises for any user who is not in the data.
           unknown_items: "error" refuses ids of the filters and histories that are not in the
@@ -317,7 +321,7 @@ class Recommender:
         users = raw_texts("users", users)
         one_of("on_unknown", on_unknown, ("popular", "model", "error"))
         filters = allowed, blocked, unknown_items, at_most
-        orders = order_by, self._diversifier(diversify)
+        orders = order_by, self._diversifier(diversify, at_most)
         asked = self._question(k, filters, exclude_seen, orders, new_items, on_unknown == "popular")
         lists_of(users, asked.own)
         if histories is not None:
@@ -339,7 +343,7 @@ class Recommender:
             unknown.update(encoded.unknown)
             tables.append(self._recommend_batch(users[part], encoded, asked))
         in_histories = {"histories": len(unknown)} if unknown else {}
-        order = self.order(order_by, diversify)
+        order = described(self.experiment, self.answers, order_by, asked.diversifier)
         return Result(pa.concat_tables(tables), asked.ignored | in_histories, order)
 
     def recommend_all(
@@ -361,7 +365,7 @@ class Recommender:
         """
         users = self.prepared.user_names
         filters = allowed, blocked, unknown_items, at_most
-        orders = order_by, self._diversifier(diversify)
+        orders = order_by, self._diversifier(diversify, at_most)
         asked = self._question(k, filters, exclude_seen, orders, new_items)
         lists_of(users, asked.own)
         first = processes.index() * BATCH
@@ -523,7 +527,9 @@ class Recommender:
           DataError: a user who is not in the data.
         """
         users = raw_texts("users", users)
-        size = self._checked(min(NEAR, len(self._index)), True)
+        size = self._checked(min(NEAR, int((~self._unscored[FIRST:]).sum())), True)
+        if not self.prepared.manifest.history_length:
+            raise ConfigError("interests: this run reads no history, so that there are none")
         self._refuse_unknown(users, "Strangers have no events to be told apart")
         width = self._serving.model.layout.width
         events: list[np.ndarray] = []
@@ -533,7 +539,8 @@ class Recommender:
             encoded = self._encoder.users(users[part], None, [{}] * n)
             vectors = np.asarray(self._states(encoded).vectors)[:, 0]
             each = vectors.reshape(len(vectors), -1, width)
-            found = self._index.search(each.reshape(-1, width), size)[1]
+            scored = ~self._unscored[FIRST:]
+            found = self._index.search(each.reshape(-1, width), size, allowed=scored)[1]
             near.append(found.reshape(*each.shape[:2], size)[:n])
             met = jnp.take(self._vectors, jnp.asarray(encoded.batch.events["item"]), axis=0)
             past, lengths = np.asarray(self._serving.compared(met)), encoded.batch.cutoff[:, 0]
@@ -819,8 +826,6 @@ class Recommender:
             )
         ignored = {name: len(ids) for name, ids in found.ignored.items()}
         quotas = read_quotas(self.prepared, at_most)
-        if quotas is not None:  # which decide what is in a list, so that nothing else can
-            diversifier = None
         filtered = ignored, found.own, quotas
         return _Question(k, mask, exclude_seen, order_by, popular, diversifier, *filtered)
 

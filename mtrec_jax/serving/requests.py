@@ -353,8 +353,9 @@ class Encoder:
                     f"{cells[int(wrong[0])].as_py()!r}, which is no number; None is a missing one"
                 )
             codes = features.encode(encoding, cells).astype(np.int32)
-            of_searches = queries and (encoding.feature.column or field.name) == data["query"]
-            codes[searches != of_searches] = 0  # as in preparation
+            if encoding.feature.looked_up:  # as in preparation
+                of_searches = queries and (encoding.feature.column or field.name) == data["query"]
+                codes[searches != of_searches] = 0
             encoded[field.name] = codes
         return encoded
 

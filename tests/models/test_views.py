@@ -68,17 +68,20 @@ def test_each_way_is_taken_by_some() -> None:
 
 def test_views_are_told_from_those_of_the_others_written_out() -> None:
     rng, temperature = np.random.default_rng(0), 0.5
-    one, other = rng.normal(size=(2, 4, 3)).astype(np.float32)
-    counts = np.array([1.0, 1.0, 0.0, 1.0], np.float32)
-    states_of_views = jnp.asarray(one), jnp.asarray(other)
+    one, other = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    counts, users = np.array([1.0, 1.0, 0.0, 1.0, 1.0], np.float32), np.array([7, 8, 9, 5, 8])
+    states_of_views = jnp.asarray(one), jnp.asarray(other), jnp.asarray(users)
     found = contrast_loss(*states_of_views, jnp.asarray(counts), temperature)
-    states = np.concatenate([one, other])[[0, 1, 3, 4, 5, 7]].astype(np.float64)
+    kept = [0, 1, 3, 4, 5, 6, 8, 9]
+    states = np.concatenate([one, other])[kept].astype(np.float64)
+    whose = np.tile(users, 2)[kept]
     states /= np.linalg.norm(states, axis=1, keepdims=True)
     expected = 0.0
-    for i in range(6):
-        others = [j for j in range(6) if j != i]
+    for i in range(8):
+        others = [j for j in range(8) if whose[j] != whose[i] or j == (i + 4) % 8]
         scores = np.exp(states[others] @ states[i] / temperature)
-        expected -= np.log(scores[others.index((i + 3) % 6)] / scores.sum()) / 2
+        expected -= np.log(scores[others.index((i + 4) % 8)] / scores.sum()) / 2
     assert float(found) == pytest.approx(expected, rel=1e-5)
-    gradient = jax.grad(lambda x: contrast_loss(x, jnp.asarray(other), jnp.zeros(4), 0.5))
+    given = jnp.asarray(other), jnp.asarray(users), jnp.zeros(5), 0.5
+    gradient = jax.grad(lambda x: contrast_loss(x, *given))
     assert not np.asarray(gradient(jnp.asarray(one))).any()  # and it is finite

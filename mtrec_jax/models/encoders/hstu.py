@@ -27,7 +27,8 @@ class HSTU:
     ICML 2024): attention weights are SiLU of scores over the length, not a softmax, and a gate
     takes the place of the feed-forward layers. With a history feature of kind "moment", scores
     have a part for how long before each other two events were; with one of the request as well, for
-    how long before the query, which follows the event, the other event was.
+    how long before the query, which follows the event, the other event was. Where one of the two
+    times is missing, they are taken for the same.
     """
 
     kind: Literal["hstu"] = "hstu"
@@ -114,7 +115,8 @@ class Unit(nnx.Module):
         back = start + jnp.arange(query.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
         scores = scores + jnp.asarray(self.by_place[...])[jnp.maximum(back, 0)][None]
         if times is not None:
-            apart = times[0][:, :, None] - times[1][:, None]
+            known = (times[0] > 0)[:, :, None] & (times[1] > 0)[:, None]
+            apart = jnp.where(known, times[0][:, :, None] - times[1][:, None], 0)
             of_pair = jnp.asarray(self.by_time[...])[buckets(apart)]
             scores = scores + jnp.repeat(of_pair, self.heads, axis=0)
         weights = jnp.where((back >= 0)[None], jax.nn.silu(scores) / self.length, 0)
