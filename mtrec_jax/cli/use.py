@@ -40,6 +40,13 @@ def recommend(
             metavar="COLUMN=NUMBER", help="Most items of one author: author=2. May be repeated."
         ),
     ] = None,
+    request: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="What is known of the moment, as hour=20 or asked=1700000000; repeat it.",
+        ),
+    ] = None,
     exclude_seen: Annotated[
         bool,
         typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has seen."),
@@ -86,6 +93,7 @@ def recommend(
     filters = _filters(recommender, allowed, allowed_file, blocked, blocked_file, unknown_items)
     filters |= _by_user(recommender, allowed_by_user, filters) | {"at_most": _quotas(at_most)}
     filters |= {"k": k, "exclude_seen": exclude_seen, "order_by": order_by, "new_items": new_items}
+    filters["request"] = dict(cut(text, "request") for text in request or [])
     filters["diversify"] = cut(f"diversify={diversify}")[1]  # a kind, or a table
     rows = _written(recommender, chosen, out, filters)
     if out is not None:

@@ -350,6 +350,7 @@ class Recommender:
         self,
         k: int = 10,
         *,
+        request: Mapping[str, Any] | None = None,
         allowed: Allowed = None,
         blocked: Ids = (),
         at_most: AtMost = None,
@@ -359,7 +360,8 @@ class Recommender:
         unknown_items: UnknownItems = "ignore",
         new_items: bool = True,
     ) -> Iterator[pa.Table]:
-        """`recommend` for every user in the data, a table per few hundred users.
+        """`recommend` for every user in the data, a table per few hundred users; `request` is what
+        is known of the moment of all of them.
 
         Several processes share the users: each gets tables of its own part, equally many.
         """
@@ -371,7 +373,7 @@ class Recommender:
         first = processes.index() * BATCH
         for start in range(first, first + len(users), processes.count() * BATCH):
             part = users[start : start + BATCH]
-            encoded = self._encoder.users(part, None, moments_of(None, len(part)))
+            encoded = self._encoder.users(part, None, moments_of(request, len(part)))
             yield self._recommend_batch(part, encoded, asked)
 
     def predict(
