@@ -586,7 +586,27 @@ def _model(e: Experiment) -> Iterator[str]:
             f"data.hide_ties: kind '{e.model.encoder.kind}' of model.encoder hides single events, "
             "and would see the other one of the same time; set it to false, or use 'transformer'"
         )
-    reads_past = is_read and e.data.length and not hasattr(e.model.encoder, "share")
+    yield from _past(e)
+    yield from _moments(e)
+    yield from _bias(e)
+    worths = e.model.fusion_objective
+    for name in worths:
+        key = f"model.fusion_objective.{name}"
+        if name not in e.tasks:
+            yield f"{key}: there is no such task.{nearest(name, e.tasks)}"
+        elif e.tasks[name].kind not in ("retrieval", "binary"):
+            yield f"{key}: a retrieval or binary task is needed"
+    if worths and not any(worths.values()):
+        yield "model.fusion_objective: at least one worth must be above 0"
+    yield from _segments(e)
+    yield from _train(e)
+
+
+def _past(e: Experiment) -> Iterator[str]:
+    """Options that ask an encoder for states of a history."""
+    reads_past = (
+        e.model.encoder.kind != "none" and e.data.length and not hasattr(e.model.encoder, "share")
+    )
     if e.model.interests > 1 and not reads_past:
         yield (
             f"model.interests: {e.model.interests}, which are running sums over the history; kind "
@@ -606,19 +626,6 @@ def _model(e: Experiment) -> Iterator[str]:
         )
     elif e.train.contrast and not e.train.contrast.ways:
         yield "train.contrast: crop, mask, reorder and drop are all 0; keep one, or remove it"
-    yield from _moments(e)
-    yield from _bias(e)
-    worths = e.model.fusion_objective
-    for name in worths:
-        key = f"model.fusion_objective.{name}"
-        if name not in e.tasks:
-            yield f"{key}: there is no such task.{nearest(name, e.tasks)}"
-        elif e.tasks[name].kind not in ("retrieval", "binary"):
-            yield f"{key}: a retrieval or binary task is needed"
-    if worths and not any(worths.values()):
-        yield "model.fusion_objective: at least one worth must be above 0"
-    yield from _segments(e)
-    yield from _train(e)
 
 
 def _moments(e: Experiment) -> Iterator[str]:

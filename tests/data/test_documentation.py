@@ -123,6 +123,7 @@ SECTIONS = {
     "`[model]`": config.Model,
     "`[model.bias]`": config.Bias,
     "`[train]`": config.Train,
+    "`[train.contrast]`": config.Contrast,
     "`[select]`": config.Select,
     "`[evaluate]`": config.Evaluate,
     "`[tune]`": config.Tune,
