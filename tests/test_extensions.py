@@ -97,9 +97,9 @@ class MeanEncoder(nnx.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomWeights:
-    """`kind = "random"`: other weights in every step, of the declared sum (Lin et al. 2022)."""
+    """`kind = "drawn"`: other weights in every step, of the declared sum (Lin et al. 2022)."""
 
-    kind: Literal["random"] = "random"
+    kind: Literal["drawn"] = "drawn"
 
     def make(self, initial: jax.Array) -> Balancer:
         def combine(
@@ -185,7 +185,7 @@ def _from_toml() -> Experiment:
             ),
             'model.towers={ kind = "crossed", strength = 0.05 }',
             "model.encoder=running_mean",
-            "train.balance=random",
+            "train.balance=drawn",
             'evaluate.baselines=["popularity", "again"]',
             'features.magnitude={ kind = "magnitude", on = "item", column = "price", most = 3 }',
             "train.steps=6",

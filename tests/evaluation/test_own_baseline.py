@@ -114,5 +114,5 @@ def test_load_experiment_takes_it() -> None:
     chosen = ['evaluate.baselines=["newest"]']
     experiment = load_experiment("shop", chosen, extensions=[Newest])
     assert experiment.evaluate.baselines == (Newest(),)
-    with pytest.raises(ConfigError, match="'newest' is not one of 'popularity', 'bias'"):
+    with pytest.raises(ConfigError, match="'newest' is not one of 'random', 'popularity'"):
         load_experiment("shop", chosen)

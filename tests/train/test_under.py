@@ -47,7 +47,7 @@ def test_rules_of_the_evaluation_need_nothing_else(own_run: Run) -> None:
     under = ["evaluate.exclude_seen=false", "evaluate.ks=[3]", "evaluate.baselines=[]"]
     found = evaluate_run(own_run, under=[*under, "evaluate.bootstrap=0"])[0]
     assert found.protocol == replace(usual, exclude_seen=False, seen=(), seen_targets="", ks=(3,))
-    assert set(found.tasks["next_item"]) == {"hr@3", "ndcg@3", "mrr@3", "recall@3"}
+    assert {name.partition("@")[2] for name in found.tasks["next_item"]} == {"3"}
     assert (found.baselines.keys(), found.intervals) == ({"best possible"}, {})
     stored = json.loads((own_run.folder / "evaluation.json").read_text("utf-8"))
     assert stored["protocol"]["hash"] == found.protocol.hash != usual.hash
