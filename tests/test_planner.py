@@ -143,6 +143,7 @@ CASES: dict[str, tuple[Callable[..., Case], dict[str, Any]]] = {
 }
 SLOW = (
     "sequences, (1, 8), FTRL",
+    "sequences, (2, 4), lazy Adam, bfloat16",
     "rows, (8, 1), lazy Adam",
     "sequences, (2, 4), in 4 parts",
 )
