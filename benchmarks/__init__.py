@@ -30,7 +30,7 @@ QUESTIONS = (
     *("topk", "limits", "softmax", "rank", "everyone", "table_step", "multitask_step", "chaos"),
     *("input", "prepare", "engines", "shop", "fusion", "social", "requests", "first_result"),
     *("serving_latency", "census", "funnel", "conflict", "combinations", "sequence_step"),
-    "text",
+    *("text", "leaderboard"),
 )
 COMPARED = (
     *("jax", "jaxlib", "numpy", "optax", "scikit-learn", "faiss-cpu", "torch", "implicit"),

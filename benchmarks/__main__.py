@@ -39,6 +39,7 @@ def main() -> None:
         help="prepare, first_result, serving_latency, census, conflict: where files go; all but "
         "prepare keep them",
     )
+    parser.add_argument("--runs", type=Path, nargs="+", help="leaderboard: folders of runs")
     parser.add_argument("--data", type=Path, help="census, text: folder of the raw data (data)")
     parser.add_argument(
         "--seeds",

@@ -110,13 +110,15 @@ def _contest_tables(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _figure_tables(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last answer to each question."""
+    """The last answer to each question; of a leaderboard all, with their commits."""
     pages: dict[str, Any] = {}
     own = {*benchmarks.environment(), "question", "quick", "run"}
     last = {(line["question"], line["quick"]): line["run"] for line in lines}
     for line in lines:
-        if line["run"] == last[line["question"], line["quick"]]:
+        every = line["question"] == "leaderboard"
+        if every or line["run"] == last[line["question"], line["quick"]]:
             row = {name: value for name, value in line.items() if name not in own}
+            row = {"commit": line["commit"]} | row if every else row
             groups = pages.setdefault(line["question"], {})
             title = "a small problem" if line["quick"] else "the problem in full"
             _, rows = groups.setdefault(title, (tuple(row), []))
