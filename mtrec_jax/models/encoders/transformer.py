@@ -29,7 +29,7 @@ class Transformer:
     layers: Annotated[int, Field(ge=1)] = 2
     heads: Annotated[int, Field(ge=1)] = 1
     expansion: Annotated[int, Field(ge=1)] = 2  # of the hidden layer behind the attention
-    deep: bool = False  # layers as a loop, which needs the memory of one, and a third more time
+    deep: bool = False  # layers as a loop, which keeps their inputs and computes each once more
     compute: Compute = "same"  # of products; "bfloat16": on accelerators faster, weights stay
 
     def make(self, sizes: EncoderSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> CausalTransformer:
