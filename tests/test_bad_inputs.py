@@ -277,6 +277,7 @@ def test_errors_of_python_calls_name_its_arguments(
         fit(table, user="user", item="item", tasks={"next": "retrieval"}, settings=wide)
 
 
+@pytest.mark.slow
 def test_metrics_of_a_run_that_cannot_be_written(
     mtrec: Mtrec, shop_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_it_can_be_switched_off(tmp_path: Path, setting: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_setting_of_jax_stands(tmp_path: Path) -> None:
     own = tmp_path / "own"
     assert compiled(JAX_COMPILATION_CACHE_DIR=own, HOME=tmp_path) == (str(own), 0, "")
@@ -83,6 +84,7 @@ def test_a_setting_of_jax_stands(tmp_path: Path) -> None:
     assert folder == "None"
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_written_it_goes_on_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     folder, _, said = compiled(MTREC_CACHE=tmp_path / "file" / "cache")
@@ -91,6 +93,7 @@ def test_where_nothing_can_be_written_it_goes_on_without(tmp_path: Path) -> None
     assert "compiled programs are not kept" in said
 
 
+@pytest.mark.slow
 def test_a_program_that_is_half_written_is_made_anew(tmp_path: Path) -> None:
     folder, *_ = compiled(MTREC_CACHE=tmp_path)
     entries = sorted(Path(folder).glob("*-cache"))
@@ -103,6 +106,7 @@ def test_a_program_that_is_half_written_is_made_anew(tmp_path: Path) -> None:
     assert compiled(MTREC_CACHE=tmp_path)[1] == len(entries)
 
 
+@pytest.mark.slow
 def test_what_was_not_used_for_longest_goes(tmp_path: Path) -> None:
     other = tmp_path / "another-machine"
     other.mkdir()
@@ -113,6 +117,7 @@ def test_what_was_not_used_for_longest_goes(tmp_path: Path) -> None:
     assert sorted(path.name for path in other.iterdir()) == ["1-cache", "2-cache"]
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as raised:
         compiled(MTREC_CACHE=tmp_path, MTREC_CACHE_SIZE="much")
@@ -206,6 +211,7 @@ print(sorted(found)[7])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_a_command_keeps_the_work_space_of_its_programs() -> None:
     """18,000 pages of 4 KiB are cleared in each call without it; with it now and then, as the heap

@@ -49,6 +49,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("made", ["another error", "dropped"])
 def test_an_interrupt_counts_whatever_becomes_of_it(
@@ -140,6 +141,7 @@ def test_a_lost_terminal_is_no_error_where_outputs_are_closed() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["prepare", pytest.param("recommend", marks=pytest.mark.slow)])
 def test_an_interrupted_command_leaves_nothing_partial(
     shop_data: Path, shop_run: Run, tmp_path: Path, command: str

@@ -184,6 +184,7 @@ def _given(case: Case) -> tuple[Any, Any]:
     return replicate(catalogue, mesh), put_batch(case.batch, mesh)
 
 
+@pytest.mark.slow
 @every_case
 def test_memory_is_that_of_a_state_and_of_its_compiled_step(name: str) -> None:
     case, found = _planned(name)

@@ -98,6 +98,7 @@ def test_preparation_alone_heeds_the_runs_too(mtrec: Mtrec, home: Path) -> None:
     assert everything(home / "prepared/shop") == everything(home / "prepared/new")
 
 
+@pytest.mark.slow
 def test_equal_data_may_be_prepared_again(mtrec: Mtrec, home: Path, shop_data: Path) -> None:
     shutil.copy(shop_data / "events.csv", "data/shop/events.csv")
     before = everything(home / "prepared")

@@ -77,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "output"), PREPARED)
 def test_preparing_gives_the_output_of_the_page(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, output: str

@@ -164,6 +164,7 @@ def test_what_is_no_expression_is_refused(text: str, problem: str) -> None:
     assert str(raised.value).startswith("data.derive.x: ")
 
 
+@pytest.mark.slow
 @given(
     st.text(
         st.sampled_from("abrating`'\"()[]<>=!+-*/., 019_\\\n" + string.ascii_letters), max_size=30

@@ -316,6 +316,7 @@ def outcome(made: Experiment, folder: Path, out: Path, tables: Any = None) -> st
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SAMPLES))
 def test_a_damaged_file_is_prepared_or_refused(seed: int, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
@@ -324,6 +325,7 @@ def test_a_damaged_file_is_prepared_or_refused(seed: int, tmp_path: Path) -> Non
     outcome(made, tmp_path / "raw", tmp_path / "there" / "out")
 
 
+@pytest.mark.slow
 def test_the_sample_holds_both_outcomes(tmp_path: Path) -> None:
     """A preparation that refuses everything would pass the test above."""
     (tmp_path / "raw").mkdir()
@@ -338,6 +340,7 @@ def test_the_sample_holds_both_outcomes(tmp_path: Path) -> None:
 VALUE = st.one_of(st.none(), st.sampled_from(ODD), st.text(max_size=5), st.floats(), st.integers())
 
 
+@pytest.mark.slow
 @settings(
     max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -358,6 +361,7 @@ def test_any_values_in_memory(tmp_path: Path, rows: list[tuple[Any, ...]], seed:
     outcome(made, None, out, {"events": pa.table(columns)})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -383,6 +387,7 @@ def test_any_bytes_are_staged_or_refused(
     assert len(bad) == staged.bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["8k", "64k", "160k", "240k", "360k", "4m"])
 def test_a_full_disk_leaves_nothing_behind(size: str, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()

@@ -168,6 +168,7 @@ def test_items_keep_their_rows_whatever_their_ids(first: Prepared, second: Prepa
     assert sampled == [False, False, True, True, False]
 
 
+@pytest.mark.slow
 def test_a_third_folder_knows_what_the_second_no_longer_met(
     first: Prepared, second: Prepared, tmp_path: Path
 ) -> None:

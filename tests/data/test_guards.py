@@ -553,6 +553,7 @@ def visits(random: np.random.Generator) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_label_among_the_rows_stops_preparation(
     tmp_path: Path, random: np.random.Generator
 ) -> None:
@@ -581,6 +582,7 @@ def test_a_popularity_over_everything_stops_preparation(
         run(tmp_path, experiment, csv(**log), items_csv=csv(item=range(25), popularity=whole))
 
 
+@pytest.mark.slow
 def test_innocent_columns_beside_leaks_in_a_preparation(tmp_path: Path) -> None:
     """One run names every refusal; a column is let through, and the rest is still looked at."""
     log = rare_log()
@@ -629,6 +631,7 @@ def test_a_column_with_the_next_item_stops_preparation(
         run(tmp_path, experiment, csv(**log, near=np.where(last, 99, np.roll(log["item"], -1))))
 
 
+@pytest.mark.slow
 def test_an_event_that_is_logged_twice_stops_preparation(
     tmp_path: Path, random: np.random.Generator
 ) -> None:

@@ -61,7 +61,10 @@ NAMES = ["new.csv", "new.tsv", "new.jsonl", "new.parquet", "new.csv.gz", "new.js
     [
         {},
         pytest.param({"separator": ";"}, marks=pytest.mark.slow),
-        {"separator": ", ", "header": ["colour", "size", "age", "at", "sold"]},
+        pytest.param(
+            {"separator": ", ", "header": ["colour", "size", "age", "at", "sold"]},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"format": "tsv"}, marks=pytest.mark.slow),
     ],
 )
@@ -115,6 +118,7 @@ def test_errors_name_the_file(plain: Prepared, tmp_path: Path) -> None:
     assert "new.csv.gz: no column 'age'" in refused(plain, tmp_path / "new.csv.gz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["abc", "nan", "1e99", "1_0"])
 @pytest.mark.parametrize(("column", "rest"), [("size", "1,1"), ("age", "2,1")])
 def test_what_is_no_number_is_no_missing_number(

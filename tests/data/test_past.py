@@ -161,7 +161,12 @@ quick = settings(
 @quick
 @given(log_of_events, st.sampled_from([0.0, 0.5, 20.0]))
 @pytest.mark.parametrize(
-    ("kind", "past"), [("leave_one_out", "rolling"), ("random", "rolling"), ("time", "frozen")]
+    ("kind", "past"),
+    [
+        ("leave_one_out", "rolling"),
+        pytest.param("random", "rolling", marks=pytest.mark.slow),
+        ("time", "frozen"),
+    ],
 )
 def test_against_a_loop(
     duckdb: Engine, kind: str, past: str, events: list[Event], smoothing: float

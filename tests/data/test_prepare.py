@@ -116,6 +116,7 @@ def test_k_core_runs_to_its_fixed_point(tmp_path: Path) -> None:
         run(tmp_path, make(clean={"min_user_events": 9}), text)
 
 
+@pytest.mark.slow
 def test_duplicates_keep_the_first_source_row(tmp_path: Path) -> None:
     text = LOG + "a,x,5,1\na,x,4,1\n"
     prepared = run(tmp_path, make(), text)
@@ -181,6 +182,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first.manifest.cleaned == again.manifest.cleaned
 
 
+@pytest.mark.slow
 def test_random_split_is_seeded_and_close_to_its_fractions(tmp_path: Path) -> None:
     text = "click,x\n" + "".join(f"{n % 2},{n}\n" for n in range(10_000))
     tasks = {"click": {"kind": "binary"}}

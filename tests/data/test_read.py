@@ -67,6 +67,7 @@ def test_times_are_seconds_or_iso_8601(tmp_path: Path) -> None:
     assert order == ["i5", "i4", "i3", "i2", "i1", "i0"]
 
 
+@pytest.mark.slow
 def test_in_memory_tables_formats_and_several_files_agree(tmp_path: Path) -> None:
     tasks = {"next": {"kind": "retrieval"}, "stars": {"kind": "regression", "column": "rating"}}
     text = LOG.replace("b,x,1,1", "b,x,,1").replace("c,x,4,7", "7,8,2.5,7")

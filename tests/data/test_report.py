@@ -60,8 +60,8 @@ class Page(HTMLParser):
             self.texts.append(data)
 
 
-@pytest.fixture
-def prepared(tmp_path: Path) -> Prepared:
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     experiment = make(
         data={"items": {"files": ["items.csv"]}},
         features={
@@ -73,7 +73,7 @@ def prepared(tmp_path: Path) -> Prepared:
         clean={"max_bad_fraction": 0.5},
     )
     items = "item,shelf,weight\nx,<i>top</i>,1\ny,,3\nz,low,2\n"
-    return run(tmp_path, experiment, LOG, items_csv=items)
+    return run(tmp_path_factory.mktemp("report"), experiment, LOG, items_csv=items)
 
 
 def page_of(prepared: Prepared) -> tuple[str, Page]:

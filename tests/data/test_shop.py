@@ -86,6 +86,7 @@ def test_probabilities_are_those_of_the_outcomes(
     assert np.sqrt((error**2).mean()) == pytest.approx(truth["best"]["stars"]["rmse"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_possible_is_not_trivial_and_a_linear_model_stays_behind(
     full: tuple[dict[str, Any], pd.DataFrame, Path],
 ) -> None:
@@ -160,6 +161,7 @@ def test_the_experiment_names_columns_of_the_files(tmp_path: Path, name: str) ->
         assert task.kind == "retrieval" or task.reference in tables["events"]
 
 
+@pytest.mark.slow
 def test_a_social_shop_is_the_shop_with_searches_and_circles(tmp_path: Path) -> None:
     truth = shop.generate(tmp_path, seed=2, social=True)
     shop.generate(tmp_path / "plain", seed=2)

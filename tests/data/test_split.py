@@ -219,6 +219,7 @@ def test_every_event_is_in_one_split_by_a_stable_fingerprint(duckdb: Engine, kin
     assert (again, other) == (found, info)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(0, 3), min_size=1, max_size=30),
     st.randoms(use_true_random=False),

@@ -120,6 +120,7 @@ def test_other_bytes_and_another_meaning_are_cleaned_anew(raw: Path) -> None:
     assert first.notes.fingerprint != second.notes.fingerprint
 
 
+@pytest.mark.slow
 def test_now_is_another_one_where_rows_lay_in_the_future(
     raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_now_is_another_one_where_rows_lay_in_the_future(
     assert not cleaned(raw, now)[1]
 
 
+@pytest.mark.slow
 def test_equal_bytes_with_other_events_are_other_data(
     raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_foreign_folder_is_not_replaced_and_a_failure_leaves_the_old_one(raw: 
     assert sorted(p.name for p in raw.iterdir()) == ["clean", "items.csv", "log.csv"]
 
 
+@pytest.mark.slow
 def test_tables_in_memory_leave_a_cleaned_stage_only_where_asked(raw: Path) -> None:
     events = pd.read_csv(raw / "log.csv")
     prepare(make(), None, raw / "out", {"events": events})
@@ -223,6 +226,7 @@ def test_a_view_has_the_tasks_and_features_of_its_experiment(raw: Path) -> None:
     assert set(some.interactions("train")) == {"user", "candidate", "row", "label_like"}
 
 
+@pytest.mark.slow
 def test_a_view_is_in_the_order_of_its_experiment(raw: Path) -> None:
     prepared = prepare(whole(), raw, raw / "out")
     turned = dataclasses.replace(
@@ -248,6 +252,7 @@ def test_a_task_keeps_its_sample_space_without_the_task_that_defines_it(raw: Pat
         prepared.chosen(dataclasses.replace(base, tasks=both))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

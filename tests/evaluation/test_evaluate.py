@@ -123,7 +123,7 @@ def retrieval_metrics(ranks: np.ndarray, k: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize("exclude_seen", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_retrieval_equals_a_full_sort(
     shop_run: Run, serving: Serving, targets: dict[str, np.ndarray], exclude_seen: bool
 ) -> None:

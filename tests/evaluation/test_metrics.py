@@ -71,6 +71,7 @@ def test_log_loss_and_accuracy_are_those_of_scikit_learn(rows: list) -> None:
         assert statistics["accuracy"](weight) == pytest.approx(hits, abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(2, 5))
 def test_regression_and_multiclass_are_those_of_scikit_learn(seed: int, n: int, c: int) -> None:

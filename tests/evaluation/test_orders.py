@@ -239,6 +239,7 @@ AGAIN = "user,item,time,buy\n" + "".join(
 )
 
 
+@pytest.mark.slow
 def test_a_target_that_was_seen_before_is_missed(
     tmp_path: Path, compiled_programs: dict[str, str]
 ) -> None:

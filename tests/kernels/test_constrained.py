@@ -134,6 +134,7 @@ def test_each_round_adds_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ids.tolist() == [[0, 300, 600, 900, -1, -1, -1, -1]]
 
 
+@pytest.mark.slow
 def test_what_was_shown_before_may_be_nearly_everything() -> None:
     exclude = np.stack([RNG.permutation(COUNT)[:995] for _ in QUERIES])
     found = dot_topk(QUERIES, ITEMS, 10, exclude)

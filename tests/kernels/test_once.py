@@ -40,6 +40,7 @@ def test_close_scores_are_settled_by_their_bits() -> None:
     assert found[1][0, :2].tolist() == [0, 5000]
 
 
+@pytest.mark.slow
 def test_odd_catalogues_are_left_to_an_index() -> None:
     for row, value in ((COUNT - 1, 0), (3, 1e20)):
         items = ITEMS.copy()

@@ -19,7 +19,7 @@ NEAR = 1e-6  # rounding of a matrix product, which `cosine_scores` is
 
 
 SHAPES = [
-    pytest.param(shape, marks=[pytest.mark.slow] * (shape.items in (1_000, 500)), id=str(shape))
+    pytest.param(shape, marks=[pytest.mark.slow] * (shape.items != 9_001), id=str(shape))
     for shape in SMALL_SCORING
 ]
 
@@ -156,11 +156,11 @@ def test_target_is_never_excluded() -> None:
 @pytest.mark.parametrize(
     ("dtype", "as_array"),
     [
-        *[(dtype, np.asarray) for dtype in ("float64", "bfloat16", "int8")],
+        *[(dtype, np.asarray) for dtype in ("bfloat16", "int8")],
         ("bfloat16", jnp.asarray),
         *[
             pytest.param(dtype, np.asarray, marks=pytest.mark.slow)
-            for dtype in ("float32", "float16", "int64")
+            for dtype in ("float64", "float32", "float16", "int64")
         ],
         *[
             pytest.param(dtype, jnp.asarray, marks=pytest.mark.slow)

@@ -137,6 +137,7 @@ def test_lowers_for_every_platform(platform: str) -> None:
         assert "stablehlo.dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.slow
 def test_never_holds_all_scores() -> None:
     shape: Any = jax.ShapeDtypeStruct
     queries, vectors = (shape((n, 8), jnp.float32) for n in (256, 400_000))

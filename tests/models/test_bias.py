@@ -177,6 +177,7 @@ def _log(rng: np.random.Generator) -> tuple[Batch, np.ndarray]:
     return examples, worth
 
 
+@pytest.mark.slow
 def test_the_order_of_items_is_nearer_to_the_truth_than_without() -> None:
     """Items that stood lower are better, and clicked less. Learned without the place, their order
     is that of the log; with the bias tower it is that of their worth."""

@@ -169,7 +169,7 @@ def test_pointwise_attention_with_places_and_times_written_out(
         np.testing.assert_allclose(found[b], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["transformer", "hstu"])
+@pytest.mark.parametrize("kind", ["transformer", pytest.param("hstu", marks=pytest.mark.slow)])
 def test_layers_as_a_loop_are_the_same_layers(kind: str) -> None:
     """Values, what is dropped, and the gradient of each layer."""
     plain, deep = (

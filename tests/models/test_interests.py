@@ -112,6 +112,7 @@ def _fit(
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_interests_and_altered_views_answers_and_says_what_they_are(
     tmp_path: Path,
 ) -> None:

@@ -179,6 +179,7 @@ def _without_a_past(**model: Any) -> tuple[Model, Any]:
     return make_model(declared, learned), examples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "towers", [pytest.param(GATED, marks=pytest.mark.slow), AITM], ids=["pepnet", "aitm"]
 )

@@ -264,7 +264,9 @@ def test_initial_values_depend_on_the_seed_alone() -> None:
     assert np.abs(wide).max() < 2.3 / 20
 
 
-@pytest.mark.parametrize("removed", ["events", "items", "towers"])
+@pytest.mark.parametrize(
+    "removed", ["events", pytest.param("items", marks=pytest.mark.slow), "towers"]
+)
 def test_what_the_data_does_not_have_is_left_out(removed: str) -> None:
     """No history; neither items nor history; retrieval alone."""
     declared, manifest = tiny.experiment(), tiny.manifest()

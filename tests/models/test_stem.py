@@ -152,6 +152,7 @@ def test_tables_of_each_task_lie_beside_the_shared_ones(model: Model) -> None:
     assert whole.keys() == places.keys() | {"click"}, "the history's clicks are shared alone"
 
 
+@pytest.mark.slow
 def test_losses_reach_the_rows_of_their_own_task(model: Model) -> None:
     """Through item towers and lookups: the gradient of each loss at each group of rows. Retrieval
     has the shared tables alone."""

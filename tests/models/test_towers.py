@@ -300,6 +300,7 @@ def test_all_towers_give_what_the_network_wants(kind: str) -> None:
     assert all(gates.shape[0] == N for gates in found.diagnostics.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in TOWERS if kind not in ("stem", "pepnet")])
 def test_all_that_is_read_is_learned(kind: str) -> None:
     """Central differences along random changes of each array: no gradient is held back on the way.

@@ -53,6 +53,7 @@ def test_a_stretch_is_shuffled_and_all_else_stays() -> None:
     assert any(view != sorted(view) for view in found)
 
 
+@pytest.mark.slow
 def test_each_way_is_taken_by_some() -> None:
     there = (np.arange(LENGTH) < 10).astype(np.float32)
     tokens = jnp.asarray(np.tile(there * (np.arange(LENGTH) + 1), (200, 1))[..., None])

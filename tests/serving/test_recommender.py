@@ -798,6 +798,7 @@ def moment_recommender(
     return Recommender(train(experiment, prepared, folder / "run", show_progress=False))
 
 
+@pytest.mark.slow
 def test_the_moment_counts(moment_recommender: Recommender) -> None:
     pairs = ["u0", "u1", "u2", "u3"], ["i1", "i2", "i3", "i4"]
     phone = moment_recommender.predict(*pairs, request={"device": "phone"})

@@ -46,6 +46,7 @@ def zipf_batch(seed: int) -> Batch:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4), (4, 2)])
 def test_a_zipf_batch_moves_at_most_1_3_of_what_it_needs(shape: tuple[int, int]) -> None:
     mesh = make_mesh(shape)

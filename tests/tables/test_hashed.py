@@ -50,6 +50,7 @@ def single() -> list[TrainState]:
     return trained((1, 1))
 
 
+@pytest.mark.slow
 def test_exactly_the_rows_of_the_ids_of_a_batch_are_trained(single: list[TrainState]) -> None:
     before, after = single[0], single[-1]
     assert MODEL.layout.rows["lazy_adam"] == 5 * 128  # two tables of 302 rows

@@ -49,6 +49,7 @@ def test_bags_keep_the_rows_of_an_id_side_by_side() -> None:
     assert bags.tolist() == [[*one, *two, 0, 0], [*two, 1, 0, *one]]
 
 
+@pytest.mark.slow
 def test_pairs_share_rows_as_often_as_promised() -> None:
     """Over many functions: one row with a probability of 1/m, both with one of 1/m²."""
     rows, owners = 20, 60

@@ -64,7 +64,7 @@ def _expected() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     return rows, gradients
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.slow), (8, 1), (2, 4)])
 def test_rows_and_gradients_are_those_of_plain_gathers(shape: tuple[int, int]) -> None:
     mesh = make_mesh(shape)
     sparse = {stack: jnp.asarray(table) for stack, table in STACKS.items() if stack != DENSE}

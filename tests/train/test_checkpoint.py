@@ -62,8 +62,8 @@ def save_all(folder: Path, prepared: Prepared, best: list[int | None]) -> None:
     ("best", "steps"),
     [
         ([1, 2, 2, 2, 2], [2, 4, 5]),
-        ([1, 2, 3], [2, 3]),
-        ([1, 1, 1, 1], [1, 3, 4]),
+        pytest.param([1, 2, 3], [2, 3], marks=pytest.mark.slow),
+        pytest.param([1, 1, 1, 1], [1, 3, 4], marks=pytest.mark.slow),
         ([None, None, None], [2, 3]),  # stopped before the first evaluation
         ([None, 2, 2, 4, 4, 4], [4, 5, 6]),
     ],
@@ -215,6 +215,7 @@ for folder, width in (("damaged", 3), ("whole", 4)):
 """
 
 
+@pytest.mark.slow
 def test_a_truncated_file_and_another_model_are_found_out(
     shop_prepared: Prepared, tmp_path: Path
 ) -> None:

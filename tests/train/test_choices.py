@@ -72,6 +72,7 @@ SLOW = (
 )  # the others choose as much
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CHOICES]
 )

@@ -64,6 +64,7 @@ def _deep(layers: int, width: int, length: int, deep: bool) -> Any:
     return jax.jit(jax.grad(loss)).trace(state, *given)
 
 
+@pytest.mark.slow
 def test_an_encoder_of_24_layers_of_1024_is_a_loop_over_one() -> None:
     text = lowered(_deep(24, 1024, 512, True))
     assert "stablehlo.while" in text

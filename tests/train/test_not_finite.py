@@ -60,6 +60,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arrange
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [4, pytest.param(32, marks=pytest.mark.slow)])
 def test_training_stops_names_the_loss_and_batch_and_keeps_what_was_right(
     plain: Experiment,

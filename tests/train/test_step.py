@@ -95,6 +95,7 @@ def test_every_loss_falls_on_a_batch_that_is_seen_again(single: Compiled) -> Non
         np.testing.assert_allclose(weights[:, t], examples.mask[name].sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_state_is_updated_in_place(single: Compiled) -> None:
     state = single.place()
     table = state.tables["lazy_adam"].unsafe_buffer_pointer()

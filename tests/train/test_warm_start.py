@@ -235,13 +235,15 @@ def test_the_same_data_are_taken_over_whole(world: World, tmp_path: Path) -> Non
     ("model", "message"),
     [
         ({"width": 16}, r"parameter network.* is .* in .*run and .* here: \[model\]"),
-        (
+        pytest.param(
             {"towers": SharedBottom(expert_hidden=(4,))},
             r"parameter network\['towers'\].* Set them alike",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             {"encoder": Transformer(layers=2)},
             r"parameter network\['encoder'\].* is missing in .* and \[",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -20,7 +20,14 @@ from tests.data.small import LOG, make, run
 WHOLE = {"split.validation": 0, "split.test": 0}
 
 
-@pytest.mark.parametrize("kind", ["leave_one_out", "time", "user_ratio", "random", "folds"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "leave_one_out",
+        "folds",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("time", "user_ratio", "random")),
+    ],
+)
 def test_every_event_trains_whatever_the_kind(kind: str, tmp_path: Path) -> None:
     held = run(tmp_path, make(split={"kind": kind, "validation": 0, "test": 0}))
     assert held.manifest.split.sizes == {"train": 8, "validation": 0, "test": 0}
@@ -94,6 +101,7 @@ def test_a_folder_is_up_to_date_until_data_or_configuration_change(tmp_path: Pat
     assert up_to_date(experiment, tmp_path, grown.folder) is not None
 
 
+@pytest.mark.slow
 def test_the_command_run_does_not_prepare_again(tmp_path: Path) -> None:
     experiment = make()
     made = run(tmp_path, experiment)
