@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -92,13 +93,14 @@ def test_the_page_is_whole_and_loads_nothing(prepared: Prepared) -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_raw_text_is_escaped(prepared: Prepared) -> None:
+def test_raw_text_is_escaped(prepared: Prepared, tmp_path: Path) -> None:
     hostile = Rule(rule="<img src=x onerror=alert(1)>", rows=1, examples=("</code><script>",))
     manifest = dataclasses.replace(
         prepared.manifest, name="</title><script>", protocol="a & b < c", report=(hostile,)
     )
-    opened = Prepared(prepared.folder, manifest)
-    write_report(opened, prepared.folder / "report.html")
+    shutil.copytree(prepared.folder, tmp_path, dirs_exist_ok=True)
+    opened = Prepared(tmp_path, manifest)
+    write_report(opened, tmp_path / "report.html")
     text, page = page_of(opened)
     assert not page.tags & {"script", "img"}
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
