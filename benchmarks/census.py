@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.funnel import tower_sizes
 from mtrec_jax.evaluation.metrics import auc
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -120,8 +121,8 @@ def of_towers(
     from mtrec_jax.train.records import read_records
     from mtrec_jax.train.run import evaluate_run
 
-    model, known = experiment.model, {field.name for field in dataclasses.fields(TOWERS[kind])}
-    sizes = {n: v for n, v in vars(model.towers).items() if n in known and n != "kind"}
+    model = experiment.model
+    sizes = tower_sizes(kind, vars(model.towers))
     share = "layers" if getattr(TOWERS[kind], "task_tables", False) else model.members_share
     model = dataclasses.replace(model, towers=TOWERS[kind](**sizes), members_share=share)
     scores: Scores = {}

@@ -90,13 +90,27 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
+def tower_sizes(kind: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Of sizes those that a kind of towers has; one without experts has their layers in its towers,
+    so that it is as deep as the others.
+
+    >>> tower_sizes("pepnet", {"experts": 4, "expert_hidden": [32], "tower_hidden": [16]})
+    {'tower_hidden': (32, 16)}
+    """
+    from mtrec_jax.models.towers import TOWERS
+
+    known = {field.name for field in dataclasses.fields(TOWERS[kind])} - {"kind"}
+    found = {name: size for name, size in sizes.items() if name in known}
+    if "expert_hidden" not in known:
+        found["tower_hidden"] = (*sizes["expert_hidden"], *sizes["tower_hidden"])
+    return found
+
+
 def experiment(towers: dict[str, Any]) -> Any:
     """Users and items are features of an impression; towers differ, nothing else."""
     from mtrec_jax.experiments import parse_experiment
-    from mtrec_jax.models.towers import TOWERS
 
-    known = {field.name for field in dataclasses.fields(TOWERS[towers["kind"]])}
-    sizes = {name: size for name, size in SIZES.items() if name in known}
+    sizes = tower_sizes(towers["kind"], SIZES)
     return parse_experiment(
         {
             "name": "funnel",
