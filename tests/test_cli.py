@@ -258,6 +258,7 @@ def test_evaluate_writes_everything_and_counts_looks(
     assert set(first["orders"]) == {"fused", *first["tasks"]}
     assert looked("--split", "test")["test_looks"] == 1
     assert looked("--split", "test")["test_looks"] == 2
+    assert looked("--split", "validation")["test_looks"] == 2
 
 
 def test_compare_takes_what_runs_keep_and_refuses_other_rules(
