@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int, Int64
 from pydantic import Field
 
@@ -31,6 +33,7 @@ from mtrec_jax.types import FIRST, PAD, Lists
 if TYPE_CHECKING:
     import scipy.sparse as sp
 
+_DEVICES = "device"  # mesh axis: the blocks of a group, one a device
 _CELLS = 32  # C: a row's pairs are cut into pieces of so many
 _PIECES = 256  # K of a block; more where one row has more
 _ROWS = 128  # R of a block
@@ -43,7 +46,8 @@ class Als:
     """`kind = "als"`: users and items as vectors whose products are high where users like items.
 
     Repeated interactions count once; padding and unknown ids are left out. A query is answered from
-    its history alone: one system more, with the item vectors fixed.
+    its history alone: one system more, with the item vectors fixed. The systems of one side are
+    divided over the process's devices, each of which holds all vectors.
     """
 
     kind: Literal["als"] = "als"
@@ -77,9 +81,9 @@ class Als:
     ) -> Float32[np.ndarray, "Q d"]:
         """The user vectors of histories, the item vectors fixed; zero where a history has none."""
         pairs = history_pairs(histories, len(items) - FIRST, np.asarray(items[FIRST:].any(axis=1)))
-        start = jnp.zeros((len(histories) + FIRST, items.shape[1]), jnp.float32)
+        start = _everywhere(np.zeros((len(histories) + FIRST, items.shape[1]), np.float32))
         blocks, most = self._blocks(pairs), 4 * items.shape[1]
-        found = _solve(start, jnp.asarray(items), blocks, self.unobserved, most, _EXACT)
+        found = _solve(start, _everywhere(items), blocks, self.unobserved, most, _EXACT)
         return np.asarray(found)[FIRST:]
 
     def _blocks(self, pairs: sp.csr_array) -> list[_Block]:
@@ -136,16 +140,27 @@ class Products:
 
 
 class _Block(NamedTuple):
-    """Some rows of one side and their pairs, in pieces of C."""
+    """Some rows of one side and their pairs, in pieces of C, for each of D devices."""
 
-    members: jax.Array  # [K, C] int32 ids of the other side, 0 for none
-    owner: jax.Array  # [K] int32: whose piece it is, as a place among the R rows, ascending
-    ids: jax.Array  # [R] int32 ids of the rows, 0 for none
-    weight: jax.Array  # [R] regularisation of the rows
+    members: jax.Array  # [D * K, C] int32 ids of the other side, 0 for none
+    owner: jax.Array  # [D * K] int32: whose piece it is, as a place among the R rows, ascending
+    ids: jax.Array  # [D * R] int32 ids of the rows, 0 for none
+    weight: jax.Array  # [D * R] regularisation of the rows
+
+
+def _mesh() -> Mesh:
+    """The devices of this process."""
+    return Mesh(np.asarray(jax.local_devices()), (_DEVICES,))
+
+
+def _everywhere(array: Float32[np.ndarray, "n d"]) -> Float32[Array, "n d"]:
+    """Whole on each device."""
+    return jax.device_put(array, NamedSharding(_mesh(), P()))
 
 
 def _packed(pairs: sp.csr_array, weight: Float32[np.ndarray, " n"]) -> list[_Block]:
-    """Rows with pairs, one after the other, into blocks of K pieces and R rows; each is in one."""
+    """Rows with pairs, one after the other, into blocks of K pieces and R rows; each is in one.
+    As many blocks as there are devices go together."""
     count = np.diff(pairs.indptr).astype(np.int64)
     own = np.flatnonzero(count)
     pieces = -(-count[own] // _CELLS)
@@ -157,7 +172,8 @@ def _packed(pairs: sp.csr_array, weight: Float32[np.ndarray, " n"]) -> list[_Blo
             number, filled, rows = number + 1, 0, 0
         block[place], begin[place], slot[place] = number, filled, rows
         filled, rows = filled + size, rows + 1
-    blocks = number + 1 if len(own) else 0
+    devices = jax.local_device_count()
+    blocks = -(-(number + 1) // devices) * devices if len(own) else 0
     first = block * room + begin  # piece of each row, counted over all blocks
 
     members = np.zeros((blocks, room, _CELLS), np.int32)
@@ -168,8 +184,13 @@ def _packed(pairs: sp.csr_array, weight: Float32[np.ndarray, " n"]) -> list[_Blo
     owner.reshape(-1)[np.repeat(first, pieces) + within] = np.repeat(slot, pieces)
     ids, weights = np.full((blocks, _ROWS), PAD, np.int32), np.ones((blocks, _ROWS), np.float32)
     ids[block, slot], weights[block, slot] = own + FIRST, weight[own]
-    parts = zip(members, owner, ids, weights, strict=True)
-    return [_Block(*map(jnp.asarray, part)) for part in parts]
+    split = NamedSharding(_mesh(), P(_DEVICES))
+    parts = (
+        part.reshape(blocks // devices, devices * part.shape[1], *part.shape[2:])
+        for part in (members, owner, ids, weights)
+    )
+    groups = zip(*parts, strict=True)
+    return [_Block(*(jax.device_put(part, split) for part in group)) for group in groups]
 
 
 def _drawn(
@@ -180,7 +201,7 @@ def _drawn(
     table = generator.normal(scale=0.1 / np.sqrt(factors), size=size).astype(np.float32)
     table[:FIRST] = 0
     table[FIRST:][np.diff(pairs.indptr) == 0] = 0
-    return jnp.asarray(table)
+    return _everywhere(table)
 
 
 def _solve(
@@ -192,11 +213,12 @@ def _solve(
     tolerance: float,
 ) -> Float32[Array, "n d"]:
     """All rows of one side `[n, d]` anew, those of the other side fixed; `own` is used up."""
-    gram = _gram(other, unobserved)
+    gram, mesh = _gram(other, unobserved), _mesh()
+    whole = NamedSharding(mesh, P())
     for block in blocks:
         vectors, x = _rows(other, block.members), _rows(own, block.ids)
-        found = _solved(x, vectors, block.owner, block.weight, gram, steps, tolerance)
-        own = _replaced(own, block.ids, found)
+        given = x, vectors, block.owner, block.weight, gram, steps, tolerance
+        own = _replaced(own, block.ids, _solved(*given, mesh=mesh), whole)
     return own.block_until_ready()
 
 
@@ -212,25 +234,45 @@ def _rows(table: Float32[Array, "m d"], ids: Int[Array, "*n"]) -> Float32[Array,
     return table.at[ids].get(mode="promise_in_bounds")
 
 
-@functools.partial(jax.jit, donate_argnames="table")
+@functools.partial(jax.jit, donate_argnames="table", static_argnames="whole")
 def _replaced(
-    table: Float32[Array, "m d"], ids: Int[Array, " r"], rows: Float32[Array, "r d"]
+    table: Float32[Array, "m d"],
+    ids: Int[Array, " r"],
+    rows: Float32[Array, "r d"],
+    whole: NamedSharding,
 ) -> Float32[Array, "m d"]:
-    return table.at[ids].set(rows)
+    return jax.lax.with_sharding_constraint(table.at[ids].set(rows), whole)
 
 
 _State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="mesh")
 def _solved(
+    x: Float32[Array, "Dr d"],
+    vectors: Float32[Array, "Dk c d"],
+    owner: Int[Array, " Dk"],
+    weight: Float32[Array, " Dr"],
+    gram: Float32[Array, "d d"],
+    steps: Int[Array, ""] | int,
+    tolerance: Float32[Array, ""] | float,
+    mesh: Mesh,
+) -> Float32[Array, "Dr d"]:
+    """Each device's block by itself; nothing passes between them."""
+    each, same = P(_DEVICES), P()
+    given = (each, each, each, each, same, same, same)
+    solve = jax.shard_map(_solved_block, mesh=mesh, in_specs=given, out_specs=each, check_vma=False)
+    return solve(x, vectors, owner, weight, gram, jnp.asarray(steps), jnp.asarray(tolerance))
+
+
+def _solved_block(
     x: Float32[Array, "r d"],
     vectors: Float32[Array, "k c d"],
     owner: Int[Array, " k"],
     weight: Float32[Array, " r"],
     gram: Float32[Array, "d d"],
-    steps: Int[Array, ""] | int,
-    tolerance: Float32[Array, ""] | float,
+    steps: Int[Array, ""],
+    tolerance: Float32[Array, ""],
 ) -> Float32[Array, "r d"]:
     """Conjugate gradients for the rows of a block, beginning at x.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import numpy as np
 import pytest
 
@@ -74,10 +75,23 @@ def test_als_users_solve_the_systems_of_the_paper(
     vectors = options.fold_in(fitted.items, lists)
     expected = dense_rows(asked, fitted.items[FIRST:], options)
     np.testing.assert_allclose(vectors, expected, rtol=1e-3, atol=1e-5)
+    assert not options.fold_in(fitted.items, Lists(np.array([1]), np.array([0, 0, 1]))).any()
     scores = fitted.scorer(np.array([2, 3, 1]), lists).scores(np.array([1]))
     np.testing.assert_allclose(
         scores[0], expected[1] @ fitted.items[FIRST:].T, rtol=1e-3, atol=1e-5
     )
+
+
+def test_als_on_many_devices_is_als_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(als, "_ROWS", 4)  # ten blocks of users on eight devices
+    seen, options = made_up(40, 30), Als(factors=6, epochs=3)
+    many = options.fit(liked(seen))
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    alone = options.fit(liked(seen))
+    np.testing.assert_allclose(many.users, alone.users, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(many.items, alone.items, rtol=1e-4, atol=1e-6)
 
 
 def test_als_lowers_its_objective_with_the_default_steps() -> None:
