@@ -1,4 +1,4 @@
-"""How fast is everyone's list and rank made: 100,000 users by 100,000 items, and in what memory?"""
+"""How fast is everyone's list and rank made: 200,000 users by 100,000 items, and in what memory?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def answer(quick: bool) -> list[dict[str, Any]]:
     """Users per second of the 100 best items and of the target's rank, and the peak memory."""
     from mtrec_jax.kernels import ItemIndex
 
-    users, items, width, k = (10_000, 10_000, 64, 100) if quick else (100_000, 100_000, 64, 100)
+    users, items, width, k = (10_000, 10_000, 64, 100) if quick else (200_000, 100_000, 64, 100)
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((users, width), np.float32)
     index = ItemIndex(rng.standard_normal((items, width), np.float32))
