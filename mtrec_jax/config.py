@@ -324,6 +324,7 @@ class Evaluate:
     # (): what the retrieval task counts, its `where` or any event; ("any",): any event
     among: Literal["all", "untrained"] = "all"  # items that targets are ranked among; "untrained":
     # those without training events, among themselves; targets with some are not ranked then
+    targets: Literal["all", "last"] = "all"  # that are ranked; "last": of each user the last one
     candidates: Count = 100  # retrieved items that the towers and the fusion put in order
     diversify: Annotated[Any, Choice(DIVERSIFIERS)] | None = None  # puts the lists together so that
     # their items differ, in `recommend` too; None: in the plain order

@@ -751,6 +751,8 @@ def _selection(e: Experiment) -> Iterator[str]:
                 "that their mean means nothing; name metrics of one direction, or give weights"
             )
     binary = [name for name, task in e.tasks.items() if task.kind == "binary"]
+    if e.evaluate.targets == "last" and not has_users:
+        yield "evaluate.targets: 'last' is of each user, but data.user is not set; set it, or 'all'"
     for name in e.evaluate.seen if e.evaluate.seen != (ANY,) else ():
         if name not in (*binary, *e.left_out):
             hint = nearest(name, binary)

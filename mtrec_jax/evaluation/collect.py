@@ -91,13 +91,12 @@ def collect(
     own_vectors = serving.own(vectors) if prepared.manifest.items else vectors
     own_params = serving.own(params)
     index = ItemIndex(serving.compared(own_vectors)[FIRST:])
-    retrieval = next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
+    retrieval = _retrieval(experiment)
     ways = _ways(experiment, prepared, serving.compared(own_vectors), recommended)
     exclude_seen = retrieval is not None and experiment.evaluate.exclude_seen
-    behaviours = seen_behaviours(experiment)
     everyone = np.arange(prepared.manifest.users) + FIRST
-    seen = seen_items(prepared, split, everyone, behaviours) if exclude_seen else None
-    mask = candidates_of(experiment, prepared)
+    seen = left_out_items(experiment, prepared, split, everyone) if exclude_seen else None
+    mask, last = candidates_of(experiment, prepared), last_targets(experiment, prepared, split)
     widest = 0 if seen is None else int(np.diff(seen.offsets).max(initial=0))
     parts: list[Collected] = []
     for batch in _own_batches(experiment, prepared, serving, split):
@@ -109,6 +108,9 @@ def collect(
             part.retrieved = observed & (part.candidate >= FIRST)
             if mask is not None:
                 part.retrieved &= mask[np.maximum(part.candidate - FIRST, 0)]
+            if last is not None:
+                assert batch.row is not None
+                part.retrieved &= np.isin(np.asarray(batch.row)[r, p], last)
             if orders:
                 part.order_ranks = {n: np.full(len(r), ABSENT, np.int64) for n in ways.names}
             if ways.length:
@@ -151,6 +153,36 @@ def candidates_of(experiment: Experiment, prepared: Prepared) -> np.ndarray | No
             "split.kind = 'cold_item', or take 'all'"
         )
     return np.arange(n) >= trained
+
+
+def _retrieval(experiment: Experiment) -> str | None:
+    return next((n for n, t in experiment.tasks.items() if t.kind == "retrieval"), None)
+
+
+def last_targets(experiment: Experiment, prepared: Prepared, split: str) -> np.ndarray | None:
+    """Source rows of the targets that are ranked, of each user the last that can be; None: all."""
+    if experiment.evaluate.targets == "all" or not _retrieval(experiment):
+        return None
+    found = _rankable(experiment, prepared, split)
+    return found["row"][_is_last(found["user"])]
+
+
+def _is_last(user: np.ndarray) -> np.ndarray:
+    """Whether no other target of the same user follows, the users' targets in one piece; targets of
+    nobody known are on their own."""
+    return np.append(user[1:] != user[:-1], np.ones(min(1, len(user)), bool)) | (user < FIRST)
+
+
+def _rankable(experiment: Experiment, prepared: Prepared, split: str) -> dict[str, np.ndarray]:
+    """The targets of a split that can be ranked, user by user in the order of time."""
+    found, times = prepared.interactions(split), prepared.times(split)
+    found["time"] = np.zeros(len(found["user"])) if times is None else times
+    kept = ~np.isnan(found[f"label_{_retrieval(experiment)}"]) & (found["candidate"] >= FIRST)
+    mask = candidates_of(experiment, prepared)
+    if mask is not None:
+        kept &= mask[np.maximum(found["candidate"] - FIRST, 0)]
+    order = np.lexsort((found["row"], found["time"], found["user"]))
+    return {name: array[order][kept[order]] for name, array in found.items()}
 
 
 def people(user: np.ndarray) -> np.ndarray:
@@ -202,6 +234,27 @@ def _in_file_order(parts: list[Collected]) -> Collected:
     order = np.argsort(np.concatenate(processes.gathered(number)), kind="stable")
     merged = jax.tree.map(lambda a: np.concatenate(processes.gathered(a))[order], joined)
     return Collected(**merged)
+
+
+def left_out_items(
+    experiment: Experiment, prepared: Prepared, split: str, users: np.ndarray
+) -> Lists:
+    """What each user's targets are not ranked among: `seen_items`, and where of each user the last
+    target alone is ranked, also the items of those before it."""
+    seen = seen_items(prepared, split, users, seen_behaviours(experiment))
+    if experiment.evaluate.targets == "all":
+        return seen
+    found = _rankable(experiment, prepared, split)
+    counted = ~_is_last(found["user"])
+    if behaviours := seen_behaviours(experiment):
+        counted &= np.any([found[f"label_{task}"] == 1 for task in behaviours], axis=0)
+    owner, items = found["user"][counted], found["candidate"][counted] - FIRST
+    begin, end = (np.searchsorted(owner, users, side) for side in ("left", "right"))
+    between = _stretches(items.astype(np.int64), begin, end - begin)
+    whose = [np.repeat(np.arange(len(users)), np.diff(of.offsets)) for of in (seen, between)]
+    order = np.argsort(np.concatenate(whose), kind="stable")
+    values = np.concatenate([seen.values, between.values])[order]
+    return Lists(values, seen.offsets + between.offsets)
 
 
 def seen_items(

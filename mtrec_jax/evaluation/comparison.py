@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mtrec_jax.baselines import Interactions, Predicts, Ranks
-from mtrec_jax.config import Experiment, seen_behaviours
+from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import ABSENT, Collected, candidates_of, people, seen_items
+from mtrec_jax.evaluation.collect import ABSENT, Collected, candidates_of, left_out_items, people
 from mtrec_jax.evaluation.lists import Background, list_statistics
 from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import ranks_and_lists
@@ -118,7 +118,7 @@ def _ranked(
     users = collected.user[rows]
     excluded = None
     if experiment.evaluate.exclude_seen:
-        excluded = seen_items(prepared, split, users, seen_behaviours(experiment))
+        excluded = left_out_items(experiment, prepared, split, users)
     targets = (collected.candidate[rows] - FIRST).astype(np.int64)
     scorer = fitted.scorer(users, past_items(prepared, split, rows))
     n, ks = prepared.manifest.items, experiment.evaluate.ks

@@ -26,6 +26,7 @@ class Protocol:
     past: Literal["rolling", "frozen"]  # what judged events know
     targets: tuple[str, ...] = ()  # what the label of each task is
     task: str = ""  # the retrieval task; "": nothing is ranked
+    ranked: Literal["all", "last"] = "all"  # of each user's targets
     candidates: str = "all items"
     items: int = 0  # size of the catalogue
     exclude_seen: bool = False  # seen items of earlier splits are no candidates
@@ -46,9 +47,10 @@ class Protocol:
             of = "" if self.seen == (ANY,) else f" with {' or '.join(self.seen)}"
             seen = f"those of earlier splits{of} left out (targets too: {self.seen_targets})"
         when = ", the time of the query known" if self.query_time == "known" else ""
+        which = ", the last of each user," if self.ranked == "last" else ""
         return (
-            f"{data}; {self.task} ranked among {self.candidates} ({self.items:,}), {seen}, of "
-            f"equals the {self.ties}, at {', '.join(map(str, self.ks))}{when}"
+            f"{data}; {self.task}{which} ranked among {self.candidates} ({self.items:,}), {seen}, "
+            f"of equals the {self.ties}, at {', '.join(map(str, self.ks))}{when}"
         )
 
     @property
@@ -69,6 +71,7 @@ def protocol_of(experiment: Experiment, manifest: Manifest) -> Protocol:
     ranked: dict[str, Any] = {}
     if retrieval:
         ranked = {"task": retrieval[0], "items": manifest.items, "ks": evaluate.ks}
+        ranked["ranked"] = evaluate.targets
         if evaluate.among == "untrained":
             ranked["candidates"] = "items without training events"
             ranked["items"] -= manifest.trained_items

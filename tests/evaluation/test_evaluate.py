@@ -21,7 +21,14 @@ from mtrec_jax.data.dataset import Manifest, Prepared, TaskField, fixed_size, to
 from mtrec_jax.data.examples import past_items
 from mtrec_jax.data.pipeline import BatchSource
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.evaluation.collect import Collected, rank_in_list, seen_items
+from mtrec_jax.evaluation.collect import (
+    ABSENT,
+    Collected,
+    collect,
+    left_out_items,
+    rank_in_list,
+    seen_items,
+)
 from mtrec_jax.evaluation.comparison import _reference
 from mtrec_jax.evaluation.evaluate import Evaluation, _intervals, _orders, evaluate
 from mtrec_jax.evaluation.metrics import OF_LISTS, RANKING, mean_statistic
@@ -29,6 +36,7 @@ from mtrec_jax.evaluation.picture import draw_reliability
 from mtrec_jax.evaluation.protocol import Protocol, protocol_of
 from mtrec_jax.evaluation.segments import _by_value
 from mtrec_jax.evaluation.tables import print_evaluation
+from mtrec_jax.experiments import overridden
 from mtrec_jax.models.serve import Serving, predictions, prepared_serving
 from mtrec_jax.train.run import Run, evaluate_run, load_answers, load_best
 from mtrec_jax.types import FIRST, UNKNOWN
@@ -450,6 +458,35 @@ def test_seen_items_are_those_of_earlier_splits(shop_prepared: Prepared, tmp_pat
         assert [found[i].tolist() for i in range(len(asked))] == expected
     with pytest.raises(DataError, match="does not say which past events have a 1 in 'cart'"):
         seen_items(prepared, "test", asked, ("cart",))
+
+
+def test_of_each_user_the_last_target_alone_is_ranked(shop_run: Run, serving: Serving) -> None:
+    """Among what the user has not met until then."""
+    params, tables, _ = load_best(shop_run)
+    whole = shop_run.experiment
+    last = overridden(whole, {"evaluate.targets": "last"})
+    parts = shop_run.prepared, serving, params, tables, "test", False
+    every, found = collect(whole, *parts), collect(last, *parts)
+    rows, times = shop_run.prepared.interactions("test"), shop_run.prepared.times("test")
+    assert times is not None
+    users, behaviours = np.arange(shop_run.prepared.manifest.users) + FIRST, ("click",)
+    earlier = seen_items(shop_run.prepared, "test", users, behaviours)
+    left_out = left_out_items(last, shop_run.prepared, "test", users)
+    expected, more = [], 0
+    for number, user in enumerate(users):
+        own = np.flatnonzero(every.retrieved & (every.user == user))
+        own = own[np.lexsort((rows["row"][own], times[own]))]
+        before = every.candidate[own[:-1]] - FIRST
+        assert sorted(left_out[number]) == sorted([*earlier[number], *before])
+        if not len(own):
+            continue
+        expected.append(own[-1])
+        rank, among_all = found.ranks[own[-1]], every.ranks[own[-1]]
+        is_seen = every.candidate[own[-1]] - FIRST in left_out[number]
+        assert rank == ABSENT if is_seen else rank <= among_all
+        more += len(own) > 1
+    assert np.flatnonzero(found.retrieved).tolist() == sorted(expected)
+    assert more > 5
 
 
 @pytest.mark.parametrize("positions", [0, 3, 1])

@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "past": "frozen",
     "targets": ("next: retrieval, where click",),
     "task": "",
+    "ranked": "last",
     "candidates": "99 sampled items",
     "items": 6,
     "exclude_seen": True,
