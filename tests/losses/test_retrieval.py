@@ -149,16 +149,18 @@ def test_padding_and_extreme_scores_stay_finite(kind: str) -> None:
 
 def test_losses_of_pairs_are_those_of_their_papers() -> None:
     """With three negatives that are no position's next item; gBCE by hand: of 3 of 9 others alpha
-    is 1/3, and with t = .75 beta = 1/3 (.75 (1 - 3) + 3) = .5."""
+    is 1/3, and with t = .75 beta = 1/3 (.75 (1 - 3) + 3) = .5; logits are moved by log(.5 / 3)."""
     free = [i for i in range(FIRST, N + FIRST) if i not in np.asarray(POSITIVES)][:3]
     assert len(free) == 3
     others = SCORES[..., free]
     yes, no = np.log1p(np.exp(-OWN)), np.log1p(np.exp(others))
+    bias = np.log(0.5 / 3)
+    rare_yes, rare_no = np.log1p(np.exp(-OWN - bias)), np.log1p(np.exp(others + bias))
     worse = np.log1p(np.exp(others - OWN[..., None]))
     above = np.maximum(others / SCALE - 0.4, 0)
     expected = {
         "bce": yes + no.mean(axis=-1),
-        "gbce": (0.5 * yes + no.sum(axis=-1)) / 4,
+        "gbce": (0.5 * rare_yes + rare_no.sum(axis=-1)) / 4,
         "bpr": worse.mean(axis=-1),
         "contrastive": 1 - OWN / SCALE + 150 * above.mean(axis=-1),
     }

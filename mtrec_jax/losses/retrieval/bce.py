@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,7 +32,10 @@ class GBCE:
 
     The probability of the positive is raised to beta = alpha (t (1 - 1 / alpha) + 1 / alpha), where
     alpha = n / (N - 1) is the share of the items that are drawn, and t says how much is taken back.
-    Losses of the positive and of the n negatives are summed, over n + 1.
+    Losses of the positive and of the n negatives are summed, over n + 1. A logit is the scaled
+    cosine plus log(beta / n), by which all are right on average from the first step on, as with the
+    bias of SigLIP (Zhai et al., ICCV 2023): otherwise the vectors first have to learn, in a
+    direction that all share, that nearly every pair is a no.
     """
 
     kind: Literal["gbce"] = "gbce"
@@ -42,13 +46,16 @@ class GBCE:
         count = len(compared.negative_ids)
         alpha = min(1.0, count / max(1, compared.items - 1))
         beta = alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
-        return _calibrated(compared, beta / (count + 1), 1 / (count + 1))
+        bias = math.log(beta / count)
+        return _calibrated(compared, beta / (count + 1), 1 / (count + 1), bias)
 
 
-def _calibrated(compared: Compared, of_positive: float, of_negatives: float) -> jax.Array:
+def _calibrated(
+    compared: Compared, of_positive: float, of_negatives: float, bias: float = 0.0
+) -> jax.Array:
     def losses(own: jax.Array, others: jax.Array, counts: jax.Array) -> jax.Array:
-        yes = jax.nn.softplus(-own * compared.scale)
-        no = jax.nn.softplus(others * compared.scale)
+        yes = jax.nn.softplus(-own * compared.scale - bias)
+        no = jax.nn.softplus(others * compared.scale + bias)
         return of_positive * yes + of_negatives * jnp.sum(no * counts, axis=-1)
 
     return over_pairs(compared, losses)
