@@ -708,6 +708,11 @@ def _train(e: Experiment) -> Iterator[str]:
         )
     if shown == "request" and not e.data.hide_ties:
         yield "train.retrieval.shown: 'request' needs data.hide_ties = true; or take 'user'"
+    if e.model.learn_temperature and not getattr(train.retrieval, "has_temperature", True):
+        yield (
+            f"model.learn_temperature: a loss of kind '{train.retrieval.kind}' has no temperature; "
+            "set it to false, or take another train.retrieval"
+        )
     if not e.split.validates:
         yield from _unjudged(e)
 

@@ -318,7 +318,9 @@ def _histories(
     return look_back
 
 
-def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
+def past_items(
+    prepared: Prepared, split: str, chosen: np.ndarray, wanted: np.ndarray | None = None
+) -> Lists:
     """Item ids of the events before each chosen target, a list per target.
 
     An event that its split or `cutoff` hides from the model is hidden here too, but the history is
@@ -328,6 +330,7 @@ def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
       prepared: the folder.
       split: of the targets.
       chosen: targets of the split, numbered from 0 in file order.
+      wanted: [n] bool of all events in `users.parquet`, which of them count; None: all.
     """
     data, length = prepared.manifest.config["data"], prepared.manifest.history_length
     if not length:
@@ -351,7 +354,11 @@ def past_items(prepared: Prepared, split: str, chosen: np.ndarray) -> Lists:
     sizes = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - begin[example], sizes)
-    return Lists(items.values[kept][places], offsets)
+    values = items.values[kept][places]
+    if wanted is None:
+        return Lists(values, offsets)
+    counted = wanted[kept][places]
+    return Lists(values[counted], np.concatenate([[0], np.cumsum(counted)])[offsets])
 
 
 def visible_events(

@@ -120,7 +120,9 @@ def _ranked(
     if experiment.evaluate.exclude_seen:
         excluded = left_out_items(experiment, prepared, split, users)
     targets = (collected.candidate[rows] - FIRST).astype(np.int64)
-    scorer = fitted.scorer(users, past_items(prepared, split, rows))
+    # asked with what they are fitted on: events that the retrieval is to find
+    past = past_items(prepared, split, rows, prepared.wanted_events())
+    scorer = fitted.scorer(users, past)
     n, ks = prepared.manifest.items, experiment.evaluate.ks
     k = min(max(ks), n) if background else 0
     mask = candidates_of(experiment, prepared)

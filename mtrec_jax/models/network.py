@@ -203,9 +203,11 @@ class Network(nnx.Module):
         following = jnp.pad(moments[:, 1:], ((0, 0), (0, 1)))
         follows = jnp.pad(known[:, 1:], ((0, 0), (0, 1)))
         asked = side_of(self.inputs, batch, "asked")["ids"]
-        return jax.vmap(lambda at, cutoff, time: at.at[cutoff].max(time))(
-            jnp.where(follows, following, moments), jnp.asarray(batch.cutoff), asked[..., 0]
+        places = jnp.zeros_like(moments)
+        given = jax.vmap(lambda at, cutoff, time: at.at[cutoff].max(time))(
+            places, jnp.asarray(batch.cutoff), asked[..., 0]
         )
+        return jnp.where(given > 0, given, jnp.where(follows, following, moments))
 
     def _tokens(
         self, batch: Batch, rows: Mapping[str, jax.Array], events: jax.Array

@@ -23,7 +23,7 @@ from mtrec_jax.choices import Choice
 from mtrec_jax.compilation import use_compilation_cache
 from mtrec_jax.config import seen_behaviours
 from mtrec_jax.data import features
-from mtrec_jax.data.dataset import Prepared
+from mtrec_jax.data.dataset import SPLITS, Prepared
 from mtrec_jax.diversity import DIVERSIFIERS
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.answers import CHOSEN, FUSED, Answers, described
@@ -713,14 +713,23 @@ class Recommender:
         return score, predicted if predicted.ndim == 2 else score
 
     def _popular(self, free: np.ndarray, width: int) -> np.ndarray:
-        """Item ids [width] of a mask by falling number of training events, unknown where there are
-        fewer."""
+        """Item ids [width] of a mask by falling number of training events that the retrieval is to
+        find, unknown where there are fewer."""
         items = np.flatnonzero(free)
-        counts = self.prepared.items.column("count").to_numpy()
-        best = items[np.argsort(-counts[items], kind="stable")[:width]]
+        best = items[np.argsort(-self._training_counts[items], kind="stable")[:width]]
         found = np.full(width, UNKNOWN, np.int32)
         found[: len(best)] = best + FIRST
         return found
+
+    @functools.cached_property
+    def _training_counts(self) -> np.ndarray:
+        has_past = "event_item" in self.prepared.users.column_names
+        wanted = self.prepared.wanted_events() if has_past else None
+        if wanted is None:
+            return self.prepared.items.column("count").to_numpy()
+        counted = wanted & (self.prepared.user_lists("split").values == SPLITS.index("train"))
+        found = self.prepared.user_lists("event_item").values[counted] - FIRST
+        return np.bincount(found, minlength=self.prepared.manifest.items)
 
     def _vectors_of(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of item ids, as many as the smallest batch has: [B, D]."""

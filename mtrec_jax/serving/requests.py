@@ -424,7 +424,7 @@ def seconds(time: Any, unit: str) -> float | None:
     >>> seconds(datetime.datetime(1970, 1, 2), "s"), seconds(5000, "ms")
     (86400.0, 5.0)
     """
-    if time is None:
+    if time is None or time != time:  # also NaN and NaT, as columns of times have them
         return None
     if isinstance(time, str):
         try:

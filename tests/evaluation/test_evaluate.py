@@ -489,28 +489,34 @@ def test_of_each_user_the_last_target_alone_is_ranked(shop_run: Run, serving: Se
     assert more > 5
 
 
-@pytest.mark.parametrize("positions", [0, 3, 1])
-def test_past_items_are_the_events_before_the_target(tmp_path: Path, positions: int) -> None:
-    """Those of the target's own split too; never an event of the target's own timestamp."""
-    log = "user,item,time\n" + "".join(
-        f"{user},{'vwxyz'[(time + shift) % 5]},{time}\n"
+@pytest.mark.parametrize(("positions", "where"), [(0, ""), (3, "click"), (1, "")])
+def test_past_items_are_the_events_before_the_target(
+    tmp_path: Path, positions: int, where: str
+) -> None:
+    """Those of the target's own split too; never an event of the target's own timestamp, nor one
+    that the retrieval is not to find."""
+    log = "user,item,time,click\n" + "".join(
+        f"{user},{'vwxyz'[(time + shift) % 5]},{time},{(time // 3) % 2}\n"
         for shift, user in enumerate("abc")
         for time in range(shift, 20)
     )
-    log += "a,y,19.5\nb,y,19.5\nb,v,19.5\n"
+    log += "a,y,19.5,1\nb,y,19.5,0\nb,v,19.5,1\n"
     data = {"positions": positions, "hide_ties": True, "history_length": 4}
     split = {"kind": "time", "validation": 0.2, "test": 0.3}
-    prepared = run(tmp_path, make(data=data, split=split), log)
+    tasks = {"next": {"kind": "retrieval", "where": where}, "click": {"kind": "binary"}}
+    prepared = run(tmp_path, make(data=data, split=split, tasks=tasks), log)
     lines = [line.split(",") for line in log.splitlines()[1:]]
     for name in ("train", "test"):
         rows = prepared.interactions(name)["row"].tolist()
         assert len(rows) > 15
-        past = past_items(prepared, name, np.arange(len(rows)))
+        wanted = prepared.wanted_events()
+        past = past_items(prepared, name, np.arange(len(rows)), wanted)
         for i, row in enumerate(rows):
-            user, _, time = lines[row]
-            before = [item for u, item, t in lines if u == user and float(t) < float(time)]
+            user, _, time, _ = lines[row]
+            seen = [line for line in lines if line[3] == "1" or not where]
+            before = [item for u, item, t, _ in seen if u == user and float(t) < float(time)]
             assert [prepared.item_names[item - 2] for item in past[i]] == before
-        assert past_items(prepared, name, np.array([3, 0]))[0].tolist() == past[3].tolist()
+        assert past_items(prepared, name, np.array([3]), wanted)[0].tolist() == past[3].tolist()
 
 
 def test_classes_that_are_no_numbers_have_no_order(shop_run: Run) -> None:

@@ -57,11 +57,11 @@ def items_of(result: Result, user: str) -> list[str]:
 
 
 def popular(prepared: Prepared) -> list[str]:
-    """Items by falling number of training events, ties by raw id."""
-    events = prepared.interactions("train")["candidate"]
-    counts = np.bincount(events, minlength=prepared.manifest.items + 2)[2:].tolist()
-    names = prepared.item_names
-    return [name for _, name in sorted(zip([-c for c in counts], names, strict=True))]
+    """Items by falling number of training clicks, ties in the order of the catalogue."""
+    train = prepared.interactions("train")
+    events = train["candidate"][train["label_click"] == 1]
+    counts = np.bincount(events, minlength=prepared.manifest.items + 2)[2:]
+    return [prepared.item_names[place] for place in np.argsort(-counts, kind="stable")]
 
 
 def test_the_answer_is_a_table_in_the_order_of_the_question(shop_recommender: Recommender) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ class Contrastive:
     """
 
     kind: Literal["contrastive"] = "contrastive"
+    has_temperature: ClassVar[bool] = False
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.4
     weight: Annotated[float, Field(gt=0)] = 150.0
 
