@@ -159,7 +159,9 @@ def test_neighbours_recommend_nothing_that_was_seen(
     similarity = seen.T @ seen / norms / norms[:, None]
     np.fill_diagonal(similarity, 0)
     rows = np.flatnonzero(collected.retrieved)
-    past, ranks, hidden_ones = past_items(prepared, "test", rows), [], 0
+    past = past_items(prepared, "test", rows, prepared.wanted_events())
+    ranks: list[int] = []
+    hidden_ones = 0
     earlier = np.zeros((prepared.manifest.users, items), bool)  # clicked, as the targets are
     for split in ("train", "validation"):
         log = prepared.interactions(split)
