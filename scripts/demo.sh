@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, train on the generated shop and recommend; then the same on MovieLens-1M, by title.
-# Without a network it stops after the shop, with success. About 10 minutes on two cores.
+# Without a network it stops after the shop, with success. About 20 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
