@@ -318,12 +318,12 @@ class Prepared:
         lists = pq.read_table(path, columns=[name])[name].combine_chunks()
         return np.asarray(lists.flatten().to_numpy(zero_copy_only=False), bool)
 
-    def wanted_events(self) -> np.ndarray | None:
-        """Whether each event in `users.parquet` is one that the retrieval is to find, that is has a
-        1 in the task of its `where`: [n] bool; None: every one is, or there is no such task."""
-        tasks = self.manifest.config["tasks"]
-        where = next((t.get("where") for t in tasks.values() if t["kind"] == "retrieval"), None)
-        return self.behaviour(where) if where else None
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The binary task of which a 1 makes an event one that the retrieval is to find; (): any
+        event is."""
+        tasks = self.manifest.config["tasks"].values()
+        return tuple(t["where"] for t in tasks if t["kind"] == "retrieval" and t.get("where"))
 
     @functools.cached_property
     def user_names(self) -> list[str]:

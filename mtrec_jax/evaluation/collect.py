@@ -282,16 +282,6 @@ def counted_items(prepared: Prepared, behaviours: tuple[str, ...] = (), before: 
     return Lists(items.values[counted], np.concatenate([[0], np.cumsum(counted)])[items.offsets])
 
 
-def wanted_items(prepared: Prepared) -> Lists:
-    """Item ids of all events of each user that the retrieval is to find, a list a user."""
-    items, wanted = met_items(prepared)[0], None
-    if "event_item" in prepared.users.column_names:
-        wanted = prepared.wanted_events()
-    if wanted is None:
-        return items
-    return Lists(items.values[wanted], np.concatenate([[0], np.cumsum(wanted)])[items.offsets])
-
-
 def met_items(
     prepared: Prepared, behaviours: tuple[str, ...] = ()
 ) -> tuple[Lists, np.ndarray, np.ndarray]:

@@ -12,7 +12,14 @@ from mtrec_jax.baselines import Interactions, Predicts, Ranks
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import ABSENT, Collected, candidates_of, left_out_items, people
+from mtrec_jax.evaluation.collect import (
+    ABSENT,
+    Collected,
+    candidates_of,
+    left_out_items,
+    met_items,
+    people,
+)
 from mtrec_jax.evaluation.lists import Background, list_statistics
 from mtrec_jax.evaluation.metrics import METRICS, auc, ranking_metrics, task_metrics
 from mtrec_jax.evaluation.ranking import ranks_and_lists
@@ -121,7 +128,7 @@ def _ranked(
         excluded = left_out_items(experiment, prepared, split, users)
     targets = (collected.candidate[rows] - FIRST).astype(np.int64)
     # asked with what they are fitted on: events that the retrieval is to find
-    past = past_items(prepared, split, rows, prepared.wanted_events())
+    past = past_items(prepared, split, rows, met_items(prepared, prepared.wanted)[2])
     scorer = fitted.scorer(users, past)
     n, ks = prepared.manifest.items, experiment.evaluate.ks
     k = min(max(ks), n) if background else 0

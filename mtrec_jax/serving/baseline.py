@@ -15,7 +15,7 @@ from mtrec_jax.baselines import BASELINES, Predicts, Ranks
 from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
-from mtrec_jax.evaluation.collect import counted_items, wanted_items
+from mtrec_jax.evaluation.collect import counted_items
 from mtrec_jax.evaluation.comparison import training_interactions
 from mtrec_jax.evaluation.ranking import top_items
 from mtrec_jax.result import Result
@@ -74,7 +74,7 @@ class BaselineRecommender:
         n = prepared.manifest.items
         k = a_whole_number("k", k, 1, n, f"the {n:,} items of the catalogue")
         ids = np.array([prepared.user_ids.get(name, UNKNOWN) for name in names], np.int64)
-        met, seen_of = wanted_items(prepared), counted_items(prepared, self.behaviours)
+        met, seen_of = (counted_items(prepared, of) for of in (prepared.wanted, self.behaviours))
         past = [met[user - FIRST] if user >= FIRST else met.values[:0] for user in ids]
         history = _joined(past)
         seen = None

@@ -27,7 +27,7 @@ from mtrec_jax.data.dataset import SPLITS, Prepared
 from mtrec_jax.diversity import DIVERSIFIERS
 from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.answers import CHOSEN, FUSED, Answers, described
-from mtrec_jax.evaluation.collect import ordering
+from mtrec_jax.evaluation.collect import met_items, ordering
 from mtrec_jax.kernels import ItemIndex
 from mtrec_jax.kernels.constrained import Picks, Quotas
 from mtrec_jax.losses.tasks import class_numbers, labelled
@@ -723,13 +723,11 @@ class Recommender:
 
     @functools.cached_property
     def _training_counts(self) -> np.ndarray:
-        has_past = "event_item" in self.prepared.users.column_names
-        wanted = self.prepared.wanted_events() if has_past else None
-        if wanted is None:
+        if not self.prepared.wanted:
             return self.prepared.items.column("count").to_numpy()
-        counted = wanted & (self.prepared.user_lists("split").values == SPLITS.index("train"))
-        found = self.prepared.user_lists("event_item").values[counted] - FIRST
-        return np.bincount(found, minlength=self.prepared.manifest.items)
+        items, splits, counted = met_items(self.prepared, self.prepared.wanted)
+        found = items.values[counted & (splits == SPLITS.index("train"))]
+        return np.bincount(found[found >= FIRST] - FIRST, minlength=self.prepared.manifest.items)
 
     def _vectors_of(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of item ids, as many as the smallest batch has: [B, D]."""

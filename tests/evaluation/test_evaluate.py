@@ -26,6 +26,7 @@ from mtrec_jax.evaluation.collect import (
     Collected,
     collect,
     left_out_items,
+    met_items,
     rank_in_list,
     seen_items,
 )
@@ -509,7 +510,7 @@ def test_past_items_are_the_events_before_the_target(
     for name in ("train", "test"):
         rows = prepared.interactions(name)["row"].tolist()
         assert len(rows) > 15
-        wanted = prepared.wanted_events()
+        wanted = met_items(prepared, prepared.wanted)[2]
         past = past_items(prepared, name, np.arange(len(rows)), wanted)
         for i, row in enumerate(rows):
             user, _, time, _ = lines[row]

@@ -14,7 +14,15 @@ import pytest
 from mtrec_jax.baselines import BASELINES
 from mtrec_jax.data.examples import past_items
 from mtrec_jax.evaluation import collect as collecting
-from mtrec_jax.evaluation.collect import ABSENT, Collected, Ways, _rerank, collect, ordering
+from mtrec_jax.evaluation.collect import (
+    ABSENT,
+    Collected,
+    Ways,
+    _rerank,
+    collect,
+    met_items,
+    ordering,
+)
 from mtrec_jax.evaluation.comparison import compare, training_interactions
 from mtrec_jax.evaluation.evaluate import _orders
 from mtrec_jax.losses.tasks import TaskField
@@ -159,7 +167,7 @@ def test_neighbours_recommend_nothing_that_was_seen(
     similarity = seen.T @ seen / norms / norms[:, None]
     np.fill_diagonal(similarity, 0)
     rows = np.flatnonzero(collected.retrieved)
-    past = past_items(prepared, "test", rows, prepared.wanted_events())
+    past = past_items(prepared, "test", rows, met_items(prepared, prepared.wanted)[2])
     ranks: list[int] = []
     hidden_ones = 0
     earlier = np.zeros((prepared.manifest.users, items), bool)  # clicked, as the targets are

@@ -46,13 +46,12 @@ class GBCE:
         count = len(compared.negative_ids)
         alpha = min(1.0, count / max(1, compared.items - 1))
         beta = alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
-        bias = math.log(beta / count)
-        return _calibrated(compared, beta / (count + 1), 1 / (count + 1), bias)
+        return _calibrated(compared, beta / (count + 1), 1 / (count + 1))
 
 
-def _calibrated(
-    compared: Compared, of_positive: float, of_negatives: float, bias: float = 0.0
-) -> jax.Array:
+def _calibrated(compared: Compared, of_positive: float, of_negatives: float) -> jax.Array:
+    bias = math.log(of_positive / (of_negatives * len(compared.negative_ids)))  # 0 of `BCE`
+
     def losses(own: jax.Array, others: jax.Array, counts: jax.Array) -> jax.Array:
         yes = jax.nn.softplus(-own * compared.scale - bias)
         no = jax.nn.softplus(others * compared.scale + bias)
