@@ -67,7 +67,7 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.losses.tasks import TaskField
 from mtrec_jax.types import FIRST, PAD, UNKNOWN, Lists
 
-FORMAT = 5
+FORMAT = 6
 FIELDS = (  # the groups of fields of a manifest
     *("context_ids", "context_numbers", "request_ids", "request_numbers"),
     *("item_ids", "item_numbers", "history"),

@@ -297,15 +297,16 @@ def _histories(
     past: str,
 ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     """What looks back: (number of an example's last target [n], numbers of its targets [n, P],
-    which of these there are) -> event_<field> [n, L * S] and cutoff [n, P]."""
+    which of these there are) -> event_<field> [n, L * S], how many earlier events were skipped for
+    them [n], and cutoff [n, P]."""
     begins = log.offsets(int(log.user.max(initial=FIRST)) - FIRST + 1)
     kept, earlier = visible_events(log.split, visible, log.user if past == "frozen" else None)
     # a target looks back on what is before this event
     seen_from = _first_of_ties(log)[targets] if hide_ties else targets
 
     def look_back(last: np.ndarray, place: np.ndarray, there: np.ndarray) -> dict[str, np.ndarray]:
-        user, end = log.user[targets[last]], earlier[targets[last]]
-        base = np.maximum(earlier[begins[user - FIRST]], end - length)
+        begin, end = earlier[begins[log.user[targets[last]] - FIRST]], earlier[seen_from[last]]
+        base = np.maximum(begin, end - length)
         token = base[:, None] + np.arange(length)  # [n, L]
         seen = token < end[:, None]
         token = kept[np.where(seen, token, 0)] if len(kept) else np.zeros_like(token)
@@ -313,7 +314,12 @@ def _histories(
         cutoff = np.where(there, np.maximum(before - base[:, None], 0), 0)
         events = {f"event_{f}": _flat(ids[token], seen) for f, ids in log.events.items()}
         filled = np.maximum(seen.sum(axis=1), there.sum(axis=1)).astype(np.int32)
-        return {"length": filled, **events, "cutoff": cutoff.astype(np.int32)}
+        return {
+            "length": filled,
+            "skipped": (base - begin).astype(np.int32),
+            **events,
+            "cutoff": cutoff.astype(np.int32),
+        }
 
     return look_back
 
@@ -336,22 +342,14 @@ def past_items(
     if not length:
         return Lists(np.empty(0, np.int32), np.zeros(len(chosen) + 1, np.int64))
     items, splits = prepared.user_lists("event_item"), prepared.user_lists("split").values
-    columns = to_arrays(prepared.parquet(split).read(["user", "cutoff", "row"]))
-    # examples are chunks of the targets in the order of the log, shuffled by `sequence_examples`
-    chunk = np.argsort(mix(np.arange(len(columns["user"])), data["seed"]), kind="stable")
-    there = columns["row"] >= 0
-    size = np.zeros(len(chunk), np.int64)
-    size[chunk] = there.sum(axis=1)
-    place = np.cumsum(size)[chunk] - 1  # of each example's last target among the split's
-    code, owner = SPLITS.index(split), np.repeat(np.arange(len(items)), np.diff(items.offsets))
+    columns = to_arrays(prepared.parquet(split).read(["user", "skipped", "cutoff", "row"]))
+    owner = np.repeat(np.arange(len(items)), np.diff(items.offsets))
     frozen = owner if data["past"] == "frozen" else None
-    kept, earlier = visible_events(splits, VISIBLE[data["past"]][code], frozen)
-    last = earlier[np.flatnonzero(splits == code)[place]]
+    kept, earlier = visible_events(splits, VISIBLE[data["past"]][SPLITS.index(split)], frozen)
     begin = earlier[items.offsets[columns["user"] - FIRST]]
-    base = np.maximum(begin, last - length)  # `cutoff` counts from it
-    example, position = (axis[chosen] for axis in np.nonzero(there))
+    example, position = (axis[chosen] for axis in np.nonzero(columns["row"] >= 0))
     cutoff = columns["cutoff"][example, position]
-    sizes = np.where(cutoff > 0, (base - begin)[example] + cutoff, 0)
+    sizes = np.where(cutoff > 0, columns["skipped"][example] + cutoff, 0)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - begin[example], sizes)
     values = items.values[kept][places]

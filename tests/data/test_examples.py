@@ -121,8 +121,10 @@ def test_every_target_once_and_only_events_that_it_may_see(
                     ]
                     assert found == expected[len(expected) - len(found) :]
                     between = int((split == QUERY).sum()) if part == 0 else 0  # among the targets
-                    most = history - p + 1 - (1 if hide_ties else 0) - between
+                    most = history - p + 1 - between
                     assert len(found) >= min(len(expected), most)
+                    before = len(expected) - len(found)
+                    assert not found or block["skipped"][index] == before
                 assert set(split[tokens[tokens >= 0]].tolist()) <= may_see | {QUERY}
         assert sorted(seen) == np.flatnonzero(split == part).tolist()
 
