@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from mtrec_jax.tables.layout import DENSE, Layout, TableSize, make_layout, pool
 from mtrec_jax.types import FIRST, UNKNOWN, Array, Batch, Catalogue, PyTree, Wanted
 
 ITEM = "item"  # the items' own table, and the group that looks it up
+CUT = 5.0  # standard deviations at which numbers are cut off
 
 
 class Inputs(NamedTuple):
@@ -430,7 +432,7 @@ class SideFeatures(nnx.Module):
 
 def clipped(numbers: Array) -> jax.Array:
     """Standardised numbers, cut off at five standard deviations."""
-    return jnp.clip(jnp.asarray(numbers), -5, 5)
+    return jnp.clip(jnp.asarray(numbers), -CUT, CUT)
 
 
 def _numbers(inputs: Inputs, side: str, options: Any, dtype: jnp.dtype, rngs: nnx.Rngs) -> Any:
@@ -458,7 +460,11 @@ class ItemTower(nnx.Module):
         self.id_scale = id_scale
         self.group = inputs.layout.groups.get(own_name("item_features", whose), ())
         self.numbers = _numbers(inputs, "item", numbers, dtype, rngs)
-        width = inputs.layout.width
+        width, slots = inputs.layout.width, inputs.numbers["item"]
+        coded = inputs.coded.get("item", (False,) * len(slots))
+        self.most = tuple(  # of each number: vectors of texts are no standardised numbers
+            np.repeat([math.inf if code else CUT for code in coded], slots).tolist()
+        )
         size = len(self.group) * width + (self.numbers.outputs if self.numbers else 0)
         self.features = linear(size, width, dtype=dtype, rngs=rngs) if size else None
 
@@ -468,7 +474,10 @@ class ItemTower(nnx.Module):
         """Own rows [..., D], rows of features [..., M, D], their ids and numbers -> [..., D]."""
         if self.features is None:
             return own
-        parts = [] if self.numbers is None else [self.numbers(numbers.astype(own.dtype))]
+        parts = []
+        if self.numbers is not None:
+            most = jnp.broadcast_to(jnp.asarray(self.most, own.dtype), numbers.shape)
+            parts = [self.numbers(jnp.clip(numbers.astype(own.dtype), -most, most))]
         if rows is not None:
             pooled = pool(self.group, ids, rows)
             features = pooled.shape[-2] * pooled.shape[-1]  # there may be no items

@@ -27,6 +27,7 @@ from mtrec_jax.models.interests import Interests, nearest
 from mtrec_jax.models.layers import Thresholds, dropout, linear, normal, unit_length
 from mtrec_jax.models.members import Members, together
 from mtrec_jax.models.towers import TowerInput, TowerOutput, TowerSizes
+from mtrec_jax.models.views import View
 from mtrec_jax.tables.layout import pool
 from mtrec_jax.types import UNKNOWN, Array, Batch, Fusing, Outputs, UserStates
 
@@ -141,16 +142,14 @@ class Network(nnx.Module):
             states = jnp.broadcast_to(projected[:, None], (b, p, d))
             return UserStates(states, *features, none, none, cutoff)
         tokens, events, behaviour = self._tokens(batch, rows, jnp.asarray(events))
-        tokens = self._some(tokens, key)
+        there = jnp.asarray(batch.events["item"]) > 0
+        moments = _with_start(batch.events.get("moment"))
+        times = moments, self._asked(batch, moments, there)
+        there = there & self._kept(there, key)
+        tokens = jnp.where(there[..., None], tokens, 0)
         start = self.start[...][None] + projected
         # (B, 1 + L, D): state s has seen s events
-        known = jnp.pad(
-            jnp.asarray(batch.events["item"]) > 0, ((0, 0), (1, 0)), constant_values=True
-        )
-        moments = batch.events.get("moment")
-        if moments is not None:
-            moments = jnp.pad(jnp.asarray(moments), ((0, 0), (1, 0)), mode="edge")
-        times = moments, self._asked(batch, moments, known)
+        known = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
         past = Behaviour(jnp.concatenate([start[:, None], tokens], axis=1), known, *times)
         if hasattr(self.encoder, "at"):
             masked = batch.events.get("masked")
@@ -170,38 +169,37 @@ class Network(nnx.Module):
             states = states + self._to_each(numbers)[:, None]
         return UserStates(states, *features, events, tokens, cutoff)
 
-    def _some(self, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Tokens of the past [B, L, D] without those of events that training hides."""
+    def _kept(self, there: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Which events [B, L] training does not hide from the encoder."""
         rate = self.config.event_dropout
         if key is None or not rate:
-            return tokens
-        kept = dropout(
-            jnp.ones(tokens.shape[:2], self.dtype), rate, jax.random.fold_in(key, EVENTS)
-        )
-        return jnp.where(kept[..., None] > 0, tokens, 0)
+            return there
+        return jax.random.bernoulli(jax.random.fold_in(key, EVENTS), 1 - rate, there.shape)
 
-    def state_after(self, tokens: jax.Array, count: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The state [B, D] after the first `count` [B] of a stranger's events [B, L, D], of whose
-        times nothing is known; the interests side by side, if there are several."""
-        start = jnp.broadcast_to(self.start[...], (len(tokens), 1, tokens.shape[-1]))
-        known = jnp.arange(tokens.shape[1] + 1)[None] <= count[:, None]
-        past = Behaviour(jnp.concatenate([start, tokens], axis=1), known, None)
+    def state_after(self, view: View, key: jax.Array | None) -> jax.Array:
+        """The state [B, D] after a stranger's events; the interests side by side, if there are
+        several."""
+        start = jnp.broadcast_to(self.start[...], (len(view.tokens), 1, view.tokens.shape[-1]))
+        known = jnp.pad(view.there, ((0, 0), (1, 0)), constant_values=True)
+        past = Behaviour(
+            jnp.concatenate([start, view.tokens], axis=1), known, _with_start(view.moments)
+        )
         hidden = self.encoder(past, key)
         if self.interests is not None:
             hidden = self.interests(past.tokens, known, hidden)
-        return jnp.take_along_axis(hidden, count[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(hidden, view.size[:, None, None], axis=1)[:, 0]
 
     def _to_each(self, part: jax.Array) -> jax.Array:
         """What is added to each interest [..., D], as often as there are any."""
         return jnp.concatenate([part] * self.config.interests, axis=-1)
 
-    def _asked(self, batch: Batch, moments: jax.Array | None, known: jax.Array) -> jax.Array | None:
+    def _asked(self, batch: Batch, moments: jax.Array | None, there: jax.Array) -> jax.Array | None:
         """When what follows each token is asked for [B, S]: at the time of the query where there
-        is one and it has a time, else of the event that follows, else of the last event."""
+        is one and it has a time, else of the event that follows [B, L], else of the last event."""
         if "asked" not in self.inputs.places or moments is None:
             return None
         following = jnp.pad(moments[:, 1:], ((0, 0), (0, 1)))
-        follows = jnp.pad(known[:, 1:], ((0, 0), (0, 1)))
+        follows = jnp.pad(there, ((0, 0), (0, 1)))
         asked = side_of(self.inputs, batch, "asked")["ids"]
         places = jnp.zeros_like(moments)
         given = jax.vmap(lambda at, cutoff, time: at.at[cutoff].max(time))(
@@ -226,7 +224,6 @@ class Network(nnx.Module):
             # nothing of whether books were clicked.
             scale = self.config.width**0.5
             tokens = tokens * (1 + self.behaviour(behaviour * scale)) + behaviour
-        tokens = jnp.where((jnp.asarray(batch.events["item"]) > 0)[..., None], tokens, 0)
         return tokens * self.config.width**0.5, events, behaviour
 
     def outputs(
@@ -386,6 +383,11 @@ def tower_sizes(inputs: Inputs, context: int, request: int, d: int) -> TowerSize
         features=dict.fromkeys(inputs.read, d),
         own=tuple(name for name in inputs.own if name in inputs.tasks),
     )
+
+
+def _with_start(moments: Array | None) -> jax.Array | None:
+    """Times [B, L] with that of the start token, which is the first event's."""
+    return None if moments is None else jnp.pad(jnp.asarray(moments), ((0, 0), (1, 0)), mode="edge")
 
 
 def _paired(user: jax.Array, item: jax.Array) -> list[jax.Array]:

@@ -208,8 +208,8 @@ def _contrast_sum(
     drawn = jax.random.fold_in(jax.random.key(0) if key is None else key, CONTRAST_DRAW)
     states: list[jax.Array] = []
     for of_views, of_encoder in jax.random.split(drawn, (2, 2)):
-        tokens, left = views(options, shared.outcomes, count, of_views)
-        states.append(layers.state_after(tokens, left, None if key is None else of_encoder))
+        view = views(options, shared.outcomes, batch.events.get("moment"), count, of_views)
+        states.append(layers.state_after(view, None if key is None else of_encoder))
     one, other = states
     users = jnp.asarray(batch.user)
     loss = contrast_loss(one, other, users, _contrasted(batch), options.temperature)

@@ -203,17 +203,28 @@ def repeated(states: UserStates, count: int) -> UserStates:
     )
 
 
-def load_catalogue(prepared: Prepared, experiment: Experiment) -> Catalogue:
-    """The catalogue of a prepared folder as arrays by item id; new items are not in it."""
-    n = prepared.manifest.items
-    counts = prepared.items.column("count").to_numpy()[:n]
+def load_catalogue(prepared: Prepared, experiment: Experiment, draws: bool = True) -> Catalogue:
+    """The catalogue of a prepared folder as arrays by item id; new items are not in it.
+
+    Negatives are drawn from it by how often an item is what the retrieval has to find in training,
+    an item that never is as if once; without `draws` they are all alike, which needs no counting.
+    """
+    m, power = prepared.manifest, experiment.train.negatives.power if draws else 0.0
+    counts = prepared.items.column("count").to_numpy()[: m.items]
+    chosen = [n for n, t in experiment.tasks.items() if t.kind == "retrieval" and t.where]
+    if power and chosen:
+        counts = np.zeros(m.items, np.int64)
+        for block in prepared.blocks("train", ["candidate", f"label_{chosen[0]}"]):
+            found = block["candidate"][~np.isnan(block[f"label_{chosen[0]}"])]
+            counts += np.bincount(found[found >= FIRST] - FIRST, minlength=m.items)
+        counts = np.maximum(counts, 1)
     return make_catalogue(
-        {part: table[: n + FIRST] for part, table in prepared.catalogue().items()},
+        {part: table[: m.items + FIRST] for part, table in prepared.catalogue().items()},
         counts,
-        prepared.manifest.trained_items,
-        experiment.train.negatives.power,
+        m.trained_items,
+        power,
         experiment.train.precision,
-        prepared.item_rows()[: n + FIRST],
+        prepared.item_rows()[: m.items + FIRST],
     )
 
 
@@ -222,7 +233,7 @@ def prepared_serving(
 ) -> Serving:
     """Model and catalogue of an experiment, compiled to answer."""
     model = make_model(experiment, prepared.manifest)
-    catalogue = load_catalogue(prepared, experiment)
+    catalogue = load_catalogue(prepared, experiment, draws=False)
     placed = replicate(catalogue, mesh) if mesh else catalogue
     return make_serving(experiment, prepared.manifest, model, placed, mesh)
 

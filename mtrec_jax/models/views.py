@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from pydantic import Field
 
 from mtrec_jax.models.layers import unit_length
+from mtrec_jax.types import Array
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 VIEWS = ("crop", "mask", "reorder", "drop")
@@ -36,18 +37,32 @@ class Contrast:
         return tuple(name for name in VIEWS if getattr(self, name))
 
 
+class View(NamedTuple):
+    """Altered histories."""
+
+    tokens: jax.Array  # [B, L, D]; 0 where a place is empty
+    there: jax.Array  # [B, L] bool: events that are seen
+    moments: Array | None  # [B, L]: their times
+    size: jax.Array  # [B]: places up to the last event, the empty ones included
+
+
 def views(
-    options: Contrast, tokens: jax.Array, count: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    options: Contrast,
+    tokens: jax.Array,
+    moments: Array | None,
+    count: jax.Array,
+    key: jax.Array,
+) -> View:
     """One altered view of each history.
 
     Args:
       options: the ways, of which each history is altered in one, drawn evenly.
       tokens: [B, L, D], of which the first `count` [B] of each are events.
+      moments: [B, L] times of events, which go with them; None: there are none.
       key: of the draws.
 
     Returns:
-      Tokens [B, L, D], and how many of each are events [B]; at least one where there was one.
+      The view, of at least one place where there was an event.
     """
     b, length = tokens.shape[:2]
     of_way, of_start, of_event = jax.random.split(key, 3)
@@ -72,8 +87,10 @@ def views(
             kept = kept & ((event >= share) | (event == most) | ~chosen)
     order = jnp.argsort(jnp.where(kept, keys, length), axis=1)
     left = jnp.sum(kept, axis=1)
-    taken = jnp.take_along_axis(jnp.where(hidden[..., None], 0, tokens), order[..., None], axis=1)
-    return jnp.where((place < left[:, None])[..., None], taken, 0), left
+    seen = (place < left[:, None]) & ~jnp.take_along_axis(hidden, order, axis=1)
+    taken = jnp.take_along_axis(tokens, order[..., None], axis=1)
+    times = None if moments is None else jnp.take_along_axis(jnp.asarray(moments), order, axis=1)
+    return View(jnp.where(seen[..., None], taken, 0), seen, times, left)
 
 
 def contrast_loss(

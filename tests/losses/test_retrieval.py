@@ -215,12 +215,11 @@ def test_the_partition_and_its_gradient_are_those_of_the_full_softmax(kind: str)
     if hasattr(options, "rate"):
         options = type(options)(**{**vars(options), "rate": 1e-6})
     pool = Pool(_catalogue(options.power, _in_batch()), N, BATCH, THERE)
-    start = state_before(options, N)
-    if kind == "queue":  # one that is full
-        start = options.draw(pool, start, jax.random.key(9))[1]
-        assert (np.asarray(start["queue"]) > 0).sum() == 32
 
     def partition(vectors: jax.Array, key: jax.Array) -> jax.Array:
+        start = state_before(options, N)
+        if kind == "queue":  # half of it is old
+            start = options.draw(pool, start, jax.random.fold_in(key, 2))[1]
         drawn, _ = options.draw(pool, start, key)
         assert drawn.ids.shape == (size_of(options, N),)
 
@@ -243,8 +242,6 @@ def test_the_partition_and_its_gradient_are_those_of_the_full_softmax(kind: str)
     value, gradient = jax.value_and_grad(exact)(VECTORS)
     draws = 1 if kind == "all" else 3000
     found = both(jax.random.split(jax.random.key(1), draws))
-    if kind == "queue":  # the half that is old is one and the same in all draws
-        return
     for of_draws, true in zip(found, (value, gradient), strict=True):
         mean, spread = np.asarray(of_draws).mean(axis=0), np.asarray(of_draws).std(axis=0)
         error = spread / np.sqrt(draws) + 1e-5 * float(np.abs(true).max())
@@ -267,9 +264,7 @@ def test_gaps_recover_a_popularity_that_counts_do_not_know(options: Any) -> None
         state, (ids, expected) = stepped(state, key)
     share = _in_batch() / _in_batch().sum()
     known = np.asarray(ids) - FIRST
-    np.testing.assert_allclose(
-        expected, np.log(len(ids) * share[known]), atol=0.5, err_msg="within a moving average"
-    )
+    np.testing.assert_allclose(expected, np.log(len(ids) * share[known]), atol=0.02)
     errors = np.asarray(expected) - np.log(len(ids) * share[known])
     assert np.abs(errors.mean()) < 0.15
     assert not np.allclose(share, 0.1, atol=0.03)

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mtrec_jax.models.inputs import Inputs, SideFeatures, make_inputs
+from mtrec_jax.models.inputs import Inputs, ItemTower, SideFeatures, make_inputs
 from mtrec_jax.models.numbers import NumberSizes
 from mtrec_jax.models.numbers.linear import LinearNumbers
 from mtrec_jax.models.numbers.periodic import PeriodicNumbers
+from mtrec_jax.models.numbers.plain import PlainNumbers
 from mtrec_jax.tables.layout import make_layout
 from tests import tiny
 
@@ -73,3 +74,17 @@ def test_features_of_a_moment_hold_their_numbers_embedded_and_cut_off() -> None:
     np.testing.assert_allclose(found[1, 2], expected, rtol=1e-6)
     assert expected.any()
     assert (side.outputs, side.fields) == (4, 1)
+
+
+def test_numbers_of_an_item_are_cut_off_and_vectors_of_its_text_are_not() -> None:
+    layout = make_layout({}, {}, width=4)
+    inputs = Inputs(layout, {"item": (1, 2)}, (), {}, {}, None, {}, False, False, 0, {})
+    inputs = inputs._replace(coded={"item": (False, True)})
+    tower = ItemTower(inputs, 1.0, PlainNumbers(), dtype=FLOAT, rngs=nnx.Rngs(1))
+    own, ids = jnp.zeros((3, 4)), jnp.zeros((3, 0), jnp.int32)
+    numbers = jnp.array([[5.0, 7.0, 0.0], [-2.0, 7.0, 0.0], [900.0, 7.0, 0.0]])
+    found = tower(own, None, ids, numbers)
+    np.testing.assert_array_equal(found[0], found[2])
+    assert tower.features is not None
+    kernel, bias = (np.asarray(part[...]) for part in (tower.features.kernel, tower.features.bias))
+    np.testing.assert_allclose(found[1], [-2, 7, 0] @ kernel + bias, rtol=1e-5)

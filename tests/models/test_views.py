@@ -18,9 +18,14 @@ def _views(name: str, share: float) -> list[list[int]]:
     there = np.arange(LENGTH) < COUNTS[:, None]
     tokens = np.where(there, np.arange(LENGTH) + 1, 0).astype(np.float32)[..., None]
     options = Contrast(**(OFF | {name: share}))
-    found, left = views(options, jnp.asarray(tokens), jnp.asarray(COUNTS), jax.random.key(1))
-    rows, sizes = np.asarray(found)[..., 0].astype(int), np.asarray(left)
+    times = jnp.asarray(tokens[..., 0], jnp.int32) * 60
+    given = jnp.asarray(tokens), times, jnp.asarray(COUNTS), jax.random.key(1)
+    found = views(options, *given)
+    rows, sizes = np.asarray(found.tokens)[..., 0].astype(int), np.asarray(found.size)
     assert not rows[np.arange(LENGTH) >= sizes[:, None]].any()
+    np.testing.assert_array_equal(found.there, rows > 0)
+    assert found.moments is not None
+    np.testing.assert_array_equal(np.asarray(found.moments)[rows > 0], rows[rows > 0] * 60)
     return [row[:size].tolist() for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -57,9 +62,9 @@ def test_a_stretch_is_shuffled_and_all_else_stays() -> None:
 def test_each_way_is_taken_by_some() -> None:
     there = (np.arange(LENGTH) < 10).astype(np.float32)
     tokens = jnp.asarray(np.tile(there * (np.arange(LENGTH) + 1), (200, 1))[..., None])
-    given = tokens, jnp.full(200, 10), jax.random.key(0)
-    rows, left = (np.asarray(part) for part in views(Contrast(drop=0.5), *given))
-    rows = rows[..., 0]
+    given = tokens, None, jnp.full(200, 10), jax.random.key(0)
+    found = views(Contrast(drop=0.5), *given)
+    rows, left = np.asarray(found.tokens)[..., 0], np.asarray(found.size)
     cropped = (left == 6) & (np.diff(rows[:, :6], axis=1) == 1).all(axis=1)
     masked = (left == 10) & (rows[:, :10] == 0).any(axis=1)
     shuffled = (left == 10) & (np.diff(rows[:, :10], axis=1) < 0).any(axis=1) & ~masked

@@ -19,8 +19,8 @@ Rate = Annotated[float, Field(gt=0, lt=1)]
 @dataclass(frozen=True, kw_only=True)
 class FromBatch:
     """`[train.negatives] kind = "batch"`: next items of positions of the same batch, which follow
-    the popularity of the stream. How often each is expected is estimated from the gaps between its
-    draws (Yi et al., RecSys 2019), and begins with the training counts."""
+    the popularity of the stream. How often each is expected is estimated from how far apart it is a
+    next item in the stream (Yi et al., RecSys 2019), and begins with the training counts."""
 
     kind: Literal["batch"] = "batch"
     count: Count = 512
@@ -34,7 +34,7 @@ class FromBatch:
     def draw(self, pool: Pool, state: State, key: jax.Array) -> tuple[Drawn, State]:
         """Positions with replacement."""
         ids = from_batch(pool, self.count, key)
-        state = with_gaps(state, pool, ids, self.rate)
+        state = with_gaps(state, pool, self.rate)
         return Drawn(ids, log_frequency(state, pool, ids) + jnp.log(float(self.count))), state
 
 
@@ -65,35 +65,34 @@ class Queue:
         """The oldest part makes room for positions of this batch, drawn with replacement."""
         fresh = from_batch(pool, self._fresh, key)
         ids = jnp.concatenate([fresh, state["queue"][: -self._fresh]])
-        state = with_gaps(state, pool, fresh, self.rate) | {"queue": ids}
+        state = with_gaps(state, pool, self.rate) | {"queue": ids}
         filled = jnp.maximum(jnp.sum(ids > 0), 1).astype(jnp.float32)
         return Drawn(ids, log_frequency(state, pool, ids) + jnp.log(filled)), state
 
 
 def first_gaps(items: int) -> State:
-    """Of an item: the draw at which it came last, the mean number of draws between two, and how
-    many gaps that is of."""
+    """Of an item: how many next items there were when it came last, and the mean number of them
+    from one time that it comes to the next."""
     size = items + FIRST
     return {
-        "draws": jnp.zeros((), jnp.uint32),
+        "met": jnp.zeros((), jnp.uint32),
         "last": jnp.zeros(size, jnp.uint32),
         "gap": jnp.zeros(size, jnp.float32),
     }
 
 
-def with_gaps(state: State, pool: Pool, ids: jax.Array, rate: float) -> State:
-    """The moving averages after `ids` [n] were drawn. An item that comes c times has c gaps, all
-    of the same length; one that comes for the first time takes the place of its training count."""
-    drawn = jnp.sort(ids)
-    times = jnp.searchsorted(drawn, ids, side="right") - jnp.searchsorted(drawn, ids)
-    now = state["draws"] + jnp.uint32(len(ids))  # wraps around, as its differences do
+def with_gaps(state: State, pool: Pool, rate: float) -> State:
+    """The moving averages after the next items of a batch. An item that comes c times has c gaps,
+    all of the same length; one that comes for the first time takes that of its training count."""
+    ids = jnp.sort(jnp.where(pool.there > 0, pool.positives, 0).reshape(-1))
+    times = jnp.searchsorted(ids, ids, side="right") - jnp.searchsorted(ids, ids)
+    now = state["met"] + jnp.sum(ids > 0).astype(jnp.uint32)  # wraps around, as differences do
     before = jnp.where(state["gap"][ids] > 0, state["gap"][ids], _counted_gap(pool, ids))
     gap = (now - state["last"][ids]).astype(jnp.float32) / times
-    seen = (state["last"][ids] > 0) | (state["gap"][ids] > 0)
     left = (1 - rate) ** times.astype(jnp.float32)
-    mean = jnp.where(seen, left * before + (1 - left) * gap, before)
+    mean = jnp.where(state["gap"][ids] > 0, left * before + (1 - left) * gap, before)
     return state | {
-        "draws": now,
+        "met": now,
         "last": state["last"].at[ids].set(now),
         "gap": state["gap"].at[ids].set(mean),
     }

@@ -35,7 +35,7 @@ class Mixed:
         one, other = jax.random.split(key)
         count = min(self.count - 1, max(1, round(self.share * self.count)))
         taken = from_batch(pool, count, one)
-        state = with_gaps(state, pool, taken, self.rate)
+        state = with_gaps(state, pool, self.rate)
         rest = uniform(pool, self.count - count, other)
         ids = jnp.concatenate([taken, rest.ids])
         of_batch = log_frequency(state, pool, ids) + jnp.log(float(count))
