@@ -699,15 +699,13 @@ def _train(e: Experiment) -> Iterator[str]:
             f"train.length_buckets: {train.length_buckets} for histories of {e.data.length}; at "
             "most one shape a place, and without histories 1"
         )
-    shown = getattr(train.retrieval, "shown", "")
-    retrieval = [task for task in e.tasks.values() if task.kind == "retrieval"]
-    if shown and retrieval and not retrieval[0].where:
+    yield from _shown_too(e)
+    batches = getattr(train.negatives, "batches", 1)
+    if getattr(train.negatives, "count", 0) % batches:
         yield (
-            "train.retrieval.shown: every event is one that the retrieval is to find, so nothing "
-            "was passed over; set tasks.NAME.where of it to a binary task, such as 'click'"
+            f"train.negatives.count: {train.negatives.count} is no multiple of "
+            f"train.negatives.batches = {batches}, each of which brings an equal part"
         )
-    if shown == "request" and not e.data.hide_ties:
-        yield "train.retrieval.shown: 'request' needs data.hide_ties = true; or take 'user'"
     if e.model.learn_temperature and not getattr(train.retrieval, "has_temperature", True):
         yield (
             f"model.learn_temperature: a loss of kind '{train.retrieval.kind}' has no temperature; "
@@ -715,6 +713,33 @@ def _train(e: Experiment) -> Iterator[str]:
         )
     if not e.split.validates:
         yield from _unjudged(e)
+
+
+def _shown_too(e: Experiment) -> Iterator[str]:
+    """What tells the events that were shown and passed over."""
+    shown, key = getattr(e.train.retrieval, "shown", ""), "train.retrieval.shown"
+    retrieval = [(name, task) for name, task in e.tasks.items() if task.kind == "retrieval"]
+    if not shown or not retrieval:
+        return
+    name, task = retrieval[0]
+    if not task.where and e.left_out:
+        yield (
+            f"{key}: what was passed over has a 0 in the binary task that tasks.{name}.where "
+            "names, and without it nothing was; choose this task too, if there is one, or remove "
+            "the option"
+        )
+    elif not task.where:
+        yield (
+            f"{key}: every event is one that the retrieval is to find, so nothing was passed over; "
+            f"set tasks.{name}.where to a binary task, such as 'click'"
+        )
+    if hasattr(e.model.encoder, "share"):
+        yield (
+            f"{key}: kind '{e.model.encoder.kind}' of model.encoder learns hidden events alone, "
+            "and hardly any of them was passed over; remove the option, or use 'transformer'"
+        )
+    if shown == "request" and not e.data.hide_ties:
+        yield f"{key}: 'request' needs data.hide_ties = true; or take 'user'"
 
 
 def _unjudged(e: Experiment) -> Iterator[str]:

@@ -366,6 +366,17 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             {"train": {"retrieval": {"kind": "softmax", "shown": "user"}}},
             "train.retrieval.shown: every event is one that the retrieval is to find",
         ),
+        (
+            {
+                "train": {"retrieval": {"kind": "softmax", "shown": "user"}},
+                "model": {"encoder": "bert4rec"},
+            },
+            "train.retrieval.shown: kind 'bert4rec' of model.encoder learns hidden events alone",
+        ),
+        (
+            {"train": {"negatives": {"kind": "queue", "count": 10, "batches": 4}}},
+            "train.negatives.count: 10 is no multiple of train.negatives.batches = 4",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(sections: dict[str, Any], problem: str) -> None:

@@ -237,16 +237,20 @@ def _compared(
         scale=scale,
         weights=there * _weight(batch, name),
         items=inputs.trained,
-        shown=_shown(getattr(experiment.train.retrieval, "shown", ""), there, batch),
+        shown=passed_over(experiment, name, there, batch),
     )
 
 
-def _shown(of: str, there: jax.Array, batch: Batch) -> jax.Array | None:
+def passed_over(
+    experiment: Experiment, name: str, there: jax.Array, batch: Batch
+) -> jax.Array | None:
     """[B, P, P]: whether position p was shown the candidate of p' as well, and nobody took it."""
+    of = getattr(experiment.train.retrieval, "shown", "")
     if not of:
         return None
     candidate, cutoff = jnp.asarray(batch.candidate), jnp.asarray(batch.cutoff)
-    passed = (jnp.asarray(batch.weight) > 0) & (there == 0) & (candidate >= FIRST)
+    judged = jnp.asarray(batch.mask[experiment.tasks[name].where]) > 0
+    passed = judged & (jnp.asarray(batch.weight) > 0) & (there == 0) & (candidate >= FIRST)
     shown = passed[:, None] & (candidate[:, :, None] != candidate[:, None])
     return shown & (cutoff[:, :, None] == cutoff[:, None]) if of == "request" else shown
 

@@ -211,11 +211,11 @@ def load_catalogue(prepared: Prepared, experiment: Experiment, draws: bool = Tru
     """
     m, power = prepared.manifest, experiment.train.negatives.power if draws else 0.0
     counts = prepared.items.column("count").to_numpy()[: m.items]
-    chosen = [n for n, t in experiment.tasks.items() if t.kind == "retrieval" and t.where]
-    if power and chosen:
-        counts = np.zeros(m.items, np.int64)
-        for block in prepared.blocks("train", ["candidate", f"label_{chosen[0]}"]):
-            found = block["candidate"][~np.isnan(block[f"label_{chosen[0]}"])]
+    retrieval = [name for name, task in experiment.tasks.items() if task.kind == "retrieval"]
+    if power and retrieval and prepared.wanted:
+        counts, label = np.zeros(m.items, np.int64), f"label_{retrieval[0]}"
+        for block in prepared.blocks("train", ["candidate", label]):
+            found = block["candidate"][~np.isnan(block[label])]
             counts += np.bincount(found[found >= FIRST] - FIRST, minlength=m.items)
         counts = np.maximum(counts, 1)
     return make_catalogue(

@@ -17,7 +17,7 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.negatives.contract import items_drawn
 from mtrec_jax.models.layers import lecun_normal
 from mtrec_jax.models.model import Model, make_catalogue, make_model
-from mtrec_jax.models.objective import states_of
+from mtrec_jax.models.objective import passed_over, states_of
 from mtrec_jax.tables.layout import initial_stacks, spread
 from mtrec_jax.tables.lookup import fetch, find
 from mtrec_jax.types import FIRST, UNKNOWN, Batch, Outputs, PyTree, UserStates
@@ -364,3 +364,26 @@ def test_what_the_moment_says_of_the_target_must_not_stand_beside_other_candidat
     experiment = tiny.experiment(features=features)
     with pytest.raises(ConfigError, match=r"hour: column 'item' is the target's own item"):
         make_model(experiment, tiny.manifest())
+
+
+@pytest.mark.parametrize(("of", "expected"), [("user", [(0, 1), (2, 1)]), ("request", [(0, 1)])])
+def test_what_is_passed_over_was_shown_and_its_label_is_known(
+    of: str, expected: list[tuple[int, int]]
+) -> None:
+    """Positions: taken, passed over, taken at another time, without a label, padding."""
+    clicks = {"next": {"kind": "retrieval", "where": "click"}, "click": {"kind": "binary"}}
+    train = {"retrieval": {"kind": "softmax", "shown": of}}
+    declared = tiny.experiment(tasks=clicks, train=train, data={"hide_ties": True})
+    given = tiny.batch(0, size=1)._replace(
+        candidate=np.array([[5, 6, 7, 8, 0]], np.int32),
+        cutoff=np.array([[2, 2, 3, 3, 0]], np.int32),
+        weight=np.array([[1, 1, 1, 1, 0]], np.float32),
+        mask={
+            "next": np.array([[1, 0, 1, 0, 0]], np.float32),
+            "click": np.array([[1, 1, 1, 0, 0]], np.float32),
+        },
+    )
+    found = passed_over(declared, "next", jnp.asarray(given.mask["next"]), given)
+    assert found is not None
+    pairs = [(p, q) for p, q in np.argwhere(np.asarray(found)[0]).tolist() if p in (0, 2)]
+    assert pairs == expected
