@@ -348,6 +348,7 @@ class Published:
     source: str
     split: Literal["validation", "test"] = "test"
     protocol: str = ""  # hash of the protocol it was measured by; "": said to be the same
+    under: dict[str, str] = field(default_factory=dict)  # {rule of the protocol: as it was}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -578,6 +578,13 @@ def test_selection_knows_which_way_is_better() -> None:
     assert selection(parse_experiment(first_k))[:2] == ((("next", "ndcg@5"),), True)
 
 
+def test_a_published_figure_names_rules_that_there_are() -> None:
+    figure = {"name": "a", "task": "next", "metrics": {"ndcg@10": 0.1}, "source": "b"}
+    values = LEAST | {"published": [figure, figure | {"under": {"splits": "time"}}]}
+    with pytest.raises(ConfigError, match=r"published\[1\]\.under: 'splits' is no rule"):
+        parse_experiment(values)
+
+
 def test_every_experiment_that_can_be_written_can_be_read_again() -> None:
     """Optional parts are left out of TOML, which knows no null."""
     values = with_keys(

@@ -99,7 +99,8 @@ def collect(
     mask, last = candidates_of(experiment, prepared), last_targets(experiment, prepared, split)
     widest = 0 if seen is None else int(np.diff(seen.offsets).max(initial=0))
     parts: list[Collected] = []
-    for batch in _own_batches(experiment, prepared, serving, split):
+    alone = last if len(experiment.tasks) == 1 and serving.mesh is None else None
+    for batch in _own_batches(experiment, prepared, serving, split, alone):
         states = serving.states(params, tables, vectors, batch)
         part = _predicted(batch, serving.answer(own_params, states, own_vectors, batch.candidate))
         r, p = np.nonzero(np.asarray(batch.weight) > 0)
@@ -134,7 +135,8 @@ def collect(
                     if ways.length:  # by cosine, as ranks are: no fewer than metrics look at
                         part.lists[retrieval][chosen] = found[: len(chosen), : ways.length]
         parts.append(part)
-    return _in_file_order(parts)
+    asked = _in_file_order(parts)
+    return asked if alone is None else _among_all(asked, prepared.interactions(split), alone)
 
 
 def candidates_of(experiment: Experiment, prepared: Prepared) -> np.ndarray | None:
@@ -195,18 +197,72 @@ def people(user: np.ndarray) -> np.ndarray:
 
 
 def _own_batches(
-    experiment: Experiment, prepared: Prepared, serving: Serving, split: str
+    experiment: Experiment,
+    prepared: Prepared,
+    serving: Serving,
+    split: str,
+    alone: np.ndarray | None,
 ) -> Iterator[Batch]:
-    """This process's batches of a split; the processes take turns and have equally many."""
+    """This process's batches of a split, without targets of other rows than those that are asked
+    for alone; the processes take turns and have equally many."""
     devices = 1 if serving.mesh is None else serving.mesh.size // processes.count()
     size = -(-experiment.evaluate.batch_size // devices) * devices
     config = experiment.train
     source = BatchSource(
         prepared, split, size, dtype=config.precision, timeout=config.input_timeout
     )
+    if alone is not None:
+        yield from _together(source, alone, size)
+        return
     for first in range(0, len(source), processes.count()):
         number = first + processes.index()
         yield source[number] if number < len(source) else source.empty(size)
+
+
+def _together(source: BatchSource, rows: np.ndarray, size: int) -> Iterator[Batch]:
+    """Full batches of the examples of these rows, the last one filled up."""
+    kept = source.empty(0)
+    for number in range(len(source)):
+        batch = source[number]
+        chosen = np.flatnonzero(np.isin(np.asarray(batch.row), rows).any(axis=1))
+        kept = _one_after(kept, _cut(batch, chosen))
+        if len(kept.user) >= size:
+            yield _cut(kept, slice(size))
+            kept = _cut(kept, slice(size, None))
+    yield _one_after(kept, source.empty(size - len(kept.user)))
+
+
+def _cut(batch: Batch, chosen: np.ndarray | slice) -> Batch:
+    cut: Batch = jax.tree.map(lambda array: array[chosen], batch)
+    return cut
+
+
+def _one_after(first: Batch, second: Batch) -> Batch:
+    both: Batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), first, second)
+    return both
+
+
+def _among_all(found: Collected, every: dict[str, np.ndarray], alone: np.ndarray) -> Collected:
+    """What was asked for some rows alone in its place among all targets of the split; of the others
+    nothing is predicted."""
+    asked = np.isin(every["row"], alone)
+
+    def spread(values: np.ndarray, rest: Any) -> np.ndarray:
+        whole = np.full((len(asked), *values.shape[1:]), rest, values.dtype)
+        whole[asked] = values
+        return whole
+
+    return Collected(
+        user=every["user"],
+        candidate=every["candidate"],
+        labels={n: every[f"label_{n}"] for n in found.labels},
+        logits={n: spread(v, np.nan) for n, v in found.logits.items()},
+        fused=spread(found.fused, np.nan),
+        retrieved=spread(found.retrieved, False),
+        ranks=spread(found.ranks, ABSENT),
+        order_ranks={n: spread(v, ABSENT) for n, v in found.order_ranks.items()},
+        lists={n: spread(v, -1) for n, v in found.lists.items()},
+    )
 
 
 def _predicted(batch: Batch, answer: Answer) -> Collected:

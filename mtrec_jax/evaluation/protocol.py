@@ -59,6 +59,16 @@ class Protocol:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
+    def other_than(self, under: Mapping[str, str]) -> dict[str, str]:
+        """Those of the rules that are other ones here: {name: value here}.
+
+        >>> rules = Protocol(data="", split="time", validation=0, test=0.1, order="time",
+        ...                  past="rolling")
+        >>> rules.other_than({"split": "leave_one_out", "order": "time"})
+        {'split': 'time'}
+        """
+        return {n: str(getattr(self, n)) for n, v in under.items() if str(getattr(self, n)) != v}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the sentence and the hash."""
         return {"sentence": str(self), "hash": self.hash, **dataclasses.asdict(self)}

@@ -488,6 +488,10 @@ def test_of_each_user_the_last_target_alone_is_ranked(shop_run: Run, serving: Se
         more += len(own) > 1
     assert np.flatnonzero(found.retrieved).tolist() == sorted(expected)
     assert more > 5
+    one = replace(last, tasks={n: t for n, t in last.tasks.items() if t.kind == "retrieval"})
+    alone = collect(one, *parts)  # others are not even encoded
+    np.testing.assert_array_equal(alone.ranks, found.ranks)
+    np.testing.assert_array_equal(np.isnan(alone.fused), ~found.retrieved)
 
 
 @pytest.mark.parametrize(("positions", "where"), [(0, ""), (3, "click"), (1, "")])

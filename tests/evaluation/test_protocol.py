@@ -132,11 +132,11 @@ def test_other_labels_are_another_protocol(
 def test_a_published_figure_of_another_protocol_says_so(
     shop_experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def shown(protocol: str) -> str:
-        paper = Published(
-            name="Paper", task="click", metrics={"auc": 0.9}, source="Table 3", protocol=protocol
-        )
+    def shown(protocol: str, **under: str) -> str:
+        told: dict[str, Any] = {"source": "Table 3", "protocol": protocol, "under": under}
+        paper = Published(name="Paper", task="click", metrics={"auc": 0.9}, **told)
         tasks: dict[str, dict[str, float]] = {name: {} for name in shop_experiment.tasks}
+        tasks["click"] = {"auc": 0.75}
         made = Evaluation(split="test", protocol=RULES, fingerprint="", tasks=tasks)
         print_evaluation(replace(shop_experiment, published=(paper,)), made)
         return " ".join(capsys.readouterr().out.split())
@@ -146,6 +146,11 @@ def test_a_published_figure_of_another_protocol_says_so(
         "0123abcd"
     )
     assert f"[protocol {RULES.hash}]" in shown("")
+    same, other = shown("", split=RULES.split), shown("", split="time", ranked="all")
+    assert "published, test split: Paper" in same
+    assert "0.9000" in same
+    assert f"under other rules (split time, here {RULES.split}): Paper" in other
+    assert "0.9000" not in other
 
 
 def evaluation_of(**values: Any) -> Evaluation:
