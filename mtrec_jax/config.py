@@ -338,6 +338,16 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Rules of a protocol that a published figure was measured by; "": nothing is said of it."""
+
+    __pydantic_config__ = _STRICT
+    split: str = ""  # as `split.kind`
+    ranked: Literal["", "all", "last"] = ""  # as `evaluate.targets`
+    query_time: Literal["", "unknown", "known"] = ""  # to the retrieval
+
+
+@dataclass(frozen=True, kw_only=True)
 class Published:
     """A figure from the literature under the same protocol, printed as such beside our own."""
 
@@ -348,7 +358,7 @@ class Published:
     source: str
     split: Literal["validation", "test"] = "test"
     protocol: str = ""  # hash of the protocol it was measured by; "": said to be the same
-    under: dict[str, str] = field(default_factory=dict)  # {rule of the protocol: as it was}
+    under: Rules | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

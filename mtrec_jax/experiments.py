@@ -29,7 +29,6 @@ from mtrec_jax.config import (
 )
 from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.evaluation.metrics import metric_named, metrics_of
-from mtrec_jax.evaluation.protocol import Protocol
 from mtrec_jax.losses.lists import LISTS
 from mtrec_jax.losses.tasks import KINDS, labelled
 from mtrec_jax.models.fusions.multiplicative import Multiplicative
@@ -314,7 +313,6 @@ def check(experiment: Experiment, trained: bool = True) -> None:
     ]  # fmt: skip
     if trained and not problems:
         problems += _selection(e)
-        problems += _published(e)
     if problems:
         raise ConfigError(f"experiment '{e.name}':\n" + "\n".join(f"  {p}" for p in problems))
 
@@ -742,18 +740,6 @@ def _shown_too(e: Experiment) -> Iterator[str]:
         )
     if shown == "request" and not e.data.hide_ties:
         yield f"{key}: 'request' needs data.hide_ties = true; or take 'user'"
-
-
-def _published(e: Experiment) -> Iterator[str]:
-    """Rules that no protocol has."""
-    rules = [field.name for field in dataclasses.fields(Protocol)]
-    for number, figure in enumerate(e.published):
-        for name in figure.under:
-            if name not in rules:
-                yield (
-                    f"published[{number}].under: '{name}' is no rule of a protocol; there are "
-                    f"{', '.join(rules)}.{nearest(name, rules)}"
-                )
 
 
 def _unjudged(e: Experiment) -> Iterator[str]:

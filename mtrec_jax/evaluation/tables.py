@@ -244,8 +244,8 @@ def _task_table(experiment: Experiment, evaluation: Evaluation, task: str) -> Re
             rows.append((name, [_number(metrics.get(f"{task}/{c}")) for c in columns], ""))
     notes = []
     for published in (p for p in experiment.published if p.task == task):
-        if others := evaluation.protocol.other_than(published.under):
-            rules = ", ".join(f"{n} {published.under[n]}, here {v}" for n, v in others.items())
+        if published.under and (others := evaluation.protocol.other_than(published.under)):
+            rules = ", ".join(f"{n} {there}, here {here}" for n, (there, here) in others.items())
             notes.append(f"published under other rules ({rules}): {published.name}")
             continue
         values = [_number(published.metrics.get(c)) for c in columns]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from mtrec_jax.config import Experiment, Published
+from mtrec_jax.config import Experiment, Published, Rules
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.errors import ConfigError
 from mtrec_jax.evaluation.evaluate import Evaluation
@@ -132,8 +132,8 @@ def test_other_labels_are_another_protocol(
 def test_a_published_figure_of_another_protocol_says_so(
     shop_experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def shown(protocol: str, **under: str) -> str:
-        told: dict[str, Any] = {"source": "Table 3", "protocol": protocol, "under": under}
+    def shown(protocol: str, **under: Any) -> str:
+        told: dict[str, Any] = {"source": "Table 3", "protocol": protocol, "under": Rules(**under)}
         paper = Published(name="Paper", task="click", metrics={"auc": 0.9}, **told)
         tasks: dict[str, dict[str, float]] = {name: {} for name in shop_experiment.tasks}
         tasks["click"] = {"auc": 0.75}
