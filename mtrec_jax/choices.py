@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,6 +80,9 @@ class Choice:
             hint = nearest(str(kind), known) or " A class of your own comes with extensions=[…]"
             raise _problem(f"{kind!r} is not one of {names}.{hint}")
         _check_keys(known, kind, value)
+        for key, number in value.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise _problem(f"{key} must be a finite number, not {number!r}")
         return _adapter(known[kind]).validate_python({**value, "kind": kind}, context=info.context)
 
 
@@ -136,6 +140,7 @@ def _explained(error: Any, options: Any) -> str:
         "greater_than_equal": "must be {ge:g} or more",
         "less_than": "must be below {lt:g}",
         "less_than_equal": "must be {le:,} or less",
+        "finite_number": "must be a finite number",
         "dataclass_type": "must be a table",
         "too_short": "at least {min_length} needed",
     }

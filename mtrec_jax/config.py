@@ -40,7 +40,7 @@ from mtrec_jax.models.towers import TOWERS
 from mtrec_jax.models.towers.mmoe import MMoE
 from mtrec_jax.models.views import Contrast
 
-_STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
 _ALONE = BeforeValidator(kind_alone)  # its kind alone will do
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -49,7 +49,7 @@ Positive = Annotated[float, Field(gt=0)]
 Part = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Worth = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Worth = Annotated[float, Field(ge=0)]
 ANY = "any"  # of `evaluate.seen`: every event
 COLD_USERS, COLD_ITEMS = "cold_users", "cold_items"  # of `evaluate.segments`: new to training
 Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -445,6 +446,12 @@ def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
         ("split.fold_in", 1.0, "split.fold_in: must be below 1, not 1.0"),
         ("evaluate.ks", [], "evaluate.ks: at least 1 needed, not []"),
         ("evaluate.ks", [0], "evaluate.ks.0: must be 1 or more, not 0"),
+        ("train.clip_norm", math.inf, "train.clip_norm: must be a finite number, not inf"),
+        (
+            "train.negatives",
+            {"kind": "popular", "power": math.nan},
+            "train.negatives: power must be a finite number, not nan",
+        ),
     ],
 )
 def test_a_value_out_of_its_bounds_is_refused(key: str, value: Any, problem: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from mtrec_jax import choices
-from mtrec_jax.arguments import a_whole_number
+from mtrec_jax.arguments import a_whole_number, instance
 from mtrec_jax.baselines import BASELINES, Predicts, Ranks
 from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
@@ -117,8 +117,13 @@ def fit_baseline(
         or an instance, also of a class of your own.
 
     Raises:
-      ConfigError: there is no such baseline or option.
+      ConfigError: there is no such baseline or option; or the folder was prepared for another
+        experiment.
+      DataError: it cannot be fitted to this data.
     """
+    instance("experiment", experiment, Experiment, "pass what load_experiment gives")
+    instance("prepared", prepared, Prepared, "pass what prepare or open_prepared gives")
     options = choices.read(choices.Choice(BASELINES), baseline, "baseline")
+    prepared = prepared.chosen(experiment)
     fitted = options.fit(training_interactions(experiment, prepared))
     return BaselineRecommender(prepared, fitted, seen_behaviours(experiment))
