@@ -781,6 +781,12 @@ def _selection(e: Experiment) -> Iterator[str]:
                 "that their mean means nothing; name metrics of one direction, or give weights"
             )
     binary = [name for name, task in e.tasks.items() if task.kind == "binary"]
+    for number, baseline in enumerate(e.evaluate.baselines):
+        if getattr(baseline, "days", 0) and not e.data.time:
+            yield (
+                f"evaluate.baselines.{number}: {baseline.days:g} days of what has no time; set "
+                "data.time, or remove days"
+            )
     if e.evaluate.targets == "last" and not has_users:
         yield "evaluate.targets: 'last' is of each user, but data.user is not set; set it, or 'all'"
     for name in e.evaluate.seen if e.evaluate.seen != (ANY,) else ():

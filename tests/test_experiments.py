@@ -375,6 +375,13 @@ def test_equal_rows_are_kept_and_equal_events_are_not() -> None:
             "train.retrieval.shown: kind 'bert4rec' of model.encoder learns hidden events alone",
         ),
         (
+            {
+                "evaluate": {"baselines": ["bias", {"kind": "popularity", "days": 3}]},
+                "data": {"time": ""},
+            },
+            "evaluate.baselines.1: 3 days of what has no time",
+        ),
+        (
             {"train": {"negatives": {"kind": "queue", "count": 10, "batches": 4}}},
             "train.negatives.count: 10 is no multiple of train.negatives.batches = 4",
         ),

@@ -23,6 +23,7 @@ from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.pipeline import BatchSource, training_batches
 from mtrec_jax.errors import ConfigError, Error
 from mtrec_jax.evaluation.answers import find_answers, to_json
+from mtrec_jax.evaluation.collect import candidates_of
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.metrics import metric_named
 from mtrec_jax.interrupts import collecting
@@ -106,6 +107,7 @@ def train(
     check_start(experiment, folder)
     prepared = prepared.chosen(experiment)
     check_data(folder, prepared)
+    candidates_of(experiment, prepared)  # refused now, not at the first evaluation
     there = sorted(path.name for path in (folder / "checkpoints").glob("*"))
     same = to_toml(experiment), prepared.manifest.fingerprint, str(there)
     processes.check_same("what is trained", "\n".join(same))

@@ -381,6 +381,19 @@ def test_a_folder_that_cannot_be_written_is_refused(
         train(plain, shop_prepared, tmp_path / "file" / "run", show_progress=False)
 
 
+def test_items_without_training_events_are_asked_for_before_the_training(
+    shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
+) -> None:
+    trained = shop_prepared.manifest.trained_items
+    manifest = replace(shop_prepared.manifest, items=trained)
+    prepared = replace(shop_prepared, manifest=manifest)
+    evaluated = replace(shop_experiment.evaluate, among="untrained")
+    asked = replace(shop_experiment, evaluate=evaluated)
+    with pytest.raises(ConfigError, match=r"evaluate\.among: .*every item has training events"):
+        train(asked, prepared, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_must_divide_over_the_devices(
     shop_experiment: Experiment, shop_prepared: Prepared, tmp_path: Path
 ) -> None:
