@@ -57,7 +57,10 @@ CASES = {  # {call: (class of the error, what its message says)}
         "DataError",
         "histories[0], click: 1 is no list; pass [1]",
     ),
-    "r.recommend(['a'], histories=[{7: ['i0001']}])": ("DataError", "history: has 7; it may have"),
+    "r.recommend(['a'], histories=[{7: ['i0001']}])": (
+        "DataError",
+        "histories[0]: has 7; it needs item",
+    ),
     "r.predict(7, ['i0001'])": ("DataError", "users: 7 is no list"),
     "r.predict(['u00001'], None)": ("DataError", "items: None is no list"),
     "r.predict_rows(7)": ("DataError", "table 'rows' (int) cannot be read"),

@@ -111,7 +111,7 @@ class Encoder:
             if histories is not None:
                 columns, strange = self._given(histories[i], f"histories[{i}]")
                 unknown |= dict.fromkeys(strange)
-                past = self._encode_history(columns)
+                past = self._encode_history(columns, f"histories[{i}]")
                 seen[i] = past["item"][self._counted(columns)]
             elif known[i]:
                 past = {name: lists[ids[i] - FIRST] for name, lists in self._events.items()}
@@ -313,18 +313,23 @@ class Encoder:
         events without an item, they would be taken for one and are left out.
         """
         given = history if isinstance(history, Mapping) else {"item": history}
-        allowed = ["item", *(field.name for field in self.prepared.manifest.history)]
-        if not {"item"} <= set(given) <= set(allowed):
-            has = ", ".join(map(str, given))
-            raise DataError(f"history: has {has}; it may have {', '.join(allowed)}")
+        fields = [field.name for field in self.prepared.manifest.history]
+        names = {self._feature(field).feature.column or field: field for field in fields}
+        names |= {field: field for field in ("item", *fields)}  # names go before columns
+        known_here = "item" in given and all(key in names for key in given)
+        if not known_here:
+            has = ", ".join(map(str, given)) or "nothing"
+            raise DataError(
+                f"{name}: has {has}; it needs item, and may have {', '.join(fields) or 'no more'}"
+            )
         columns = {"item": a_list(name, given["item"])}
-        for key in allowed[1:]:
-            if key in given:
-                columns[key] = a_list(f"{name}, {key}", given[key])
+        for key in given:
+            if key != "item":
+                columns[names[key]] = a_list(f"{name}, {key}", given[key])
         raw, n = raw_texts(name, columns["item"]), len(columns["item"])
         for key, values in columns.items():
             if len(values) != n:
-                raise DataError(f"history: {len(values)} values of {key} for {n} items")
+                raise DataError(f"{name}: {len(values)} values of {key} for {n} items")
         has_searches = "queries" in self.prepared.manifest.config["data"]
         known = [text in self.prepared.item_ids or (has_searches and not text) for text in raw]
         unknown = [text for text, is_known in zip(raw, known, strict=True) if not is_known]
@@ -333,7 +338,7 @@ class Encoder:
             columns = {key: list(itertools.compress(of, known)) for key, of in columns.items()}
         return columns, unknown
 
-    def _encode_history(self, columns: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+    def _encode_history(self, columns: dict[str, list[Any]], name: str) -> dict[str, np.ndarray]:
         """Ids of each column of a history; where data has queries, no item is a search."""
         items, data = columns["item"], self.prepared.manifest.config["data"]
         ids = [self.prepared.item_ids.get(raw, UNKNOWN) for raw in items]
@@ -343,13 +348,14 @@ class Encoder:
             values = columns.get(field.name, [None] * len(items))
             if isinstance(feature := self._feature(field.name).feature, Moment):
                 unit = self._experiment.data.time_unit
-                values = [feature.of(seconds(value, unit)) for value in values]
+                where = f"{name}, {field.name}"
+                values = [feature.of(seconds(value, unit, where)) for value in values]
             cells = pa.array([raw_text(v) or None for v in values], pa.string())
             encoding = self._feature(field.name)
             wrong = np.flatnonzero(features.unreadable(encoding.feature, cells))
             if len(wrong):
                 raise DataError(
-                    f"history: place {wrong[0]} of {field.name} holds "
+                    f"{name}: place {wrong[0]} of {field.name} holds "
                     f"{cells[int(wrong[0])].as_py()!r}, which is no number; None is a missing one"
                 )
             codes = features.encode(encoding, cells).astype(np.int32)
@@ -418,28 +424,29 @@ def check_id(name: str, value: Any) -> None:
         raise DataError(f"{name}: {shown(value)} is no id; pass a text or a number")
 
 
-def seconds(time: Any, unit: str) -> float | None:
+def seconds(time: Any, unit: str, where: str = "request") -> float | None:
     """A time, as a number in the unit of the data or as a datetime, in seconds; None: none.
+    `where` opens the message of an error.
 
     >>> seconds(datetime.datetime(1970, 1, 2), "s"), seconds(5000, "ms")
     (86400.0, 5.0)
     """
-    if time is None or time != time:  # also NaN and NaT, as columns of times have them
+    if time is None or _is_nan(time):  # also NaT, as columns of times have it
         return None
     if isinstance(time, str):
         try:
             time = datetime.datetime.fromisoformat(time)
         except ValueError:
-            raise DataError(f"request: time {time!r} is neither ISO 8601 nor a number") from None
+            raise DataError(f"{where}: time {time!r} is neither ISO 8601 nor a number") from None
     if isinstance(time, datetime.datetime):
         utc = time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
         return utc.timestamp()
     if isinstance(time, bool) or not isinstance(time, int | float | np.number):
-        raise DataError(f"request: time {shown(time)} is neither a number nor a datetime")
+        raise DataError(f"{where}: time {shown(time)} is neither a number nor a datetime")
     found = float(time) / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
     if found > YEAR_2200:
         raise DataError(
-            f"request: time {time} is after the year 2199 as Unix time in '{unit}'. Write it in "
+            f"{where}: time {time} is after the year 2199 as Unix time in '{unit}'. Write it in "
             f"'{unit}', or as a datetime"
         )
     return found

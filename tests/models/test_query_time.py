@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import mtrec_jax
+from mtrec_jax.errors import DataError
 from mtrec_jax.evaluation.protocol import protocol_of
 
 pandas = pytest.importorskip("pandas")
@@ -60,3 +62,15 @@ def test_the_time_since_the_last_event_decides_what_is_recommended(tmp_path: Pat
         expected = [f"f{(film + step) % FILMS}" for film in starts]
         right += sum(a == b for a, b in zip(found["item"], expected, strict=True))
     assert right >= 36  # of 40; without the time about half
+    asked: dict[str, Any] = {
+        "k": 3,
+        "exclude_seen": False,
+        "request": {"asked": 1_000_000_000 + LATE},
+    }
+    by_name = model.recommend(["s"], histories=[{"item": ["f1"], "at": [1_000_000_000]}], **asked)
+    column = model.recommend(["s"], histories=[{"item": ["f1"], "when": [1_000_000_000]}], **asked)
+    assert column["item"] == by_name["item"]
+    missing = {"item": ["f1"], "at": [pandas.NA]}
+    assert len(model.recommend(["s"], histories=[missing], **asked)["item"]) == 3
+    with pytest.raises(DataError, match=r"histories\[0\], at: time 'noon' is neither ISO 8601"):
+        model.recommend(["s"], histories=[missing | {"at": ["noon"]}], **asked)

@@ -403,16 +403,19 @@ def test_similar_items_are_the_nearest_of_the_others(shop_recommender: Recommend
         ),
         (
             lambda r: r.recommend(["a"], histories=[{"item": ["i0001"], "clicks": [1]}]),
-            r"history: has item, clicks; it may have item, click, cart, buy, stars",
+            r"histories\[0\]: has item, clicks; it needs item, and may have click, cart",
         ),
-        (lambda r: r.recommend(["a"], histories=[{"click": [1]}]), r"history: has click; it may"),
+        (
+            lambda r: r.recommend(["a"], histories=[{"click": [1]}]),
+            r"histories\[0\]: has click; it needs item",
+        ),
         (
             lambda r: r.recommend(["a"], histories=[{"item": ["i0001"], "click": [1, 0]}]),
-            r"history: 2 values of click for 1 items",
+            r"histories\[0\]: 2 values of click for 1 items",
         ),
         (
             lambda r: r.recommend(["a"], histories=[{"item": ["zz", "i0001"], "click": [1]}]),
-            r"history: 1 values of click for 2 items",
+            r"histories\[0\]: 1 values of click for 2 items",
         ),
         (
             lambda r: r.recommend(["u00001", "u0001"], on_unknown="error"),
