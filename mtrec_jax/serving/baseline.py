@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from mtrec_jax import choices
 from mtrec_jax.arguments import a_whole_number, instance
-from mtrec_jax.baselines import BASELINES, Predicts, Ranks
+from mtrec_jax.baselines import BASELINES, Predicts, Ranks, SimilarItems, SimilarUsers
 from mtrec_jax.config import Experiment, seen_behaviours
 from mtrec_jax.data.dataset import Prepared
-from mtrec_jax.errors import ConfigError
+from mtrec_jax.errors import ConfigError, DataError, nearest
 from mtrec_jax.evaluation.collect import counted_items
 from mtrec_jax.evaluation.comparison import training_interactions
 from mtrec_jax.evaluation.ranking import top_items
@@ -28,7 +28,7 @@ from mtrec_jax.serving.filters import (
     read_filters,
     read_quotas,
 )
-from mtrec_jax.serving.requests import raw_texts
+from mtrec_jax.serving.requests import check_id, raw_text, raw_texts
 from mtrec_jax.types import FIRST, UNKNOWN, Lists
 
 
@@ -98,6 +98,50 @@ class BaselineRecommender:
         }
         ignored = {name: len(unknown) for name, unknown in filters.ignored.items()}
         return Result(pa.table(columns), ignored)
+
+    def similar_items(self, item: Any, k: int = 10) -> Result:
+        """The k items most like an item, itself left out: rank, item, title, score. Fewer where
+        fewer have anything in common with it.
+
+        Raises:
+          ConfigError: the baseline does not say which items are alike.
+          DataError: an unknown item, or k is below 1 or above the number of other items.
+        """
+        prepared, names = self.prepared, self.prepared.item_names
+        ask = self.fitted.similar_items if isinstance(self.fitted, SimilarItems) else None
+        found, scores = self._alike(ask, "item", item, k, prepared.item_ids)
+        columns = {
+            "rank": np.arange(1, len(found) + 1),
+            "item": [names[i] for i in found],
+            "title": [prepared.titles[i] for i in found],
+            "score": scores,
+        }
+        return Result(pa.table(columns))
+
+    def similar_users(self, user: Any, k: int = 10) -> Result:
+        """The k users most like a user: rank, user, score; as `similar_items`."""
+        names = self.prepared.user_names
+        ask = self.fitted.similar_users if isinstance(self.fitted, SimilarUsers) else None
+        found, scores = self._alike(ask, "user", user, k, self.prepared.user_ids)
+        columns = {"rank": np.arange(1, len(found) + 1), "user": [names[i] for i in found]}
+        return Result(pa.table(columns | {"score": scores}))
+
+    def _alike(
+        self, ask: Callable[..., Any] | None, what: str, value: Any, k: int, ids: Mapping[str, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Indexes and scores of what is most like a raw id."""
+        if ask is None:
+            raise ConfigError(f"{type(self.fitted).__name__} does not say which {what}s are alike")
+        check_id(what, value)
+        raw = raw_text(value)
+        if raw not in ids:
+            hint = nearest(raw, list(ids)[:20_000])
+            raise DataError(f"{what} {raw!r} is not in the data of {self.prepared.folder}.{hint}")
+        others = len(ids) - 1
+        k = a_whole_number("k", k, 1, others, f"the {others:,} other {what}s")
+        scores, found = ask(np.array([ids[raw]]), k)
+        there = found[0] >= FIRST
+        return found[0][there] - FIRST, scores[0][there]
 
 
 def _joined(parts: list[np.ndarray]) -> Lists:

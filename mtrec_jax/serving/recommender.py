@@ -512,6 +512,34 @@ class Recommender:
         }
         return Result(pa.table(columns))
 
+    def similar_users(self, user: Any, k: int = 10) -> Result:
+        """The k users whose vectors are nearest to a user's, itself left out, each with its stored
+        history; with several interests a user, by the mean cosine of those of the same number.
+
+        The vectors of all users are computed at the first call, as long as `recommend_all` takes.
+
+        Returns:
+          A `Result`, a row a user: rank, user, cosine.
+
+        Raises:
+          ConfigError: the run has no retrieval task.
+          DataError: an unknown user; or k is below 1 or above the number of other users.
+        """
+        self._checked(1, True)
+        check_id("user", user)
+        others = self.prepared.manifest.users - 1
+        k = a_whole_number("k", k, 1, others, f"the {others:,} other users")
+        raw_user = raw_text(user)
+        self._refuse_unknown([raw_user], "Pass one who is")
+        own = np.array([[self.prepared.user_ids[raw_user] - FIRST]])
+        scores, found = self._users_index.search(self._users[own[0]], k, own)
+        columns = {
+            "rank": np.arange(1, k + 1),
+            "user": [self.prepared.user_names[i] for i in found[0]],
+            "cosine": scores[0],
+        }
+        return Result(pa.table(columns))
+
     def interests(self, users: Iterable[Any]) -> Result:
         """What each of a user's `model.interests` is: the one vector of most models, or several.
 
@@ -738,6 +766,22 @@ class Recommender:
     def _host_vectors(self) -> np.ndarray:
         """Vectors by item id [N + 2, D], for what compares the items of a list with each other."""
         return np.asarray(self._serving.compared(self._vectors))
+
+    @functools.cached_property
+    def _users(self) -> np.ndarray:
+        """Vectors of all users [U, K * D], each of the K of length 1."""
+        names, found = self.prepared.user_names, []
+        for start in range(0, len(names), BATCH):
+            part = names[start : start + BATCH]
+            encoded = self._encoder.users(part, None, moments_of(None, len(part)))
+            found.append(np.asarray(self._states(encoded).vectors)[: len(part), 0])
+        each = np.concatenate(found).reshape(len(names) * self.experiment.model.interests, -1)
+        length = np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12)
+        return (each / length).reshape(len(names), -1)
+
+    @functools.cached_property
+    def _users_index(self) -> ItemIndex:
+        return ItemIndex(self._users)
 
     def _states(self, encoded: Requests) -> UserStates:
         self._announce(len(encoded.batch.user))

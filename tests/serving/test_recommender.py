@@ -17,11 +17,12 @@ import pyarrow as pa
 import pytest
 
 import mtrec_jax
+from mtrec_jax.baselines import SimilarUsers
 from mtrec_jax.config import Experiment
 from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.prepare import prepare
 from mtrec_jax.errors import ConfigError, DataError
-from mtrec_jax.experiments import parse_experiment
+from mtrec_jax.experiments import overridden, parse_experiment
 from mtrec_jax.result import Result
 from mtrec_jax.serving.recommender import Recommender, predict_file
 from mtrec_jax.serving.requests import Encoder, raw_texts
@@ -656,6 +657,45 @@ def test_a_baseline_recommends(shop_experiment: Experiment, shop_prepared: Prepa
     assert again["item"] == best[:4]
     with pytest.raises(ConfigError, match="ranks no items"):
         mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "bias").recommend(["u00012"])
+
+
+def test_a_baseline_knows_who_and_what_is_alike(
+    shop_experiment: Experiment, shop_prepared: Prepared
+) -> None:
+    """In raw ids what the fitted baseline says in its own."""
+    knn = mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "user_knn")
+    alike, ids = knn.similar_users("u00012", 3), shop_prepared.user_ids
+    assert isinstance(knn.fitted, SimilarUsers)
+    scores, found = knn.fitted.similar_users(np.array([ids["u00012"]]), 3)
+    assert [ids[user] for user in alike["user"]] == found[0].tolist()
+    assert alike["score"] == scores[0].tolist()
+    items = mtrec_jax.fit_baseline(shop_experiment, shop_prepared, "item_knn")
+    assert items.similar_items("i0001", 2).columns == ["rank", "item", "title", "score"]
+    with pytest.raises(ConfigError, match="does not say which users are alike"):
+        items.similar_users("u00012")
+    with pytest.raises(DataError, match=r"item 'i001' is not in the data of .*Did you mean"):
+        items.similar_items("i001")
+
+
+def test_a_baseline_needs_the_folder_of_its_experiment(
+    shop_experiment: Experiment, shop_prepared: Prepared
+) -> None:
+    other = overridden(shop_experiment, {"data.past": "frozen"})
+    with pytest.raises(ConfigError, match="was prepared for another experiment"):
+        mtrec_jax.fit_baseline(other, shop_prepared, "popularity")
+
+
+def test_similar_users_are_the_nearest_of_the_others(shop_recommender: Recommender) -> None:
+    names = shop_recommender.prepared.user_names
+    found = shop_recommender.similar_users(names[0], len(names) - 1)
+    assert sorted([*found["user"], names[0]]) == sorted(names)
+    assert found["cosine"] == sorted(found["cosine"], reverse=True)
+    near = found["user"][0]
+    back = shop_recommender.similar_users(near, len(names) - 1)
+    there = back["cosine"][back["user"].index(names[0])]
+    assert there == pytest.approx(found["cosine"][0], abs=1e-5)
+    with pytest.raises(DataError, match=r"user 'nobody' is not in the data"):
+        shop_recommender.similar_users("nobody")
 
 
 def test_a_recommender_introduces_itself(shop_recommender: Recommender) -> None:
