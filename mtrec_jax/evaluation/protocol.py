@@ -62,7 +62,7 @@ class Protocol:
     def other_than(self, rules: Rules) -> dict[str, tuple[str, str]]:
         """Those of the rules that are other ones here: {name: (there, here)}.
 
-        >>> own = Protocol(data="", split="time", validation=0, test=0.1, order="time",
+        >>> own = Protocol(data="", split="time", validation=0.0, test=0.1, order="time",
         ...                past="rolling")
         >>> own.other_than(Rules(split="leave_one_out", query_time="unknown"))
         {'split': ('leave_one_out', 'time')}

@@ -145,8 +145,9 @@ class Network(nnx.Module):
         there = jnp.asarray(batch.events["item"]) > 0
         moments = _with_start(batch.events.get("moment"))
         times = moments, self._asked(batch, moments, there)
-        there = there & self._kept(there, key)
-        tokens = jnp.where(there[..., None], tokens, 0)
+        if key is not None and self.config.event_dropout:
+            there = there & self._kept(there.shape, key)
+            tokens = jnp.where(there[..., None], tokens, 0)
         start = self.start[...][None] + projected
         # (B, 1 + L, D): state s has seen s events
         known = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
@@ -169,12 +170,10 @@ class Network(nnx.Module):
             states = states + self._to_each(numbers)[:, None]
         return UserStates(states, *features, events, tokens, cutoff)
 
-    def _kept(self, there: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _kept(self, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         """Which events [B, L] training does not hide from the encoder."""
         rate = self.config.event_dropout
-        if key is None or not rate:
-            return there
-        return jax.random.bernoulli(jax.random.fold_in(key, EVENTS), 1 - rate, there.shape)
+        return jax.random.bernoulli(jax.random.fold_in(key, EVENTS), 1 - rate, shape)
 
     def state_after(self, view: View, key: jax.Array | None) -> jax.Array:
         """The state [B, D] after a stranger's events; the interests side by side, if there are
@@ -224,6 +223,7 @@ class Network(nnx.Module):
             # nothing of whether books were clicked.
             scale = self.config.width**0.5
             tokens = tokens * (1 + self.behaviour(behaviour * scale)) + behaviour
+        tokens = jnp.where((jnp.asarray(batch.events["item"]) > 0)[..., None], tokens, 0)
         return tokens * self.config.width**0.5, events, behaviour
 
     def outputs(

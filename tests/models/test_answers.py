@@ -20,7 +20,7 @@ from mtrec_jax.sharding import make_mesh
 from mtrec_jax.tables.layout import DENSE
 from mtrec_jax.tables.lookup import fetch
 from mtrec_jax.train.run import Run, load_best
-from mtrec_jax.types import Outputs, PyTree, Shared
+from mtrec_jax.types import FIRST, Outputs, PyTree, Shared
 from tests import tiny
 
 
@@ -127,8 +127,10 @@ def test_item_vectors_do_not_depend_on_the_chunks(
 
 
 def test_the_power_of_the_negatives_is_that_of_the_configuration(shop_run: Run) -> None:
-    counts = shop_run.prepared.items["count"].to_numpy().astype(float)
-    trained = shop_run.prepared.manifest.trained_items
+    """Of what the retrieval is to find, the events with a click; an item without any as if once."""
+    trained, train = shop_run.prepared.manifest.trained_items, shop_run.prepared.interactions()
+    clicked = train["candidate"][train["label_click"] == 1] - FIRST
+    counts = np.maximum(np.bincount(clicked, minlength=shop_run.prepared.manifest.items), 1.0)
     assert counts[:trained].min() < counts.max()
     for power in (0.0, 0.5, 1.0):
         negatives = Popular(power=power)
