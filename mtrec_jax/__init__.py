@@ -25,6 +25,7 @@ _HOME = {
     "draw_reliability": "mtrec_jax.evaluation.picture",
     "Stopped": "mtrec_jax.train.stopping",
     "fit": "mtrec_jax.from_tables",
+    "fine_tune": "mtrec_jax.train.fine_tune",
     "load": "mtrec_jax.serving.recommender",
     "Recommender": "mtrec_jax.serving.recommender",
     "fit_baseline": "mtrec_jax.serving.baseline",

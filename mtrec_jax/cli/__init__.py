@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 for command in (
     *(train.run, data.data, data.clean, data.prepare, train.train, train.evaluate, train.compare),
-    *(use.recommend, use.predict, use.interests, plan.plan, doctor.doctor),
+    *(use.recommend, use.predict, use.interests, train.fine_tune, plan.plan, doctor.doctor),
 ):
     app.command()(command)
 app.add_typer(study.study)

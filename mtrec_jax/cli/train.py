@@ -170,3 +170,50 @@ def _evaluate(
     for line in not_stored:
         say(f"mtrec: {line}")
     return evaluation
+
+
+def fine_tune(
+    prepared: Annotated[Path, typer.Argument(help="A prepared folder with texts of items.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new weights.")],
+    weights: Annotated[Path, typer.Option(help="Folder of the weights to begin with.")] = Path(
+        "data/all-minilm-l6-v2"
+    ),
+    column: Annotated[str, typer.Option(help="title, or a feature kind = 'text'.")] = "title",
+    steps: Annotated[int, typer.Option(min=1, help="The last nine tenths slow down to 0.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs of items a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of the weights, the highest.")] = 2e-5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of pairs.")] = 0,
+) -> None:
+    """Train a BERT further on the texts of items that users take one after the other.
+
+    `mtrec fine-tune prepared/ml-1m --out weights/ml-1m`
+
+    Only training events are read. Then name the new folder as the encoder of a text, and prepare:
+    `features.words={ on="item", kind="text", column="title", encoder="weights/ml-1m" }`. Weights of
+    one split are refused for another of the same files. Needs mtrec_jax[text].
+    """
+    from mtrec_jax.compilation import use_compilation_cache
+    from mtrec_jax.data.dataset import open_prepared
+    from mtrec_jax.train.fine_tune import fine_tune as tune
+    from mtrec_jax.train.progress import Progress
+
+    use_compilation_cache()
+    opened = open_prepared(prepared)
+    with Progress(steps, 0, True, f"texts of {opened.manifest.name}") as progress:
+        found = tune(
+            opened,
+            weights,
+            out,
+            column=column,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            progress=lambda step, loss: progress.advance(step, {"pairs": loss}),
+        )
+    say(f"weights in {found.folder}, learned from {found.pairs:,} pairs of items")
+    if found.before is not None and found.after is not None:
+        say(
+            f"of held-out pairs, the text that follows is the nearest of 64: {found.before:.3f} "
+            f"before, {found.after:.3f} now"
+        )

@@ -243,7 +243,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
     except OSError as error:  # raw files that cannot be read have errors of their own
         raise DataError(
             f"{out} cannot be written: {error}. Free room on that disk, check its permissions, or "
-            "prepare to another folder"
+            "name another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

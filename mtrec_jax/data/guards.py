@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from mtrec_jax.config import Experiment, Feature
 from mtrec_jax.data.examples import Log, mix
-from mtrec_jax.data.features import MultiValued, as_numbers, one_array
+from mtrec_jax.data.features import MultiValued, Text, as_numbers, one_array
 from mtrec_jax.errors import DataError
 from mtrec_jax.losses.tasks import KINDS, labelled
 
@@ -615,3 +615,36 @@ def codes(values: pa.Array) -> np.ndarray:
 def joined(cells: pa.Array) -> pa.Array:
     """Arrow cells of text, or of lists of text, as text."""
     return pc.binary_join(cells, BETWEEN) if pa.types.is_list(cells.type) else cells
+
+
+# --- Weights that events have trained
+
+
+def tuned_on_held_back(experiment: Experiment, files: tuple[str, ...], split: str) -> None:
+    """Stop if the encoder of a text was fine-tuned on the training events of another split of the
+    same files: some of them are held back here.
+
+    Args:
+      experiment: its features; `guard.allow` lets a "feature" through.
+      files: SHA-256 of the files of events.
+      split: the fingerprint of the split.
+
+    Raises:
+      DataError: of each such feature.
+    """
+    problems = []
+    for name, feature in experiment.features.items():
+        if not (isinstance(feature, Text) and feature.encoder) or name in experiment.guard.allow:
+            continue
+        from mtrec_jax.models.text.bert import tuned_on  # JAX, where it is asked for
+
+        there = tuned_on(feature.weights)
+        if there and tuple(there["event_files"]) == files and there["split"] != split:
+            problems.append(
+                f"features.{name}.encoder: {feature.weights} was fine-tuned on the training events "
+                f"of another split of these files ({there['split_kind']}), of which some are held "
+                "back here. Tune anew: prepare without this encoder, then mtrec fine-tune; or, if "
+                f"it is meant: guard.allow = ['{name}']"
+            )
+    if problems:
+        raise DataError("\n".join(problems))

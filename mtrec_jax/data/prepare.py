@@ -292,6 +292,7 @@ def _divide(
         ),
         lambda: guards.determined_labels(events, sides, experiment),
         lambda: guards.statistics_of_everything(sides, events, experiment),
+        lambda: guards.tuned_on_held_back(experiment, notes.digests["events"], split.fingerprint),
     )
     told = report.summarize(events, labels)
     new = _new_items(engine, cleaned.table(engine, "items"), items)

@@ -101,6 +101,14 @@ def test_every_target_once_and_only_events_that_it_may_see(
         later = [e for e in range(query, n) if user[e] == user[query] and split[e] in may_see]
         return past == "rolling" or bool(later)
 
+    def visible(target: int, may_see: set[int]) -> list[int]:
+        end = target - nth[target] % 2 if hide_ties else target
+        return [
+            e
+            for e in range(target - nth[target], end)
+            if split[e] in may_see or (split[e] == QUERY and known(e, may_see))
+        ]
+
     for part, may_see in SEES[past]:
         p = min(positions, history) if part == 0 else 1
         seen = []
@@ -112,17 +120,10 @@ def test_every_target_once_and_only_events_that_it_may_see(
                     seen.append(target)
                     assert block["candidate"][index, place] == items[target]
                     found = tokens[: block["cutoff"][index, place]].tolist()
-                    end = target - nth[target] % 2 if hide_ties else target
-                    expected = [
-                        e
-                        for e in range(target - nth[target], end)
-                        if user[e] == user[target]
-                        and (split[e] in may_see or (split[e] == QUERY and known(e, may_see)))
-                    ]
+                    expected = visible(target, may_see)
                     assert found == expected[len(expected) - len(found) :]
-                    between = int((split == QUERY).sum()) if part == 0 else 0  # among the targets
-                    most = history - p + 1 - between
-                    assert len(found) >= min(len(expected), most)
+                    behind = visible(block["row"][index].max(), may_see)[len(expected) :]
+                    assert len(found) == max(0, min(len(expected), history - len(behind)))
                     before = len(expected) - len(found)
                     assert not found or block["skipped"][index] == before
                 assert set(split[tokens[tokens >= 0]].tolist()) <= may_see | {QUERY}

@@ -1,5 +1,5 @@
 """Vectors of texts: against an implementation in NumPy, one text at a time, and against another
-library's on real weights and titles."""
+library's on real weights and titles; weights that events train further."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from scipy import special
 
 import mtrec_jax
 from mtrec_jax.data import features
+from mtrec_jax.data.dataset import Prepared
 from mtrec_jax.data.features import Text
 from mtrec_jax.data.prepare import up_to_date
 from mtrec_jax.data.shop import CATEGORIES
@@ -34,7 +35,9 @@ from mtrec_jax.models.text import (
     load_bert,
     text_vectors,
 )
+from mtrec_jax.models.text.bert import save_bert
 from mtrec_jax.types import FIRST
+from tests.data import small
 
 REASON = "vectors of texts come with: pip install 'mtrec_jax[text]'"
 tokenizers = pytest.importorskip("tokenizers", reason=REASON)
@@ -390,6 +393,96 @@ def test_vectors_are_of_items_alone() -> None:
         mtrec_jax.load_experiment(
             "shop", ['features.bio={ kind = "text", on = "context", encoder = "x" }']
         )
+
+
+# --- Fine-tuned
+
+
+def walks(folder: Path, **sections: Any) -> Prepared:
+    """80 users of 8 events; behind item 2 n comes 2 n + 1, of which the titles say nothing."""
+    rng, number = np.random.default_rng(2), np.arange(24)
+    titles = [" ".join(WORDS[4 + place] for place in rng.permutation(16)[:3]) for _ in number]
+    text = "user,item,time\n"
+    for user in range(80):
+        pairs = 2 * rng.permutation(12)[:4]
+        taken = np.stack([pairs, pairs + 1], axis=1).reshape(-1)
+        text += "".join(f"u{user},i{item},{at}\n" for at, item in enumerate(np.roll(taken, -1)))
+    items = "item,title\n" + "".join(f"i{n},{title}\n" for n, title in enumerate(titles))
+    data = {"items": {"files": ["items.csv"]}, "title": "title"}
+    return small.run(folder, small.make(data=data, **sections), text, items_csv=items)
+
+
+def test_texts_of_items_that_follow_each_other_come_close(folder: Path, tmp_path: Path) -> None:
+    """The next title of held-out pairs becomes the nearest; the new folder is one of weights, whose
+    other arrays are those of the old one; the same call makes the same bytes."""
+    (tmp_path / "log").mkdir()
+    prepared, losses = walks(tmp_path / "log"), list[float]()
+    settings: dict[str, Any] = {"steps": 120, "batch_size": 64, "learning_rate": 0.01}
+    found = mtrec_jax.fine_tune(
+        prepared, folder, tmp_path / "new", **settings, progress=lambda _, x: losses.append(x)
+    )
+    assert (found.pairs, len(losses)) == (400, 120)
+    assert found.before is not None
+    assert found.after is not None
+    assert found.before < 0.1
+    assert found.after > 0.3
+    old, new = load_bert(folder), load_bert(tmp_path / "new")
+    assert new.sizes == old.sizes
+    assert new.tokens(["a b"])[0].tolist() == [2, 4, 5, 3]
+    titles = prepared.items["title"].to_pylist()
+    vectors = text_vectors(titles, new)
+    first, second = (
+        vectors[[prepared.item_names.index(f"i{n}") for n in range(start, 24, 2)]]
+        for start in (0, 1)
+    )
+    assert np.mean(np.argmax(first @ second.T, axis=1) == np.arange(12)) > 0.3
+    before, after = (safetensors.load_file(f / "model.safetensors") for f in (folder, found.folder))
+    assert list(before) == list(after)
+    for name in ("pooler.dense.weight", "embeddings.position_ids"):
+        np.testing.assert_array_equal(after[name], before[name])
+    mtrec_jax.fine_tune(prepared, folder, tmp_path / "again", **settings)
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "new" / "model.safetensors").read_bytes()
+
+
+def test_weights_written_without_training_are_the_old_ones(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    save_bert(load_bert(folder), folder, tmp_path / "new")
+    for name, array in safetensors.load_file(tmp_path / "new" / "model.safetensors").items():
+        np.testing.assert_allclose(array, arrays()[name], atol=1e-6, err_msg=name)
+
+
+def test_weights_of_one_split_are_refused_for_another(folder: Path, tmp_path: Path) -> None:
+    """Of the same files. With the same split, or allowed, they are taken; so is who asks anew."""
+    (tmp_path / "log").mkdir()
+    prepared = walks(tmp_path / "log")
+    tuned = tmp_path / "tuned"
+    mtrec_jax.fine_tune(prepared, folder, tuned, steps=1, batch_size=8)
+    words = {"on": "item", "kind": "text", "column": "title", "encoder": str(tuned)}
+    assert walks(tmp_path / "log", features={"words": words}).manifest.item_numbers
+    other = {"split": {"kind": "cold_item"}, "features": {"words": words}}
+    with pytest.raises(
+        DataError, match=r"features\.words\.encoder: .*another split .*leave_one_out"
+    ):
+        walks(tmp_path / "log", **other)
+    assert walks(tmp_path / "log", guard={"allow": ["words"]}, **other).manifest.item_numbers
+
+
+def test_what_cannot_be_fine_tuned(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    prepared = walks(tmp_path / "log")
+    for wrong, message in (
+        ({"column": "story"}, "column= 'story': .* has no such texts of items; it has title"),
+        ({"batch_size": 512}, "400 pairs of items .* fewer than the 512 of a batch"),
+        ({"learning_rate": 0.0}, "learning_rate= 0.0: between 0 and 1"),
+        ({"steps": 0}, "steps = 0: between 1"),
+    ):
+        with pytest.raises((DataError, ConfigError), match=message):
+            mtrec_jax.fine_tune(prepared, folder, tmp_path / "new", **wrong)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(DataError, match=r"no folder of fine-tuned weights \(no tuned_on\.json\)"):
+        mtrec_jax.fine_tune(prepared, folder, tmp_path / "mine")
 
 
 # --- Real weights

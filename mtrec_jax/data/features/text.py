@@ -66,7 +66,7 @@ class Text(Feature):
     def encode(self, encoding: Encoding, cells: pa.Array) -> Codes:
         """The vector of each text, or of the texts of a list one behind the other, times the root
         of its width: 1 on average when squared, as scaled numbers are. 0 where there is no text."""
-        texts = [_joined(cell) for cell in cells.to_pylist()]
+        texts = [joined(cell) for cell in cells.to_pylist()]
         found = np.zeros((len(texts), encoding.slots), np.float32)
         there = [number for number, text in enumerate(texts) if text]
         if there:
@@ -77,7 +77,8 @@ class Text(Feature):
         return found
 
 
-def _joined(cell: Any) -> str:
+def joined(cell: Any) -> str:
+    """A cell as one text: those of a list one behind the other, "" where there is none."""
     if isinstance(cell, list):
         return " ".join(str(part) for part in cell if part)
     return str(cell or "")

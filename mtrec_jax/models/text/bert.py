@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from mtrec_jax.errors import ConfigError, DataError
 from mtrec_jax.types import PyTree
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+TUNED_ON = "tuned_on.json"  # beside weights that events have trained: which ones
 _VERSION = b"1"  # of what `encode` computes; another one makes kept vectors anew
 _LENGTH = 256  # tokens of a text at most, where the folder says nothing
 _FETCH = "fetch weights with: mtrec data all-minilm-l6-v2"
@@ -44,6 +46,15 @@ _FIXED = {  # what this encoder is; a folder that says something else is refused
 }
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _MEAN = "pooling_mode_mean_tokens"
+_PREFIX = "bert."  # of the names in some files
+_WORDS = "embeddings.word_embeddings.weight"
+_POSITIONS = "embeddings.position_embeddings.weight"
+_TYPES = "embeddings.token_type_embeddings.weight"
+_DENSE = {  # of a layer, beside queries, keys and values
+    "output": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +128,16 @@ def load_sizes(folder: Path | str) -> BertSizes:
     return _sizes(path, _json(path))
 
 
+def tuned_on(folder: Path | str) -> dict[str, Any]:
+    """What `fine_tune` has written about the events that trained these weights; {}: none have.
+
+    Raises:
+      DataError: there are no weights, or the file cannot be read.
+    """
+    path = weights_folder(folder) / TUNED_ON
+    return _json(path) if path.is_file() else {}
+
+
 def weights_digest(folder: Path | str) -> str:
     """A hash of all that decides what the vector of a text is, in hex digits.
 
@@ -152,6 +173,62 @@ def weights_folder(folder: Path | str) -> Path:
             f"{_FETCH}"
         )
     return folder
+
+
+def save_bert(bert: Bert, like: Path | str, out: Path) -> None:
+    """Write weights that were trained further, so that `load_bert` and others read them.
+
+    Args:
+      bert: with the new weights.
+      like: the folder that it was read from; what the encoder does not use is copied from there.
+      out: an empty folder.
+
+    Raises:
+      DataError: `like` cannot be read.
+    """
+    from safetensors.numpy import save_file
+
+    like = weights_folder(like)
+    for path in sorted(like.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".txt") and path.name != TUNED_ON:
+            (out / path.relative_to(like)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / path.relative_to(like))
+    new = dict(_names(jax.tree.map(np.asarray, bert.params)))
+    known = _arrays(like / "model.safetensors", "")
+    types = np.asarray(known[_own_name(known, _TYPES)][:1], np.float32)
+    new[_POSITIONS] = new[_POSITIONS] - types
+    written = {
+        name: np.ascontiguousarray(new.get(name.removeprefix(_PREFIX), array))
+        for name, array in known.items()
+    }
+    save_file(written, out / "model.safetensors", {"format": "pt"})
+
+
+def _own_name(arrays: Mapping[str, np.ndarray], name: str) -> str:
+    """The name with the prefix that some files have."""
+    return name if name in arrays else _PREFIX + name
+
+
+def _names(params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of the tree under the names of the file, kernels [out, in]."""
+    yield _WORDS, params["words"]
+    yield _POSITIONS, params["positions"]
+    norms = {"embeddings.LayerNorm": params["norm"]}
+    layers = params["layers"]
+    for number in range(len(layers["qkv"])):
+        layer, at = jax.tree.map(lambda of, n=number: of[n], layers), f"encoder.layer.{number}"
+        kernels, biases = np.split(layer["qkv"], 3, axis=1), np.split(layer["qkv_bias"], 3)
+        names = [f"attention.self.{name}" for name in ("query", "key", "value")]
+        dense = list(zip(names, kernels, biases, strict=True))
+        dense += [(of, layer[name], layer[f"{name}_bias"]) for name, of in _DENSE.items()]
+        for name, kernel, bias in dense:
+            yield f"{at}.{name}.weight", kernel.T
+            yield f"{at}.{name}.bias", bias
+        norms[f"{at}.attention.output.LayerNorm"] = layer["norm_attention"]
+        norms[f"{at}.output.LayerNorm"] = layer["norm_hidden"]
+    for name, norm in norms.items():
+        yield f"{name}.weight", norm["scale"]
+        yield f"{name}.bias", norm["bias"]
 
 
 def _json(path: Path) -> Any:
@@ -210,7 +287,7 @@ def _check_pooling(folder: Path) -> None:
         )
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path, prefix: str = _PREFIX) -> dict[str, np.ndarray]:
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -220,7 +297,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         arrays = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}; fetch it again") from error
-    return {name.removeprefix("bert."): array for name, array in arrays.items()}
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 def _tokenizer(path: Path, length: int, sizes: BertSizes) -> Any:
@@ -276,19 +353,17 @@ def _params(path: Path, arrays: Mapping[str, np.ndarray], sizes: BertSizes) -> P
         found["qkv"], found["qkv_bias"] = (
             np.concatenate(of, axis=-1) for of in zip(*parts, strict=True)
         )
-        found["output"], found["output_bias"] = dense(f"{at}.attention.output.dense", d, d)
-        found["up"], found["up_bias"] = dense(f"{at}.intermediate.dense", d, h)
-        found["down"], found["down_bias"] = dense(f"{at}.output.dense", h, d)
+        for name, sizes_of in (("output", (d, d)), ("up", (d, h)), ("down", (h, d))):
+            found[name], found[f"{name}_bias"] = dense(f"{at}.{_DENSE[name]}", *sizes_of)
         found["norm_attention"] = norm(f"{at}.attention.output.LayerNorm")
         return found | {"norm_hidden": norm(f"{at}.output.LayerNorm")}
 
-    types = "embeddings.token_type_embeddings.weight"
-    if len(arrays.get(types, ())) < 1:
-        raise DataError(f"{path}: there is no array {types}; these are weights of another model")
-    first_type = read(types, len(arrays[types]), d)[:1]
-    positions = read("embeddings.position_embeddings.weight", sizes.positions, d)
+    if len(arrays.get(_TYPES, ())) < 1:
+        raise DataError(f"{path}: there is no array {_TYPES}; these are weights of another model")
+    first_type = read(_TYPES, len(arrays[_TYPES]), d)[:1]
+    positions = read(_POSITIONS, sizes.positions, d)
     return {
-        "words": read("embeddings.word_embeddings.weight", sizes.words, d),
+        "words": read(_WORDS, sizes.words, d),
         "positions": positions + first_type,
         "norm": norm("embeddings.LayerNorm"),
         "layers": jax.tree.map(lambda *of: np.stack(of), *map(layer, range(sizes.layers))),

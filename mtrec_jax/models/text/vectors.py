@@ -19,8 +19,8 @@ from mtrec_jax.models.text.bert import Bert, encode_packed, load_bert, weights_d
 
 Progress = Callable[[int, int], None]  # (texts so far, texts in all)
 
-_ROW = 64  # tokens of a row; longer texts have rows of twice, four times … as many
-_SHORTEST = 2  # tokens of a text: its first and its last, which are no words
+ROW = 64  # tokens of a row; longer texts have rows of twice, four times … as many
+SHORTEST = 2  # tokens of a text: its first and its last, which are no words
 _AT_ONCE = 4096  # texts whose tokens are in memory
 _NOTE = b"mtrec"  # key of the file's metadata
 
@@ -147,7 +147,7 @@ def _kept(path: Path, made_of: bytes, count: int) -> np.ndarray | None:
 def _rows(tokens: Sequence[np.ndarray]) -> Iterator[tuple[int, list[list[int]]]]:
     """Which texts stand in each row, by the rows' length."""
     lengths = np.array([len(of) for of in tokens])
-    least, size = 0, _ROW
+    least, size = 0, ROW
     while (lengths > least).any():
         fitting = np.flatnonzero((lengths > least) & (lengths <= size))
         if len(fitting):
@@ -177,6 +177,19 @@ def packed(lengths: np.ndarray, chosen: np.ndarray, size: int) -> list[list[int]
     return rows
 
 
+def side_by_side(
+    tokens: Sequence[np.ndarray], rows: Sequence[Sequence[int]], count: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of rows of texts and which of its row's texts each belongs to, as
+    `encode_packed` takes them: [count, size] int32 each."""
+    ids, owner = np.zeros((2, count, size), np.int32)
+    for r, row in enumerate(rows):
+        ends = np.cumsum([len(tokens[number]) for number in row])
+        ids[r, : ends[-1]] = np.concatenate([tokens[number] for number in row])
+        owner[r, : ends[-1]] = np.repeat(np.arange(1, len(row) + 1), np.diff(ends, prepend=0))
+    return ids, owner
+
+
 def _encode(
     bert: Bert,
     tokens: Sequence[np.ndarray],
@@ -190,15 +203,11 @@ def _encode(
     full = max(1, batch_tokens // size)
     # What is less than one batch takes the next power of two, so that one text is quickly done.
     count = full if len(rows) > full else min(full, 1 << (len(rows) - 1).bit_length())
-    texts = size // _SHORTEST
+    texts = size // SHORTEST
     run = functools.partial(_program, sizes=bert.sizes, texts=texts, dtype=dtype)
     for start in range(0, len(rows), count):
-        ids, owner = np.zeros((2, count, size), np.int32)
         part = rows[start : start + count]
-        for r, row in enumerate(part):
-            ends = np.cumsum([len(tokens[number]) for number in row])
-            ids[r, : ends[-1]] = np.concatenate([tokens[number] for number in row])
-            owner[r, : ends[-1]] = np.repeat(np.arange(1, len(row) + 1), np.diff(ends, prepend=0))
+        ids, owner = side_by_side(tokens, part, count, size)
         vectors = np.asarray(run(bert.params, ids, owner))
         for r, row in enumerate(part):
             into[list(row)] = vectors[r, : len(row)]
