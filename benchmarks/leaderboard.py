@@ -30,6 +30,7 @@ def _row(path: Path) -> dict[str, Any]:
         if (record["split"], record["task"], record["step"]) == ("validation", task, best)
     }
     seconds = [r["value"] for r in records if (r["task"], r["metric"]) == ("run", "seconds")]
+    protocol = protocol_of(run.experiment, run.prepared.manifest)
     return {
         "trained": path.name,
         "model": f"{model.encoder.kind} {model.width} x {getattr(model.encoder, 'layers', 0)}",
@@ -37,5 +38,6 @@ def _row(path: Path) -> dict[str, Any]:
         "step": best,
         "minutes": sum(seconds) / 60,
         **{name: value for name, value in found.items() if name.startswith(("hr@", "ndcg@"))},
-        "protocol": protocol_of(run.experiment, run.prepared.manifest).hash,
+        "protocol": protocol.hash,
+        "rules": str(protocol),
     }

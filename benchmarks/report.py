@@ -110,9 +110,10 @@ def _contest_tables(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _figure_tables(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last answer to each question; of a leaderboard all, with their commits."""
+    """The last answer to each question; of a leaderboard all, with their commits, a table for each
+    protocol."""
     pages: dict[str, Any] = {}
-    own = {*benchmarks.environment(), "question", "quick", "run"}
+    own = {*benchmarks.environment(), "question", "quick", "run", "protocol", "rules"}
     last = {(line["question"], line["quick"]): line["run"] for line in lines}
     for line in lines:
         every = line["question"] == "leaderboard"
@@ -121,6 +122,8 @@ def _figure_tables(lines: list[dict[str, Any]]) -> dict[str, Any]:
             row = {"commit": line["commit"]} | row if every else row
             groups = pages.setdefault(line["question"], {})
             title = "a small problem" if line["quick"] else "the problem in full"
+            if every:
+                title = f"protocol {line['protocol']}: {line.get('rules', 'of an earlier version')}"
             _, rows = groups.setdefault(title, (tuple(row), []))
             rows.append(tuple(_shown(value) for value in row.values()))
     return pages

@@ -70,7 +70,7 @@ class Choice:
         value = kind_alone(value)
         if not isinstance(value, Mapping):
             if isinstance(value, base) and hasattr(value, "kind"):
-                return value
+                return _finite(value)
             raise _problem(f"a kind, or a table with kind, not {value!r}")
         kind = value.get("kind", self.default)
         if kind not in known:
@@ -80,10 +80,8 @@ class Choice:
             hint = nearest(str(kind), known) or " A class of your own comes with extensions=[…]"
             raise _problem(f"{kind!r} is not one of {names}.{hint}")
         _check_keys(known, kind, value)
-        for key, number in value.items():
-            if isinstance(number, float) and not math.isfinite(number):
-                raise _problem(f"{key} must be a finite number, not {number!r}")
-        return _adapter(known[kind]).validate_python({**value, "kind": kind}, context=info.context)
+        found = _adapter(known[kind]).validate_python({**value, "kind": kind}, context=info.context)
+        return _finite(found)
 
 
 def kind_alone(value: Any) -> Any:
@@ -217,6 +215,16 @@ def _check_keys(known: Mapping[str, type], kind: str, value: Mapping[Any, Any]) 
         problems.append({"type": error, "loc": (key,), "input": value[key]})
     if problems:
         raise pydantic.ValidationError.from_exception_data(kind, problems)
+
+
+def _finite(options: Any) -> Any:
+    """The options, of which no number is infinite or NaN."""
+    for field in dataclasses.fields(options) if dataclasses.is_dataclass(options) else ():
+        value = getattr(options, field.name)
+        for number in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise _problem(f"{field.name} must be a finite number, not {number!r}")
+    return options
 
 
 def _problem(text: str) -> PydanticCustomError:

@@ -137,22 +137,25 @@ class Clean:
     max_bad_fraction: Amount = 0.01  # more malformed rows than this stop the preparation
 
 
+SplitKind = Literal[
+    "leave_one_out",  # each user's last event tests, the one before validates
+    "time",  # two points in time
+    "user_ratio",  # the last events of each user, by fractions
+    "random",  # events, by integer arithmetic on their source row
+    "folds",  # k folds of events: fold `fold` tests, the next one validates
+    "user_holdout",  # held-out users: first events are shown (fold-in), later ones judge
+    "cold_user",  # all events of held-out users judge
+    "cold_item",  # all events of held-out items judge
+    "files",  # given files
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """Which rows train, which choose, which judge."""
 
     __pydantic_config__ = _STRICT
-    kind: Literal[
-        "leave_one_out",  # each user's last event tests, the one before validates
-        "time",  # two points in time
-        "user_ratio",  # the last events of each user, by fractions
-        "random",  # events, by integer arithmetic on their source row
-        "folds",  # k folds of events: fold `fold` tests, the next one validates
-        "user_holdout",  # held-out users: first events are shown (fold-in), later ones judge
-        "cold_user",  # all events of held-out users judge
-        "cold_item",  # all events of held-out items judge
-        "files",  # given files
-    ] = "leave_one_out"
+    kind: SplitKind = "leave_one_out"
     validation: Fraction = 0.1  # of the events, users or items (files: of the training files)
     test: Fraction = 0.1
     folds: Count = 5
@@ -339,10 +342,12 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Rules of a protocol that a published figure was measured by; "": nothing is said of it."""
+    """Rules of a protocol that a published figure was measured by; "": nothing is said of one."""
 
     __pydantic_config__ = _STRICT
-    split: str = ""  # as `split.kind`
+    split: SplitKind | Literal[""] = ""  # as `split.kind`
+    test: Fraction | None = None  # as `split.test`; None: nothing is said of it
+    past: Literal["", "rolling", "frozen"] = ""  # as `data.past`
     ranked: Literal["", "all", "last"] = ""  # as `evaluate.targets`
     query_time: Literal["", "unknown", "known"] = ""  # to the retrieval
 

@@ -33,6 +33,7 @@ from mtrec_jax.experiments import (
     parse_experiment,
 )
 from mtrec_jax.from_tables import experiment_of
+from mtrec_jax.losses.negatives.catalogue import Popular
 
 LEAST: dict[str, Any] = {
     "name": "least",
@@ -458,6 +459,17 @@ def test_a_number_below_its_least_is_refused(key: str, least: int) -> None:
             "train.negatives",
             {"kind": "popular", "power": math.nan},
             "train.negatives: power must be a finite number, not nan",
+        ),
+        (
+            "train.negatives",
+            {"kind": "popular", "power": "inf"},
+            "train.negatives: power must be a finite number, not inf",
+        ),
+        ("train.negatives", Popular(power=math.nan), "power must be a finite number, not nan"),
+        (
+            "model.fusion",
+            {"kind": "multiplicative", "powers": {"like": math.inf}},
+            "model.fusion.powers.like: must be a finite number, not inf",
         ),
     ],
 )

@@ -11,6 +11,7 @@ train.parquet validation.parquet test.parquet        one row an example, in seed
     request_<f>   [P * S]         of the moment of each position, likewise
     length        int32           places of the past, or positions if these are more, that are not
                                   padding; only where there is a past
+    skipped       int32           events before the past, which is cut off; only where there is one
     event_item    int32[L]        the past, oldest first, 0: none
     event_<f>     int32[L * S]    what each event of the past shows
     cutoff        int32[P]        position p sees the first cutoff[p] events

@@ -59,7 +59,7 @@ class Protocol:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def other_than(self, rules: Rules) -> dict[str, tuple[str, str]]:
+    def other_than(self, rules: Rules) -> dict[str, tuple[Any, Any]]:
         """Those of the rules that are other ones here: {name: (there, here)}.
 
         >>> own = Protocol(data="", split="time", validation=0.0, test=0.1, order="time",
@@ -67,7 +67,9 @@ class Protocol:
         >>> own.other_than(Rules(split="leave_one_out", query_time="unknown"))
         {'split': ('leave_one_out', 'time')}
         """
-        said = {n: v for n, v in dataclasses.asdict(rules).items() if v}
+        said = {n: v for n, v in dataclasses.asdict(rules).items() if v not in ("", None)}
+        if self.split == "leave_one_out":  # where each user has one target
+            said.pop("ranked", None)
         here = {name: getattr(self, name) for name in said}
         return {name: (said[name], here[name]) for name in said if said[name] != here[name]}
 

@@ -57,7 +57,8 @@ def views(
 
     Args:
       options: the ways, of which each history is altered in one, drawn evenly.
-      tokens: [B, L, D], of which the first `count` [B] of each are events.
+      tokens: [B, L, D], of which the first `count` [B] of each are events; 0 where
+        `model.event_dropout` hides one, which stays hidden.
       moments: [B, L] times of events, which go with them; None: there are none.
       key: of the draws.
 
@@ -70,7 +71,7 @@ def views(
     start, event = jax.random.uniform(of_start, (b, 1)), jax.random.uniform(of_event, (b, length))
     place, size = jnp.arange(length)[None], count[:, None]
     there = place < size
-    keys, kept, hidden = place * jnp.ones((b, 1), event.dtype), there, jnp.zeros_like(there)
+    keys, kept, hidden = place * jnp.ones((b, 1), event.dtype), there, jnp.all(tokens == 0, axis=-1)
     for number, name in enumerate(options.ways):
         chosen, share = way == number, getattr(options, name)
         stretch = jnp.maximum(1, jnp.round((1 - share if name == "crop" else share) * size))

@@ -137,7 +137,11 @@ class BaselineRecommender:
         if raw not in ids:
             hint = nearest(raw, list(ids)[:20_000])
             raise DataError(f"{what} {raw!r} is not in the data of {self.prepared.folder}.{hint}")
-        others = len(ids) - 1
+        m = self.prepared.manifest
+        known = m.items if what == "item" else m.users
+        if ids[raw] - FIRST >= known:
+            raise DataError(f"{what} {raw!r} is new: it has no events, by which others are like it")
+        others = known - 1
         k = a_whole_number("k", k, 1, others, f"the {others:,} other {what}s")
         scores, found = ask(np.array([ids[raw]]), k)
         there = found[0] >= FIRST

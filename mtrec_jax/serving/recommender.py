@@ -243,6 +243,8 @@ class Recommender:
         found.prepared = prepared
         found.run = dataclasses.replace(self.run, prepared=found.prepared)
         found._encoder = self._encoder.of(found.prepared)
+        for of_users in ("_users", "_users_index"):
+            found.__dict__.pop(of_users, None)
         found._before = self  # a temporary folder lives as long as the recommender of `fit`
         return found
 

@@ -314,8 +314,11 @@ class Encoder:
         """
         given = history if isinstance(history, Mapping) else {"item": history}
         fields = [field.name for field in self.prepared.manifest.history]
-        names = {self._feature(field).feature.column or field: field for field in fields}
-        names |= {field: field for field in ("item", *fields)}  # names go before columns
+        names: dict[str, list[str]] = {}
+        for field in fields:
+            column = self._feature(field).feature.origin(field, self._experiment.data)[1]
+            names.setdefault(column, []).append(field)
+        names |= {field: [field] for field in ("item", *fields)}  # names go before columns
         known_here = "item" in given and all(key in names for key in given)
         if not known_here:
             has = ", ".join(map(str, given)) or "nothing"
@@ -324,8 +327,10 @@ class Encoder:
             )
         columns = {"item": a_list(name, given["item"])}
         for key in given:
-            if key != "item":
-                columns[names[key]] = a_list(f"{name}, {key}", given[key])
+            for field in names[key] if key != "item" else ():
+                if field in columns:
+                    raise DataError(f"{name}: {field} is given twice, by its name and its column")
+                columns[field] = a_list(f"{name}, {key}", given[key])
         raw, n = raw_texts(name, columns["item"]), len(columns["item"])
         for key, values in columns.items():
             if len(values) != n:

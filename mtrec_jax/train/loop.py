@@ -107,7 +107,8 @@ def train(
     check_start(experiment, folder)
     prepared = prepared.chosen(experiment)
     check_data(folder, prepared)
-    candidates_of(experiment, prepared)  # refused now, not at the first evaluation
+    if not experiment.split.whole:
+        candidates_of(experiment, prepared)  # refused now, not at the first evaluation
     there = sorted(path.name for path in (folder / "checkpoints").glob("*"))
     same = to_toml(experiment), prepared.manifest.fingerprint, str(there)
     processes.check_same("what is trained", "\n".join(same))
@@ -173,7 +174,6 @@ def _train(
     on_evaluation: OnEvaluation | None,
 ) -> _Job:
     """Build or restore the state, and run the steps that are left."""
-    started = time.perf_counter()
     folder, experiment, prepared = run.folder, run.experiment, run.prepared
     job = _make_job(experiment, prepared, folder, optimizer, on_evaluation)
     meta: dict[str, Any] = {"best": None, "best_step": None, "stale": 0, "done": False}
@@ -221,7 +221,7 @@ def _train(
             )
         if processes.is_first() and experiment.split.validates:
             _record_bests(job, bar, meta["best_step"])
-        job.records.add_timing(number, "seconds", time.perf_counter() - started)
+        job.records.add_seconds(number)
     return job
 
 
@@ -405,6 +405,7 @@ def _run_steps(
     config, number, in_flight = job.experiment.train, int(state.step), steps_in_flight()
 
     def save() -> None:
+        job.records.add_seconds(number)
         meta["bytes"] = job.records.size()
         checkpoint.save(manager, state, job.batches, meta)
         if config.checkpoint_wait:

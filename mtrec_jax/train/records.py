@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Records:
     def __init__(self, path: Path, writes: bool = True):
         self.path, self._writes = path, writes  # of several processes, one writes
         self.last_losses: dict[str, float] = {}
+        self._since = time.perf_counter()
 
     def add(self, step: int, split: str, task: str, metric: str, value: float) -> None:
         """Append one record; what is not a number is written as null."""
@@ -34,6 +36,13 @@ class Records:
     def add_timing(self, step: int, what: str, seconds: float) -> None:
         """Append a duration in seconds."""
         self.add(step, "timing", "run", what, seconds)
+
+    def add_seconds(self, step: int) -> None:
+        """Append how long it took since the last such record: their sum is the time of the run,
+        also of one that was stopped and goes on."""
+        now = time.perf_counter()
+        self.add_timing(step, "seconds", now - self._since)
+        self._since = now
 
     def size(self) -> int:
         """Bytes on disk now."""

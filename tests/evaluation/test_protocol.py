@@ -151,6 +151,11 @@ def test_a_published_figure_of_another_protocol_says_so(
     assert "0.9000" in same
     assert f"under other rules (split time, here {RULES.split}): Paper" in other
     assert "0.9000" not in other
+    assert "under other rules (ranked last, here all" in shown("", ranked="last")
+    each_one = replace(RULES, split="leave_one_out")
+    assert not each_one.other_than(Rules(ranked="last"))  # of each user there is one target
+    assert "under other rules (past frozen, here " in shown("", past="frozen")
+    assert f"under other rules (test 0.3, here {RULES.test}" in shown("", test=0.3)
 
 
 def evaluation_of(**values: Any) -> Evaluation:

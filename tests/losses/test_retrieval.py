@@ -251,22 +251,26 @@ def test_the_partition_and_its_gradient_are_those_of_the_full_softmax(kind: str)
 
 @pytest.mark.parametrize("options", [FromBatch(count=64), Queue(count=128, batches=2)])
 def test_gaps_recover_a_popularity_that_counts_do_not_know(options: Any) -> None:
-    """Training counts say that all are alike; the stream, that item k is k times as frequent."""
-    pool = Pool(_catalogue(0.0), N, BATCH, THERE)
+    """Training counts say that all are alike; the stream, that some are many times as frequent, of
+    which each batch has others."""
+    share = _in_batch() / _in_batch().sum()
 
     @jax.jit
     def stepped(state: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-        drawn, state = options.draw(pool, state, key)
+        of_batch, of_draw = jax.random.split(key)
+        known = jax.random.choice(of_batch, N, BATCH.shape, p=jnp.asarray(share)) + FIRST
+        drawn, state = options.draw(Pool(_catalogue(0.0), N, known, THERE), state, of_draw)
         return state, drawn
 
     state = state_before(options, N)
     for key in jax.random.split(jax.random.key(2), 400):
         state, (ids, expected) = stepped(state, key)
-    share = _in_batch() / _in_batch().sum()
-    known = np.asarray(ids) - FIRST
-    np.testing.assert_allclose(expected, np.log(len(ids) * share[known]), atol=0.02)
-    errors = np.asarray(expected) - np.log(len(ids) * share[known])
-    assert np.abs(errors.mean()) < 0.15
+    of_item = dict(zip(np.asarray(ids).tolist(), np.asarray(expected), strict=True))
+    errors = [of_item[i] - np.log(len(ids) * share[i - FIRST]) for i in of_item]
+    print(errors)
+    assert np.abs(np.mean(errors)) < 0.15
+    assert np.max(np.abs(errors)) < 0.5
+    assert all(np.isfinite(part).all() for part in jax.tree.leaves(state))
     assert not np.allclose(share, 0.1, atol=0.03)
 
 

@@ -29,6 +29,14 @@ def _views(name: str, share: float) -> list[list[int]]:
     return [row[:size].tolist() for row, size in zip(rows, sizes, strict=True)]
 
 
+def test_a_hidden_event_stays_hidden() -> None:
+    """In a stretch of one event nothing moves."""
+    tokens = jnp.asarray([1.0, 2.0, 0.0, 4.0, 0.0, 0.0])[None, :, None]
+    options = Contrast(**(OFF | {"reorder": 0.01}))
+    found = views(options, tokens, None, jnp.array([4]), jax.random.key(0))
+    assert found.there[0].tolist() == [True, True, False, True, False, False]
+
+
 def test_a_crop_is_a_stretch_of_the_history() -> None:
     found = _views("crop", 0.4)
     for view, count in zip(found, COUNTS, strict=True):

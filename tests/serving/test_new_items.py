@@ -114,6 +114,14 @@ def test_it_is_recommended_and_what_cannot_be_scored_is_not(model: Recommender) 
         model.similar_items("odd", 2)
 
 
+def test_a_baseline_knows_nothing_of_what_is_like_a_new_item(folder: Prepared) -> None:
+    knn = mtrec_jax.fit_baseline(make(**EXPERIMENT), folder, "item_knn")
+    with pytest.raises(DataError, match="item 'new' is new: it has no events"):
+        knn.similar_items("new", 2)
+    with pytest.raises(DataError, match="k = 3: between 1 and the 2 other items"):
+        knn.similar_items("x", 3)
+
+
 def test_users_without_events_are_counted(tmp_path: Path) -> None:
     users = "user,age\na,1\nb,2\nc,3\nd,4\ne,5\nzoe,6\n"
     data = {"users": {"files": ["users.csv"]}}

@@ -203,7 +203,9 @@ def test_a_recommender_answers_with_new_events(
     stranger = mine.set_column(
         mine.column_names.index("user"), "user", pa.array(["stranger"] * len(mine))
     )
+    shop_recommender.similar_users("u00001", 2)
     newer = shop_recommender.with_events(stranger)
+    assert len(newer.similar_users("stranger", 2)["user"]) == 2  # nothing is left of those before
     answers = newer.recommend(["stranger", "u00001"], 5)
     assert answers["known"] == [True] * 10
     # the same model: whose history is u00003's gets the answer of somebody with that history

@@ -99,6 +99,22 @@ def test_histories_of_unequal_columns_are_refused(prepared: Prepared) -> None:
         Encoder(prepared, "float32").users(["a"], [{"item": "xy"}], [{}])
 
 
+def test_a_column_of_a_history_is_of_all_its_features(tmp_path: Path) -> None:
+    """By the name of the column or of the feature, and not by both."""
+    stars = {"on": "history", "column": "rating"}
+    features = {"stars": stars, "fine": stars, "at": {"on": "history", "kind": "moment"}}
+    encoder = Encoder(small.run(tmp_path, small.make(features=features)), "float32")
+    named: dict[str, list[Any]] = {"item": ["x"], "stars": ["5"], "fine": ["5"], "at": [9]}
+    columns: dict[str, list[Any]] = {"item": ["x"], "rating": ["5"], "time": [9]}
+    one, other = (encoder.users(["s"], [given], [{}]).batch.events for given in (named, columns))
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(other[name], array, name)
+    assert (one["ids"][0, 0] > UNKNOWN).all()
+    with pytest.raises(DataError, match="stars is given twice, by its name and its column"):
+        encoder.users(["s"], [named | {"rating": ["1"]}], [{}])
+
+
 # ---- moments and strangers ----
 
 DAY, HOUR = 86_400, 3600

@@ -329,6 +329,8 @@ def test_a_run_is_lengthened_to_what_it_had_been_from_the_start(
     assert open_run(ends["lengthened"].folder).experiment == one
     straight, lengthened = (without_timings(run.folder) for run in ends.values())
     end = max(r["step"] for r in straight) // 2
+    records = read_records(ends["lengthened"].folder / "metrics.jsonl")
+    assert any((r["step"], r["metric"]) == (end, "seconds") for r in records)  # of the first part
     assert end % 4
     assert straight == [r for r in lengthened if (r["step"], r["split"]) != (end, "train")]
     shorter = changed(one, epochs=1)

@@ -49,17 +49,13 @@ class Queue:
     rate: Rate = 0.05  # of the moving averages of the gaps
     power = 1.0
 
-    def size(self, trained: int) -> int:
-        """As many as the queue holds."""
-        return self._fresh * self.batches
-
     @property
     def _fresh(self) -> int:
-        return max(1, self.count // self.batches)
+        return self.count // self.batches
 
     def start(self, items: int) -> State:
         """An empty queue."""
-        return first_gaps(items) | {"queue": jnp.zeros(self._fresh * self.batches, jnp.int32)}
+        return first_gaps(items) | {"queue": jnp.zeros(self.count, jnp.int32)}
 
     def draw(self, pool: Pool, state: State, key: jax.Array) -> tuple[Drawn, State]:
         """The oldest part makes room for positions of this batch, drawn with replacement."""
@@ -91,6 +87,7 @@ def with_gaps(state: State, pool: Pool, rate: float) -> State:
     gap = (now - state["last"][ids]).astype(jnp.float32) / times
     left = (1 - rate) ** times.astype(jnp.float32)
     mean = jnp.where(state["gap"][ids] > 0, left * before + (1 - left) * gap, before)
+    mean = jnp.where(ids > 0, mean, 0)  # of padding there is none
     return state | {
         "met": now,
         "last": state["last"].at[ids].set(now),

@@ -30,7 +30,8 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class Popular:
-    """`[train.negatives] kind = "popular"`: in proportion to training counts to the `power`."""
+    """`[train.negatives] kind = "popular"`: in proportion to the `power` of how often
+    an item is what the retrieval is to find in training."""
 
     kind: Literal["popular"] = "popular"
     count: Count = 512

@@ -29,8 +29,8 @@ class Drawn(NamedTuple):
 
 
 class Negatives(Protocol):
-    """Options of a way to draw negatives: `count`, and a power of the training counts to which the
-    catalogue's own probabilities are proportional.
+    """Options of a way to draw negatives: `count`, and a power, to which of how often training is
+    to find an item its probability in the catalogue is proportional.
 
     Some have also `size(trained)`, the number of items that are drawn where this is not `count`;
     `start(items)`, the state before the first step for a catalogue of N items; and `kept(compared,

@@ -15,7 +15,7 @@ from mtrec_jax.errors import ConfigError, nearest
 from mtrec_jax.models.fusions.contract import FusionSizes
 from mtrec_jax.types import Fusing
 
-_Power = Annotated[float, Field(ge=0)]
+_Power = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
