@@ -139,6 +139,7 @@ def _explained(error: Any, options: Any) -> str:
         "less_than": "must be below {lt:g}",
         "less_than_equal": "must be {le:,} or less",
         "finite_number": "must be a finite number",
+        "tuple_type": "must be a list",
         "dataclass_type": "must be a table",
         "too_short": "at least {min_length} needed",
     }

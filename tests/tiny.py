@@ -191,8 +191,10 @@ def forward(
     tables: dict[str, jax.Array],
     items: Catalogue,
     examples: Batch,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, UserStates, Outputs]:
-    """Vectors of the whole catalogue, states and outputs at every position, without dropout."""
+    """Vectors of the whole catalogue, states and outputs at every position, of states with dropout
+    where there is a key."""
     everything = np.arange(items.row.shape[0], dtype=np.int32)
     stacks = tables | ({DENSE: params[DENSE]} if DENSE in params else {})
     rows = fetch(model.layout, stacks, model.item_ids(everything, items))
@@ -201,6 +203,6 @@ def forward(
     rows = fetch(model.layout, stacks, wanted.ids)
     none = np.zeros((len(examples.user), 0), np.int32)
     past = jax.numpy.take(vectors, examples.events.get("item", none), axis=0)
-    states = model.users(params, rows, past[..., : model.layout.width], examples, None)
+    states = model.users(params, rows, past[..., : model.layout.width], examples, key)
     candidates = jax.numpy.take(vectors, examples.candidate, axis=0)
     return vectors, states, model.score(params, states, candidates)

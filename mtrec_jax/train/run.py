@@ -455,8 +455,7 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
             f"back, or pass another {argument('run')}"
         )
     if has_checkpoint(folder):
-        with path.open("rb") as file:
-            keys = _differences(tomllib.load(file), to_dict(experiment))
+        keys = _differences(_stored(path, experiment), to_dict(experiment))
         keys = [key for key in keys if not _may_change(key[0]) and not _is_longer(*key)]
         if keys:
             shown = "\n".join(f"  {k}: {a!r} there, {b!r} here" for k, a, b in keys[:8])
@@ -470,6 +469,21 @@ def check_folder(folder: Path, experiment: Experiment) -> None:
         raise ConfigError(
             f"{folder} is not empty and no run folder; pass another {argument('run')}"
         )
+
+
+def _stored(path: Path, experiment: Experiment) -> dict[str, Any]:
+    """The configuration of a run, with the defaults of keys that its version did not have yet."""
+    with path.open("rb") as file:
+        values = tomllib.load(file)
+    kinds = {kind for kind in choices.chosen_kinds(experiment) if not _is_ours(kind)}
+    try:
+        return to_dict(choices.read(Experiment, values, str(path), kinds))
+    except ConfigError:  # keys that are gone, or classes that are not here: they are the difference
+        return values
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def check_data(folder: Path, prepared: Prepared) -> None:

@@ -17,6 +17,7 @@ from mtrec_jax.errors import ConfigError
 from mtrec_jax.losses.negatives.contract import items_drawn
 from mtrec_jax.models.layers import lecun_normal
 from mtrec_jax.models.model import Model, make_catalogue, make_model
+from mtrec_jax.models.network import Network
 from mtrec_jax.models.objective import passed_over, states_of
 from mtrec_jax.tables.layout import initial_stacks, spread
 from mtrec_jax.tables.lookup import fetch, find
@@ -387,3 +388,30 @@ def test_what_is_passed_over_was_shown_and_its_label_is_known(
     assert found is not None
     pairs = [(p, q) for p, q in np.argwhere(np.asarray(found)[0]).tolist() if p in (0, 2)]
     assert pairs == expected
+
+
+def test_a_hidden_event_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the second event hidden, the state behind it is that behind the first, and the next one
+    is as if it were not there; without a key nothing is hidden."""
+    kept = jnp.asarray(np.arange(tiny.HISTORY) != 1)[None]
+    monkeypatch.setattr(Network, "_kept", lambda self, shape, key: jnp.broadcast_to(kept, shape))
+    model = {"encoder": {"kind": "mean"}, "event_dropout": 0.5, "dropout": 0.0}
+    built = Built(tiny.experiment(model=model))
+    examples = tiny.batch(0)
+    item = np.arange(FIRST, FIRST + tiny.HISTORY, dtype=np.int32) + np.zeros((8, 1), np.int32)
+    events = {n: np.asarray(a) for n, a in examples.events.items()} | {"item": item}
+    without = {n: np.delete(a, 1, axis=1) for n, a in events.items()}
+    padded = {n: np.concatenate([a, a[:, :1] * 0], axis=1) for n, a in without.items()}
+    whole = examples._replace(events=events)
+
+    def states(batch: Batch, cutoff: list[int], key: jax.Array | None) -> np.ndarray:
+        given = batch._replace(cutoff=np.tile(np.array(cutoff, np.int32), (8, 1)))
+        found = jax.jit(partial(tiny.forward, built.model))
+        return np.asarray(found(built.params, built.tables, ITEMS, given, key)[1].vectors)
+
+    hidden, plain = states(whole, [1, 2, 3], KEY), states(whole, [1, 2, 3], None)
+    np.testing.assert_allclose(hidden[:, 1], hidden[:, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        hidden, states(examples._replace(events=padded), [1, 1, 2], None), atol=1e-5
+    )
+    assert np.abs(plain[:, 1] - plain[:, 0]).max() > 1e-3

@@ -145,3 +145,17 @@ def test_members_interactions_and_embedded_numbers_go_together() -> None:
     assert scales.shape == (2, width + 3 * 8 + 1 + 8), (
         "the pair, and what happened to similar items"
     )
+
+
+def test_the_time_of_the_query_counts_also_where_events_came_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of three events at 5, 9 and 12, the second state is asked at 7; without a time of the query
+    (the first state) at that of the event that follows, behind the last at its own."""
+    times = jnp.array([[[7], [0]]])
+    monkeypatch.setattr(network, "side_of", lambda inputs, batch, side: {"ids": times})
+    layers = made(SimpleNamespace(places={"asked": {}}))
+    batch = tiny.batch(0)._replace(cutoff=np.array([[2, 1]]))
+    moments, there = jnp.array([[5, 5, 9, 12]]), jnp.array([[True, True, True]])
+    np.testing.assert_array_equal(layers._asked(batch, moments, there), [[5, 9, 7, 12]])
+    assert made(SimpleNamespace(places={}))._asked(batch, moments, there) is None
