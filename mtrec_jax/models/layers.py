@@ -131,6 +131,19 @@ def constant(value: float) -> Callable[..., np.ndarray]:
     return lambda key, shape, dtype: np.full(shape, value, dtype)
 
 
+def sinusoids(shape: tuple[int, int], dtype: jnp.dtype) -> np.ndarray:
+    """Initial values of places [S, D]: sines, then cosines of D / 2 lengths, from 2 pi places to
+    10,000 times as many (Vaswani et al., NeurIPS 2017).
+
+    >>> sinusoids((3, 2), jnp.dtype("float64")).round(2).tolist()
+    [[0.0, 1.0], [0.84, 0.54], [0.91, -0.42]]
+    """
+    places, width = shape
+    lengths = -(-width // 2)
+    angles = np.outer(np.arange(places), 10_000.0 ** (-np.arange(lengths) / lengths))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width].astype(dtype)
+
+
 def _drawn(
     key: jax.Array,
     shape: tuple[int, ...],

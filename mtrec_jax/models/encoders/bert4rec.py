@@ -13,7 +13,7 @@ from pydantic import Field
 from mtrec_jax.models.encoders.contract import Behaviour, EncoderSizes
 from mtrec_jax.models.encoders.stack import Stack, split
 from mtrec_jax.models.encoders.transformer import Block, Compute, Transformer, check_heads
-from mtrec_jax.models.layers import dropout, layer_norm, normal
+from mtrec_jax.models.layers import dropout, layer_norm, normal, sinusoids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,9 @@ class BERT4Rec:
     """`[model.encoder] kind = "bert4rec"`: in training a `share` of the positions' own events is
     hidden, and these positions alone are learned; every other event of the history is seen, later
     ones too. In answers the one event after the history is hidden (Sun et al., CIKM 2019). Blocks
-    are those of the kind "transformer".
+    are those of the kind "transformer". Embeddings of positions begin as sinusoids of the size of a
+    token: a hidden event has nothing else to find its neighbours by, and small random ones take
+    thousands of steps to grow.
     """
 
     kind: Literal["bert4rec"] = "bert4rec"
@@ -52,7 +54,7 @@ class MaskedTransformer(nnx.Module):
             heads=options.heads, expansion=options.expansion, compute=options.compute
         )
         self.hidden = nnx.Param(normal(rngs, (width,), 0.02, dtype))
-        self.positions = nnx.Param(normal(rngs, (sizes.length + 1, width), 0.02, dtype))
+        self.positions = nnx.Param(sinusoids((sizes.length + 1, width), dtype))
         made = [Block(sizes, like, dtype=dtype, rngs=rngs) for _ in range(options.layers)]
         self.blocks = Stack(made, options.deep)
         self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
