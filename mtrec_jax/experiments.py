@@ -645,6 +645,32 @@ def _moments(e: Experiment) -> Iterator[str]:
         )
 
 
+def without_effect(experiment: Experiment) -> list[str]:
+    """What is set, may stand there for another encoder or other tasks, and changes nothing here.
+
+    >>> e = load_experiment("shop", {"train.negatives": "popular", "tasks": ["click"]})
+    >>> without_effect(e)
+    ['no effect, as no task is a retrieval: train.negatives']
+    """
+    e, found = experiment, []
+    moments = [n for n, f in e.features.items() if not f.looked_up and f.on == "history"]
+    if moments and not hasattr(e.model.encoder, "compares_times"):
+        found.append(
+            f"features.{moments[0]} has no effect: model.encoder = '{e.model.encoder.kind}' does "
+            "not compare times of events, as 'hstu' does"
+        )
+    if not any(task.kind == "retrieval" for task in e.tasks.values()):
+        changed = {
+            "train.retrieval": e.train.retrieval.kind != "softmax",
+            "train.negatives": e.train.negatives.kind != "uniform",
+            "train.contrast": e.train.contrast is not None,
+        }
+        lost = ", ".join(name for name in changed if changed[name])
+        if lost:
+            found.append(f"no effect, as no task is a retrieval: {lost}")
+    return found
+
+
 def _segments(e: Experiment) -> Iterator[str]:
     """What targets cannot be told apart by."""
     usable = [n for n, f in e.features.items() if f.fitted and not f.gives_numbers]

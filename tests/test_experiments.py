@@ -31,6 +31,7 @@ from mtrec_jax.experiments import (
     chosen,
     load_experiment,
     parse_experiment,
+    without_effect,
 )
 from mtrec_jax.from_tables import experiment_of
 from mtrec_jax.losses.negatives.catalogue import Popular
@@ -858,3 +859,12 @@ def test_the_model_suits_what_is_chosen_not_what_is_declared() -> None:
         load_experiment("shop", [plain, "features=segment,click"])
     assert list(load_experiment("shop", [plain, "features=segment"]).features) == ["segment"]
     assert "click" in load_experiment("shop", [plain, "features=segment"], choose=False).features
+
+
+def test_what_changes_nothing_is_said() -> None:
+    when = {"features.when": {"on": "history", "kind": "moment"}}
+    read = {"model.encoder": "hstu"}
+    assert without_effect(load_experiment("shop", when | read)) == []
+    assert without_effect(load_experiment("shop")) == []
+    (said,) = without_effect(load_experiment("shop", when | {"model.encoder": "gru"}))
+    assert said.startswith("features.when has no effect: model.encoder = 'gru' does not compare")

@@ -26,6 +26,7 @@ from mtrec_jax.evaluation.answers import find_answers, to_json
 from mtrec_jax.evaluation.collect import candidates_of
 from mtrec_jax.evaluation.evaluate import evaluate
 from mtrec_jax.evaluation.metrics import metric_named
+from mtrec_jax.experiments import without_effect
 from mtrec_jax.interrupts import collecting
 from mtrec_jax.losses.lists import LISTS
 from mtrec_jax.models.model import Model, make_model
@@ -196,6 +197,8 @@ def _train(
             early = ", where early stopping ended it" if meta["done"] else ""
             bar.note(f"{folder} is trained already, up to step {number}{early}: nothing to do")
             return job
+        for line in without_effect(experiment):
+            bar.note(line)
         if experiment.split.validates and (undefined := _undefined(job)):
             bar.note(undefined)
         if longer := claim(folder, experiment, prepared):
